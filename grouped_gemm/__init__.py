@@ -1,0 +1,31 @@
+"""Grouped GEMM for mixture-of-experts layers: one call over interchangeable backends.
+
+>>> y = grouped_mm(a, b, offs, recipe="fp8_blockwise")
+"""
+
+from grouped_gemm.device import Machine
+from grouped_gemm.functional import explain, grouped_mm, quantize_weights
+from grouped_gemm.operand import Quantized, QuantizedWeights
+from grouped_gemm.preference import KernelPreference, prefer
+from grouped_gemm.problem import Pass, Problem
+from grouped_gemm.recipes import Recipe
+from grouped_gemm.report import Explanation
+from grouped_gemm.select import Decision, NoBackendError
+
+__version__ = "0.1.0"
+__all__ = [
+    "Decision",
+    "Explanation",
+    "KernelPreference",
+    "Machine",
+    "NoBackendError",
+    "Pass",
+    "Problem",
+    "Quantized",
+    "QuantizedWeights",
+    "Recipe",
+    "explain",
+    "grouped_mm",
+    "prefer",
+    "quantize_weights",
+]

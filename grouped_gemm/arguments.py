@@ -1,0 +1,145 @@
+"""Checks of what a caller passes. Every message names the argument, what was found and what was expected.
+
+Shapes and dtypes only: nothing here looks at values, except `checked_offs`, which exists to do so.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from grouped_gemm import reference
+from grouped_gemm.operand import QuantizedWeights
+from grouped_gemm.ops import define_op
+from grouped_gemm.problem import dtype_name
+from grouped_gemm.recipes import Recipe
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+_DTYPE_NAMES = ", ".join(map(dtype_name, DTYPES))
+
+
+def fail(argument: str, expected: str, found: object) -> NoReturn:
+    """Raises the ValueError of a bad argument."""
+    raise ValueError(f"{argument}: expected {expected}; found {found}")
+
+
+def check_tensor(argument: str, value: Any, dims: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    """``value`` is a tensor of one of these ranks and dtypes.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: rank or dtype is another.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}: expected a torch.Tensor; found {type(value).__name__}")
+    if value.dim() not in dims:
+        fail(argument, f"{' or '.join(map(str, dims))} dimensions", f"{value.dim()}, shape {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        fail(f"{argument}.dtype", "one of " + ", ".join(map(dtype_name, dtypes)), dtype_name(value.dtype))
+
+
+def check_offs(offs: Tensor, num_groups: int | None, device: torch.device) -> None:
+    """``offs`` has one int32 end row per group, on the operands' device."""
+    check_tensor("offs", offs, (1,), (torch.int32,))
+    if offs.device != device:
+        fail("offs.device", f"{device}, where a is", offs.device)
+    if num_groups is None and offs.shape[0] == 0:
+        fail("offs", "at least one group", "none")
+    if num_groups is not None and offs.shape[0] != num_groups:
+        fail("offs", f"{num_groups} entries, one for each matrix of b", offs.shape[0])
+
+
+def check_options(out_dtype: torch.dtype | None, group_alignment: int) -> None:
+    """``out_dtype`` and ``group_alignment`` are such values."""
+    if out_dtype is not None and out_dtype not in DTYPES:
+        fail("out_dtype", f"one of {_DTYPE_NAMES}", out_dtype)
+    if isinstance(group_alignment, bool) or not isinstance(group_alignment, int):
+        raise TypeError(f"group_alignment: expected an int; found {type(group_alignment).__name__}")
+    if group_alignment < 1:
+        fail("group_alignment", "at least 1", group_alignment)
+
+
+def check_operands(a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None) -> None:
+    """``a`` (M, K), ``b`` (E, K, N), ``offs`` (E,) and ``bias`` (E, N) fit each other."""
+    check_tensor("a", a, (2,), DTYPES)
+    if isinstance(b, Tensor):
+        check_tensor("b", b, (3,), DTYPES)
+    num_groups, k, n = b.shape
+    if a.shape[1] != k:
+        fail("b.shape[1]", f"K = {a.shape[1]}, as a has it", k)
+    if num_groups < 1 or k < 1 or n < 1:
+        fail("b", "E, K and N of at least 1", tuple(b.shape))
+    _check_together(a, b)
+    check_offs(offs, num_groups, a.device)
+    if bias is None:
+        return
+    check_tensor("bias", bias, (2,), DTYPES)
+    if tuple(bias.shape) != (num_groups, n):
+        fail("bias", f"shape (E, N) = {(num_groups, n)}", tuple(bias.shape))
+    if bias.device != a.device:
+        fail("bias.device", f"{a.device}, where a is", bias.device)
+
+
+def check_contraction(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None) -> None:
+    """``a`` (K, M), ``b`` (M, N) and ``offs`` (E,), which splits M, fit each other."""
+    check_tensor("a", a, (2,), DTYPES)
+    check_tensor("b", b, (2,), DTYPES)
+    if a.shape[1] != b.shape[0]:
+        fail("b.shape[0]", f"{a.shape[1]}, the columns of a", b.shape[0])
+    if a.shape[0] < 1 or b.shape[1] < 1:
+        fail("a and b", "at least one row of a and one column of b", (tuple(a.shape), tuple(b.shape)))
+    _check_together(a, b)
+    check_offs(offs, None, a.device)
+    if bias is not None:
+        fail("bias", "None where b has 2 dimensions", "a tensor")
+
+
+def check_weights(b: Tensor, scale: Tensor | None, recipe: Recipe, dtype: torch.dtype) -> None:
+    """``b`` (E, K, N) is to be quantized, or is a checkpoint's fp8 with ``scale`` in the shape of ``recipe``."""
+    check_tensor("b", b, (3,), DTYPES if scale is None else FP8_DTYPES)
+    if min(b.shape) < 1:
+        fail("b", "E, K and N of at least 1", tuple(b.shape))
+    if dtype not in DTYPES:
+        fail("dtype", f"one of {_DTYPE_NAMES}", dtype)
+    if scale is None:
+        return
+    check_tensor("scale", scale, (3,), (recipe.scale_dtype,))
+    blocks = reference.weight_blocks(recipe, 1)
+    shape = tuple(1 if side is None else -(-size // side) for size, side in zip(b.shape, blocks))
+    if tuple(scale.shape) != shape:
+        fail("scale", f"shape {shape} for {recipe.value} and b of {tuple(b.shape)}", tuple(scale.shape))
+    if scale.device != b.device:
+        fail("scale.device", f"{b.device}, where b is", scale.device)
+
+
+def _check_together(a: Tensor, b: Tensor | QuantizedWeights) -> None:
+    if b.dtype != a.dtype:
+        fail("b.dtype", f"{dtype_name(a.dtype)}, as a has it", dtype_name(b.dtype))
+    if b.device != a.device:
+        fail("b.device", f"{a.device}, where a is", b.device)
+
+
+@define_op(
+    "checked_offs(Tensor offs, int num_rows, int group_alignment) -> Tensor",
+    fake=lambda offs, num_rows, group_alignment: torch.empty_like(offs),
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def checked_offs(offs: Tensor, num_rows: int, group_alignment: int) -> Tensor:
+    """A copy of ``offs`` whose values have been looked at; waits for the device.
+
+    Raises:
+        ValueError: ends are out of order, outside [0, M], or a group's size breaks the promise of its alignment.
+    """
+    start = 0
+    for e, end in enumerate(offs.tolist()):
+        if not 0 <= end <= num_rows:
+            fail(f"offs[{e}]", f"an end row from 0 to M = {num_rows}", end)
+        if end < start:
+            fail(f"offs[{e}]", f"at least offs[{e - 1}] = {start}", end)
+        if (end - start) % group_alignment:
+            fail(f"offs[{e}]", f"a group size that is a multiple of group_alignment = {group_alignment}", end - start)
+        start = end
+    return offs.clone()

@@ -1,0 +1,58 @@
+"""The backends, one file each, imported when they are first looked at.
+
+A new backend is a file here and a line in `_MODULES`; CONTRIBUTING.md walks through it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from grouped_gemm.backends.base import Health, _GroupedMMBackend
+from grouped_gemm.preference import KernelPreference
+
+# Each module has one subclass of _GroupedMMBackend, named Backend.
+_MODULES = {
+    KernelPreference.EMULATED: "grouped_gemm.backends.emulated",
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A backend on a device.
+
+    Attributes:
+        backend: the backend.
+        health: finds out whether it works there; asked only when every requirement of a problem holds.
+    """
+
+    backend: _GroupedMMBackend
+    health: Callable[[], Health] = Health
+
+
+@torch.compiler.assume_constant_result
+def get_backend(kind: KernelPreference) -> _GroupedMMBackend:
+    """The one instance of a backend.
+
+    Raises:
+        KeyError: this version has no such backend.
+    """
+    return _instance(kind)
+
+
+@functools.cache
+def _instance(kind: KernelPreference) -> _GroupedMMBackend:
+    return importlib.import_module(_MODULES[kind]).Backend()
+
+
+@functools.cache
+def candidates(device: torch.device) -> tuple[Candidate, ...]:
+    """Every backend of this version, on ``device``. Their health is found out once per process and device."""
+    return tuple(
+        Candidate(backend, functools.cache(functools.partial(backend.health, device)))
+        for backend in map(get_backend, _MODULES)
+    )

@@ -1,0 +1,186 @@
+"""What a backend is, and how it says what it can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from grouped_gemm.operand import Quantized
+from grouped_gemm.preference import KernelPreference
+from grouped_gemm.problem import Pass, Problem, dtype_name
+from grouped_gemm.recipes import Recipe
+
+ALL_PASSES = tuple(Pass)
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One thing that must hold, declared once and read by selection, error texts, docs/backends.md and test skips.
+
+    Attributes:
+        what: what is required, as a phrase that completes "<pass> requires ...".
+        holds: whether a problem meets it.
+        found: what the problem has instead, as a phrase.
+        fix: what the user can do, as a sentence.
+        passes: the passes that need it.
+    """
+
+    what: str
+    holds: Callable[[Problem], bool]
+    found: Callable[[Problem], str]
+    fix: str
+    passes: tuple[Pass, ...] = ALL_PASSES
+
+
+def requires_recipe(recipes: Iterable[Recipe], passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
+    """The recipe is one of ``recipes``."""
+    recipes = tuple(recipes)
+    return Requirement(
+        what="recipe " + " or ".join(r.value for r in recipes),
+        holds=lambda p: p.recipe in recipes,
+        found=lambda p: p.recipe.value,
+        fix="Use one of these recipes or another backend.",
+        passes=passes,
+    )
+
+
+def requires_arch(archs: Iterable[str], fix: str, passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
+    """The device has exactly one of these architectures: a newer one is another machine, not a better one."""
+    archs = tuple(archs)
+    return Requirement(
+        what=" or ".join(archs),
+        holds=lambda p: p.machine.arch in archs,
+        found=lambda p: p.machine.arch,
+        fix=fix,
+        passes=passes,
+    )
+
+
+def requires_dtype(dtypes: Iterable[torch.dtype], passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
+    """Operands are of one of ``dtypes``."""
+    dtypes = tuple(dtypes)
+    return Requirement(
+        what="operands in " + " or ".join(map(dtype_name, dtypes)),
+        holds=lambda p: p.dtype in dtypes,
+        found=lambda p: dtype_name(p.dtype),
+        fix="Cast the operands or use another backend.",
+        passes=passes,
+    )
+
+
+@dataclass(frozen=True)
+class Health:
+    """Whether a backend works on a device: what a tiny run showed, which no import can show.
+
+    Attributes:
+        problem: why it does not work; empty where it does.
+        fix: what the user can do about it, as a sentence.
+    """
+
+    problem: str = ""
+    fix: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the backend works."""
+        return not self.problem
+
+
+@dataclass(frozen=True)
+class OffsetPlan:
+    """What a backend derives from ``offs``, once per forward, for all passes.
+
+    Attributes:
+        offs: (E,) int32, as the caller gave it.
+        num_rows: M.
+        derived: tensors of the backend's own making, such as a row map. They are saved for backward with ``offs``.
+    """
+
+    offs: Tensor
+    num_rows: int
+    derived: tuple[Tensor, ...] = ()
+
+
+class _GroupedMMBackend(ABC):
+    """One way to run every pass of a grouped GEMM. A backend is stateless; one instance serves all threads and devices.
+
+    Methods are traced by torch.compile: what cannot be traced (a kernel launch, a look at the groups) goes
+    behind an op of ``torch.library`` with a fake. Nothing may look at tensor values outside such an op, and no
+    op returns its own argument.
+    """
+
+    kind: ClassVar[KernelPreference]
+    summary: ClassVar[str]  # one sentence for doctor and docs/backends.md
+    requirements: ClassVar[tuple[Requirement, ...]]
+    host_syncs: ClassVar[str] = ""  # when a call waits for the host, as a phrase; empty: never
+
+    def padded_to(self, problem: Problem) -> int:
+        """The multiple of rows that this backend pads every group to, where the caller has not; 1: it does not pad."""
+        return 1
+
+    def health(self, device: torch.device) -> Health:
+        """Runs something tiny on ``device``. Called once per process and device, after all requirements hold."""
+        return Health()
+
+    @abstractmethod
+    def plan(self, offs: Tensor, num_rows: int) -> OffsetPlan:
+        """The plan of groups that end at rows ``offs``, (E,) int32."""
+
+    @abstractmethod
+    def quantize_activations(
+        self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        """``a`` or dY in the layouts that this backend's kernels read, both from one read of ``x_MD``.
+
+        Args:
+            x_MD: (M, D), rows contiguous. Rows at and past ``offs[-1]`` may hold anything.
+            plan: from `plan` of this backend.
+            recipe: the recipe; where it is NONE the operand itself is the layout.
+            rows: whether the operand of forward and dgrad is wanted, contraction along D.
+            columns: whether the operand of wgrad is wanted, contraction along each group's rows.
+
+        Returns:
+            The two layouts; None for one that is not wanted.
+        """
+
+    @abstractmethod
+    def quantize_weights(
+        self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        """``b`` (E, K, N), K or N contiguous, in the layouts for forward (contraction along K) and dgrad (along N)."""
+
+    @abstractmethod
+    def adopt_weights(
+        self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        """A checkpoint's fp8 weights in the layouts for forward and dgrad, of the same values wherever the recipe lets them.
+
+        Args:
+            data_EKN: (E, K, N) fp8, K or N contiguous.
+            scale: dequantization factors: rowwise (E, 1, N), blockwise (E, ceil(K/128), ceil(N/128)), both fp32;
+                MXFP8 (E, ceil(K/32), N) in float8_e8m0fnu.
+            recipe: the recipe that data and scale follow.
+            forward: whether the operand of forward is wanted.
+            dgrad: whether the operand of dgrad is wanted.
+        """
+
+    @abstractmethod
+    def grouped_mm(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        """Forward, or dgrad on dY and the weights' dgrad layout: (M, N or K), zero at and past ``offs[-1]``."""
+
+    @abstractmethod
+    def wgrad(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
+    ) -> Tensor:
+        """dB (E, K, N), exactly zero where a group is empty; its fastest axis is ``contiguous``, "k" or "n"."""
+
+    @abstractmethod
+    def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        """The sum of each group's rows of dY, accumulated in fp32: (E, N)."""

@@ -1,0 +1,281 @@
+"""Emulated: dequantizes, multiplies and accumulates in fp32, group by group. Right everywhere, fast nowhere.
+
+Its layouts are those of `reference`: data as the operand lies, one scale per block. The groups' ends are read to
+the host once per forward and shared by all passes.
+
+M, E, K, N: rows, groups, in and out features. D: K or N.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouped_gemm import reference
+from grouped_gemm.backends.base import OffsetPlan, Requirement, _GroupedMMBackend, requires_dtype, requires_recipe
+from grouped_gemm.device import machine_of
+from grouped_gemm.operand import Quantized
+from grouped_gemm.ops import define_op
+from grouped_gemm.preference import KernelPreference
+from grouped_gemm.recipes import Recipe
+
+# How scales lie on an operand, whatever is summed over: the layout names.
+_ROWS = "reference rows"  # activations, scaled along D
+_COLUMNS = "reference columns"  # activations, scaled along the rows of each group
+_ALONG_K = "reference weights along K"
+_ALONG_N = "reference weights along N"
+_ops = torch.ops.grouped_gemm
+
+
+class Backend(_GroupedMMBackend):
+    """Plain torch, in fp32."""
+
+    kind = KernelPreference.EMULATED
+    summary = "Dequantizes and multiplies in fp32 with plain torch, group by group: right everywhere, fast nowhere."
+    requirements = (
+        requires_recipe(Recipe),
+        requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
+        Requirement(
+            what="leave to wait for the device",
+            holds=lambda p: p.host_sync or not p.machine.is_gpu,
+            found=lambda p: "CUDA graph capture or prefer(host_sync=False)",
+            fix="Call it elsewhere or use another backend.",
+        ),
+    )
+    host_syncs = "offs is read once per forward"
+
+    def plan(self, offs: Tensor, num_rows: int) -> OffsetPlan:
+        return OffsetPlan(offs, num_rows, (_ops.emulated_host_offs(offs),))
+
+    def quantize_activations(
+        self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        by_rows = by_columns = None
+        if rows:
+            pair = _ops.emulated_quantize_rows(x_MD, recipe.value) if recipe.is_scaled else (x_MD, None)
+            by_rows = Quantized(*pair, recipe, 1, _ROWS)
+        if columns:
+            (host_offs,) = plan.derived
+            pair = _ops.emulated_quantize_columns(x_MD, host_offs, recipe.value) if recipe.is_scaled else (x_MD, None)
+            by_columns = Quantized(*pair, recipe, 0, _COLUMNS)
+        return by_rows, by_columns
+
+    def quantize_weights(
+        self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        if not recipe.is_scaled:
+            return self.adopt_weights(b_EKN, None, recipe, forward=forward, dgrad=dgrad)
+        along_k = along_n = None
+        if forward:
+            along_k = Quantized(*_ops.emulated_quantize_weights(b_EKN, recipe.value, 1), recipe, 1, _ALONG_K)
+        if dgrad and along_k is not None and recipe.block == recipe.weight_lines:  # square blocks serve both
+            along_n = Quantized(along_k.data, along_k.scale, recipe, 2, _ALONG_N)
+        elif dgrad:
+            along_n = Quantized(*_ops.emulated_quantize_weights(b_EKN, recipe.value, 2), recipe, 2, _ALONG_N)
+        return along_k, along_n
+
+    def adopt_weights(
+        self, data_EKN: Tensor, scale: Tensor | None, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        return (
+            Quantized(data_EKN, scale, recipe, 1, _ALONG_K) if forward else None,
+            Quantized(data_EKN, scale, recipe, 2, _ALONG_K) if dgrad else None,
+        )
+
+    def grouped_mm(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        (host_offs,) = plan.derived
+        return _ops.emulated_grouped_mm(
+            lhs.data,
+            lhs.scale,
+            rhs.data,
+            rhs.scale,
+            bias_EN,
+            host_offs,
+            lhs.recipe.value,
+            rhs.axis,
+            1 if rhs.layout == _ALONG_K else 2,
+            out_dtype,
+        )
+
+    def wgrad(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
+    ) -> Tensor:
+        first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
+        (host_offs,) = plan.derived
+        product = _ops.emulated_wgrad(
+            first.data, first.scale, second.data, second.scale, host_offs, lhs.recipe.value, out_dtype
+        )
+        return product.transpose(1, 2) if contiguous == "k" else product
+
+    def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        (host_offs,) = plan.derived
+        return _ops.emulated_group_sums(dy_MN, host_offs, out_dtype)
+
+
+def _op(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines an op that computes in the dtypes it names, also under autocast, and that no CUDA graph may hold."""
+
+    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(implementation)
+        def in_named_dtypes(first: Tensor, *rest: Any) -> Any:
+            with torch.autocast(first.device.type, enabled=False):
+                return implementation(first, *rest)
+
+        return define_op(schema, fake=fake, tags=(torch.Tag.cudagraph_unsafe,))(in_named_dtypes)
+
+    return register
+
+
+def _part(scale: Tensor | None, index: int | slice) -> Tensor | None:
+    return None if scale is None else scale[index]
+
+
+@_op("emulated_host_offs(Tensor offs) -> Tensor", lambda offs: torch.empty_like(offs, device="cpu"))
+def _host_offs(offs: Tensor) -> Tensor:
+    return offs.to("cpu", copy=True)
+
+
+def _fake_quantize_rows(x_MD: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
+    return _fake_quantized(x_MD, reference.row_blocks(Recipe(recipe)), Recipe(recipe))
+
+
+@_op("emulated_quantize_rows(Tensor x, str recipe) -> (Tensor, Tensor)", _fake_quantize_rows)
+def _quantize_rows(x_MD: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
+    fp8_dtype = machine_of(x_MD.device).fp8_dtype
+    return reference.quantize(x_MD, reference.row_blocks(Recipe(recipe)), Recipe(recipe), fp8_dtype)
+
+
+def _fake_quantize_columns(x_MD: Tensor, host_offs: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
+    num_rows, features = x_MD.shape
+    scale_rows = reference.column_scale_rows(num_rows, host_offs.shape[0], Recipe(recipe))
+    return (
+        x_MD.new_empty(num_rows, features, dtype=machine_of(x_MD.device).fp8_dtype),
+        x_MD.new_empty(scale_rows, features, dtype=Recipe(recipe).scale_dtype),
+    )
+
+
+@_op(
+    "emulated_quantize_columns(Tensor x, Tensor host_offs, str recipe) -> (Tensor, Tensor)", _fake_quantize_columns
+)
+def _quantize_columns(x_MD: Tensor, host_offs: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
+    ends = reference.group_ends(host_offs, x_MD.shape[0])
+    return reference.quantize_columns(x_MD, ends, Recipe(recipe), machine_of(x_MD.device).fp8_dtype)
+
+
+def _fake_quantize_weights(b_EKN: Tensor, recipe: str, axis: int) -> tuple[Tensor, Tensor]:
+    return _fake_quantized(b_EKN, reference.weight_blocks(Recipe(recipe), axis), Recipe(recipe))
+
+
+@_op("emulated_quantize_weights(Tensor b, str recipe, int axis) -> (Tensor, Tensor)", _fake_quantize_weights)
+def _quantize_weights(b_EKN: Tensor, recipe: str, axis: int) -> tuple[Tensor, Tensor]:
+    fp8_dtype = machine_of(b_EKN.device).fp8_dtype
+    return reference.quantize(b_EKN, reference.weight_blocks(Recipe(recipe), axis), Recipe(recipe), fp8_dtype)
+
+
+def _fake_quantized(x: Tensor, blocks: reference.Blocks, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    scale_shape = [1 if side is None else -(-size // side) for size, side in zip(x.shape, blocks)]
+    return (
+        torch.empty_like(x, dtype=machine_of(x.device).fp8_dtype),
+        x.new_empty(scale_shape, dtype=recipe.scale_dtype),
+    )
+
+
+def _fake_grouped_mm(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs: Tensor,
+    rhs_scale: Tensor | None,
+    bias: Tensor | None,
+    host_offs: Tensor,
+    recipe: str,
+    axis: int,
+    scaled_along: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return lhs.new_empty(lhs.shape[0], rhs.shape[3 - axis], dtype=out_dtype)
+
+
+@_op(
+    "emulated_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor? bias, "
+    "Tensor host_offs, str recipe, int axis, int scaled_along, ScalarType out_dtype) -> Tensor",
+    _fake_grouped_mm,
+)
+def _grouped_mm(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs: Tensor,
+    rhs_scale: Tensor | None,
+    bias: Tensor | None,
+    host_offs: Tensor,
+    recipe: str,
+    axis: int,
+    scaled_along: int,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    lhs_blocks = reference.row_blocks(Recipe(recipe))
+    rhs_blocks = reference.weight_blocks(Recipe(recipe), scaled_along)[1:]
+    ends = reference.group_ends(host_offs, lhs.shape[0])
+    out = lhs.new_empty(lhs.shape[0], rhs.shape[3 - axis], dtype=out_dtype)
+    for e, rows in enumerate(reference.group_slices(ends)):
+        if rows.start == rows.stop:
+            continue
+        left = reference.dequantize(lhs[rows], _part(lhs_scale, rows), lhs_blocks)
+        right = reference.dequantize(rhs[e], _part(rhs_scale, e), rhs_blocks)
+        product = left @ (right if axis == 1 else right.t())
+        out[rows] = product if bias is None else product + bias[e].float()
+    out[ends[-1] :] = 0
+    return out
+
+
+def _fake_wgrad(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs: Tensor,
+    rhs_scale: Tensor | None,
+    host_offs: Tensor,
+    recipe: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return lhs.new_empty(host_offs.shape[0], lhs.shape[1], rhs.shape[1], dtype=out_dtype)
+
+
+@_op(
+    "emulated_wgrad(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, "
+    "Tensor host_offs, str recipe, ScalarType out_dtype) -> Tensor",
+    _fake_wgrad,
+)
+def _wgrad(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs: Tensor,
+    rhs_scale: Tensor | None,
+    host_offs: Tensor,
+    recipe: str,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    ends = reference.group_ends(host_offs, lhs.shape[0])
+    blocks = reference.column_blocks(Recipe(recipe))
+    scale_rows = reference.column_scale_slices(ends, Recipe(recipe))
+    out = lhs.new_zeros(len(ends), lhs.shape[1], rhs.shape[1], dtype=out_dtype)
+    for e, rows in enumerate(reference.group_slices(ends)):
+        if rows.start == rows.stop:
+            continue
+        left = reference.dequantize(lhs[rows], _part(lhs_scale, scale_rows[e]), blocks)
+        right = reference.dequantize(rhs[rows], _part(rhs_scale, scale_rows[e]), blocks)
+        out[e] = left.t() @ right
+    return out
+
+
+@_op(
+    "emulated_group_sums(Tensor x, Tensor host_offs, ScalarType out_dtype) -> Tensor",
+    lambda x, host_offs, out_dtype: x.new_empty(host_offs.shape[0], x.shape[1], dtype=out_dtype),
+)
+def _group_sums(x_MN: Tensor, host_offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+    ends = reference.group_ends(host_offs, x_MN.shape[0])
+    return reference.group_sums(x_MN, ends, torch.float32).to(out_dtype)

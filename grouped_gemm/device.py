@@ -1,0 +1,91 @@
+"""What the machine is: vendor, exact architecture, versions. The package's only probe of hardware.
+
+Everything that depends on the machine reads a `Machine`, a plain value, so that a test can stand on
+a machine that it does not have.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from packaging.version import Version
+
+# The distributions that may provide an import; which versions of it are installed decides what works.
+_DISTRIBUTIONS = {
+    "torch": ("torch",),
+    "triton": ("triton", "pytorch-triton", "pytorch-triton-rocm"),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device and the software around it.
+
+    Attributes:
+        vendor: "nvidia", "amd", "cpu", or torch's device type for anything else.
+        arch: the exact architecture, "sm_90" or "gfx942"; equal to ``vendor`` where there is none.
+        name: the device's own name, for people.
+        versions: (name, version) of torch, triton, cuda and rocm, as far as they are there.
+    """
+
+    vendor: str
+    arch: str
+    name: str
+    versions: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether the device is an NVIDIA or AMD GPU."""
+        return self.vendor in ("nvidia", "amd")
+
+    @property
+    def fp8_dtype(self) -> torch.dtype:
+        """The e4m3 type of this architecture: gfx942 has e4m3fnuz (largest value 240), the rest e4m3fn (448)."""
+        return torch.float8_e4m3fnuz if self.arch == "gfx942" else torch.float8_e4m3fn
+
+    def version(self, package: str) -> Version | None:
+        """The installed version of ``package``, or None."""
+        found = dict(self.versions).get(package)
+        return None if found is None else Version(found)
+
+
+def machine_of(device: torch.device | str) -> Machine:
+    """The machine as seen from ``device``; probed once per device and process."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return _probe(device.type, None)
+    return _probe("cuda", torch.cuda.current_device() if device.index is None else device.index)
+
+
+def default_device() -> torch.device:
+    """The device that the command line speaks of: the current GPU where torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@functools.cache
+def _probe(device_type: str, index: int | None) -> Machine:
+    if device_type != "cuda":
+        return Machine(device_type, device_type, device_type, _versions())
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        # "gfx942:sramecc+:xnack-" -> "gfx942"
+        return Machine("amd", properties.gcnArchName.split(":")[0], properties.name, _versions())
+    return Machine("nvidia", f"sm_{properties.major}{properties.minor}", properties.name, _versions())
+
+
+@functools.cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = [("cuda", torch.version.cuda), ("rocm", torch.version.hip)]
+    for package, distributions in _DISTRIBUTIONS.items():
+        found.append((package, next(filter(None, map(_distribution_version, distributions)), None)))
+    return tuple((package, version) for package, version in found if version is not None)
+
+
+def _distribution_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

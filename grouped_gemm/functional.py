@@ -1,0 +1,457 @@
+"""`grouped_mm`, its gradients, and the way a call takes to its backends.
+
+A call checks its arguments, decides (`select`), and asks the chosen backends to plan, quantize and multiply. Each
+backend's quantizer writes what its own kernel reads; nothing but tensors in the caller's dtype crosses between two.
+
+M, E, K, N: rows, groups, in and out features.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grouped_gemm import arguments, reference
+from grouped_gemm.backends import candidates, get_backend
+from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
+from grouped_gemm.device import machine_of
+from grouped_gemm.operand import Quantized, QuantizedWeights
+from grouped_gemm.preference import LOG, STRICT, VALIDATE, KernelPreference, resolve, surrounding
+from grouped_gemm.problem import Pass, Problem, RowClass, row_class
+from grouped_gemm.recipes import Recipe
+from grouped_gemm.report import Explanation
+from grouped_gemm.select import Decision, decide
+
+
+def grouped_mm(
+    a: Tensor,
+    b: Tensor | QuantizedWeights,
+    offs: Tensor,
+    *,
+    recipe: Recipe | str | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    group_alignment: int = 1,
+    kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+) -> Tensor:
+    """Multiplies each group of rows by its own matrix; differentiable in ``a``, ``b`` and ``bias``.
+
+    Rows ``offs[e-1]`` to ``offs[e]`` of ``a`` are multiplied by ``b[e]``, as `torch.nn.functional.grouped_mm` does;
+    rows at and past ``offs[-1]`` give zeros, whatever they hold. Where ``b`` has 2 dimensions, ``offs`` splits the
+    contraction instead: ``out[e] = a[:, group] @ b[group]``. The host never waits for the device unless `explain`
+    says so.
+
+    Args:
+        a: (M, K); bfloat16, float16 or float32. Columns (M, M') of a weight gradient where ``b`` has 2 dimensions.
+        b: (E, K, N) in the dtype of ``a``, usually (E, N, K) weights seen through ``transpose(1, 2)``, or such weights
+            from `quantize_weights`; or (M', N).
+        offs: (E,) int32, the end row of each group, on the operands' device. Groups may be empty; ``offs[-1] <= M``.
+            Values out of order or range give wrong rows, never a wrong address.
+        recipe: how operands are quantized on the fly, a `Recipe` or its name. None: not at all, or as ``b`` is.
+        bias: (E, N), added to each row of its group.
+        out_dtype: bfloat16, float16 or float32; None: the dtype of ``a``.
+        group_alignment: a promise that every group's size is a multiple of it, which saves backends that pad the work.
+        kernel_preference: a backend or its name. AUTO defers to `prefer`, then GROUPED_GEMM_BACKEND, then picks.
+
+    Returns:
+        (M, N), or (E, M, N) where ``b`` has 2 dimensions.
+
+    Raises:
+        TypeError: an argument that should be a tensor or a number is not.
+        ValueError: shapes, dtypes or devices do not fit each other; the message names argument, expected and found.
+        NoBackendError: no backend, or not the one that was asked for, runs the call with all its gradients.
+    """
+    call = _prepare(a, b, offs, recipe, bias, out_dtype, group_alignment, kernel_preference, running=True)
+    if call.decision.problem.passes[0] is Pass.WGRAD:
+        return _Contraction.apply(call.a, call.b, call.offs, call.decision)
+    if len(call.decision.problem.passes) > 1 or (call.bias is not None and _needs_grad(call.bias)):
+        return _GroupedMM.apply(call.a, call.b, call.bias, call.offs, call.decision)
+    return _forward(call.a, call.b, call.bias, call.offs, call.decision)[0]
+
+
+def explain(
+    a: Tensor,
+    b: Tensor | QuantizedWeights,
+    offs: Tensor,
+    *,
+    recipe: Recipe | str | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    group_alignment: int = 1,
+    kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+) -> Explanation:
+    """What `grouped_mm` would do with the same arguments, and why; it runs nothing. The passes follow ``requires_grad``.
+
+    Returns:
+        An `Explanation`: print it, or take its ``to_dict()``. It says so where no backend runs the call.
+
+    Raises:
+        TypeError, ValueError: as `grouped_mm`.
+    """
+    call = _prepare(a, b, offs, recipe, bias, out_dtype, group_alignment, kernel_preference, running=False)
+    return Explanation(call.decision, call.a.shape[0])
+
+
+def quantize_weights(
+    b: Tensor,
+    recipe: Recipe | str,
+    *,
+    scale: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    dgrad: bool = False,
+    kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+) -> QuantizedWeights:
+    """Quantizes weights once, for many calls of `grouped_mm`, or takes over a checkpoint's.
+
+    No gradient flows to weights that were quantized beforehand.
+
+    Args:
+        b: (E, K, N), usually (E, N, K) weights seen through ``transpose(1, 2)``: bfloat16, float16 or float32, or a
+            checkpoint's float8_e4m3fn with ``scale``.
+        recipe: a `Recipe` that scales, or its name.
+        scale: a checkpoint's dequantization factors (``value = data * scale``), its axes in the order of those of ``b``.
+            Rowwise (E, 1, N), blockwise (E, ceil(K/128), ceil(N/128)), MXFP8 (E, ceil(K/32), N) as float8_e8m0fnu.
+        dtype: for a checkpoint's weights, the dtype of the activations that will meet them.
+        dgrad: whether gradients will flow to the activations, which takes a second layout on most backends.
+        kernel_preference: the backend whose layouts are written, as in `grouped_mm`. Only that backend reads them.
+
+    Returns:
+        What `grouped_mm` takes as ``b``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and found.
+        NoBackendError: no backend, or not the one that was asked for, runs the recipe.
+    """
+    recipe = Recipe.parse(recipe)
+    if not recipe.is_scaled:
+        arguments.fail("recipe", "one that scales", recipe.value)
+    arguments.check_weights(b, scale, recipe, dtype)
+    b, b_contiguous = _dense_weights(b)
+    dtype = b.dtype if scale is None else dtype
+    decision = _decide(
+        device=b.device,
+        shape=tuple(b.shape),
+        rows=RowClass.LARGE,
+        recipe=recipe,
+        dtype=dtype,
+        out_dtype=dtype,
+        passes=(Pass.FORWARD, Pass.DGRAD) if dgrad else (Pass.FORWARD,),
+        b_contiguous=b_contiguous,
+        preference=KernelPreference.parse(kernel_preference),
+        context=surrounding.kernel_preference,
+    )
+    owners = decision.backend(Pass.FORWARD), decision.backend(Pass.DGRAD)
+    if scale is None:
+        forward, backward = _weights_for(b, recipe, *owners)
+    else:
+        data, scale = reference.convert_fp8(b, scale, machine_of(b.device).fp8_dtype)
+        forward, backward = _layouts(
+            *owners,
+            lambda backend, one, other: backend.adopt_weights(data, scale, recipe, forward=one, dgrad=other),
+        )
+    assert forward is not None
+    return QuantizedWeights(b.shape, dtype, forward, backward, *owners)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A checked call: operands as the passes take them, and who runs them."""
+
+    a: Tensor  # (M, K), rows contiguous
+    b: Tensor | QuantizedWeights  # (E, K, N), K or N contiguous; (M, N), rows contiguous, where it is a contraction
+    bias: Tensor | None
+    offs: Tensor
+    decision: Decision
+
+
+def _prepare(
+    a: Tensor,
+    b: Tensor | QuantizedWeights,
+    offs: Tensor,
+    recipe: Recipe | str | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    group_alignment: int,
+    kernel_preference: KernelPreference | str,
+    *,
+    running: bool,
+) -> _Call:
+    preference = KernelPreference.parse(kernel_preference)
+    arguments.check_options(out_dtype, group_alignment)
+    arguments.check_tensor("a", a, (2,), arguments.DTYPES)
+    if torch.is_autocast_enabled(a.device.type):
+        dtype = torch.get_autocast_dtype(a.device.type)
+        a, b, bias = (x.to(dtype) if isinstance(x, Tensor) else x for x in (a, b, bias))
+    is_contraction = isinstance(b, Tensor) and b.dim() == 2
+    weights = None
+    if is_contraction:
+        arguments.check_contraction(a, b, offs, bias)
+        a, b = _dense_rows(a.t()), _dense_rows(b)  # columns of a become rows: what is summed over comes first
+        shape, b_contiguous = (offs.shape[0], a.shape[1], b.shape[1]), "n"
+        needs_grad = ((Pass.WGRAD, True), (Pass.DGRAD, _needs_grad(a)), (Pass.FORWARD, _needs_grad(b)))
+    else:
+        arguments.check_operands(a, b, offs, bias)
+        a = _dense_rows(a)
+        shape = tuple(b.shape)
+        if isinstance(b, QuantizedWeights):
+            b_contiguous, b_needs_grad = "k", False
+            weights = b.forward_backend, b.dgrad_backend
+            recipe = b.recipe if recipe is None else recipe
+        else:
+            b, b_contiguous = _dense_weights(b)
+            b_needs_grad = _needs_grad(b)
+        needs_grad = ((Pass.FORWARD, True), (Pass.DGRAD, _needs_grad(a)), (Pass.WGRAD, b_needs_grad))
+    recipe = Recipe.NONE if recipe is None else Recipe.parse(recipe)
+    if isinstance(b, QuantizedWeights) and recipe is not b.recipe:
+        arguments.fail("recipe", f"{b.recipe.value}, as the weights were quantized", recipe.value)
+    if VALIDATE.is_on():
+        offs = torch.ops.grouped_gemm.checked_offs(offs, a.shape[0], group_alignment)
+    decision = _decide(
+        device=a.device,
+        shape=shape,
+        rows=row_class(a.shape[0], shape[0]),
+        recipe=recipe,
+        dtype=a.dtype,
+        out_dtype=a.dtype if out_dtype is None else out_dtype,
+        passes=tuple(pass_ for pass_, needed in needs_grad if needed),
+        b_contiguous=b_contiguous,
+        has_bias=bias is not None,
+        group_alignment=group_alignment,
+        is_aligned=_is_aligned(a) and (weights is not None or _is_aligned(b)),
+        host_sync=surrounding.host_sync and not _is_capturing(a),
+        weights=weights,
+        preference=preference,
+        context=surrounding.kernel_preference,
+        running=running,
+    )
+    return _Call(a, b, bias, offs.contiguous(), decision)
+
+
+def _needs_grad(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """``x`` with contiguous rows: itself, unless it is a transpose or an expanded gradient."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _dense_weights(b_EKN: Tensor) -> tuple[Tensor, str]:
+    """``b`` with K or N contiguous, and which: itself, unless it is a slice across both."""
+    if b_EKN.stride(2) == 1:
+        return b_EKN, "n"
+    return (b_EKN, "k") if b_EKN.stride(1) == 1 else (b_EKN.contiguous(), "n")
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether offset and strides are multiples of 16 bytes, but for the one axis that is contiguous."""
+    lines = [stride for stride in x.stride() if stride != 1]
+    return all(amount * x.element_size() % 16 == 0 for amount in (x.storage_offset(), *lines))
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
+
+
+@torch.compiler.assume_constant_result
+def _decide(
+    device: torch.device,
+    preference: KernelPreference,
+    context: KernelPreference | None,
+    running: bool = True,
+    **facts: Any,
+) -> Decision:
+    """The decision for the facts of a call. Dynamo evaluates it while tracing: a graph holds the result.
+
+    Raises:
+        NoBackendError: where ``running``, and a pass has no backend.
+    """
+    preference, asked_by = resolve(preference, context)
+    decision = _decide_once(device, preference, asked_by, STRICT.is_on(), **facts)
+    if running:
+        decision.check()
+        if decision.falls_back:
+            _warn_once(f"{decision.problem.recipe.value} runs on Emulated, which is slow", decision)
+    return decision
+
+
+@functools.lru_cache(maxsize=4096)
+def _decide_once(
+    device: torch.device,
+    preference: KernelPreference,
+    asked_by: str,
+    strict: bool,
+    shape: tuple[int, int, int],
+    **facts: Any,
+) -> Decision:
+    num_groups, k, n = shape
+    problem = Problem(machine_of(device), num_groups, k, n, **facts)
+    decision = decide(problem, preference, candidates(device), asked_by=asked_by, strict=strict)
+    if LOG.is_on():
+        print(Explanation(decision), file=sys.stderr)
+    return decision
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(what: str, decision: Decision) -> None:
+    """Warns that AUTO fell back, once for each set of reasons."""
+    lines = [f"  {line}" for line in decision.refusal_lines()]
+    text = "\n".join([f"grouped_gemm: {what}. No other backend runs it:", *lines, f"{STRICT.name}=1 makes this an error."])
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=2)
+
+
+_Layouts = tuple[Quantized | None, Quantized | None]
+_Plans = dict[KernelPreference, OffsetPlan]
+
+
+def _layouts(
+    first: KernelPreference | None,
+    second: KernelPreference | None,
+    quantize: Callable[[_GroupedMMBackend, bool, bool], _Layouts],
+) -> _Layouts:
+    """Two layouts of one operand, each by the backend that reads it: from one read where that is the same one.
+
+    Args:
+        first: whose kernel reads the first layout; None: nobody does.
+        second: likewise.
+        quantize: writes the layouts that are asked for with a backend.
+    """
+    if first is second:
+        return (None, None) if first is None else quantize(get_backend(first), True, True)
+    return (
+        None if first is None else quantize(get_backend(first), True, False)[0],
+        None if second is None else quantize(get_backend(second), False, True)[1],
+    )
+
+
+def _activations_for(
+    x_MD: Tensor, recipe: Recipe, plans: _Plans, rows: KernelPreference | None, columns: KernelPreference | None
+) -> _Layouts:
+    return _layouts(
+        rows, columns, lambda b, one, two: b.quantize_activations(x_MD, plans[b.kind], recipe, rows=one, columns=two)
+    )
+
+
+def _weights_for(
+    b_EKN: Tensor, recipe: Recipe, forward: KernelPreference | None, dgrad: KernelPreference | None
+) -> _Layouts:
+    return _layouts(forward, dgrad, lambda b, one, two: b.quantize_weights(b_EKN, recipe, forward=one, dgrad=two))
+
+
+def _plan(decision: Decision, offs: Tensor, num_rows: int) -> _Plans:
+    """The plan of each backend that runs a pass."""
+    return {kind: get_backend(kind).plan(offs, num_rows) for kind in decision.backends}
+
+
+def _save(ctx: Any, decision: Decision, plans: _Plans, *operands: Quantized | None) -> None:
+    """Keeps plans and operands for backward: tensors where autograd and checkpointing can see them."""
+    tensors: list[Tensor | None] = []
+    for operand in operands:
+        tensors += (None, None) if operand is None else (operand.data, operand.scale)
+    for kind in decision.backends:
+        tensors += (plans[kind].offs, *plans[kind].derived)
+    ctx.save_for_backward(*tensors)
+    ctx.decision = decision
+    ctx.forms = tuple(None if operand is None else operand.form for operand in operands)
+    ctx.plan_sizes = tuple(1 + len(plans[kind].derived) for kind in decision.backends)
+
+
+def _load(ctx: Any, num_rows: int) -> tuple[Decision, _Plans, list[Quantized | None]]:
+    """What `_save` kept."""
+    tensors = list(ctx.saved_tensors)
+    operands = []
+    for form in ctx.forms:
+        data, scale = tensors.pop(0), tensors.pop(0)
+        operands.append(None if form is None else Quantized(data, scale, *form))
+    plans = {}
+    for kind, size in zip(ctx.decision.backends, ctx.plan_sizes):
+        plans[kind] = OffsetPlan(tensors[0], num_rows, tuple(tensors[1:size]))
+        tensors = tensors[size:]
+    return ctx.decision, plans, operands
+
+
+def _forward(
+    a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, decision: Decision
+) -> tuple[Tensor, _Plans, Quantized | None, Quantized | None]:
+    """The output, and what backward needs: plans, ``a`` for wgrad, ``b`` for dgrad."""
+    problem, forward, dgrad = decision.problem, decision.backend(Pass.FORWARD), decision.backend(Pass.DGRAD)
+    plans = _plan(decision, offs, a.shape[0])
+    a_rows, a_columns = _activations_for(a, problem.recipe, plans, forward, decision.backend(Pass.WGRAD))
+    if isinstance(b, QuantizedWeights):
+        b_forward, b_dgrad = b.forward, b.dgrad
+    else:
+        b_forward, b_dgrad = _weights_for(b, problem.recipe, forward, dgrad)
+    y = get_backend(forward).grouped_mm(a_rows, b_forward, plans[forward], problem.out_dtype, bias)
+    return y, plans, a_columns, b_dgrad
+
+
+class _GroupedMM(torch.autograd.Function):
+    """Y = A B per group of rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, decision: Decision
+    ) -> Tensor:
+        y, plans, a_columns, b_dgrad = _forward(a, b, bias, offs, decision)
+        _save(ctx, decision, plans, a_columns, b_dgrad)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        decision, plans, (a_columns, b_dgrad) = _load(ctx, dy.shape[0])
+        problem, dgrad, wgrad = decision.problem, decision.backend(Pass.DGRAD), decision.backend(Pass.WGRAD)
+        dy = _dense_rows(dy.to(problem.dtype))
+        dy_rows, dy_columns = _activations_for(dy, problem.recipe, plans, dgrad, wgrad)
+        da = db = dbias = None
+        if dgrad is not None:
+            da = get_backend(dgrad).grouped_mm(dy_rows, b_dgrad, plans[dgrad], problem.dtype)
+        if wgrad is not None:
+            db = get_backend(wgrad).wgrad(
+                a_columns, dy_columns, plans[wgrad], problem.dtype, contiguous=problem.b_contiguous
+            )
+        if ctx.needs_input_grad[2]:
+            forward = decision.backend(Pass.FORWARD)
+            dbias = get_backend(forward).bias_grad(dy, plans[forward], ctx.bias_dtype)
+        return da, db, dbias, None, None
+
+
+class _Contraction(torch.autograd.Function):
+    """C = X^T G per group of rows: wgrad as a call of its own. Its gradients are dgrad and forward with dC as weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, g_MN: Tensor, offs: Tensor, decision: Decision) -> Tensor:
+        problem, wgrad = decision.problem, decision.backend(Pass.WGRAD)
+        plans = _plan(decision, offs, x_MK.shape[0])
+        x_rows, x_columns = _activations_for(x_MK, problem.recipe, plans, decision.backend(Pass.FORWARD), wgrad)
+        g_rows, g_columns = _activations_for(g_MN, problem.recipe, plans, decision.backend(Pass.DGRAD), wgrad)
+        _save(ctx, decision, plans, x_rows, g_rows)
+        ctx.num_rows = x_MK.shape[0]
+        return get_backend(wgrad).wgrad(x_columns, g_columns, plans[wgrad], problem.out_dtype, contiguous="n")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, ...]:
+        decision, plans, (x_rows, g_rows) = _load(ctx, ctx.num_rows)
+        problem, forward, dgrad = decision.problem, decision.backend(Pass.FORWARD), decision.backend(Pass.DGRAD)
+        dc, _ = _dense_weights(dc_EKN.to(problem.dtype))
+        dc_forward, dc_dgrad = _weights_for(dc, problem.recipe, forward, dgrad)
+        dx = dg = None
+        if dgrad is not None:
+            dx = get_backend(dgrad).grouped_mm(g_rows, dc_dgrad, plans[dgrad], problem.dtype)
+        if forward is not None:
+            dg = get_backend(forward).grouped_mm(x_rows, dc_forward, plans[forward], problem.dtype)
+        return dx, dg, None, None

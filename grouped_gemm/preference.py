@@ -1,0 +1,144 @@
+"""Which backend the user asks for, and every switch that is read from the environment.
+
+Precedence: the argument ``kernel_preference``, then the innermost `prefer`, then the environment
+variable GROUPED_GEMM_BACKEND, then AUTO. An argument of AUTO, the default, defers to the next.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+
+class KernelPreference(Enum):
+    """A backend, or AUTO: the fastest one that can run the call."""
+
+    AUTO = "auto"
+    EMULATED = "emulated"
+    TORCH = "torch"
+    TRITON = "triton"
+    DEEPGEMM = "deepgemm"
+    HIPBLASLT = "hipblaslt"
+
+    @classmethod
+    def parse(cls, value: KernelPreference | str, argument: str = "kernel_preference") -> KernelPreference:
+        """The preference named by ``value``: a `KernelPreference`, or its name in either case.
+
+        Raises:
+            ValueError: nothing has this name; the message says that it was found in ``argument``.
+        """
+        if isinstance(value, KernelPreference):
+            return value
+        if isinstance(value, str) and value.lower() in _BY_NAME:
+            return _BY_NAME[value.lower()]
+        raise ValueError(f"{argument}: expected a KernelPreference or one of {', '.join(_BY_NAME)}; found {value!r}")
+
+
+_BY_NAME = {preference.value: preference for preference in KernelPreference}
+
+
+@dataclass(frozen=True)
+class Switch:
+    """An environment variable. Read at every call, except inside `torch.compile`, where it is read while tracing."""
+
+    name: str
+    values: tuple[str, ...]
+    default: str
+    meaning: str
+
+    def read(self) -> str:
+        """Its value in lower case.
+
+        Raises:
+            ValueError: it is set to something that it does not know.
+        """
+        value = os.environ.get(self.name)
+        if not value:
+            return self.default
+        if value.lower() not in self.values:
+            raise ValueError(f"{self.name}: expected one of {', '.join(self.values)}; found {value!r}")
+        return value.lower()
+
+    def is_on(self) -> bool:
+        """Whether a switch of 0 and 1 is 1."""
+        return self.read() == "1"
+
+
+BACKEND = Switch(
+    "GROUPED_GEMM_BACKEND",
+    tuple(_BY_NAME),
+    "auto",
+    "The backend of every call that names none, in its argument or in a surrounding prefer(...).",
+)
+STRICT = Switch(
+    "GROUPED_GEMM_STRICT",
+    ("0", "1"),
+    "0",
+    "1: on a GPU, AUTO raises where it would fall back to the Emulated backend with a warning.",
+)
+LOG = Switch("GROUPED_GEMM_LOG", ("0", "1"), "0", "1: each distinct decision is printed once to standard error.")
+VALIDATE = Switch(
+    "GROUPED_GEMM_VALIDATE",
+    ("0", "1"),
+    "0",
+    "1: offs and the promise of group_alignment are checked at every call, which waits for the device.",
+)
+SWITCHES = (BACKEND, STRICT, LOG, VALIDATE)
+
+
+class _Surrounding(threading.local):
+    """What the `prefer` blocks around this thread ask for; None: nothing.
+
+    A threading.local and no ContextVar, because Dynamo traces and guards the former only: a compiled
+    function follows `prefer`. The attributes are set in __init__, since Dynamo does not guard class attributes.
+    """
+
+    def __init__(self) -> None:
+        self.kernel_preference: KernelPreference | None = None
+        self.host_sync = True
+
+
+surrounding = _Surrounding()
+
+
+@contextmanager
+def prefer(
+    kernel_preference: KernelPreference | str | None = None, *, host_sync: bool | None = None
+) -> Iterator[None]:
+    """Sets the preference of the calls inside the block, in this thread. Blocks nest; the innermost wins.
+
+    Args:
+        kernel_preference: a backend or its name. ``"auto"`` asks for AUTO even where the environment names a backend.
+        host_sync: False refuses every backend whose passes would wait for the device.
+            What is not given stays as the surrounding block has it.
+
+    Raises:
+        ValueError: no backend has this name.
+    """
+    before = surrounding.kernel_preference, surrounding.host_sync
+    if kernel_preference is not None:
+        surrounding.kernel_preference = KernelPreference.parse(kernel_preference)
+    if host_sync is not None:
+        surrounding.host_sync = host_sync
+    try:
+        yield
+    finally:
+        surrounding.kernel_preference, surrounding.host_sync = before
+
+
+def resolve(argument: KernelPreference, context: KernelPreference | None) -> tuple[KernelPreference, str]:
+    """The preference that holds, and who asked for it: "argument", "context", "environment" or "default".
+
+    Raises:
+        ValueError: GROUPED_GEMM_BACKEND has an unknown value.
+    """
+    if argument is not KernelPreference.AUTO:
+        return argument, "argument"
+    if context is not None:
+        return context, "context"
+    from_environment = KernelPreference.parse(BACKEND.read(), BACKEND.name)
+    return from_environment, "default" if from_environment is KernelPreference.AUTO else "environment"

@@ -1,0 +1,199 @@
+"""The truth: quantization and grouped products in plain torch. Every kernel and every test compares with this.
+
+Formulas, for every recipe that scales (docs/numerics.md has the reasons):
+
+    scale = max(amax, limit * 2^-126) / limit       amax over a block, limit: largest finite value of the fp8 type
+    scale = 2^ceil(log2(scale))                     where the recipe wants powers of two
+    data  = fp8(clamp(x * (1 / scale), -limit, limit))
+    value = data * scale
+
+all in fp32, rounded to nearest even. A NaN or Inf in a block makes its scale NaN or Inf, and every value of
+the block NaN: it never becomes a finite number. Blocks at the end of an axis or a group may be short.
+
+M, E, K, N: rows, groups, in and out features. D: K or N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grouped_gemm.recipes import Recipe
+
+Blocks = tuple[int | None, ...]  # a block's side along each axis; None: the whole axis
+
+
+def row_blocks(recipe: Recipe) -> Blocks:
+    """Blocks of activations (M, D) whose columns are the contraction."""
+    return (1, recipe.block)
+
+
+def column_blocks(recipe: Recipe) -> Blocks:
+    """Blocks of the rows of one group (M_e, D), which are the contraction."""
+    return (recipe.block, 1)
+
+
+def weight_blocks(recipe: Recipe, axis: int) -> Blocks:
+    """Blocks of weights (E, K, N) whose ``axis``, 1 or 2, is the contraction."""
+    sides = (recipe.block, recipe.weight_lines)
+    return (1, *sides) if axis == 1 else (1, *sides[::-1])
+
+
+def scales(amax: Tensor, recipe: Recipe, fp8_dtype: torch.dtype) -> Tensor:
+    """The fp32 scales of blocks whose largest magnitudes are ``amax``. Powers of two are still fp32 here."""
+    limit = torch.finfo(fp8_dtype).max
+    scale = amax.float().clamp(min=limit * 2.0**-126) / limit
+    if not recipe.power_of_two_scales:
+        return scale
+    # A positive fp32 goes up to the next power of two when its mantissa, if there is one, carries into the exponent.
+    bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    return torch.where(scale.isfinite(), bits.view(torch.float32), scale)
+
+
+def to_e8m0(scale: Tensor) -> Tensor:
+    """fp32 powers of two, at least 2^-126, as float8_e8m0fnu: the exponent alone. NaN and Inf become NaN."""
+    return (scale.view(torch.int32) >> 23).to(torch.uint8).view(torch.float8_e8m0fnu)
+
+
+def to_fp8(x: Tensor, scale: Tensor, fp8_dtype: torch.dtype) -> Tensor:
+    """``x / scale``, saturated. Clamped first, since torch's cast to e4m3fnuz makes NaN of what is too large."""
+    limit = torch.finfo(fp8_dtype).max
+    return (x.float() * scale.reciprocal()).clamp(-limit, limit).to(fp8_dtype)
+
+
+def quantize(x: Tensor, blocks: Blocks, recipe: Recipe, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Quantizes a tensor in blocks.
+
+    Args:
+        x: floating point, any shape without empty axes but the first.
+        blocks: the sides of a block.
+        recipe: a recipe that scales.
+        fp8_dtype: type of the data.
+
+    Returns:
+        Data in the shape of ``x``, its axes in the same order in memory, and scales with ceil(size / side) along each axis, in the recipe's dtype.
+    """
+    sides = [size if side is None else side for size, side in zip(x.shape, blocks)]
+    counts = [-(-size // side) if side else 1 for size, side in zip(x.shape, sides)]
+    padding = [side * count - size for size, side, count in zip(x.shape, sides, counts)]
+    magnitudes = x.abs()
+    if any(padding):
+        magnitudes = F.pad(magnitudes, [p for amount in reversed(padding) for p in (0, amount)])
+    in_blocks = magnitudes.reshape([n for pair in zip(counts, sides) for n in pair])
+    scale = scales(in_blocks.amax(tuple(range(1, in_blocks.dim(), 2))), recipe, fp8_dtype)
+    data = torch.empty_like(x, dtype=fp8_dtype).copy_(to_fp8(x, spread(scale, blocks, x.shape), fp8_dtype))
+    return data, to_e8m0(scale) if recipe is Recipe.MXFP8 else scale
+
+
+def spread(scale: Tensor, blocks: Blocks, shape: Sequence[int]) -> Tensor:
+    """Scales of blocks as fp32 factors that broadcast against a tensor of ``shape``."""
+    scale = scale.float()
+    for axis, side in enumerate(blocks):
+        if side is not None and side > 1:
+            scale = scale.repeat_interleave(side, axis).narrow(axis, 0, shape[axis])
+    return scale
+
+
+def dequantize(data: Tensor, scale: Tensor | None, blocks: Blocks) -> Tensor:
+    """The fp32 values of ``data``; of an operand without scales, its values in fp32."""
+    values = data.float()
+    return values if scale is None else values * spread(scale, blocks, data.shape)
+
+
+def convert_fp8(data: Tensor, scale: Tensor, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp8 data and scales of the same values in another e4m3 type.
+
+    Halves of e4m3fn values are e4m3fnuz values, so e4m3fn to e4m3fnuz is exact with doubled scales.
+
+    Raises:
+        ValueError: the other direction, which is not exact.
+    """
+    if data.dtype == fp8_dtype:
+        return data, scale
+    if fp8_dtype != torch.float8_e4m3fnuz:
+        raise ValueError(f"b.dtype: expected {fp8_dtype}, the fp8 type of this device; found {data.dtype}")
+    doubled = scale.float() * 2
+    doubled = to_e8m0(doubled) if scale.dtype == torch.float8_e8m0fnu else doubled
+    return torch.empty_like(data, dtype=fp8_dtype).copy_(data.float() * 0.5), doubled
+
+
+def group_ends(offs: Tensor, num_rows: int) -> list[int]:
+    """The end row of each group, on the host; what is out of order or outside [0, num_rows] is moved inside."""
+    ends, end = [], 0
+    for value in offs.tolist():
+        end = max(end, min(value, num_rows))
+        ends.append(end)
+    return ends
+
+
+def group_slices(ends: Sequence[int]) -> list[slice]:
+    """The rows of each group."""
+    return [slice(start, end) for start, end in zip((0, *ends[:-1]), ends)]
+
+
+def column_scale_rows(num_rows: int, num_groups: int, recipe: Recipe) -> int:
+    """How many rows of scales `quantize_columns` returns: an upper bound that needs no look at the groups."""
+    return num_groups if recipe.block is None else num_rows // recipe.block + num_groups
+
+
+def column_scale_slices(ends: Sequence[int], recipe: Recipe) -> list[slice]:
+    """The rows of scales of each group: blocks of one group after those of the one before."""
+    if recipe.block is None:
+        return [slice(e, e + 1) for e in range(len(ends))]
+    slices, first = [], 0
+    for rows in group_slices(ends):
+        count = -(-(rows.stop - rows.start) // recipe.block)
+        slices.append(slice(first, first + count))
+        first += count
+    return slices
+
+
+def quantize_columns(
+    x_MD: Tensor, ends: Sequence[int], recipe: Recipe, fp8_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Quantizes an operand of wgrad: along each group's own rows, the last block of a group being short.
+
+    Args:
+        x_MD: (M, D) activations or output gradients.
+        ends: end row of each group.
+        recipe: a recipe that scales.
+        fp8_dtype: type of the data.
+
+    Returns:
+        Data (M, D), zero past the last group, and scales (`column_scale_rows`, D), 1 where no block is.
+    """
+    num_rows, features = x_MD.shape
+    data = torch.zeros(num_rows, features, dtype=fp8_dtype, device=x_MD.device)
+    scale_rows = column_scale_rows(num_rows, len(ends), recipe)
+    scale = torch.ones(scale_rows, features, dtype=recipe.scale_dtype, device=x_MD.device)
+    for rows, blocks in zip(group_slices(ends), column_scale_slices(ends, recipe)):
+        if rows.start < rows.stop:
+            data[rows], scale[blocks] = quantize(x_MD[rows], column_blocks(recipe), recipe, fp8_dtype)
+    return data, scale
+
+
+def grouped_mm(
+    a_MK: Tensor, b_EKN: Tensor, ends: Sequence[int], bias_EN: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Each group of rows times its own matrix, in ``dtype``: (M, N), zero past the last group."""
+    out_MN = torch.zeros(a_MK.shape[0], b_EKN.shape[2], dtype=dtype, device=a_MK.device)
+    for e, rows in enumerate(group_slices(ends)):
+        if rows.start < rows.stop:
+            out_MN[rows] = a_MK[rows].to(dtype) @ b_EKN[e].to(dtype)
+            if bias_EN is not None:
+                out_MN[rows] += bias_EN[e].to(dtype)
+    return out_MN
+
+
+def wgrad(a_MK: Tensor, dy_MN: Tensor, ends: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """Per group, the transpose of its rows of ``a`` times its rows of ``dy``, in ``dtype``: (E, K, N)."""
+    products = [a_MK[rows].to(dtype).t() @ dy_MN[rows].to(dtype) for rows in group_slices(ends)]
+    return torch.stack(products)
+
+
+def group_sums(x_MN: Tensor, ends: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
+    """The sum of each group's rows, in ``dtype``, (E, N): the gradient of a bias."""
+    return torch.stack([x_MN[rows].sum(0, dtype=dtype) for rows in group_slices(ends)])
