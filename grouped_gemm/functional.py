@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,12 +69,13 @@ def grouped_mm(
         ValueError: shapes, dtypes or devices do not fit each other; the message names argument, expected and found.
         NoBackendError: no backend, or not the one that was asked for, runs the call with all its gradients.
     """
-    call = _prepare(a, b, offs, recipe, bias, out_dtype, group_alignment, kernel_preference, running=True)
-    if call.decision.problem.passes[0] is Pass.WGRAD:
-        return _Contraction.apply(call.a, call.b, call.offs, call.decision)
-    if len(call.decision.problem.passes) > 1 or (call.bias is not None and _needs_grad(call.bias)):
-        return _GroupedMM.apply(call.a, call.b, call.bias, call.offs, call.decision)
-    return _forward(call.a, call.b, call.bias, call.offs, call.decision)[0]
+    call = _prepare(a, b, offs, recipe, bias, out_dtype, group_alignment, kernel_preference)
+    route = _route(call.facts)
+    if isinstance(b, Tensor) and b.dim() == 2:
+        return _Contraction.apply(call.a, call.b, call.offs, route)
+    if route.dgrad is None and route.wgrad is None and (bias is None or not _needs_grad(bias)):
+        return _forward(call.a, call.b, call.bias, call.offs, route)[0]
+    return _GroupedMM.apply(call.a, call.b, call.bias, call.offs, route)
 
 
 def explain(
@@ -96,8 +97,8 @@ def explain(
     Raises:
         TypeError, ValueError: as `grouped_mm`.
     """
-    call = _prepare(a, b, offs, recipe, bias, out_dtype, group_alignment, kernel_preference, running=False)
-    return Explanation(call.decision, call.a.shape[0])
+    call = _prepare(a, b, offs, recipe, bias, out_dtype, group_alignment, kernel_preference)
+    return Explanation(_decision(**call.facts), call.a.shape[0])
 
 
 def quantize_weights(
@@ -136,19 +137,20 @@ def quantize_weights(
     arguments.check_weights(b, scale, recipe, dtype)
     b, b_contiguous = _dense_weights(b)
     dtype = b.dtype if scale is None else dtype
-    decision = _decide(
-        device=b.device,
-        shape=tuple(b.shape),
-        rows=RowClass.LARGE,
-        recipe=recipe,
-        dtype=dtype,
-        out_dtype=dtype,
-        passes=(Pass.FORWARD, Pass.DGRAD) if dgrad else (Pass.FORWARD,),
-        b_contiguous=b_contiguous,
-        preference=KernelPreference.parse(kernel_preference),
-        context=surrounding.kernel_preference,
-    )
-    owners = decision.backend(Pass.FORWARD), decision.backend(Pass.DGRAD)
+    facts = {
+        "device": b.device,
+        "shape": tuple(b.shape),
+        "rows": RowClass.LARGE,
+        "recipe": recipe,
+        "dtype": dtype,
+        "out_dtype": dtype,
+        "passes": (Pass.FORWARD, Pass.DGRAD) if dgrad else (Pass.FORWARD,),
+        "b_contiguous": b_contiguous,
+        "preference": KernelPreference.parse(kernel_preference),
+        "context": surrounding.kernel_preference,
+    }
+    route = _route(facts)
+    owners = route.forward, route.dgrad
     if scale is None:
         forward, backward = _weights_for(b, recipe, *owners)
     else:
@@ -169,7 +171,28 @@ class _Call:
     b: Tensor | QuantizedWeights  # (E, K, N), K or N contiguous; (M, N), rows contiguous, where it is a contraction
     bias: Tensor | None
     offs: Tensor
-    decision: Decision
+    facts: dict[str, Any]  # arguments of _decision
+
+
+class _Route(NamedTuple):
+    """Who runs which pass, and what the passes need to know. Plain constants, which Dynamo can hold."""
+
+    forward: KernelPreference | None
+    dgrad: KernelPreference | None
+    wgrad: KernelPreference | None
+    recipe: Recipe
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    b_contiguous: str
+
+    @property
+    def backends(self) -> list[KernelPreference]:
+        """Every backend that runs a pass, once."""
+        kinds: list[KernelPreference] = []
+        for kind in (self.forward, self.dgrad, self.wgrad):
+            if kind is not None and kind not in kinds:
+                kinds.append(kind)
+        return kinds
 
 
 def _prepare(
@@ -181,8 +204,6 @@ def _prepare(
     out_dtype: torch.dtype | None,
     group_alignment: int,
     kernel_preference: KernelPreference | str,
-    *,
-    running: bool,
 ) -> _Call:
     preference = KernelPreference.parse(kernel_preference)
     arguments.check_options(out_dtype, group_alignment)
@@ -214,25 +235,24 @@ def _prepare(
         arguments.fail("recipe", f"{b.recipe.value}, as the weights were quantized", recipe.value)
     if VALIDATE.is_on():
         offs = torch.ops.grouped_gemm.checked_offs(offs, a.shape[0], group_alignment)
-    decision = _decide(
-        device=a.device,
-        shape=shape,
-        rows=row_class(a.shape[0], shape[0]),
-        recipe=recipe,
-        dtype=a.dtype,
-        out_dtype=a.dtype if out_dtype is None else out_dtype,
-        passes=tuple(pass_ for pass_, needed in needs_grad if needed),
-        b_contiguous=b_contiguous,
-        has_bias=bias is not None,
-        group_alignment=group_alignment,
-        is_aligned=_is_aligned(a) and (weights is not None or _is_aligned(b)),
-        host_sync=surrounding.host_sync and not _is_capturing(a),
-        weights=weights,
-        preference=preference,
-        context=surrounding.kernel_preference,
-        running=running,
-    )
-    return _Call(a, b, bias, offs.contiguous(), decision)
+    facts = {
+        "device": a.device,
+        "shape": shape,
+        "rows": row_class(a.shape[0], shape[0]),
+        "recipe": recipe,
+        "dtype": a.dtype,
+        "out_dtype": a.dtype if out_dtype is None else out_dtype,
+        "passes": tuple(pass_ for pass_, needed in needs_grad if needed),
+        "b_contiguous": b_contiguous,
+        "has_bias": bias is not None,
+        "group_alignment": group_alignment,
+        "is_aligned": _is_aligned(a) and (isinstance(b, QuantizedWeights) or _is_aligned(b)),
+        "host_sync": surrounding.host_sync and not _is_capturing(a),
+        "weights": weights,
+        "preference": preference,
+        "context": surrounding.kernel_preference,
+    }
+    return _Call(a, b, bias, offs.contiguous(), facts)
 
 
 def _needs_grad(x: Tensor) -> bool:
@@ -252,35 +272,44 @@ def _dense_weights(b_EKN: Tensor) -> tuple[Tensor, str]:
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Whether offset and strides are multiples of 16 bytes, but for the one axis that is contiguous."""
-    lines = [stride for stride in x.stride() if stride != 1]
-    return all(amount * x.element_size() % 16 == 0 for amount in (x.storage_offset(), *lines))
+    """Whether all strides but that of the contiguous axis are multiples of 16 bytes."""
+    return all(stride == 1 or stride * x.element_size() % 16 == 0 for stride in x.stride())
 
 
 def _is_capturing(x: Tensor) -> bool:
     return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
-@torch.compiler.assume_constant_result
-def _decide(
-    device: torch.device,
-    preference: KernelPreference,
-    context: KernelPreference | None,
-    running: bool = True,
-    **facts: Any,
-) -> Decision:
-    """The decision for the facts of a call. Dynamo evaluates it while tracing: a graph holds the result.
+def _route(facts: dict[str, Any]) -> _Route:
+    """The route of a call, decided once for equal facts.
 
     Raises:
-        NoBackendError: where ``running``, and a pass has no backend.
+        NoBackendError: a pass has no backend.
     """
+    forward, dgrad, wgrad = [KernelPreference.parse(name) if name else None for name in _chosen(**facts).split(",")]
+    return _Route(
+        forward, dgrad, wgrad, facts["recipe"], facts["dtype"], facts["out_dtype"], facts["b_contiguous"]
+    )
+
+
+@torch.compiler.assume_constant_result
+def _chosen(**facts: Any) -> str:
+    """The backends of forward, dgrad and wgrad as "triton,,torch"; text, because Dynamo, which evaluates this while
+    tracing, takes the result for a constant."""
+    decision = _decision(**facts)
+    decision.check()
+    if decision.falls_back:
+        _warn_once(decision)
+    kinds = (decision.backend(pass_) for pass_ in (Pass.FORWARD, Pass.DGRAD, Pass.WGRAD))
+    return ",".join("" if kind is None else kind.value for kind in kinds)
+
+
+def _decision(
+    *, device: torch.device, preference: KernelPreference, context: KernelPreference | None, **facts: Any
+) -> Decision:
+    """The decision, complete or not, under the switches of now."""
     preference, asked_by = resolve(preference, context)
-    decision = _decide_once(device, preference, asked_by, STRICT.is_on(), **facts)
-    if running:
-        decision.check()
-        if decision.falls_back:
-            _warn_once(f"{decision.problem.recipe.value} runs on Emulated, which is slow", decision)
-    return decision
+    return _decide_once(device, preference, asked_by, STRICT.is_on(), **facts)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -303,10 +332,11 @@ def _decide_once(
 _warned: set[str] = set()
 
 
-def _warn_once(what: str, decision: Decision) -> None:
-    """Warns that AUTO fell back, once for each set of reasons."""
-    lines = [f"  {line}" for line in decision.refusal_lines()]
-    text = "\n".join([f"grouped_gemm: {what}. No other backend runs it:", *lines, f"{STRICT.name}=1 makes this an error."])
+def _warn_once(decision: Decision) -> None:
+    """Warns that AUTO fell back to Emulated, once for each set of reasons."""
+    head = f"{decision.problem.recipe.value} runs on the Emulated backend, which is slow; no other one runs it:"
+    tail = f"{STRICT.name}=1 makes this an error, KernelPreference.EMULATED silences it."
+    text = "\n".join([head, *(f"  {line}" for line in decision.refusal_lines()), tail])
     if text not in _warned:
         _warned.add(text)
         warnings.warn(text, stacklevel=2)
@@ -350,50 +380,49 @@ def _weights_for(
     return _layouts(forward, dgrad, lambda b, one, two: b.quantize_weights(b_EKN, recipe, forward=one, dgrad=two))
 
 
-def _plan(decision: Decision, offs: Tensor, num_rows: int) -> _Plans:
+def _plan(route: _Route, offs: Tensor, num_rows: int) -> _Plans:
     """The plan of each backend that runs a pass."""
-    return {kind: get_backend(kind).plan(offs, num_rows) for kind in decision.backends}
+    return {kind: get_backend(kind).plan(offs, num_rows) for kind in route.backends}
 
 
-def _save(ctx: Any, decision: Decision, plans: _Plans, *operands: Quantized | None) -> None:
+def _save(ctx: Any, route: _Route, plans: _Plans, *operands: Quantized | None) -> None:
     """Keeps plans and operands for backward: tensors where autograd and checkpointing can see them."""
     tensors: list[Tensor | None] = []
     for operand in operands:
         tensors += (None, None) if operand is None else (operand.data, operand.scale)
-    for kind in decision.backends:
-        tensors += (plans[kind].offs, *plans[kind].derived)
+    for plan in plans.values():
+        tensors += (plan.offs, *plan.derived)
     ctx.save_for_backward(*tensors)
-    ctx.decision = decision
-    ctx.forms = tuple(None if operand is None else operand.form for operand in operands)
-    ctx.plan_sizes = tuple(1 + len(plans[kind].derived) for kind in decision.backends)
+    ctx.route = route
+    ctx.forms = [None if operand is None else operand.form for operand in operands]
+    ctx.plan_sizes = [1 + len(plan.derived) for plan in plans.values()]
 
 
-def _load(ctx: Any, num_rows: int) -> tuple[Decision, _Plans, list[Quantized | None]]:
+def _load(ctx: Any, num_rows: int) -> tuple[_Route, _Plans, list[Quantized | None]]:
     """What `_save` kept."""
     tensors = list(ctx.saved_tensors)
     operands = []
     for form in ctx.forms:
-        data, scale = tensors.pop(0), tensors.pop(0)
-        operands.append(None if form is None else Quantized(data, scale, *form))
+        operands.append(None if form is None else Quantized(tensors[0], tensors[1], *form))
+        tensors = tensors[2:]
     plans = {}
-    for kind, size in zip(ctx.decision.backends, ctx.plan_sizes):
+    for kind, size in zip(ctx.route.backends, ctx.plan_sizes):
         plans[kind] = OffsetPlan(tensors[0], num_rows, tuple(tensors[1:size]))
         tensors = tensors[size:]
-    return ctx.decision, plans, operands
+    return ctx.route, plans, operands
 
 
 def _forward(
-    a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, decision: Decision
+    a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, route: _Route
 ) -> tuple[Tensor, _Plans, Quantized | None, Quantized | None]:
     """The output, and what backward needs: plans, ``a`` for wgrad, ``b`` for dgrad."""
-    problem, forward, dgrad = decision.problem, decision.backend(Pass.FORWARD), decision.backend(Pass.DGRAD)
-    plans = _plan(decision, offs, a.shape[0])
-    a_rows, a_columns = _activations_for(a, problem.recipe, plans, forward, decision.backend(Pass.WGRAD))
+    plans = _plan(route, offs, a.shape[0])
+    a_rows, a_columns = _activations_for(a, route.recipe, plans, route.forward, route.wgrad)
     if isinstance(b, QuantizedWeights):
         b_forward, b_dgrad = b.forward, b.dgrad
     else:
-        b_forward, b_dgrad = _weights_for(b, problem.recipe, forward, dgrad)
-    y = get_backend(forward).grouped_mm(a_rows, b_forward, plans[forward], problem.out_dtype, bias)
+        b_forward, b_dgrad = _weights_for(b, route.recipe, route.forward, route.dgrad)
+    y = get_backend(route.forward).grouped_mm(a_rows, b_forward, plans[route.forward], route.out_dtype, bias)
     return y, plans, a_columns, b_dgrad
 
 
@@ -402,30 +431,28 @@ class _GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, decision: Decision
+        ctx: Any, a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, route: _Route
     ) -> Tensor:
-        y, plans, a_columns, b_dgrad = _forward(a, b, bias, offs, decision)
-        _save(ctx, decision, plans, a_columns, b_dgrad)
+        y, plans, a_columns, b_dgrad = _forward(a, b, bias, offs, route)
+        _save(ctx, route, plans, a_columns, b_dgrad)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        decision, plans, (a_columns, b_dgrad) = _load(ctx, dy.shape[0])
-        problem, dgrad, wgrad = decision.problem, decision.backend(Pass.DGRAD), decision.backend(Pass.WGRAD)
-        dy = _dense_rows(dy.to(problem.dtype))
-        dy_rows, dy_columns = _activations_for(dy, problem.recipe, plans, dgrad, wgrad)
+        route, plans, (a_columns, b_dgrad) = _load(ctx, dy.shape[0])
+        dy = _dense_rows(dy.to(route.dtype))
+        dy_rows, dy_columns = _activations_for(dy, route.recipe, plans, route.dgrad, route.wgrad)
         da = db = dbias = None
-        if dgrad is not None:
-            da = get_backend(dgrad).grouped_mm(dy_rows, b_dgrad, plans[dgrad], problem.dtype)
-        if wgrad is not None:
-            db = get_backend(wgrad).wgrad(
-                a_columns, dy_columns, plans[wgrad], problem.dtype, contiguous=problem.b_contiguous
+        if route.dgrad is not None:
+            da = get_backend(route.dgrad).grouped_mm(dy_rows, b_dgrad, plans[route.dgrad], route.dtype)
+        if route.wgrad is not None:
+            db = get_backend(route.wgrad).wgrad(
+                a_columns, dy_columns, plans[route.wgrad], route.dtype, contiguous=route.b_contiguous
             )
         if ctx.needs_input_grad[2]:
-            forward = decision.backend(Pass.FORWARD)
-            dbias = get_backend(forward).bias_grad(dy, plans[forward], ctx.bias_dtype)
+            dbias = get_backend(route.forward).bias_grad(dy, plans[route.forward], ctx.bias_dtype)
         return da, db, dbias, None, None
 
 
@@ -433,25 +460,25 @@ class _Contraction(torch.autograd.Function):
     """C = X^T G per group of rows: wgrad as a call of its own. Its gradients are dgrad and forward with dC as weights."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, g_MN: Tensor, offs: Tensor, decision: Decision) -> Tensor:
-        problem, wgrad = decision.problem, decision.backend(Pass.WGRAD)
-        plans = _plan(decision, offs, x_MK.shape[0])
-        x_rows, x_columns = _activations_for(x_MK, problem.recipe, plans, decision.backend(Pass.FORWARD), wgrad)
-        g_rows, g_columns = _activations_for(g_MN, problem.recipe, plans, decision.backend(Pass.DGRAD), wgrad)
-        _save(ctx, decision, plans, x_rows, g_rows)
+    def forward(ctx: Any, x_MK: Tensor, g_MN: Tensor, offs: Tensor, route: _Route) -> Tensor:
+        plans = _plan(route, offs, x_MK.shape[0])
+        x_rows, x_columns = _activations_for(x_MK, route.recipe, plans, route.forward, route.wgrad)
+        g_rows, g_columns = _activations_for(g_MN, route.recipe, plans, route.dgrad, route.wgrad)
+        _save(ctx, route, plans, x_rows, g_rows)
         ctx.num_rows = x_MK.shape[0]
-        return get_backend(wgrad).wgrad(x_columns, g_columns, plans[wgrad], problem.out_dtype, contiguous="n")
+        return get_backend(route.wgrad).wgrad(
+            x_columns, g_columns, plans[route.wgrad], route.out_dtype, contiguous=route.b_contiguous
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, ...]:
-        decision, plans, (x_rows, g_rows) = _load(ctx, ctx.num_rows)
-        problem, forward, dgrad = decision.problem, decision.backend(Pass.FORWARD), decision.backend(Pass.DGRAD)
-        dc, _ = _dense_weights(dc_EKN.to(problem.dtype))
-        dc_forward, dc_dgrad = _weights_for(dc, problem.recipe, forward, dgrad)
+        route, plans, (x_rows, g_rows) = _load(ctx, ctx.num_rows)
+        dc, _ = _dense_weights(dc_EKN.to(route.dtype))
+        dc_forward, dc_dgrad = _weights_for(dc, route.recipe, route.forward, route.dgrad)
         dx = dg = None
-        if dgrad is not None:
-            dx = get_backend(dgrad).grouped_mm(g_rows, dc_dgrad, plans[dgrad], problem.dtype)
-        if forward is not None:
-            dg = get_backend(forward).grouped_mm(x_rows, dc_forward, plans[forward], problem.dtype)
+        if route.dgrad is not None:
+            dx = get_backend(route.dgrad).grouped_mm(g_rows, dc_dgrad, plans[route.dgrad], route.dtype)
+        if route.forward is not None:
+            dg = get_backend(route.forward).grouped_mm(x_rows, dc_forward, plans[route.forward], route.dtype)
         return dx, dg, None, None

@@ -54,7 +54,8 @@ class Problem:
         b_contiguous: "n" or "k", the fastest axis of ``b``; weights (E, N, K) seen through a transpose have "k".
         has_bias: whether a bias is added.
         group_alignment: every group's size is a multiple of it, as the caller promises.
-        is_aligned: base offset and strides of the operands are multiples of 16 bytes, as TMA wants them.
+        is_aligned: strides of ``a`` and ``b`` are multiples of 16 bytes, as TMA wants them. Where a tensor starts is not
+            known before the launch.
         host_sync: whether a pass may wait for the device.
         weights: whose layouts for forward and dgrad ``b`` was quantized to beforehand; None: it was not.
     """

@@ -78,7 +78,10 @@ class Decision:
 
     def backend(self, pass_: Pass) -> KernelPreference | None:
         """The backend of a pass; None where the pass is not part of the problem or no backend runs it."""
-        return next((backend for chosen, backend in self.chosen if chosen is pass_), None)
+        for chosen, backend in self.chosen:
+            if chosen is pass_:
+                return backend
+        return None
 
     @property
     def backends(self) -> tuple[KernelPreference, ...]:

@@ -34,19 +34,18 @@ class Candidate:
     health: Callable[[], Health] = Health
 
 
-@torch.compiler.assume_constant_result
+_instances: dict[KernelPreference, _GroupedMMBackend] = {}
+
+
 def get_backend(kind: KernelPreference) -> _GroupedMMBackend:
-    """The one instance of a backend.
+    """The one instance of a backend, in a plain dict that Dynamo can look into.
 
     Raises:
         KeyError: this version has no such backend.
     """
-    return _instance(kind)
-
-
-@functools.cache
-def _instance(kind: KernelPreference) -> _GroupedMMBackend:
-    return importlib.import_module(_MODULES[kind]).Backend()
+    if kind not in _instances:
+        _instances[kind] = importlib.import_module(_MODULES[kind]).Backend()
+    return _instances[kind]
 
 
 @functools.cache
