@@ -106,9 +106,7 @@ surrounding = _Surrounding()
 
 
 @contextmanager
-def prefer(
-    kernel_preference: KernelPreference | str | None = None, *, host_sync: bool | None = None
-) -> Iterator[None]:
+def prefer(kernel_preference: KernelPreference | str | None = None, *, host_sync: bool | None = None) -> Iterator[None]:
     """Sets the preference of the calls inside the block, in this thread. Blocks nest; the innermost wins.
 
     Args:

@@ -54,8 +54,8 @@ class Problem:
         b_contiguous: "n" or "k", the fastest axis of ``b``; weights (E, N, K) seen through a transpose have "k".
         has_bias: whether a bias is added.
         group_alignment: every group's size is a multiple of it, as the caller promises.
-        is_aligned: strides of ``a`` and ``b`` are multiples of 16 bytes, as TMA wants them. Where a tensor starts is not
-            known before the launch.
+        is_aligned: strides of ``a`` and ``b`` are multiples of 16 bytes, as TMA wants them. Where a tensor starts is
+            known at the launch only.
         host_sync: whether a pass may wait for the device.
         weights: whose layouts for forward and dgrad ``b`` was quantized to beforehand; None: it was not.
     """
@@ -85,5 +85,5 @@ class Problem:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """"bfloat16" for torch.bfloat16."""
+    """The name of a dtype without its module: ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

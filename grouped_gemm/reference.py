@@ -74,7 +74,8 @@ def quantize(x: Tensor, blocks: Blocks, recipe: Recipe, fp8_dtype: torch.dtype) 
         fp8_dtype: type of the data.
 
     Returns:
-        Data in the shape of ``x``, its axes in the same order in memory, and scales with ceil(size / side) along each axis, in the recipe's dtype.
+        Data in the shape of ``x``, its axes in the same order in memory, and scales in the recipe's dtype, with
+        ceil(size / side) of them along each axis.
     """
     sides = [size if side is None else side for size, side in zip(x.shape, blocks)]
     counts = [-(-size // side) if side else 1 for size, side in zip(x.shape, sides)]

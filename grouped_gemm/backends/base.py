@@ -158,7 +158,7 @@ class _GroupedMMBackend(ABC):
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        """A checkpoint's fp8 weights in the layouts for forward and dgrad, of the same values wherever the recipe lets them.
+        """A checkpoint's fp8 weights in the layouts for forward and dgrad: the same values where the recipe lets them.
 
         Args:
             data_EKN: (E, K, N) fp8, K or N contiguous.

@@ -55,32 +55,45 @@ class Backend(_GroupedMMBackend):
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
         by_rows = by_columns = None
+        data, scale = x_MD, None
         if rows:
-            pair = _ops.emulated_quantize_rows(x_MD, recipe.value) if recipe.is_scaled else (x_MD, None)
-            by_rows = Quantized(*pair, recipe, 1, _ROWS)
+            if recipe.is_scaled:
+                data, scale = _ops.emulated_quantize_rows(x_MD, recipe.value)
+            by_rows = Quantized(data, scale, recipe, 1, _ROWS)
         if columns:
-            (host_offs,) = plan.derived
-            pair = _ops.emulated_quantize_columns(x_MD, host_offs, recipe.value) if recipe.is_scaled else (x_MD, None)
-            by_columns = Quantized(*pair, recipe, 0, _COLUMNS)
+            if recipe.is_scaled:
+                (host_offs,) = plan.derived
+                data, scale = _ops.emulated_quantize_columns(x_MD, host_offs, recipe.value)
+            by_columns = Quantized(data, scale, recipe, 0, _COLUMNS)
         return by_rows, by_columns
 
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
         if not recipe.is_scaled:
-            return self.adopt_weights(b_EKN, None, recipe, forward=forward, dgrad=dgrad)
+            return self._lay(b_EKN, None, recipe, forward=forward, dgrad=dgrad)
+        if recipe.block == recipe.weight_lines:  # square blocks serve both
+            data, scale = _ops.emulated_quantize_weights(b_EKN, recipe.value, 1)
+            return self._lay(data, scale, recipe, forward=forward, dgrad=dgrad)
         along_k = along_n = None
         if forward:
-            along_k = Quantized(*_ops.emulated_quantize_weights(b_EKN, recipe.value, 1), recipe, 1, _ALONG_K)
-        if dgrad and along_k is not None and recipe.block == recipe.weight_lines:  # square blocks serve both
-            along_n = Quantized(along_k.data, along_k.scale, recipe, 2, _ALONG_N)
-        elif dgrad:
-            along_n = Quantized(*_ops.emulated_quantize_weights(b_EKN, recipe.value, 2), recipe, 2, _ALONG_N)
+            data, scale = _ops.emulated_quantize_weights(b_EKN, recipe.value, 1)
+            along_k = Quantized(data, scale, recipe, 1, _ALONG_K)
+        if dgrad:
+            data, scale = _ops.emulated_quantize_weights(b_EKN, recipe.value, 2)
+            along_n = Quantized(data, scale, recipe, 2, _ALONG_N)
         return along_k, along_n
 
     def adopt_weights(
-        self, data_EKN: Tensor, scale: Tensor | None, recipe: Recipe, *, forward: bool, dgrad: bool
+        self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
+        return self._lay(data_EKN, scale, recipe, forward=forward, dgrad=dgrad)
+
+    @staticmethod
+    def _lay(
+        data_EKN: Tensor, scale: Tensor | None, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        """One set of data and scales for both passes: what is dequantized may be summed along either axis."""
         return (
             Quantized(data_EKN, scale, recipe, 1, _ALONG_K) if forward else None,
             Quantized(data_EKN, scale, recipe, 2, _ALONG_K) if dgrad else None,
@@ -160,9 +173,7 @@ def _fake_quantize_columns(x_MD: Tensor, host_offs: Tensor, recipe: str) -> tupl
     )
 
 
-@_op(
-    "emulated_quantize_columns(Tensor x, Tensor host_offs, str recipe) -> (Tensor, Tensor)", _fake_quantize_columns
-)
+@_op("emulated_quantize_columns(Tensor x, Tensor host_offs, str recipe) -> (Tensor, Tensor)", _fake_quantize_columns)
 def _quantize_columns(x_MD: Tensor, host_offs: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
     ends = reference.group_ends(host_offs, x_MD.shape[0])
     return reference.quantize_columns(x_MD, ends, Recipe(recipe), machine_of(x_MD.device).fp8_dtype)

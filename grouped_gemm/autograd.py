@@ -1,0 +1,219 @@
+"""The way of a call through its backends: plan, quantize, multiply, and the same for its gradients.
+
+Each backend's quantizer writes what its own kernel reads; nothing but tensors in the caller's dtype crosses between
+two. Dynamo traces all of this, so a `Route` holds plain constants.
+
+M, E, K, N: rows, groups, in and out features. D: K or N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from grouped_gemm.backends import get_backend
+from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
+from grouped_gemm.operand import Quantized, QuantizedWeights
+from grouped_gemm.preference import KernelPreference
+from grouped_gemm.recipes import Recipe
+
+Layouts = tuple[Quantized | None, Quantized | None]
+_Plans = dict[KernelPreference, OffsetPlan]
+
+
+class Route(NamedTuple):
+    """Who runs which pass, None where nobody has to, and what the passes need to know."""
+
+    forward: KernelPreference | None
+    dgrad: KernelPreference | None
+    wgrad: KernelPreference | None
+    recipe: Recipe
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    b_contiguous: str
+
+    @property
+    def backends(self) -> list[KernelPreference]:
+        """Every backend that runs a pass, once."""
+        kinds: list[KernelPreference] = []
+        for kind in (self.forward, self.dgrad, self.wgrad):
+            if kind is not None and kind not in kinds:
+                kinds.append(kind)
+        return kinds
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """``x`` (M, D) with contiguous rows: itself, unless it is a transpose or an expanded gradient."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def dense_weights(b_EKN: Tensor) -> tuple[Tensor, str]:
+    """``b`` with K or N contiguous, and which of them: itself, unless it is a slice across both."""
+    if b_EKN.stride(2) == 1:
+        return b_EKN, "n"
+    return (b_EKN, "k") if b_EKN.stride(1) == 1 else (b_EKN.contiguous(), "n")
+
+
+def layouts(
+    first: KernelPreference | None,
+    second: KernelPreference | None,
+    quantize: Callable[[_GroupedMMBackend, bool, bool], Layouts],
+) -> Layouts:
+    """Two layouts of one operand, each by the backend that reads it: from one read where that is the same one.
+
+    Args:
+        first: whose kernel reads the first layout; None: nobody does.
+        second: likewise.
+        quantize: writes the layouts that are asked for with a backend.
+    """
+    if first is second:
+        return (None, None) if first is None else quantize(get_backend(first), True, True)
+    return (
+        None if first is None else quantize(get_backend(first), True, False)[0],
+        None if second is None else quantize(get_backend(second), False, True)[1],
+    )
+
+
+def weights_for(
+    b_EKN: Tensor, recipe: Recipe, forward: KernelPreference | None, dgrad: KernelPreference | None
+) -> Layouts:
+    """Weights in the layouts that the backends of forward and dgrad read."""
+    return layouts(forward, dgrad, lambda b, one, two: b.quantize_weights(b_EKN, recipe, forward=one, dgrad=two))
+
+
+def _activations_for(
+    x_MD: Tensor, recipe: Recipe, plans: _Plans, rows: KernelPreference | None, columns: KernelPreference | None
+) -> Layouts:
+    return layouts(
+        rows, columns, lambda b, one, two: b.quantize_activations(x_MD, plans[b.kind], recipe, rows=one, columns=two)
+    )
+
+
+def _product(
+    kind: KernelPreference,
+    lhs: Quantized | None,
+    rhs: Quantized | None,
+    plans: _Plans,
+    out_dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    assert lhs is not None and rhs is not None, "a pass that runs has its operands"
+    return get_backend(kind).grouped_mm(lhs, rhs, plans[kind], out_dtype, bias)
+
+
+def _contraction(
+    route: Route, lhs: Quantized | None, rhs: Quantized | None, plans: _Plans, out_dtype: torch.dtype
+) -> Tensor:
+    assert route.wgrad is not None and lhs is not None and rhs is not None, "a pass that runs has its operands"
+    backend = get_backend(route.wgrad)
+    return backend.wgrad(lhs, rhs, plans[route.wgrad], out_dtype, contiguous=route.b_contiguous)
+
+
+def _plan(route: Route, offs: Tensor, num_rows: int) -> _Plans:
+    """The plan of each backend that runs a pass."""
+    return {kind: get_backend(kind).plan(offs, num_rows) for kind in route.backends}
+
+
+def _save(ctx: Any, route: Route, plans: _Plans, *operands: Quantized | None) -> None:
+    """Keeps plans and operands for backward: tensors where autograd and checkpointing can see them."""
+    tensors: list[Tensor | None] = []
+    for operand in operands:
+        tensors += (None, None) if operand is None else (operand.data, operand.scale)
+    for plan in plans.values():
+        tensors += (plan.offs, *plan.derived)
+    ctx.save_for_backward(*tensors)
+    ctx.route = route
+    ctx.forms = [None if operand is None else operand.form for operand in operands]
+    ctx.plan_sizes = [1 + len(plan.derived) for plan in plans.values()]
+
+
+def _load(ctx: Any, num_rows: int) -> tuple[Route, _Plans, list[Quantized | None]]:
+    """What `_save` kept."""
+    tensors = list(ctx.saved_tensors)
+    operands = []
+    for form in ctx.forms:
+        operands.append(None if form is None else Quantized(tensors[0], tensors[1], *form))
+        tensors = tensors[2:]
+    plans = {}
+    for kind, size in zip(ctx.route.backends, ctx.plan_sizes):
+        plans[kind] = OffsetPlan(tensors[0], num_rows, tuple(tensors[1:size]))
+        tensors = tensors[size:]
+    return ctx.route, plans, operands
+
+
+def run_forward(
+    a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, route: Route
+) -> tuple[Tensor, _Plans, Quantized | None, Quantized | None]:
+    """The output, and what backward needs: plans, ``a`` for wgrad, ``b`` for dgrad."""
+    assert route.forward is not None, "this form of the call has a forward pass"
+    plans = _plan(route, offs, a.shape[0])
+    a_rows, a_columns = _activations_for(a, route.recipe, plans, route.forward, route.wgrad)
+    if isinstance(b, Tensor):
+        b_forward, b_dgrad = weights_for(b, route.recipe, route.forward, route.dgrad)
+    else:
+        b_forward, b_dgrad = b.forward, b.dgrad
+    y = _product(route.forward, a_rows, b_forward, plans, route.out_dtype, bias)
+    return y, plans, a_columns, b_dgrad
+
+
+class GroupedMM(torch.autograd.Function):
+    """Y = A B per group of rows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, route: Route
+    ) -> Tensor:
+        """(M, N) from ``a`` (M, K) with contiguous rows and ``b`` (E, K, N)."""
+        y, plans, a_columns, b_dgrad = run_forward(a, b, bias, offs, route)
+        _save(ctx, route, plans, a_columns, b_dgrad)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """dA (M, K), dB (E, K, N) in the memory order of ``b``, and the bias's gradient (E, N)."""
+        route, plans, (a_columns, b_dgrad) = _load(ctx, dy.shape[0])
+        dy = dense_rows(dy.to(route.dtype))
+        dy_rows, dy_columns = _activations_for(dy, route.recipe, plans, route.dgrad, route.wgrad)
+        da = db = dbias = None
+        if route.dgrad is not None:
+            da = _product(route.dgrad, dy_rows, b_dgrad, plans, route.dtype)
+        if route.wgrad is not None:
+            db = _contraction(route, a_columns, dy_columns, plans, route.dtype)
+        if ctx.needs_input_grad[2]:
+            kind = route.backends[0]  # any of them: all have a plan
+            dbias = get_backend(kind).bias_grad(dy, plans[kind], ctx.bias_dtype)
+        return da, db, dbias, None, None
+
+
+class Contraction(torch.autograd.Function):
+    """C = X^T G per group of rows: wgrad as a call of its own, whose gradients are dgrad and forward on dC."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, g_MN: Tensor, offs: Tensor, route: Route) -> Tensor:
+        """(E, K, N) from operands with contiguous rows."""
+        plans = _plan(route, offs, x_MK.shape[0])
+        x_rows, x_columns = _activations_for(x_MK, route.recipe, plans, route.forward, route.wgrad)
+        g_rows, g_columns = _activations_for(g_MN, route.recipe, plans, route.dgrad, route.wgrad)
+        _save(ctx, route, plans, x_rows, g_rows)
+        ctx.num_rows = x_MK.shape[0]
+        return _contraction(route, x_columns, g_columns, plans, route.out_dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, ...]:
+        """dX (M, K) and dG (M, N)."""
+        route, plans, (x_rows, g_rows) = _load(ctx, ctx.num_rows)
+        dc, _ = dense_weights(dc_EKN.to(route.dtype))
+        dc_forward, dc_dgrad = weights_for(dc, route.recipe, route.forward, route.dgrad)
+        dx = dg = None
+        if route.dgrad is not None:
+            dx = _product(route.dgrad, g_rows, dc_dgrad, plans, route.dtype)
+        if route.forward is not None:
+            dg = _product(route.forward, x_rows, dc_forward, plans, route.dtype)
+        return dx, dg, None, None
