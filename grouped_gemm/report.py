@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grouped_gemm.backends import get_backend
+from grouped_gemm.preference import KernelPreference
 from grouped_gemm.problem import dtype_name
 from grouped_gemm.select import Decision
 
@@ -47,8 +48,8 @@ class Explanation:
     @property
     def why(self) -> str:
         """What made the preference, as a phrase."""
-        auto = self.decision.preference.value == "auto"
-        return _WHY["default" if auto else self.decision.asked_by]
+        is_auto = self.decision.preference is KernelPreference.AUTO
+        return _WHY["default" if is_auto else self.decision.asked_by]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain strings, numbers, lists and dicts, ready for JSON."""
@@ -85,17 +86,17 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        decision = self.decision
-        lines = [str(decision.problem)]
-        chosen = dict(decision.chosen)
+        decision, chosen = self.decision, dict(self.decision.chosen)
+        rows = "" if self.num_rows is None else f"M = {self.num_rows}, "
+        lines = [str(decision.problem), f"  {'rows':12}{rows}{decision.problem.rows.value} groups"]
         for pass_ in decision.problem.passes:
-            backend = chosen[pass_].value if pass_ in chosen else "no backend"
-            lines.append(f"  {pass_.value:10}{backend:12}{self.why if pass_ in chosen else 'every one refuses'}")
+            if pass_ in chosen:
+                lines.append(f"  {pass_.value:12}{chosen[pass_].value:12}{self.why}")
+            else:
+                lines.append(f"  {pass_.value:12}no backend  every one refuses")
         syncs = [f"{backend}: {when}" for backend, when in self.host_syncs.items()]
-        lines.append(f"  host syncs {'; '.join(syncs) or 'none'}")
         padding = [f"{backend}: at most {rows} rows" for backend, rows in self.padding.items()]
-        lines.append(f"  padding    {'; '.join(padding) or 'none'}")
-        if decision.refusals:
-            lines.append("  refused")
-            lines += [f"    {line}" for line in decision.refusal_lines()]
+        lines.append(f"  {'host syncs':12}{'; '.join(syncs) or 'none'}")
+        lines.append(f"  {'padding':12}{'; '.join(padding) or 'none'}")
+        lines += [f"  {'refused':12}{line}" for line in decision.refusal_lines()]
         return "\n".join(lines)

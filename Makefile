@@ -1,0 +1,44 @@
+# Every target works in .venv, which is made from constraints.txt when it is missing or older than its inputs.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo 'ARGS="..." is passed on to demo or pytest; PYTHON=python3.12 makes .venv with another Python.'
+	@echo 'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the small CPU build of torch on Linux.'
+
+venv: $(INSTALLED) ## make .venv: the package, editable, with what demo, test and lint need
+
+demo: $(INSTALLED) ## train a small mixture-of-experts model in bf16 and FP8
+	$(BIN)/python -m grouped_gemm demo $(ARGS)
+
+test: $(INSTALLED) ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo.png
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Without build isolation the build uses the pinned setuptools, and nothing is fetched beside constraints.txt.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[demo,test]'
+	touch $@
