@@ -36,7 +36,9 @@ def check_tensor(argument: str, value: Any, dims: tuple[int, ...], dtypes: tuple
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a torch.Tensor; found {type(value).__name__}")
     if value.dim() not in dims:
-        fail(argument, f"{' or '.join(map(str, dims))} dimensions", f"{value.dim()}, shape {tuple(value.shape)}")
+        fail(argument, f"a tensor of rank {' or '.join(map(str, dims))}", f"{value.dim()}, shape {tuple(value.shape)}")
+    if value.layout is not torch.strided:
+        fail(argument, "a dense tensor", value.layout)
     if value.dtype not in dtypes:
         fail(f"{argument}.dtype", "one of " + ", ".join(map(dtype_name, dtypes)), dtype_name(value.dtype))
 
@@ -65,8 +67,8 @@ def check_options(out_dtype: torch.dtype | None, group_alignment: int) -> None:
 def check_operands(a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None) -> None:
     """``a`` (M, K), ``b`` (E, K, N), ``offs`` (E,) and ``bias`` (E, N) fit each other."""
     check_tensor("a", a, (2,), DTYPES)
-    if isinstance(b, Tensor):
-        check_tensor("b", b, (3,), DTYPES)
+    if not isinstance(b, QuantizedWeights):
+        check_tensor("b", b, (2, 3), DTYPES)  # 2 are another form of the call, checked by check_contraction
     num_groups, k, n = b.shape
     if a.shape[1] != k:
         fail("b.shape[1]", f"K = {a.shape[1]}, as a has it", k)
@@ -94,11 +96,13 @@ def check_contraction(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None) -
     _check_together(a, b)
     check_offs(offs, None, a.device)
     if bias is not None:
-        fail("bias", "None where b has 2 dimensions", "a tensor")
+        fail("bias", "None where b has 2 dimensions", type(bias).__name__)
 
 
 def check_weights(b: Tensor, scale: Tensor | None, recipe: Recipe, dtype: torch.dtype) -> None:
     """``b`` (E, K, N) is to be quantized, or is a checkpoint's fp8 with ``scale`` in the shape of ``recipe``."""
+    if scale is None and isinstance(b, Tensor) and b.dtype in FP8_DTYPES:
+        fail("scale", "the factors of weights that are fp8 already", "None")
     check_tensor("b", b, (3,), DTYPES if scale is None else FP8_DTYPES)
     if min(b.shape) < 1:
         fail("b", "E, K and N of at least 1", tuple(b.shape))

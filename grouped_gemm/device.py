@@ -49,7 +49,7 @@ class Machine:
     def version(self, package: str) -> Version | None:
         """The installed version of ``package``, or None."""
         found = dict(self.versions).get(package)
-        return None if found is None else Version(found)
+        return None if found is None else Version(found.partition("-")[0])  # HIP's ends in the hash of its build
 
 
 def machine_of(device: torch.device | str) -> Machine:

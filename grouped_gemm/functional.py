@@ -140,7 +140,7 @@ def quantize_weights(
     if not recipe.is_scaled:
         arguments.fail("recipe", "one that scales", recipe.value)
     arguments.check_weights(b, scale, recipe, dtype)
-    b, b_contiguous = dense_weights(b)
+    b, b_contiguous = dense_weights(b.detach())
     dtype = b.dtype if scale is None else dtype
     facts = {
         "device": b.device,
@@ -158,7 +158,7 @@ def quantize_weights(
     if scale is None:
         forward, backward = weights_for(b, recipe, route.forward, route.dgrad)
     else:
-        data, scale = reference.convert_fp8(b, scale, machine_of(b.device).fp8_dtype)
+        data, scale = reference.convert_fp8(b, scale.detach(), machine_of(b.device).fp8_dtype)
         forward, backward = layouts(
             route.forward,
             route.dgrad,
@@ -192,7 +192,7 @@ def _prepare(
     preference = KernelPreference.parse(kernel_preference)
     arguments.check_options(out_dtype, group_alignment)
     arguments.check_tensor("a", a, (2,), arguments.DTYPES)
-    if torch.is_autocast_enabled(a.device.type):
+    if torch.amp.is_autocast_available(a.device.type) and torch.is_autocast_enabled(a.device.type):
         dtype = torch.get_autocast_dtype(a.device.type)
         a = a.to(dtype)
         b = b.to(dtype) if isinstance(b, Tensor) else b
@@ -263,16 +263,22 @@ def _route(facts: dict[str, Any]) -> Route:
     return Route(forward, dgrad, wgrad, facts["recipe"], facts["dtype"], facts["out_dtype"], facts["b_contiguous"])
 
 
-@torch.compiler.assume_constant_result
 def _chosen(**facts: Any) -> str:
     """The backends of forward, dgrad and wgrad as "triton,,torch"; text, because Dynamo, which evaluates this while
     tracing, takes the result for a constant."""
     decision = _decision(**facts)
+    if LOG.is_on() and decision not in _logged:
+        _logged.add(decision)
+        print(Explanation(decision), file=sys.stderr)
     decision.check()
     if decision.falls_back:
         _warn_once(decision)
     kinds = (decision.backend(pass_) for pass_ in (Pass.FORWARD, Pass.DGRAD, Pass.WGRAD))
     return ",".join("" if kind is None else kind.value for kind in kinds)
+
+
+# What torch.compiler.assume_constant_result does, which would import all of Dynamo with this package.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _decision(
@@ -294,12 +300,10 @@ def _decide_once(
 ) -> Decision:
     num_groups, k, n = shape
     problem = Problem(machine_of(device), num_groups, k, n, **facts)
-    decision = decide(problem, preference, candidates(device), asked_by=asked_by, strict=strict)
-    if LOG.is_on():
-        print(Explanation(decision), file=sys.stderr)
-    return decision
+    return decide(problem, preference, candidates(device), asked_by=asked_by, strict=strict)
 
 
+_logged: set[Decision] = set()
 _warned: set[str] = set()
 
 
@@ -310,4 +314,4 @@ def _warn_once(decision: Decision) -> None:
     text = "\n".join([head, *(f"  {line}" for line in decision.refusal_lines()), tail])
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(text, stacklevel=2)
+        warnings.warn(text, stacklevel=5)  # the line that calls grouped_mm

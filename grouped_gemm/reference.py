@@ -115,7 +115,8 @@ def convert_fp8(data: Tensor, scale: Tensor, fp8_dtype: torch.dtype) -> tuple[Te
     if data.dtype == fp8_dtype:
         return data, scale
     if fp8_dtype != torch.float8_e4m3fnuz:
-        raise ValueError(f"b.dtype: expected {fp8_dtype}, the fp8 type of this device; found {data.dtype}")
+        expected, found = (str(dtype).removeprefix("torch.") for dtype in (fp8_dtype, data.dtype))
+        raise ValueError(f"b.dtype: expected {expected}, the fp8 type of this device; found {found}")
     doubled = scale.float() * 2
     doubled = to_e8m0(doubled) if scale.dtype == torch.float8_e8m0fnu else doubled
     return torch.empty_like(data, dtype=fp8_dtype).copy_(data.float() * 0.5), doubled

@@ -35,14 +35,13 @@ class Explanation:
         """By backend, when a call waits for the host; empty where it never does, as always on a CPU."""
         if not self.decision.problem.machine.is_gpu:
             return {}
-        backends = {backend for _, backend in self.decision.chosen}
-        return {b.value: get_backend(b).host_syncs for b in backends if get_backend(b).host_syncs}
+        return {b.value: get_backend(b).host_syncs for b in self.decision.backends if get_backend(b).host_syncs}
 
     @property
     def padding(self) -> dict[str, int]:
         """By backend that pads groups, how many rows it adds at most."""
         problem = self.decision.problem
-        multiples = {b: get_backend(b).padded_to(problem) for b in {backend for _, backend in self.decision.chosen}}
+        multiples = {b: get_backend(b).padded_to(problem) for b in self.decision.backends}
         return {b.value: problem.num_groups * (m - 1) for b, m in multiples.items() if problem.group_alignment % m}
 
     @property
@@ -81,6 +80,7 @@ class Explanation:
                 }
                 for r in self.decision.refusals
             ],
+            "alternatives": [backend.value for backend in self.decision.alternatives],
             "host_syncs": self.host_syncs,
             "padding_rows_at_most": self.padding,
         }
@@ -93,10 +93,14 @@ class Explanation:
             if pass_ in chosen:
                 lines.append(f"  {pass_.value:12}{chosen[pass_].value:12}{self.why}")
             else:
-                lines.append(f"  {pass_.value:12}no backend  every one refuses")
+                is_auto = decision.preference is KernelPreference.AUTO
+                who = "every one refuses" if is_auto else f"{decision.preference.value} refuses, {self.why}"
+                lines.append(f"  {pass_.value:12}{'no backend':12}{who}")
         syncs = [f"{backend}: {when}" for backend, when in self.host_syncs.items()]
         padding = [f"{backend}: at most {rows} rows" for backend, rows in self.padding.items()]
         lines.append(f"  {'host syncs':12}{'; '.join(syncs) or 'none'}")
         lines.append(f"  {'padding':12}{'; '.join(padding) or 'none'}")
         lines += [f"  {'refused':12}{line}" for line in decision.refusal_lines()]
+        if decision.alternatives:
+            lines.append(f"  {'instead':12}{', '.join(kind.value for kind in decision.alternatives)} would run it")
         return "\n".join(lines)

@@ -19,21 +19,29 @@ from grouped_gemm.backends.base import Requirement
 from grouped_gemm.preference import STRICT, KernelPreference
 from grouped_gemm.problem import Pass, Problem
 
-# Fastest first, by vendor. "" is every other device.
+# In which order AUTO tries, by vendor; "" is every other device. Each backend has a place, so that each has its say.
 AUTO_ORDER: dict[str, tuple[KernelPreference, ...]] = {
     "nvidia": (
         KernelPreference.DEEPGEMM,
         KernelPreference.TRITON,
         KernelPreference.TORCH,
+        KernelPreference.HIPBLASLT,
         KernelPreference.EMULATED,
     ),
     "amd": (
         KernelPreference.TRITON,
         KernelPreference.HIPBLASLT,
         KernelPreference.TORCH,
+        KernelPreference.DEEPGEMM,
         KernelPreference.EMULATED,
     ),
-    "": (KernelPreference.EMULATED,),
+    "": (
+        KernelPreference.EMULATED,
+        KernelPreference.TORCH,
+        KernelPreference.TRITON,
+        KernelPreference.DEEPGEMM,
+        KernelPreference.HIPBLASLT,
+    ),
 }
 
 
@@ -68,6 +76,7 @@ class Decision:
         asked_by: where that was said: "argument", "context", "environment" or "default".
         chosen: the backend of each pass that has one.
         refusals: every reason of every candidate that refused a pass, in the order of trying.
+        alternatives: where the backend that was asked for refuses, those that would run every pass.
     """
 
     problem: Problem
@@ -75,6 +84,7 @@ class Decision:
     asked_by: str
     chosen: tuple[tuple[Pass, KernelPreference], ...]
     refusals: tuple[Refusal, ...]
+    alternatives: tuple[KernelPreference, ...] = ()
 
     def backend(self, pass_: Pass) -> KernelPreference | None:
         """The backend of a pass; None where the pass is not part of the problem or no backend runs it."""
@@ -123,7 +133,8 @@ class Decision:
             head = f"no backend runs {self.problem}"
         else:
             head = f"{self.preference.value}, which the {self.asked_by} asks for, does not run {self.problem}"
-        raise NoBackendError("\n".join([head, *(f"  {line}" for line in self.refusal_lines())]))
+        others = [f"{kind.value:10}would run it." for kind in self.alternatives]
+        raise NoBackendError("\n".join([head, *(f"  {line}" for line in (*self.refusal_lines(), *others))]))
 
 
 def decide(
@@ -145,11 +156,10 @@ def decide(
 
     Returns:
         A decision, complete or not; `Decision.check` raises where it is not. If a named backend refuses, the
-        trace also has the others' reasons, or that they would run.
+        trace has the others' reasons as well, or names them as alternatives.
     """
     by_kind = {candidate.backend.kind: candidate for candidate in candidates}
     order = AUTO_ORDER.get(problem.machine.vendor, AUTO_ORDER[""])
-    chosen: dict[Pass, KernelPreference] = {}
     refusals: list[Refusal] = []
 
     def try_passes(kind: KernelPreference) -> list[Pass]:
@@ -164,13 +174,12 @@ def decide(
     if preference is not KernelPreference.AUTO:
         runs = try_passes(preference)
         if len(runs) == len(problem.passes):
-            chosen = {p: preference for p in runs}
-        else:
-            for kind in order:
-                if kind is not preference and len(try_passes(kind)) == len(problem.passes):
-                    refusals.append(Refusal(kind, problem.passes, "would run it", ""))
-        return Decision(problem, preference, asked_by, tuple(chosen.items()), tuple(refusals))
+            return Decision(problem, preference, asked_by, tuple((p, preference) for p in runs), tuple(refusals))
+        others = (kind for kind in order if kind is not preference)
+        alternatives = tuple(kind for kind in others if len(try_passes(kind)) == len(problem.passes))
+        return Decision(problem, preference, asked_by, (), tuple(refusals), alternatives)
 
+    chosen: dict[Pass, KernelPreference] = {}
     for kind in order:
         missing = [p for p in problem.passes if p not in chosen]
         if not missing:

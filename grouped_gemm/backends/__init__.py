@@ -52,6 +52,14 @@ def get_backend(kind: KernelPreference) -> _GroupedMMBackend:
 def candidates(device: torch.device) -> tuple[Candidate, ...]:
     """Every backend of this version, on ``device``. Their health is found out once per process and device."""
     return tuple(
-        Candidate(backend, functools.cache(functools.partial(backend.health, device)))
+        Candidate(backend, functools.cache(functools.partial(_health, backend, device)))
         for backend in map(get_backend, _MODULES)
     )
+
+
+def _health(backend: _GroupedMMBackend, device: torch.device) -> Health:
+    """What the backend's own check says; what it raises is an answer as well."""
+    try:
+        return backend.health(device)
+    except Exception as error:
+        return Health(f"{type(error).__name__}: {error}", "Reinstall it for this torch and device.")

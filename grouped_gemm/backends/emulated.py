@@ -1,7 +1,8 @@
 """Emulated: dequantizes, multiplies and accumulates in fp32, group by group. Right everywhere, fast nowhere.
 
 Its layouts are those of `reference`: data as the operand lies, one scale per block. The groups' ends are read to
-the host once per forward and shared by all passes.
+the host once per forward and shared by all passes. On a GPU "in fp32" is torch's own fp32 product, which is TF32 where
+`torch.set_float32_matmul_precision` allows it.
 
 M, E, K, N: rows, groups, in and out features. D: K or N.
 """

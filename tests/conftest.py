@@ -1,0 +1,79 @@
+"""One backend at a time (``--backend``, ``--device``), devices that are not there, and a clean slate for each test.
+
+A test is about a backend where it takes ``backend``, which runs it once on every backend of this version, or a
+``case`` of `grouped_gemm.testing.cases`. A case that its backend refuses is skipped with the refusal's own text.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grouped_gemm import functional, testing
+from grouped_gemm.device import default_device
+from grouped_gemm.preference import SWITCHES, KernelPreference
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    names = [kind.value for kind in testing.backend_kinds()]
+    parser.addoption("--backend", choices=names, help="run only the tests that are about this backend")
+    parser.addoption("--device", help="where the tests of backends run; default: the GPU where there is one, else cpu")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    backend = config.getoption("--backend") or "all"
+    return f"grouped_gemm: backend {backend}, device {_device(config)}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", testing.backend_kinds(), ids=lambda kind: kind.value)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))
+        if item.get_closest_marker("rocm") and not (torch.cuda.is_available() and torch.version.hip):
+            item.add_marker(pytest.mark.skip(reason="needs an AMD GPU and a ROCm build of torch"))
+    name = config.getoption("--backend")
+    if name is None:
+        return
+    about_it = [item for item in items if _backend(item) is KernelPreference.parse(name)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(about_it)])
+    items[:] = about_it
+
+
+def _backend(item: pytest.Item) -> KernelPreference | None:
+    """The backend that a test is about."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters["case"].backend if "case" in parameters else parameters.get("backend")
+
+
+def _device(config: pytest.Config) -> torch.device:
+    return torch.device(config.getoption("--device") or default_device())
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where the tests of backends run."""
+    return _device(pytestconfig)
+
+
+@pytest.fixture(autouse=True)
+def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeded, with no switch set, nothing decided and nothing warned of yet."""
+    torch.manual_seed(0)
+    for switch in SWITCHES:
+        monkeypatch.delenv(switch.name, raising=False)
+    functional._decide_once.cache_clear()
+    functional._warned.clear()
+    functional._logged.clear()
+
+
+@pytest.fixture(autouse=True)
+def skip_what_the_backend_refuses(request: pytest.FixtureRequest, clean_slate: None) -> None:
+    if "case" in request.fixturenames:
+        reason = testing.refusal(request.getfixturevalue("case"), request.getfixturevalue("device"))
+        if reason:
+            pytest.skip(reason)

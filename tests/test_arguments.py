@@ -1,0 +1,283 @@
+"""Bad arguments: each is named, with what was expected and what was found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from grouped_gemm import Recipe, explain, grouped_mm, quantize_weights
+from grouped_gemm.preference import SWITCHES
+
+M, E, K, N = 12, 3, 48, 32
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def no_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    for switch in SWITCHES:
+        monkeypatch.delenv(switch.name, raising=False)
+
+
+def ones(*shape: int, dtype: torch.dtype = BF16, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def ends(*values: int, dtype: torch.dtype = torch.int32, device: str = "cpu") -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def assert_named(error: type[Exception], function: Any, arguments: dict[str, Any], words: tuple[str, str, str]) -> None:
+    """``function`` raises, and its message has the name of the argument, what was expected and what was found."""
+    argument, expected, found = words
+    with pytest.raises(error) as raised:
+        function(**arguments)
+    text = str(raised.value)
+    assert text.startswith(f"{argument}: expected ")
+    assert expected in text.partition("; found ")[0]
+    assert found in text.partition("; found ")[2]
+
+
+GOOD = {"a": ones(M, K), "b": ones(E, K, N), "offs": ends(4, 4, 12)}
+
+# what is wrong with an otherwise good call, the kind of error, and the words of its message
+BAD_CALLS = {
+    "a is a list": ({"a": [[1.0]]}, TypeError, ("a", "torch.Tensor", "list")),
+    "a has 3 dimensions": ({"a": ones(1, M, K)}, ValueError, ("a", "rank 2", "3, shape (1, 12, 48)")),
+    "a is float64": (
+        {"a": ones(M, K, dtype=torch.float64)},
+        ValueError,
+        ("a.dtype", "bfloat16, float16, float32", "float64"),
+    ),
+    "a is int8": ({"a": ones(M, K, dtype=torch.int8)}, ValueError, ("a.dtype", "bfloat16", "int8")),
+    "a is on another device": ({"a": ones(M, K, device="meta")}, ValueError, ("b.device", "meta, where a is", "cpu")),
+    "b is a list": ({"b": [[[1.0]]]}, TypeError, ("b", "torch.Tensor", "list")),
+    "b is None": ({"b": None}, TypeError, ("b", "torch.Tensor", "NoneType")),
+    "b has 1 dimension": ({"b": ones(K)}, ValueError, ("b", "rank 2 or 3", "1, shape (48,)")),
+    "b has 4 dimensions": ({"b": ones(1, E, K, N)}, ValueError, ("b", "rank 2 or 3", "4, shape (1, 3, 48, 32)")),
+    "b is of another dtype than a": (
+        {"b": ones(E, K, N, dtype=torch.float16)},
+        ValueError,
+        ("b.dtype", "bfloat16", "float16"),
+    ),
+    "b is fp8": ({"b": ones(E, K, N).to(torch.float8_e4m3fn)}, ValueError, ("b.dtype", "bfloat16", "float8_e4m3fn")),
+    "b has another K": ({"b": ones(E, K + 1, N)}, ValueError, ("b.shape[1]", "K = 48", "49")),
+    "b is (E, N, K)": ({"b": ones(E, N, K)}, ValueError, ("b.shape[1]", "K = 48", "32")),
+    "b has no groups": (
+        {"b": ones(0, K, N), "offs": ends()},
+        ValueError,
+        ("b", "E, K and N of at least 1", "(0, 48, 32)"),
+    ),
+    "b has no columns": ({"b": ones(E, K, 0)}, ValueError, ("b", "E, K and N of at least 1", "(3, 48, 0)")),
+    "K is 0": (
+        {"a": ones(M, 0), "b": ones(E, 0, N)},
+        ValueError,
+        ("b", "E, K and N of at least 1", "(3, 0, 32)"),
+    ),
+    "b is on another device": ({"b": ones(E, K, N, device="meta")}, ValueError, ("b.device", "cpu", "meta")),
+    "offs is a list": ({"offs": [4, 4, 12]}, TypeError, ("offs", "torch.Tensor", "list")),
+    "offs is None": ({"offs": None}, TypeError, ("offs", "torch.Tensor", "NoneType")),
+    "offs is int64": ({"offs": ends(4, 4, 12, dtype=torch.int64)}, ValueError, ("offs.dtype", "int32", "int64")),
+    "offs is float32": ({"offs": ends(4, 4, 12, dtype=torch.float32)}, ValueError, ("offs.dtype", "int32", "float32")),
+    "offs has 2 dimensions": (
+        {"offs": ends(4, 4, 12).view(1, 3)},
+        ValueError,
+        ("offs", "rank 1", "2, shape (1, 3)"),
+    ),
+    "offs is a number": (
+        {"offs": torch.tensor(12, dtype=torch.int32)},
+        ValueError,
+        ("offs", "rank 1", "0, shape ()"),
+    ),
+    "offs is too short": ({"offs": ends(4, 12)}, ValueError, ("offs", "3 entries", "2")),
+    "offs begins with 0": ({"offs": ends(0, 4, 4, 12)}, ValueError, ("offs", "3 entries", "4")),
+    "offs is on another device": ({"offs": ends(4, 4, 12, device="meta")}, ValueError, ("offs.device", "cpu", "meta")),
+    "bias is a number": ({"bias": 1.0}, TypeError, ("bias", "torch.Tensor", "float")),
+    "bias has 1 dimension": ({"bias": ones(N)}, ValueError, ("bias", "rank 2", "1, shape (32,)")),
+    "bias is (E, K)": ({"bias": ones(E, K)}, ValueError, ("bias", "shape (E, N) = (3, 32)", "(3, 48)")),
+    "bias has one row for all": ({"bias": ones(1, N)}, ValueError, ("bias", "shape (E, N) = (3, 32)", "(1, 32)")),
+    "bias is int32": ({"bias": ones(E, N, dtype=torch.int32)}, ValueError, ("bias.dtype", "bfloat16", "int32")),
+    "bias is on another device": ({"bias": ones(E, N, device="meta")}, ValueError, ("bias.device", "cpu", "meta")),
+    "out_dtype is fp8": (
+        {"out_dtype": torch.float8_e4m3fn},
+        ValueError,
+        ("out_dtype", "bfloat16, float16, float32", "float8_e4m3fn"),
+    ),
+    "out_dtype is a name": ({"out_dtype": "float32"}, ValueError, ("out_dtype", "bfloat16", "float32")),
+    "group_alignment is 0": ({"group_alignment": 0}, ValueError, ("group_alignment", "at least 1", "0")),
+    "group_alignment is negative": ({"group_alignment": -16}, ValueError, ("group_alignment", "at least 1", "-16")),
+    "group_alignment is True": ({"group_alignment": True}, TypeError, ("group_alignment", "int", "bool")),
+    "group_alignment is a float": ({"group_alignment": 16.0}, TypeError, ("group_alignment", "int", "float")),
+    "group_alignment is None": ({"group_alignment": None}, TypeError, ("group_alignment", "int", "NoneType")),
+    "recipe is unknown": ({"recipe": "fp4"}, ValueError, ("recipe", "none, fp8_rowwise", "'fp4'")),
+    "recipe is a number": ({"recipe": 8}, ValueError, ("recipe", "Recipe", "8")),
+    "kernel_preference is unknown": (
+        {"kernel_preference": "cutlass"},
+        ValueError,
+        ("kernel_preference", "auto, emulated", "'cutlass'"),
+    ),
+}
+
+
+@pytest.mark.parametrize("function", (grouped_mm, explain))
+@pytest.mark.parametrize(("change", "error", "words"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_a_bad_argument_of_a_call_is_named(function, change, error, words):
+    assert_named(error, function, GOOD | change, words)
+
+
+GOOD_CONTRACTION = {"a": ones(K, M), "b": ones(M, N), "offs": ends(4, 4, 12)}
+BAD_CONTRACTIONS = {
+    "the contraction differs": ({"b": ones(M + 1, N)}, ValueError, ("b.shape[0]", "12, the columns of a", "13")),
+    "a is not transposed": ({"a": ones(M, K)}, ValueError, ("b.shape[0]", "48, the columns of a", "12")),
+    "a has no rows": ({"a": ones(0, M)}, ValueError, ("a and b", "at least one row of a", "((0, 12), (12, 32))")),
+    "b has no columns": ({"b": ones(M, 0)}, ValueError, ("a and b", "one column of b", "((48, 12), (12, 0))")),
+    "b is of another dtype": ({"b": ones(M, N, dtype=torch.float32)}, ValueError, ("b.dtype", "bfloat16", "float32")),
+    "b is int8": ({"b": ones(M, N, dtype=torch.int8)}, ValueError, ("b.dtype", "bfloat16", "int8")),
+    "b is on another device": ({"b": ones(M, N, device="meta")}, ValueError, ("b.device", "cpu", "meta")),
+    "offs is empty": ({"offs": ends()}, ValueError, ("offs", "at least one group", "none")),
+    "offs is int64": ({"offs": ends(12, dtype=torch.int64)}, ValueError, ("offs.dtype", "int32", "int64")),
+    "offs is on another device": ({"offs": ends(12, device="meta")}, ValueError, ("offs.device", "cpu", "meta")),
+    "there is a bias": ({"bias": ones(E, N)}, ValueError, ("bias", "None where b has 2 dimensions", "Tensor")),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "words"), BAD_CONTRACTIONS.values(), ids=BAD_CONTRACTIONS)
+def test_a_bad_argument_of_the_weight_gradient_form_is_named(change, error, words):
+    assert_named(error, grouped_mm, GOOD_CONTRACTION | change, words)
+
+
+WEIGHTS = {"b": ones(E, K, N), "recipe": "mxfp8"}
+CHECKPOINT = {"b": ones(E, 160, 130).to(torch.float8_e4m3fn), "recipe": "fp8_blockwise", "scale": torch.ones(E, 2, 2)}
+BAD_WEIGHTS = {
+    "b is a list": (WEIGHTS | {"b": [1.0]}, TypeError, ("b", "torch.Tensor", "list")),
+    "b has 2 dimensions": (WEIGHTS | {"b": ones(K, N)}, ValueError, ("b", "rank 3", "2, shape (48, 32)")),
+    "b has no groups": (WEIGHTS | {"b": ones(0, K, N)}, ValueError, ("b", "at least 1", "(0, 48, 32)")),
+    "b is int8": (WEIGHTS | {"b": ones(E, K, N, dtype=torch.int8)}, ValueError, ("b.dtype", "bfloat16", "int8")),
+    "b is fp8 without scale": (CHECKPOINT | {"scale": None}, ValueError, ("scale", "weights that are fp8", "None")),
+    "recipe is none": (WEIGHTS | {"recipe": "none"}, ValueError, ("recipe", "one that scales", "none")),
+    "recipe is unknown": (WEIGHTS | {"recipe": "mxfp4"}, ValueError, ("recipe", "mxfp8", "'mxfp4'")),
+    "kernel_preference is unknown": (
+        WEIGHTS | {"kernel_preference": "cutlass"},
+        ValueError,
+        ("kernel_preference", "auto, emulated", "'cutlass'"),
+    ),
+    "dtype is float64": (
+        CHECKPOINT | {"dtype": torch.float64},
+        ValueError,
+        ("dtype", "bfloat16, float16, float32", "float64"),
+    ),
+    "b is bfloat16 with scale": (
+        CHECKPOINT | {"b": ones(E, 160, 130)},
+        ValueError,
+        ("b.dtype", "float8_e4m3fn", "bfloat16"),
+    ),
+    "b is of another device's fp8 type": (
+        CHECKPOINT | {"b": torch.zeros(E, 160, 130).to(torch.float8_e4m3fnuz)},
+        ValueError,
+        ("b.dtype", "float8_e4m3fn", "float8_e4m3fnuz"),
+    ),
+    "scale is a number": (CHECKPOINT | {"scale": 1.0}, TypeError, ("scale", "torch.Tensor", "float")),
+    "scale has 2 dimensions": (
+        CHECKPOINT | {"scale": torch.ones(2, 2)},
+        ValueError,
+        ("scale", "rank 3", "(2, 2)"),
+    ),
+    "scale is bfloat16": (CHECKPOINT | {"scale": ones(E, 2, 2)}, ValueError, ("scale.dtype", "float32", "bfloat16")),
+    "scale is on another device": (
+        CHECKPOINT | {"scale": torch.ones(E, 2, 2, device="meta")},
+        ValueError,
+        ("scale.device", "cpu", "meta"),
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "words"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
+def test_a_bad_argument_of_quantize_weights_is_named(arguments, error, words):
+    assert_named(error, quantize_weights, arguments, words)
+
+
+SCALE_SHAPES = {
+    Recipe.FP8_ROWWISE: (E, 1, 130),
+    Recipe.FP8_ROWWISE_POW2: (E, 1, 130),
+    Recipe.FP8_BLOCKWISE: (E, 2, 2),
+    Recipe.FP8_BLOCKWISE_POW2: (E, 2, 2),
+    Recipe.MXFP8: (E, 5, 130),
+}
+
+
+@pytest.mark.parametrize("recipe", SCALE_SHAPES, ids=lambda recipe: recipe.value)
+def test_the_scales_of_a_checkpoint_fit_their_recipe(recipe):
+    shape = SCALE_SHAPES[recipe]
+    weights = CHECKPOINT["b"]
+    good = torch.ones(shape).to(recipe.scale_dtype)
+    assert quantize_weights(weights, recipe, scale=good).recipe is recipe
+    for axis in range(3):
+        found = tuple(size + (axis == i) for i, size in enumerate(shape))
+        arguments = {"b": weights, "recipe": recipe, "scale": torch.ones(found).to(recipe.scale_dtype)}
+        assert_named(ValueError, quantize_weights, arguments, ("scale", f"shape {shape}", str(found)))
+
+
+def test_mxfp8_takes_scales_in_e8m0_only():
+    arguments = {"b": CHECKPOINT["b"], "recipe": "mxfp8", "scale": torch.ones(SCALE_SHAPES[Recipe.MXFP8])}
+    assert_named(ValueError, quantize_weights, arguments, ("scale.dtype", "float8_e8m0fnu", "float32"))
+
+
+def test_weights_that_train_are_quantized_without_a_gradient():
+    parameter = torch.nn.Parameter(GOOD["b"])
+    weights = quantize_weights(parameter, "mxfp8", dgrad=True)
+    assert not any(x.requires_grad for x in (weights.forward.data, weights.forward.scale, weights.dgrad.data))
+    assert not grouped_mm(GOOD["a"], weights, GOOD["offs"]).requires_grad
+
+
+QUANTIZED_CALLS = {
+    "another recipe": ({"recipe": "fp8_rowwise"}, ("recipe", "mxfp8", "fp8_rowwise")),
+    "no recipe after all": ({"recipe": Recipe.NONE}, ("recipe", "mxfp8", "none")),
+    "a of another dtype": ({"a": ones(M, K, dtype=torch.float32)}, ("b.dtype", "float32", "bfloat16")),
+    "a with another K": ({"a": ones(M, K + 16)}, ("b.shape[1]", "K = 64", "48")),
+    "offs of another length": ({"offs": ends(4, 12)}, ("offs", "3 entries", "2")),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), QUANTIZED_CALLS.values(), ids=QUANTIZED_CALLS)
+def test_what_does_not_fit_quantized_weights_is_named(change, words):
+    arguments = GOOD | {"b": quantize_weights(GOOD["b"], "mxfp8")} | change
+    assert_named(ValueError, grouped_mm, arguments, words)
+
+
+# Values, which only GROUPED_GEMM_VALIDATE looks at
+
+BAD_OFFS = {
+    "out of order": (ends(4, 2, 12), 1, ("offs[1]", "at least offs[0] = 4", "2")),
+    "past M": (ends(4, 8, 13), 1, ("offs[2]", "from 0 to M = 12", "13")),
+    "negative": (ends(-1, 4, 12), 1, ("offs[0]", "from 0 to M = 12", "-1")),
+    "negative later": (ends(4, -4, 12), 1, ("offs[1]", "from 0 to M = 12", "-4")),
+    "a broken promise": (ends(4, 8, 11), 4, ("offs[2]", "multiple of group_alignment = 4", "3")),
+}
+every_bad_offs = pytest.mark.parametrize(("offs", "alignment", "words"), BAD_OFFS.values(), ids=BAD_OFFS)
+
+
+@every_bad_offs
+@pytest.mark.parametrize("good", (GOOD, GOOD_CONTRACTION), ids=("2D x 3D", "2D x 2D"))
+def test_validation_names_bad_values_of_offs(monkeypatch, good, offs, alignment, words):
+    monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
+    assert_named(ValueError, grouped_mm, good | {"offs": offs, "group_alignment": alignment}, words)
+
+
+@every_bad_offs
+@pytest.mark.parametrize("recipe", Recipe, ids=lambda recipe: recipe.value)
+def test_without_validation_bad_values_of_offs_run_on_the_rows_there_are(offs, alignment, words, recipe):
+    y = grouped_mm(**GOOD | {"offs": offs, "group_alignment": alignment, "recipe": recipe})
+    assert ((y == K) | (y == 0)).all()
+
+
+@pytest.mark.parametrize("good", (GOOD, GOOD_CONTRACTION), ids=("2D x 3D", "2D x 2D"))
+def test_validation_changes_nothing_where_all_is_well(monkeypatch, good):
+    plain = grouped_mm(**good, group_alignment=4)
+    monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
+    assert torch.equal(grouped_mm(**good, group_alignment=4), plain)
+
+
+def test_validation_allows_rows_past_the_last_group_and_groups_without_rows(monkeypatch):
+    monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
+    assert grouped_mm(**GOOD | {"offs": ends(0, 8, 8)})[8:].count_nonzero() == 0

@@ -1,0 +1,250 @@
+"""The command line: each command's output, its exit code, and bad arguments, which are one line and no traceback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grouped_gemm import KernelPreference, Machine, Pass, Recipe, demo, doctor, explain
+from grouped_gemm import __main__ as cli
+from grouped_gemm.backends import Candidate, candidates, emulated
+from grouped_gemm.backends.base import Health, requires_arch, requires_recipe
+from grouped_gemm.device import default_device, machine_of
+
+CPU = torch.device("cpu")
+B200 = Machine("nvidia", "sm_100", "NVIDIA B200")
+EXPLAIN = "explain --m 96 --n 48 --k 32 --experts 4"
+
+
+class _HopperWgrad(emulated.Backend):
+    kind = KernelPreference.DEEPGEMM
+    summary = "Stands for a backend that runs only some passes here."
+    requirements = (
+        requires_recipe([Recipe.FP8_BLOCKWISE]),
+        requires_arch(["sm_90"], "Use another backend.", passes=(Pass.WGRAD,)),
+    )
+
+
+def _run(command: str) -> int:
+    return cli.main(command.split())
+
+
+def _findings(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, Any]:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return doctor.gather(machine_of(CPU), candidates(CPU))
+
+
+def _error(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a bad command leaves."""
+    with pytest.raises(SystemExit) as exit_:
+        _run(command)
+    out, err = capsys.readouterr()
+    assert (exit_.value.code, out, err.count("\n")) == (2, "", 1)
+    return err
+
+
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("") == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("doctor", "explain", "demo", "bench"))
+
+
+def test_commands_are_imported_when_they_run() -> None:
+    code = "import sys, grouped_gemm.__main__; print({'grouped_gemm.doctor', 'grouped_gemm.demo'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "set()"
+
+
+def test_doctor_shows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("doctor") == 0
+    out = capsys.readouterr().out
+    assert machine_of(default_device()).name in out
+    assert torch.__version__ in out
+    assert all(candidate.backend.summary in out for candidate in candidates(default_device()))
+
+
+def test_doctor_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    _run("doctor")
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_doctor_json_has_the_documented_form(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("doctor --json") == 0
+    findings = json.loads(capsys.readouterr().out)
+    assert set(findings) == {"machine", "versions", "backends", "switches", "choices"}
+    assert set(findings["machine"]) == {"name", "vendor", "arch", "fp8_dtype"}
+    assert {"grouped_gemm", "python", "torch"} <= set(findings["versions"])
+    assert all(set(b) == {"name", "ready", "runs", "reasons", "summary"} for b in findings["backends"])
+    assert all(set(r) == {"passes", "reason", "fix"} for b in findings["backends"] for r in b["reasons"])
+    assert all(set(s) == {"name", "value", "default", "meaning", "error"} for s in findings["switches"])
+    assert set(findings["choices"]) == {recipe.value for recipe in Recipe}
+    assert all(set(by_pass) == {p.value for p in Pass} for by_pass in findings["choices"].values())
+
+
+def test_on_a_cpu_every_choice_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = _findings(monkeypatch)["choices"]
+    assert {backend for by_pass in choices.values() for backend in by_pass.values()} == {"emulated"}
+
+
+def test_choices_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = _findings(monkeypatch, GROUPED_GEMM_BACKEND="hipblaslt")["choices"]
+    assert choices["mxfp8"] == {"forward": None, "dgrad": None, "wgrad": None}
+
+
+def test_strict_leaves_a_gpu_without_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROUPED_GEMM_STRICT", "1")
+    choices = doctor.gather(B200, [Candidate(emulated.Backend())])["choices"]
+    assert choices["none"]["forward"] is None
+
+
+def test_a_switch_shows_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    switches = {switch["name"]: switch for switch in _findings(monkeypatch, GROUPED_GEMM_LOG="1")["switches"]}
+    assert (switches["GROUPED_GEMM_LOG"]["value"], switches["GROUPED_GEMM_LOG"]["default"]) == ("1", "0")
+
+
+def test_doctor_fails_on_an_unknown_value(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GROUPED_GEMM_STRICT", "yes")
+    assert _run("doctor") == 1
+    assert "error: GROUPED_GEMM_STRICT: expected one of 0, 1; found 'yes'" in capsys.readouterr().out
+
+
+def test_an_unknown_value_leaves_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = _findings(monkeypatch, GROUPED_GEMM_STRICT="yes")["choices"]
+    assert {backend for by_pass in choices.values() for backend in by_pass.values()} == {None}
+
+
+def test_a_backend_shows_what_it_runs_and_why_not_the_rest() -> None:
+    (found,) = doctor.gather(B200, [Candidate(_HopperWgrad())])["backends"]
+    assert found["ready"]
+    assert found["runs"]["fp8_blockwise"] == ["forward", "dgrad"]
+    reason = "requires sm_90; found sm_100"
+    assert found["reasons"] == [{"passes": ["wgrad"], "reason": reason, "fix": "Use another backend."}]
+
+
+def test_a_reason_names_its_passes_and_remedy() -> None:
+    text = doctor.render(doctor.gather(B200, [Candidate(_HopperWgrad())]))
+    assert "    forward+dgrad: fp8_blockwise\n    wgrad requires sm_90; found sm_100. Use another backend." in text
+
+
+def test_a_broken_backend_is_not_ready() -> None:
+    broken = Candidate(emulated.Backend(), lambda: Health("no nvcc", "Install a CUDA toolkit."))
+    (found,) = doctor.gather(B200, [broken])["backends"]
+    assert not found["ready"]
+    assert [(r["reason"], r["fix"]) for r in found["reasons"]] == [
+        ("is installed but broken: no nvcc", "Install a CUDA toolkit.")
+    ]
+
+
+@pytest.mark.parametrize("recipe", [recipe.value for recipe in Recipe])
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_explain_says_what_a_call_would(recipe: str, is_inference: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    device = default_device()
+    a = torch.zeros(96, 32, dtype=torch.bfloat16, device=device, requires_grad=not is_inference)
+    b = torch.zeros(4, 48, 32, dtype=torch.bfloat16, device=device, requires_grad=not is_inference)
+    offs = torch.tensor([24, 48, 72, 96], dtype=torch.int32, device=device)
+    expected = explain(a, b.transpose(1, 2), offs, recipe=recipe)
+
+    _run(f"{EXPLAIN} --recipe {recipe} --json {'--inference' if is_inference else ''}")
+    assert json.loads(capsys.readouterr().out) == expected.to_dict()
+
+
+def test_explain_allocates_nothing_of_the_size(capsys: pytest.CaptureFixture[str]) -> None:
+    million = 10**6  # a thousand such matrices would take 2 petabytes
+    _run(f"explain --m {million} --n {million} --k {million} --experts 1000 --recipe mxfp8")
+    assert "E=1000, K=1000000, N=1000000" in capsys.readouterr().out
+
+
+def test_explain_succeeds_where_a_backend_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"{EXPLAIN} --dtype float32 --backend emulated") == 0
+    assert "asked for by the argument" in capsys.readouterr().out
+
+
+def test_explain_fails_where_none_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"{EXPLAIN} --recipe mxfp8 --backend hipblaslt") == 1
+    assert "hipblaslt" in capsys.readouterr().out
+
+
+def test_explain_follows_the_environment(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GROUPED_GEMM_BACKEND", "emulated")
+    _run(f"{EXPLAIN} --json")
+    assert json.loads(capsys.readouterr().out)["asked_by"] == "environment"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--m -1", "argument --m: expected a whole number of at least 0; found '-1'"),
+        ("--k 0", "argument --k: expected a whole number of at least 1; found '0'"),
+        ("--experts many", "argument --experts: expected a whole number of at least 1; found 'many'"),
+        ("--recipe fp4", "argument --recipe: invalid choice: 'fp4' (choose from"),
+        ("--dtype int8", "argument --dtype: invalid choice: 'int8' (choose from"),
+        ("--backend cutlass", "argument --backend: invalid choice: 'cutlass' (choose from"),
+    ],
+)
+def test_explain_names_a_bad_argument(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in _error(f"{EXPLAIN} {arguments}", capsys)
+
+
+def test_explain_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "required: --n, --k, --experts" in _error("explain --m 1", capsys)
+
+
+def test_explain_names_a_bad_switch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GROUPED_GEMM_BACKEND", "cutlass")
+    assert "GROUPED_GEMM_BACKEND: expected one of auto," in _error(EXPLAIN, capsys)
+
+
+def test_an_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'docter'" in _error("docter", capsys)
+
+
+def test_demo_runs_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run", lambda args: 3)
+    assert _run("demo") == 3
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout with an empty folder of benchmarks, which is returned."""
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "grouped_gemm" / "__main__.py"))
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    return folder
+
+
+def test_bench_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("bench") == 0
+    assert "emulated        Emulated on the CPU" in capsys.readouterr().out
+
+
+def test_bench_runs_a_script_with_its_arguments(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkout / "speed.py").write_text("import sys\nif __name__ == '__main__':\n    print(sys.argv[1:])\n")
+    assert _run("bench speed --json out.json -h") == 0
+    assert capsys.readouterr().out == "['--json', 'out.json', '-h']\n"
+
+
+def test_bench_leaves_the_arguments_of_the_process(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["before"])
+    (checkout / "speed.py").write_text("")
+    _run("bench speed")
+    assert sys.argv == ["before"]
+
+
+def test_bench_names_what_it_has(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkout / "speed.py").write_text("")
+    assert "argument NAME: expected one of speed; found 'sped'" in _error("bench sped", capsys)
+
+
+@pytest.mark.usefixtures("checkout")
+def test_bench_outside_a_checkout_says_where_benchmarks_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("bench") == 1
+    assert "source repository" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""What a machine is, and the probe that finds it out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from packaging.version import Version
+
+from grouped_gemm import Machine, device
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    (
+        ("gfx942", torch.float8_e4m3fnuz),
+        ("gfx950", torch.float8_e4m3fn),
+        ("sm_89", torch.float8_e4m3fn),
+        ("sm_90", torch.float8_e4m3fn),
+        ("sm_100", torch.float8_e4m3fn),
+        ("cpu", torch.float8_e4m3fn),
+    ),
+)
+def test_the_architecture_decides_the_fp8_type(arch, dtype):
+    assert Machine("any", arch, "any").fp8_dtype is dtype
+
+
+@pytest.mark.parametrize(
+    ("vendor", "is_gpu"), (("nvidia", True), ("amd", True), ("cpu", False), ("mps", False), ("meta", False))
+)
+def test_a_gpu_is_one_of_nvidia_or_amd(vendor, is_gpu):
+    assert Machine(vendor, "any", "any").is_gpu is is_gpu
+
+
+def test_versions_compare_as_versions_and_not_as_text():
+    machine = Machine("nvidia", "sm_90", "any", (("torch", "2.13.0+cu130"), ("triton", "3.10.0")))
+    assert machine.version("triton") > Version("3.9.0")
+    assert machine.version("torch").release == (2, 13, 0)
+
+
+def test_the_version_of_rocm_is_read_as_torch_reports_it():
+    machine = Machine("amd", "gfx942", "any", (("rocm", "6.4.43484-123f8eb5"),))
+    assert machine.version("rocm") >= Version("6.4")
+
+
+def test_what_is_not_installed_has_no_version():
+    assert Machine("cpu", "cpu", "cpu").version("triton") is None
+
+
+def test_machines_are_values():
+    first, second = (Machine("amd", "gfx942", "MI300X", (("rocm", "7.0"),)) for _ in range(2))
+    assert len({first, second}) == 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.arch = "gfx950"
+
+
+# The probe
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes torch report GPUs, given by index, and the release of HIP or None."""
+    device._probe.cache_clear()
+
+    def report(hip: str | None, *gpus: SimpleNamespace, current: int = 0) -> None:
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpus[index])
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+
+    yield report
+    device._probe.cache_clear()
+
+
+H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0)
+B200 = SimpleNamespace(name="NVIDIA B200", major=10, minor=0)
+MI300X = SimpleNamespace(name="AMD Instinct MI300X", major=9, minor=4, gcnArchName="gfx942:sramecc+:xnack-")
+
+
+def test_an_nvidia_gpu_is_known_by_its_compute_capability(cuda):
+    cuda(None, H100, B200)
+    found = [device.machine_of(f"cuda:{index}") for index in range(2)]
+    assert [(m.vendor, m.arch, m.name) for m in found] == [
+        ("nvidia", "sm_90", "NVIDIA H100 80GB HBM3"),
+        ("nvidia", "sm_100", "NVIDIA B200"),
+    ]
+
+
+def test_an_amd_gpu_is_known_by_its_gfx_name_without_features(cuda):
+    cuda("7.0", MI300X)
+    machine = device.machine_of("cuda:0")
+    assert (machine.vendor, machine.arch) == ("amd", "gfx942")
+
+
+def test_a_gpu_without_an_index_is_the_current_one(cuda):
+    cuda(None, H100, B200, current=1)
+    assert device.machine_of("cuda") == device.machine_of("cuda:1")
+
+
+def test_the_cpu_is_a_machine_without_an_architecture_of_its_own():
+    machine = device.machine_of("cpu")
+    assert (machine.vendor, machine.arch, machine.is_gpu) == ("cpu", "cpu", False)
+
+
+def test_the_machine_knows_the_version_of_torch():
+    assert device.machine_of("cpu").version("torch").release == Version(torch.__version__).release
+
+
+def test_versions_of_what_is_not_there_are_left_out():
+    assert all(isinstance(version, str) for _, version in device.machine_of("cpu").versions)
+
+
+def test_a_device_is_probed_once():
+    assert device.machine_of("cpu") is device.machine_of(torch.device("cpu"))
+
+
+def test_a_device_of_another_kind_is_its_own_vendor():
+    assert device.machine_of("meta").vendor == "meta"
+
+
+@pytest.mark.parametrize(("is_available", "expected"), ((True, "cuda"), (False, "cpu")))
+def test_the_command_line_speaks_of_the_gpu_where_there_is_one(monkeypatch, is_available, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+    assert device.default_device() == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("installed", "version"),
+    (
+        ({"triton": "3.9.0"}, "3.9.0"),
+        ({"pytorch-triton": "3.6.0"}, "3.6.0"),
+        ({"pytorch-triton-rocm": "3.8.0"}, "3.8.0"),
+        ({}, None),
+    ),
+    ids=lambda value: "",
+)
+def test_triton_is_found_under_the_name_of_any_of_its_distributions(monkeypatch, installed, version):
+    monkeypatch.setattr(device, "_distribution_version", installed.get)
+    assert dict(device._versions.__wrapped__()).get("triton") == version

@@ -1,0 +1,186 @@
+"""Imports run downwards, and `import grouped_gemm` needs nothing but torch and packaging."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import grouped_gemm
+
+ROOT = Path(grouped_gemm.__file__).parent
+
+# From top to bottom. A module imports from lower layers only: not from its own, so one backend knows no other.
+LAYERS = (
+    ("__main__",),
+    ("demo", "doctor", "testing"),
+    ("integrations.*",),
+    ("moe", "moe.*"),
+    ("__init__",),
+    ("functional",),
+    ("arguments", "autograd", "report"),
+    ("select",),
+    ("backends",),
+    ("backends.*",),
+    ("backends.base", "kernels", "kernels.*"),
+    ("operand", "ops", "problem", "reference"),
+    ("device", "preference", "recipes"),
+)
+
+# What may be imported besides the standard library: whenever the module is, or inside a function.
+EVERYWHERE = {"torch", "packaging"}
+AT_ONCE = {"kernels.*": {"triton"}}
+WHEN_USED = {
+    "backends.deepgemm": {"deep_gemm"},
+    "backends.triton": {"triton"},
+    "demo": {"matplotlib", "tqdm"},
+    "integrations.*": {"torchao", "torchtitan", "transformers"},
+}
+
+
+class Import(NamedTuple):
+    module: str  # as it is imported: "torch.nn", "grouped_gemm.select"
+    line: int
+    is_at_once: bool  # when the file is imported, not when a function runs
+
+
+def module_of(path: Path) -> str:
+    """The name inside the package, "backends.base"; "__init__" for the package itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+every_module = pytest.mark.parametrize("module", FILES)
+
+
+def imports_of(module: str) -> list[Import]:
+    """Every import of a file, those inside functions too."""
+    return list(_imports(ast.parse(FILES[module].read_text()), module, is_at_once=True))
+
+
+def _imports(node: ast.AST, module: str, *, is_at_once: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(alias.name, child.lineno, is_at_once)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{FILES[module]}:{child.lineno}: imports are absolute here"
+            for alias in child.names:
+                submodule = f"{child.module}.{alias.name}"
+                is_module = submodule.partition(".")[2] in FILES
+                yield Import(submodule if is_module else child.module, child.lineno, is_at_once)
+        else:
+            in_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from _imports(child, module, is_at_once=is_at_once and not in_function)
+
+
+def depth(module: str) -> int | None:
+    """The layer of a module, counted from the top: where its own name is, else where its folder's is."""
+    by_name = [i for i, names in enumerate(LAYERS) if module in names]
+    by_folder = [i for i, names in enumerate(LAYERS) if any(fnmatchcase(module, name) for name in names)]
+    return next(iter(by_name + by_folder), None)
+
+
+def allowed(table: dict[str, set[str]], module: str) -> set[str]:
+    return set().union(*(packages for name, packages in table.items() if fnmatchcase(module, name)))
+
+
+@every_module
+def test_every_module_has_its_layer(module):
+    assert depth(module) is not None, f"{module} is in no layer: put it into LAYERS"
+
+
+@every_module
+def test_imports_run_downwards_only(module):
+    for target, line, _ in imports_of(module):
+        package, _, inside = target.partition(".")
+        if package == "grouped_gemm":
+            inside = inside or "__init__"
+            assert depth(inside) > depth(module), f"{FILES[module]}:{line}: {module} may not import {inside}"
+
+
+@every_module
+def test_packages_that_may_be_missing_are_imported_where_they_are_used(module):
+    for target, line, is_at_once in imports_of(module):
+        package = target.partition(".")[0]
+        if package == "grouped_gemm" or package in sys.stdlib_module_names:
+            continue
+        packages = EVERYWHERE | allowed(AT_ONCE, module)
+        packages |= set() if is_at_once else allowed(WHEN_USED, module)
+        when = "at once" if is_at_once else "in a function"
+        assert package in packages, f"{FILES[module]}:{line}: {module} may not import {package} {when}"
+
+
+def in_a_fresh_process(script: str) -> dict[str, Any]:
+    """What ``script``, run by a new interpreter without a GPU, prints as JSON in its last line."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GROUPED_GEMM_")}
+    environment |= {"PYTHONPATH": str(ROOT.parent), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, Any]:
+    """The modules that `import grouped_gemm` adds to those of `import torch`."""
+    return in_a_fresh_process(
+        """
+import json, sys, torch
+before = set(sys.modules)
+import grouped_gemm
+print(json.dumps({"modules": sorted(set(sys.modules) - before), "cuda": torch.cuda.is_initialized()}))
+"""
+    )
+
+
+def test_importing_the_package_imports_no_other_but_packaging(imported):
+    packages = {module.partition(".")[0] for module in imported["modules"]}
+    assert packages - set(sys.stdlib_module_names) <= {"grouped_gemm", "packaging", "torch"}
+
+
+def test_importing_the_package_does_not_wake_the_compiler(imported):
+    compiler = ("torch._dynamo", "torch._inductor", "torch._functorch")
+    assert not [module for module in imported["modules"] if module.startswith(compiler)]
+
+
+def test_importing_the_package_imports_no_backend(imported):
+    backends = {module for module in imported["modules"] if module.startswith("grouped_gemm.backends.")}
+    assert backends == {"grouped_gemm.backends.base"}
+
+
+def test_importing_the_package_does_not_start_the_gpu(imported):
+    assert imported["cuda"] is False
+
+
+def test_a_call_runs_where_no_optional_package_can_be_imported():
+    packages = set().union(*AT_ONCE.values(), *WHEN_USED.values())
+    result = in_a_fresh_process(
+        f"""
+import json, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages!r}:
+            raise ImportError(name + " is not here")
+
+sys.meta_path.insert(0, Missing())
+import torch
+import grouped_gemm
+
+a = torch.ones(4, 32, requires_grad=True)
+b = torch.ones(2, 32, 8, requires_grad=True)
+y = grouped_gemm.grouped_mm(a, b, torch.tensor([1, 4], dtype=torch.int32), recipe="mxfp8")
+y.sum().backward()
+print(json.dumps({{"y": y.unique().tolist(), "da": a.grad.unique().tolist()}}))
+"""
+    )
+    assert result == {"y": [32.0], "da": [8.0]}

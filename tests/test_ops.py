@@ -1,0 +1,160 @@
+"""torch.library.opcheck on every op: schema, fake, autograd registration and tracing agree with what the op does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grouped_gemm import Recipe, reference, testing
+from grouped_gemm.ops import NAMES
+
+RECIPES = tuple(Recipe)
+SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)
+M, K, N = 50, 40, 72  # no multiple of 32 or 128: every last block is short
+FP8 = torch.float8_e4m3fn
+
+testing.backend_kinds()  # defines the ops of every backend
+
+
+def host_offs() -> torch.Tensor:
+    return torch.tensor([0, 33, 33, 47], dtype=torch.int32)
+
+
+def rows(features: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """(M, features): as it is usually, as a slice of columns, and without rows."""
+    wide = torch.randn(M, features + 8).to(dtype)
+    return {"dense": wide[:, 8:].contiguous(), "slice": wide[:, 8:], "empty": wide[:0, 8:].contiguous()}
+
+
+def weights(dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    """(E, K, N): K contiguous, N contiguous, and a slice across both."""
+    wide = torch.randn(4, N + 8, K + 8).to(dtype)
+    dense = wide[:, 8:, 8:].contiguous()
+    return {"k": dense.transpose(1, 2), "n": dense.transpose(1, 2).contiguous(), "slice": wide[:, 8:, 8:].mT}
+
+
+def by_rows(x: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return reference.quantize(x, reference.row_blocks(recipe), recipe, FP8) if recipe.is_scaled else (x, None)
+
+
+def by_columns(x: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if not recipe.is_scaled:
+        return x, None
+    return reference.quantize_columns(x, reference.group_ends(host_offs(), len(x)), recipe, FP8)
+
+
+def by_weights(b: torch.Tensor, recipe: Recipe, axis: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if not recipe.is_scaled:
+        return b, None
+    return reference.quantize(b, reference.weight_blocks(recipe, axis), recipe, FP8)
+
+
+def checked_offs():
+    yield "dense", (host_offs(), M, 1)
+    yield "strided", (host_offs().repeat_interleave(2)[::2], M, 1)
+
+
+def emulated_host_offs():
+    yield "dense", (host_offs(),)
+    yield "strided", (host_offs().repeat_interleave(2)[::2],)
+
+
+def emulated_quantize_rows():
+    for recipe in SCALED:
+        for name, x in rows(K).items():
+            yield f"{recipe.value}-{name}", (x, recipe.value)
+
+
+def emulated_quantize_columns():
+    for recipe in SCALED:
+        for name, x in rows(K).items():
+            yield f"{recipe.value}-{name}", (x, host_offs(), recipe.value)
+
+
+def emulated_quantize_weights():
+    for recipe in SCALED:
+        for axis in (1, 2):
+            for name, b in weights().items():
+                yield f"{recipe.value}-{name}-{axis}", (b, recipe.value, axis)
+
+
+def emulated_grouped_mm():
+    bias = torch.randn(4, N)
+    for recipe in RECIPES:
+        for name, b in weights().items():
+            forward = by_rows(rows(K)["slice"], recipe), by_weights(b, recipe, 1)
+            yield (
+                f"{recipe.value}-forward-{name}",
+                (*forward[0], *forward[1], bias, host_offs(), recipe.value, 1, 1, torch.float16),
+            )
+            dgrad = by_rows(rows(N)["dense"], recipe), by_weights(b, recipe, 2)
+            yield (
+                f"{recipe.value}-dgrad-{name}",
+                (*dgrad[0], *dgrad[1], None, host_offs(), recipe.value, 2, 2, torch.bfloat16),
+            )
+
+
+def emulated_wgrad():
+    for recipe in RECIPES:
+        for name in ("dense", "slice", "empty"):
+            left, right = by_columns(rows(K)[name], recipe), by_columns(rows(N)[name], recipe)
+            yield f"{recipe.value}-{name}", (*left, *right, host_offs(), recipe.value, torch.float32)
+
+
+def emulated_group_sums():
+    for name, x in rows(N).items():
+        yield name, (x, host_offs(), torch.bfloat16)
+
+
+# By op, a function that yields names and arguments.
+SAMPLES = {
+    sample.__name__: sample
+    for sample in (
+        checked_offs,
+        emulated_group_sums,
+        emulated_grouped_mm,
+        emulated_host_offs,
+        emulated_quantize_columns,
+        emulated_quantize_rows,
+        emulated_quantize_weights,
+        emulated_wgrad,
+    )
+}
+
+
+def test_every_op_has_samples():
+    assert sorted(SAMPLES) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_op_passes_opcheck(name):
+    for sample, arguments in SAMPLES[name]():
+        utilities = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+        # test_schema compares arguments with torch.allclose, which has no fp8; the next test covers what it looks for.
+        if any(isinstance(x, torch.Tensor) and x.dtype.itemsize == 1 for x in arguments):
+            utilities.remove("test_schema")
+        try:
+            torch.library.opcheck(op_named(name), arguments, test_utils=utilities)
+        except Exception as error:
+            raise AssertionError(f"{name} on {sample}: {error}") from error
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_op_neither_changes_nor_returns_its_arguments(name):
+    for sample, arguments in SAMPLES[name]():
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        before = [bits(x) for x in tensors]
+        results = op_named(name)(*arguments)
+        assert all(torch.equal(old, bits(x)) for old, x in zip(before, tensors)), f"{name} on {sample} wrote to one"
+        places = {x.untyped_storage().data_ptr() for x in tensors if x.numel()}
+        for result in results if isinstance(results, tuple) else (results,):
+            assert result.untyped_storage().data_ptr() not in places, f"{name} on {sample} returned one"
+
+
+def op_named(name: str) -> torch._ops.OpOverload:
+    return getattr(torch.ops.grouped_gemm, name).default
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """A copy of the bytes of ``x``, so that NaN equals itself."""
+    return x.contiguous().view(torch.uint8).clone()

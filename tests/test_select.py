@@ -1,0 +1,649 @@
+"""Selection on machines that are not here: who runs what, who refuses and why, and how that is told.
+
+The backends of this file declare requirements like those of real ones and run nothing; only Emulated is the real one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+
+import pytest
+import torch
+
+from grouped_gemm import (
+    Explanation,
+    KernelPreference,
+    Machine,
+    NoBackendError,
+    Pass,
+    Problem,
+    Recipe,
+    backends,
+    functional,
+    grouped_mm,
+    quantize_weights,
+    report,
+)
+from grouped_gemm.backends import Candidate, emulated
+from grouped_gemm.backends.base import (
+    Health,
+    Requirement,
+    _GroupedMMBackend,
+    requires_arch,
+    requires_dtype,
+    requires_recipe,
+)
+from grouped_gemm.problem import RowClass, row_class
+from grouped_gemm.select import AUTO_ORDER, Decision, decide
+
+AUTO, EMULATED, TORCH, TRITON, DEEPGEMM, HIPBLASLT = KernelPreference
+FORWARD, DGRAD, WGRAD = Pass
+TRAINING = (FORWARD, DGRAD, WGRAD)
+
+MACHINES = {
+    "H100": Machine("nvidia", "sm_90", "NVIDIA H100 80GB HBM3"),
+    "H200": Machine("nvidia", "sm_90", "NVIDIA H200"),
+    "B200": Machine("nvidia", "sm_100", "NVIDIA B200"),
+    "RTX 4090": Machine("nvidia", "sm_89", "NVIDIA GeForce RTX 4090"),
+    "MI300X": Machine("amd", "gfx942", "AMD Instinct MI300X"),
+    "MI355X": Machine("amd", "gfx950", "AMD Instinct MI355X"),
+    "CPU": Machine("cpu", "cpu", "cpu"),
+}
+GPUS = tuple(name for name in MACHINES if name != "CPU")
+
+
+class Declared(_GroupedMMBackend):
+    """A backend that only says what it requires."""
+
+    summary = "Says what it requires."
+
+    def plan(self, *args, **kwargs):
+        raise AssertionError("selection runs nothing")
+
+    quantize_activations = quantize_weights = adopt_weights = grouped_mm = wgrad = bias_grad = plan
+
+
+class DeepGEMM(Declared):
+    kind = DEEPGEMM
+    requirements = (
+        requires_recipe((Recipe.FP8_BLOCKWISE,)),
+        requires_dtype((torch.bfloat16,)),
+        requires_arch(("sm_90", "sm_100"), "Use another backend."),
+        requires_arch(("sm_90",), "Use Recipe.MXFP8 or another backend.", passes=(WGRAD,)),
+    )
+
+    def padded_to(self, problem: Problem) -> int:
+        return 128
+
+
+class Triton(Declared):
+    kind = TRITON
+    requirements = (requires_arch(("sm_89", "sm_90", "sm_100", "gfx942", "gfx950"), "Use KernelPreference.EMULATED."),)
+
+
+class Torch(Declared):
+    kind = TORCH
+    requirements = (
+        requires_recipe((Recipe.NONE, Recipe.FP8_ROWWISE)),
+        requires_arch(("sm_90", "sm_100", "gfx942", "gfx950"), "Use another backend."),
+        Requirement(
+            what="groups aligned to 16",
+            holds=lambda p: not p.recipe.is_scaled or p.group_alignment % 16 == 0,
+            found=lambda p: f"group_alignment={p.group_alignment}",
+            fix="Pad every group and promise group_alignment=16.",
+        ),
+    )
+
+
+class HipBLASLt(Declared):
+    kind = HIPBLASLT
+    host_syncs = "offs is read at every pass"
+    requirements = (
+        requires_recipe((Recipe.NONE, Recipe.FP8_ROWWISE)),
+        requires_arch(("gfx942", "gfx950"), "Use another backend."),
+    )
+
+
+BACKENDS = {b.kind: b for b in (DeepGEMM(), Triton(), Torch(), HipBLASLt(), emulated.Backend())}
+KINDS = tuple(BACKENDS)
+STATES = ("present", "broken", "absent")
+BROKEN = Health("built for another torch", "Reinstall it.")
+EVERYTHING: dict[KernelPreference, str] = dict.fromkeys(KINDS, "present")
+
+
+def candidates(states: Mapping[KernelPreference, str]) -> list[Candidate]:
+    """The backends that are not absent; those that are not named are present."""
+    health = {"present": Health, "broken": lambda: BROKEN}
+    states = EVERYTHING | dict(states)
+    return [Candidate(BACKENDS[kind], health[states[kind]]) for kind in KINDS if states[kind] != "absent"]
+
+
+def problem(machine: str, recipe: Recipe = Recipe.FP8_BLOCKWISE, passes=TRAINING, **facts) -> Problem:
+    return Problem(MACHINES[machine], 8, 4096, 2048, RowClass.LARGE, recipe, passes=passes, **facts)
+
+
+def auto(asked: Problem, states: Mapping[KernelPreference, str] = EVERYTHING, **options) -> Decision:
+    return decide(asked, AUTO, candidates(states), asked_by="default", **options)
+
+
+def choice(decision: Decision) -> tuple[KernelPreference | None, ...]:
+    return tuple(decision.backend(pass_) for pass_ in decision.problem.passes)
+
+
+def message(decision: Decision) -> list[str]:
+    with pytest.raises(NoBackendError) as error:
+        decision.check()
+    return str(error.value).splitlines()
+
+
+every_machine = pytest.mark.parametrize("machine", MACHINES)
+every_gpu = pytest.mark.parametrize("machine", GPUS)
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
+
+
+def problems(machine: str) -> list[Problem]:
+    """Kinds of calls on a machine: recipes and passes, then what a single fact changes."""
+    recipes = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
+    facts = ({"dtype": torch.float16}, {"group_alignment": 16}, {"host_sync": False}, {"weights": (TRITON, TORCH)})
+    return [
+        *(problem(machine, recipe, passes) for recipe in recipes for passes in ((FORWARD,), TRAINING)),
+        *(problem(machine, Recipe.FP8_ROWWISE, (FORWARD, DGRAD), **fact) for fact in facts),
+    ]
+
+
+@functools.cache
+def sweep(machine: str, strict: bool = False) -> list[tuple[Problem, dict[KernelPreference, str], Decision]]:
+    """What AUTO decides for every problem with every backend present, absent or broken, in every combination."""
+    combinations = [dict(zip(KINDS, states)) for states in itertools.product(STATES, repeat=len(KINDS))]
+    return [(p, states, auto(p, states, strict=strict)) for p in problems(machine) for states in combinations]
+
+
+def runs(kind: KernelPreference, asked: Problem, pass_: Pass, states: Mapping[KernelPreference, str]) -> bool:
+    """Whether a backend can run a pass, straight from what it declares."""
+    owners = asked.weights and dict(zip((FORWARD, DGRAD), asked.weights))
+    needed = [requirement for requirement in BACKENDS[kind].requirements if pass_ in requirement.passes]
+    return (
+        states[kind] == "present"
+        and all(requirement.holds(asked) for requirement in needed)
+        and (not owners or owners.get(pass_) is kind)
+    )
+
+
+# AUTO
+
+
+@pytest.mark.parametrize(
+    ("machine", "recipe", "states", "expected"),
+    (
+        ("H100", Recipe.NONE, {}, (TRITON, TRITON, TRITON)),
+        ("H100", Recipe.FP8_ROWWISE, {}, (TRITON, TRITON, TRITON)),
+        ("H100", Recipe.FP8_BLOCKWISE, {}, (DEEPGEMM, DEEPGEMM, DEEPGEMM)),
+        ("H100", Recipe.MXFP8, {}, (TRITON, TRITON, TRITON)),
+        ("H200", Recipe.FP8_BLOCKWISE, {}, (DEEPGEMM, DEEPGEMM, DEEPGEMM)),
+        ("H200", Recipe.FP8_BLOCKWISE, {DEEPGEMM: "broken"}, (TRITON, TRITON, TRITON)),
+        ("H200", Recipe.NONE, {TRITON: "absent"}, (TORCH, TORCH, TORCH)),
+        ("B200", Recipe.FP8_BLOCKWISE, {}, (DEEPGEMM, DEEPGEMM, TRITON)),
+        ("B200", Recipe.FP8_BLOCKWISE, {TRITON: "absent"}, (DEEPGEMM, DEEPGEMM, EMULATED)),
+        ("B200", Recipe.MXFP8, {}, (TRITON, TRITON, TRITON)),
+        ("RTX 4090", Recipe.FP8_BLOCKWISE, {}, (TRITON, TRITON, TRITON)),
+        ("RTX 4090", Recipe.NONE, {TRITON: "broken"}, (EMULATED, EMULATED, EMULATED)),
+        ("MI300X", Recipe.FP8_ROWWISE, {}, (TRITON, TRITON, TRITON)),
+        ("MI300X", Recipe.FP8_ROWWISE, {TRITON: "broken"}, (HIPBLASLT, HIPBLASLT, HIPBLASLT)),
+        ("MI300X", Recipe.NONE, {TRITON: "absent", HIPBLASLT: "absent"}, (TORCH, TORCH, TORCH)),
+        ("MI355X", Recipe.FP8_BLOCKWISE, {}, (TRITON, TRITON, TRITON)),
+        ("MI355X", Recipe.FP8_BLOCKWISE, {TRITON: "broken"}, (EMULATED, EMULATED, EMULATED)),
+        ("CPU", Recipe.NONE, {}, (EMULATED, EMULATED, EMULATED)),
+        ("CPU", Recipe.FP8_BLOCKWISE, {}, (EMULATED, EMULATED, EMULATED)),
+    ),
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "value", ""),
+)
+def test_auto_takes_for_each_pass_the_fastest_backend_that_runs_it(machine, recipe, states, expected):
+    assert choice(auto(problem(machine, recipe), states)) == expected
+
+
+def test_a_promise_of_alignment_opens_a_backend():
+    asked = problem("H100", Recipe.FP8_ROWWISE)
+    promised = dataclasses.replace(asked, group_alignment=48)
+    assert choice(auto(asked, {TRITON: "absent"})) == (EMULATED, EMULATED, EMULATED)
+    assert choice(auto(promised, {TRITON: "absent"})) == (TORCH, TORCH, TORCH)
+
+
+@every_machine
+def test_auto_takes_the_first_of_its_order_whatever_is_there(machine):
+    order = AUTO_ORDER.get(MACHINES[machine].vendor, AUTO_ORDER[""])
+    for asked, states, decision in sweep(machine):
+        expected = tuple(next((k for k in order if runs(k, asked, p, states)), None) for p in asked.passes)
+        assert choice(decision) == expected
+
+
+@every_machine
+def test_where_a_pass_has_no_backend_every_candidate_has_a_reason_for_it(machine):
+    for asked, states, decision in sweep(machine):
+        for pass_, kind in itertools.product(asked.passes, KINDS):
+            if decision.backend(pass_) is None and states[kind] != "absent":
+                assert any(r.backend is kind and pass_ in r.passes for r in decision.refusals), (
+                    f"{kind.value} has no reason against {pass_.value} of {asked}: {decision.refusal_lines()}"
+                )
+
+
+@every_gpu
+def test_auto_never_takes_emulated_on_a_gpu_without_saying_so(machine):
+    for _, _, decision in sweep(machine):
+        assert decision.falls_back == (EMULATED in choice(decision))
+
+
+@every_gpu
+def test_strict_never_takes_emulated_and_changes_nothing_else(machine):
+    for (_, _, decision), (_, _, strict) in zip(sweep(machine), sweep(machine, strict=True)):
+        assert choice(strict) == tuple(None if kind is EMULATED else kind for kind in choice(decision))
+
+
+@every_gpu
+def test_every_reason_has_a_remedy(machine):
+    for _, _, decision in sweep(machine, strict=True):
+        assert all(refusal.reason and refusal.fix for refusal in decision.refusals)
+
+
+def test_strict_means_nothing_on_a_cpu():
+    decision = auto(problem("CPU"), strict=True)
+    assert decision.is_complete
+    assert not decision.falls_back
+
+
+def test_asking_for_emulated_on_a_gpu_is_no_fallback_even_under_strict():
+    decision = decide(problem("H100"), EMULATED, candidates({}), strict=True)
+    assert choice(decision) == (EMULATED, EMULATED, EMULATED)
+    assert not decision.falls_back
+
+
+def test_a_backend_that_waits_for_the_host_is_passed_over_where_nothing_may_wait():
+    asked = problem("RTX 4090", Recipe.NONE, host_sync=False)
+    assert choice(auto(asked)) == (TRITON, TRITON, TRITON)
+    assert not auto(asked, {TRITON: "broken"}).is_complete
+
+
+# A named backend
+
+
+@every_kind
+@every_machine
+def test_a_named_backend_runs_every_pass_or_none(machine, kind):
+    for asked, state in itertools.product(problems(machine), STATES):
+        decision = decide(asked, kind, candidates({kind: state}))
+        complete = all(runs(kind, asked, p, {kind: state}) for p in asked.passes)
+        assert choice(decision) == (kind if complete else None,) * len(asked.passes)
+
+
+@every_kind
+@every_machine
+def test_a_named_backend_that_does_not_run_raises_its_reason(machine, kind):
+    for asked, state in itertools.product(problems(machine), STATES):
+        decision = decide(asked, kind, candidates({kind: state}))
+        if not decision.is_complete:
+            head, reason, *_ = message(decision)
+            assert head.startswith(f"{kind.value}, which the argument asks for, does not run grouped_mm(")
+            assert reason.startswith(f"  {kind.value} ")
+
+
+@every_kind
+@every_machine
+def test_where_a_named_backend_refuses_the_alternatives_are_those_that_run_every_pass(machine, kind):
+    for asked, state in itertools.product(problems(machine), ("absent", "broken")):
+        decision = decide(asked, kind, candidates({kind: state}))
+        others = {k for k in KINDS if k is not kind and all(runs(k, asked, p, EVERYTHING) for p in asked.passes)}
+        assert set(decision.alternatives) == others
+
+
+def test_a_complete_decision_passes_its_check():
+    auto(problem("H100")).check()
+
+
+# Texts
+
+
+def test_the_error_of_a_named_backend_gives_its_reasons_and_who_would_run():
+    head, *lines = message(decide(problem("B200"), DEEPGEMM, candidates({}), asked_by="environment"))
+    assert head == (
+        "deepgemm, which the environment asks for, does not run "
+        "grouped_mm(E=8, K=4096, N=2048, fp8_blockwise, bfloat16, sm_100, forward+dgrad+wgrad)"
+    )
+    for line in (
+        "  deepgemm  wgrad requires sm_90; found sm_100. Use Recipe.MXFP8 or another backend.",
+        "  triton    would run it.",
+        "  torch     requires recipe none or fp8_rowwise; found fp8_blockwise. "
+        "Use one of these recipes or another backend.",
+        "  torch     requires groups aligned to 16; found group_alignment=1. "
+        "Pad every group and promise group_alignment=16.",
+        "  emulated  would run it.",
+    ):
+        assert line in lines
+
+
+def test_the_error_under_strict_names_the_switch_every_reason_and_every_remedy():
+    states = {TRITON: "broken", DEEPGEMM: "absent"}
+    head, *lines = message(auto(problem("RTX 4090", Recipe.NONE, (FORWARD,)), states, strict=True))
+    assert head == "no backend runs grouped_mm(E=8, K=4096, N=2048, none, bfloat16, sm_89, forward)"
+    for line in (
+        "  deepgemm  is not part of this version. Use another backend.",
+        "  triton    is installed but broken: built for another torch. Reinstall it.",
+        "  torch     requires sm_90 or sm_100 or gfx942 or gfx950; found sm_89. Use another backend.",
+        "  emulated  is not tried while GROUPED_GEMM_STRICT=1. Ask for it with KernelPreference.EMULATED.",
+    ):
+        assert line in lines
+
+
+def test_a_reason_against_some_passes_names_them():
+    (line,) = (line for line in auto(problem("B200")).refusal_lines() if line.startswith("deepgemm"))
+    assert line == "deepgemm  wgrad requires sm_90; found sm_100. Use Recipe.MXFP8 or another backend."
+
+
+# Health
+
+
+def asked_in_vain() -> Health:
+    pytest.fail("health was asked for")
+
+
+@every_machine
+def test_health_is_asked_only_where_every_requirement_of_a_pass_holds(machine):
+    for asked, (kind, backend) in itertools.product(problems(machine), BACKENDS.items()):
+        if not any(runs(kind, asked, p, EVERYTHING) for p in asked.passes):
+            assert not decide(asked, kind, [Candidate(backend, asked_in_vain)]).is_complete
+
+
+def test_health_is_asked_where_a_requirement_fails_for_another_pass_only():
+    decision = auto(problem("B200"), {DEEPGEMM: "broken"})
+    assert [r.passes for r in decision.refusals if "broken" in r.reason] == [TRAINING]
+
+
+def test_health_of_a_slower_backend_is_not_asked():
+    fast, *others = candidates({})
+    others = [Candidate(candidate.backend, asked_in_vain) for candidate in others]
+    assert choice(decide(problem("H100"), AUTO, [fast, *others])) == (DEEPGEMM, DEEPGEMM, DEEPGEMM)
+
+
+def test_health_is_found_out_once(monkeypatch):
+    runs_of_health = []
+    monkeypatch.setattr(emulated.Backend, "health", lambda self, device: runs_of_health.append(device) or BROKEN)
+    cpu = torch.device("cpu")
+    (candidate,) = (c for c in backends.candidates.__wrapped__(cpu) if c.backend.kind is EMULATED)
+    assert candidate.health() == candidate.health() == BROKEN
+    assert runs_of_health == [cpu]
+
+
+# Weights that were quantized beforehand
+
+
+def test_only_the_backend_that_wrote_the_weights_reads_them():
+    asked = problem("H100", passes=(FORWARD, DGRAD), weights=(TRITON, TRITON))
+    decision = auto(asked)
+    assert choice(decision) == (TRITON, TRITON)
+    assert decision.refusal_lines()[0] == (
+        "deepgemm  forward requires quantized weights in its layout for forward; found triton's. "
+        "Quantize them with the kernel_preference that the call has."
+    )
+
+
+def test_each_pass_follows_the_owner_of_its_own_layout():
+    asked = problem("H100", passes=(FORWARD, DGRAD), weights=(DEEPGEMM, TRITON))
+    assert choice(auto(asked)) == (DEEPGEMM, TRITON)
+
+
+def test_weights_without_a_layout_for_dgrad_say_how_to_get_one():
+    decision = auto(problem("H100", passes=(FORWARD, DGRAD), weights=(TRITON, None)))
+    assert choice(decision) == (TRITON, None)
+    assert "found none. Quantize them with dgrad=True" in "\n".join(message(decision))
+
+
+def test_a_named_backend_does_not_read_the_weights_of_another():
+    decision = decide(problem("H100", passes=(FORWARD,), weights=(TRITON, None)), DEEPGEMM, candidates({}))
+    assert choice(decision) == (None,)
+    assert decision.alternatives == (TRITON,)
+    assert decision.refusal_lines()[0] == (
+        "deepgemm  requires quantized weights in its layout for forward; found triton's. "
+        "Quantize them with the kernel_preference that the call has."
+    )
+
+
+# Decisions as values
+
+
+def test_equal_problems_give_equal_decisions_with_equal_hashes():
+    first, second = auto(problem("B200")), auto(problem("B200"))
+    assert first == second
+    assert len({first, second}) == 1
+
+
+@every_machine
+def test_the_order_of_the_candidates_does_not_matter(machine):
+    asked = problem(machine, weights=(TORCH, TORCH))
+    decisions = {decide(asked, AUTO, order) for order in itertools.permutations(candidates({TRITON: "broken"}))}
+    assert len(decisions) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "expected"),
+    ((0, "decode"), (128, "decode"), (129, "small"), (2048, "small"), (2049, "large")),
+)
+def test_rows_are_known_by_how_many_a_group_has_on_average(num_rows, expected):
+    assert row_class(num_rows, num_groups=8) is RowClass(expected)
+
+
+# A call of grouped_mm on a machine that is not here
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Makes calls with CPU tensors decide as on another machine; what they decide for must be Emulated."""
+    for variable in ("BACKEND", "STRICT", "LOG", "VALIDATE"):
+        monkeypatch.delenv(f"GROUPED_GEMM_{variable}", raising=False)
+    monkeypatch.setattr(functional, "_logged", set())
+    monkeypatch.setattr(functional, "_warned", set())
+    monkeypatch.setattr(report, "get_backend", BACKENDS.__getitem__)
+    functional._decide_once.cache_clear()
+
+    def move(machine: str, states: Mapping[KernelPreference, str]) -> None:
+        monkeypatch.setattr(functional, "machine_of", lambda device: MACHINES[machine])
+        monkeypatch.setattr(functional, "candidates", lambda device: tuple(candidates(states)))
+
+    yield move
+    functional._decide_once.cache_clear()
+
+
+NOTHING_ELSE = dict.fromkeys((DEEPGEMM, TRITON, TORCH, HIPBLASLT), "broken")
+
+
+def call(k: int = 32, **options) -> torch.Tensor:
+    a, b = torch.ones(4, k, dtype=torch.bfloat16), torch.ones(2, k, 16, dtype=torch.bfloat16)
+    return grouped_mm(a, b, torch.tensor([1, 4], dtype=torch.int32), **options)
+
+
+def texts_of_warnings(*calls: Callable[[], object]) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for function in calls:
+            function()
+    return [str(warning.message) for warning in caught]
+
+
+def test_the_fallback_warns_once_and_names_what_was_refused(on):
+    on("H100", NOTHING_ELSE)
+    (text,) = texts_of_warnings(call, call, lambda: call(k=48))
+    assert "none runs on the Emulated backend" in text
+    assert "triton    is installed but broken: built for another torch. Reinstall it." in text
+    assert "GROUPED_GEMM_STRICT=1" in text and "KernelPreference.EMULATED" in text
+
+
+def test_another_set_of_reasons_warns_again(on):
+    on("H100", NOTHING_ELSE)
+    assert len(texts_of_warnings(call, lambda: call(recipe="fp8_blockwise"))) == 2
+
+
+def test_quantize_weights_warns_of_the_fallback_as_well(on):
+    on("H100", NOTHING_ELSE)
+    (text,) = texts_of_warnings(lambda: quantize_weights(torch.ones(1, 32, 32), "mxfp8"))
+    assert "mxfp8 runs on the Emulated backend" in text
+
+
+def test_emulated_by_name_does_not_warn(on):
+    on("H100", NOTHING_ELSE)
+    assert texts_of_warnings(lambda: call(kernel_preference="emulated")) == []
+
+
+def test_a_cpu_does_not_warn(on):
+    on("CPU", {})
+    assert texts_of_warnings(call) == []
+
+
+def test_strict_makes_the_fallback_an_error(on, monkeypatch):
+    on("H100", NOTHING_ELSE)
+    monkeypatch.setenv("GROUPED_GEMM_STRICT", "1")
+    with pytest.raises(NoBackendError, match="emulated  is not tried while GROUPED_GEMM_STRICT=1"):
+        call()
+
+
+def test_strict_holds_from_the_call_that_follows(on, monkeypatch):
+    on("H100", NOTHING_ELSE)
+    texts_of_warnings(call)
+    monkeypatch.setenv("GROUPED_GEMM_STRICT", "1")
+    with pytest.raises(NoBackendError):
+        call()
+
+
+def test_the_log_shows_each_distinct_decision_once(on, monkeypatch, capsys):
+    on("CPU", {})
+    monkeypatch.setenv("GROUPED_GEMM_LOG", "1")
+    for k in (32, 32, 48, 32):
+        call(k)
+    log = capsys.readouterr().err
+    assert [line for line in log.splitlines() if line.startswith("grouped_mm(")] == [
+        "grouped_mm(E=2, K=32, N=16, none, bfloat16, cpu, forward)",
+        "grouped_mm(E=2, K=48, N=16, none, bfloat16, cpu, forward)",
+    ]
+
+
+def test_the_log_shows_a_decision_that_was_made_before_it_was_switched_on(on, monkeypatch, capsys):
+    on("CPU", {})
+    call()
+    monkeypatch.setenv("GROUPED_GEMM_LOG", "1")
+    call()
+    assert "grouped_mm(E=2, K=32" in capsys.readouterr().err
+
+
+def test_the_log_is_silent_unless_asked_for(on, capsys):
+    on("CPU", {})
+    call()
+    assert capsys.readouterr().err == ""
+
+
+# Explanations
+
+
+@pytest.fixture
+def explained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Explanation]:
+    monkeypatch.setattr(report, "get_backend", BACKENDS.__getitem__)
+    return lambda decision: Explanation(decision, num_rows=5000)
+
+
+def table(explanation: Explanation) -> list[list[str]]:
+    """The text of an explanation, its lines split where two spaces are."""
+    return [re.split(r" {2,}", line.strip()) for line in str(explanation).splitlines()]
+
+
+def test_an_explanation_tells_who_runs_why_and_who_refused(explained):
+    lines = table(explained(auto(problem("B200"))))
+    why = "AUTO: the first in its order that can run it"
+    assert lines[0] == ["grouped_mm(E=8, K=4096, N=2048, fp8_blockwise, bfloat16, sm_100, forward+dgrad+wgrad)"]
+    for line in (
+        ["forward", "deepgemm", why],
+        ["dgrad", "deepgemm", why],
+        ["wgrad", "triton", why],
+        ["host syncs", "none"],
+        ["padding", "deepgemm: at most 1016 rows"],
+        ["refused", "deepgemm", "wgrad requires sm_90; found sm_100. Use Recipe.MXFP8 or another backend."],
+    ):
+        assert line in lines
+
+
+@pytest.mark.parametrize(
+    ("asked_by", "why"),
+    (("argument", "by the argument"), ("context", "by prefer(...)"), ("environment", "by the environment")),
+)
+def test_an_explanation_tells_who_asked_for_the_backend(explained, asked_by, why):
+    decision = decide(problem("H100"), TRITON, candidates({}), asked_by=asked_by)
+    assert explained(decision).why == f"asked for {why}"
+
+
+def test_an_explanation_tells_when_a_call_waits_for_the_host(explained):
+    decision = decide(problem("MI300X", Recipe.NONE), HIPBLASLT, candidates({}))
+    assert explained(decision).host_syncs == {"hipblaslt": "offs is read at every pass"}
+    assert ["host syncs", "hipblaslt: offs is read at every pass"] in table(explained(decision))
+
+
+def test_nothing_waits_for_the_host_on_a_cpu(explained):
+    assert explained(auto(problem("CPU"))).host_syncs == {}
+
+
+@pytest.mark.parametrize(("alignment", "padding"), ((1, {"deepgemm": 1016}), (16, {"deepgemm": 1016}), (256, {})))
+def test_padding_is_what_the_caller_has_not_promised(explained, alignment, padding):
+    assert explained(auto(problem("H100", group_alignment=alignment))).padding == padding
+
+
+def test_an_explanation_of_what_no_backend_runs_says_so(explained):
+    explanation = explained(auto(problem("RTX 4090"), {TRITON: "broken"}, strict=True))
+    assert ["forward", "no backend", "every one refuses"] in table(explanation)
+    assert explanation.to_dict()["runs"] is False
+
+
+def test_an_explanation_of_a_named_backend_that_refuses_names_those_that_would_run(explained):
+    explanation = explained(decide(problem("B200"), DEEPGEMM, candidates({}), asked_by="context"))
+    lines = table(explanation)
+    assert ["forward", "no backend", "deepgemm refuses, asked for by prefer(...)"] in lines
+    assert ["instead", "triton, emulated would run it"] in lines
+    assert explanation.to_dict()["alternatives"] == ["triton", "emulated"]
+
+
+@every_machine
+def test_an_explanation_survives_json(explained, machine):
+    data = explained(auto(problem(machine), {TRITON: "broken"})).to_dict()
+    assert json.loads(json.dumps(data)) == data
+
+
+def test_an_explanation_as_data_has_the_whole_decision(explained):
+    data = explained(auto(problem("B200", group_alignment=128))).to_dict()
+    assert data == {
+        "problem": {
+            "M": 5000,
+            "E": 8,
+            "K": 4096,
+            "N": 2048,
+            "rows": "large",
+            "recipe": "fp8_blockwise",
+            "dtype": "bfloat16",
+            "out_dtype": "bfloat16",
+            "arch": "sm_100",
+            "passes": ["forward", "dgrad", "wgrad"],
+            "group_alignment": 128,
+        },
+        "preference": "auto",
+        "asked_by": "default",
+        "runs": True,
+        "chosen": {"forward": "deepgemm", "dgrad": "deepgemm", "wgrad": "triton"},
+        "refusals": [
+            {
+                "backend": "deepgemm",
+                "passes": ["wgrad"],
+                "reason": "requires sm_90; found sm_100",
+                "fix": "Use Recipe.MXFP8 or another backend.",
+            }
+        ],
+        "alternatives": [],
+        "host_syncs": {},
+        "padding_rows_at_most": {},
+    }
