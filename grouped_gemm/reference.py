@@ -94,7 +94,8 @@ def spread(scale: Tensor, blocks: Blocks, shape: Sequence[int]) -> Tensor:
     scale = scale.float()
     for axis, side in enumerate(blocks):
         if side is not None and side > 1:
-            scale = scale.repeat_interleave(side, axis).narrow(axis, 0, shape[axis])
+            repeated = scale.unsqueeze(axis + 1).expand(*scale.shape[: axis + 1], side, *scale.shape[axis + 1 :])
+            scale = repeated.flatten(axis, axis + 1).narrow(axis, 0, shape[axis])
     return scale
 
 

@@ -20,6 +20,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", help="where the tests of backends run; default: the GPU where there is one, else cpu")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Operands are small: threads gain nothing, and where cores are shared they mostly wait for each other.
+    torch.set_num_threads(1)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     backend = config.getoption("--backend") or "all"
     return f"grouped_gemm: backend {backend}, device {_device(config)}"
@@ -32,8 +37,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none"))
+        if item.get_closest_marker("gpu") and _device(config).type != "cuda":
+            item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none, or --device names another device"))
         if item.get_closest_marker("rocm") and not (torch.cuda.is_available() and torch.version.hip):
             item.add_marker(pytest.mark.skip(reason="needs an AMD GPU and a ROCm build of torch"))
     name = config.getoption("--backend")
@@ -62,13 +67,13 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeded, with no switch set, nothing decided and nothing warned of yet."""
+    """Seeded, with no switch set, nothing decided, logged or warned of yet."""
     torch.manual_seed(0)
     for switch in SWITCHES:
         monkeypatch.delenv(switch.name, raising=False)
     functional._decide_once.cache_clear()
-    functional._warned.clear()
     functional._logged.clear()
+    functional._warned.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -62,6 +62,14 @@ def test_commands_are_imported_when_they_run() -> None:
     assert found.stdout.strip() == "set()"
 
 
+def test_a_reader_may_stop_reading() -> None:
+    command = [sys.executable, "-m", "grouped_gemm"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 def test_doctor_shows_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("doctor") == 0
     out = capsys.readouterr().out

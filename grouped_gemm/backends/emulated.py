@@ -150,6 +150,42 @@ def _part(scale: Tensor | None, index: int | slice) -> Tensor | None:
     return None if scale is None else scale[index]
 
 
+def _dequantize(data: Tensor, scale: Tensor | None, blocks: reference.Blocks) -> Tensor:
+    """`reference.dequantize` of a matrix, bit for bit, in memory of its own, without writing scales out along blocks.
+
+    Of its own, since MKL rounds a product by how its operands are aligned, and a group's rows may start anywhere.
+    """
+    if scale is None:
+        return data.to(torch.float32, copy=True)
+    values = _to_fp32(data)
+    axis = 0 if blocks[0] is not None and blocks[0] > 1 else 1
+    side = blocks[axis]
+    if side is None or side == 1:
+        return values.mul_(scale.float())
+    across = tuple(None if i == axis else other for i, other in enumerate(blocks))
+    scale = reference.spread(scale, across, values.shape).movedim(axis, 0).contiguous()
+    lines = values.movedim(axis, 0)
+    full = lines.shape[0] // side
+    lines[: full * side].unflatten(0, (full, side)).mul_(scale[:full, None])
+    lines[full * side :].mul_(scale[full:])  # the short block at the end
+    return values
+
+
+def _to_fp32(data: Tensor) -> Tensor:
+    """``data.float()`` of fp8 data. On a CPU torch converts fp8 value by value; this is eight times as fast.
+
+    The bits of an e4m3fn, moved to those of an fp16, are its value times 2^-8, but for its NaN, which would be 480.
+    """
+    if data.dtype != torch.float8_e4m3fn or data.device.type != "cpu":
+        return data.float()
+    if (data.view(torch.uint8) & 0x7F).amax() == 0x7F:
+        return data.float()
+    bits = data.view(torch.int8).to(torch.int16)  # the sign fills the upper byte
+    bits <<= 7
+    bits &= ~0x4000
+    return bits.view(torch.float16).float().mul_(256)
+
+
 @_op("emulated_host_offs(Tensor offs) -> Tensor", lambda offs: torch.empty_like(offs, device="cpu"))
 def _host_offs(offs: Tensor) -> Tensor:
     return offs.to("cpu", copy=True)
@@ -237,8 +273,8 @@ def _grouped_mm(
     for e, rows in enumerate(reference.group_slices(ends)):
         if rows.start == rows.stop:
             continue
-        left = reference.dequantize(lhs[rows], _part(lhs_scale, rows), lhs_blocks)
-        right = reference.dequantize(rhs[e], _part(rhs_scale, e), rhs_blocks)
+        left = _dequantize(lhs[rows], _part(lhs_scale, rows), lhs_blocks)
+        right = _dequantize(rhs[e], _part(rhs_scale, e), rhs_blocks)
         product = left @ (right if axis == 1 else right.t())
         out[rows] = product if bias is None else product + bias[e].float()
     out[ends[-1] :] = 0
@@ -278,8 +314,8 @@ def _wgrad(
     for e, rows in enumerate(reference.group_slices(ends)):
         if rows.start == rows.stop:
             continue
-        left = reference.dequantize(lhs[rows], _part(lhs_scale, scale_rows[e]), blocks)
-        right = reference.dequantize(rhs[rows], _part(rhs_scale, scale_rows[e]), blocks)
+        left = _dequantize(lhs[rows], _part(lhs_scale, scale_rows[e]), blocks)
+        right = _dequantize(rhs[rows], _part(rhs_scale, scale_rows[e]), blocks)
         out[e] = left.t() @ right
     return out
 

@@ -1,0 +1,63 @@
+"""What holds for every size, of the groups, of what is past them, of K and of N, and for every content of ``offs``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from grouped_gemm import Pass, Recipe
+from grouped_gemm.testing import (
+    DGRAD,
+    FORWARD,
+    TRAINING,
+    WGRAD,
+    Case,
+    Shape,
+    expected,
+    make_inputs,
+    refusal,
+    rounding_tolerance,
+    run,
+    worst_row_error,
+)
+
+# Derandomized, so that a failure is the fault of a change, and the same one on every machine.
+quick = settings(deadline=None, derandomize=True, database=None, max_examples=100)
+
+recipes = st.sampled_from(Recipe)
+# Around blocks of 32 and 128: the last one is full, short, or a single value.
+features = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 129, 160]))
+group_sizes = st.lists(st.one_of(st.just(0), st.integers(1, 40), st.integers(120, 136)), min_size=1, max_size=5)
+shapes = st.builds(
+    lambda sizes, tail, k, n: Shape("drawn", tuple(sizes), tail, k, n),
+    group_sizes,
+    st.integers(0, 40),
+    features,
+    features,
+)
+int32 = st.integers(-(2**31), 2**31 - 1)
+
+
+@quick
+@given(shape=shapes, recipe=recipes, passes=st.sampled_from([FORWARD, DGRAD, WGRAD]), seed=st.integers(0, 9))
+def test_a_pass_agrees_with_the_reference(backend, device, shape, recipe, passes, seed):
+    case = Case(backend, recipe, passes=passes, shape=shape)
+    assume(not refusal(case, device))
+    inputs = make_inputs(case, device, seed)
+    found = run(case, inputs).of(passes[-1])
+    assert worst_row_error(found, expected(passes[-1], inputs, recipe)) <= rounding_tolerance(found.dtype)
+
+
+@quick
+@given(offs=st.lists(st.one_of(st.integers(-5, 105), int32), min_size=1, max_size=5), recipe=recipes)
+def test_any_offs_write_every_value_of_every_result(backend, device, offs, recipe):
+    shape = Shape("drawn", (100, *[0] * (len(offs) - 1)), k=32, n=48)
+    case = Case(backend, recipe, passes=TRAINING, shape=shape)
+    assume(not refusal(case, device))
+    inputs = make_inputs(case, device)
+    outcome = run(case, dataclasses.replace(inputs, offs=torch.tensor(offs, dtype=torch.int32, device=device)))
+    for pass_ in Pass:
+        assert outcome.of(pass_).isfinite().all(), pass_
