@@ -21,9 +21,9 @@ from grouped_gemm import (
     Machine,
     NoBackendError,
     Pass,
+    QuantizedWeights,
     Recipe,
     explain,
-    functional,
     grouped_mm,
     prefer,
     quantize_weights,
@@ -98,11 +98,9 @@ def gradients(y: torch.Tensor, inputs: Inputs, dy: torch.Tensor | None = None) -
 
 
 def all_equal(found, wanted) -> bool:
-    """Whether two sequences of tensors are equal bit for bit, NaN to NaN."""
+    """Whether two sequences of tensors are equal bit for bit, dtypes included."""
     return len(found) == len(wanted) and all(
-        x.dtype == y.dtype
-        and torch.equal(x.nan_to_num(nan=12345.0), y.nan_to_num(nan=12345.0))
-        and torch.equal(x.isnan(), y.isnan())
+        x.dtype == y.dtype and torch.equal(*(t.detach().contiguous().view(torch.uint8) for t in (x, y)))
         for x, y in zip(found, wanted)
     )
 
@@ -117,6 +115,12 @@ def test_poisoned_memory_is_nan(dtype):
         fresh = (torch.empty(5, dtype=dtype), torch.ones(1).new_empty(5, dtype=dtype))
         alike = torch.empty_like(torch.ones(5), dtype=dtype)
     assert all(x.float().isnan().all() for x in (*fresh, alike))
+
+
+def test_poisoned_memory_is_the_largest_integer():
+    with poisoned_memory():
+        fresh = torch.empty(5, dtype=torch.int32)
+    assert (fresh == 2**31 - 1).all()
 
 
 def test_poisoned_memory_restores_the_settings_of_before():
@@ -291,7 +295,7 @@ def test_weights_quantized_for_dgrad_give_the_gradient_of_dynamic_quantization(c
     assert torch.equal(found, wanted)
 
 
-def from_checkpoint(case: Case, inputs: Inputs, dgrad: bool) -> tuple[functional.QuantizedWeights, Inputs]:
+def from_checkpoint(case: Case, inputs: Inputs, dgrad: bool) -> tuple[QuantizedWeights, Inputs]:
     """fp8 weights with scales, as a checkpoint stores them, and the inputs with ``b`` of the values that they have."""
     blocks = reference.weight_blocks(case.recipe, 1)
     data, scale = reference.quantize(inputs.b, blocks, case.recipe, torch.float8_e4m3fn)
@@ -722,6 +726,18 @@ def test_a_region_without_autocast_computes_in_the_dtype_of_the_operands(case, d
     assert all_equal([y], [call(case, inputs)])
 
 
+@of_cases(cases(has_bias=(True,)))
+@pytest.mark.parametrize("operand", ["b", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32], ids=["float64", "int32"])
+def test_autocast_does_not_cast_what_it_would_not_cast_for_matmul(case, operand, dtype, device):
+    inputs = make_inputs(case, device)
+    with torch.autocast(device.type, dtype=case.dtype):
+        with pytest.raises(RuntimeError, match="same dtype"):
+            torch.matmul(inputs.a, inputs.b[0].to(dtype))
+        with pytest.raises(ValueError, match=rf"^{operand}\.dtype: "):
+            call(case, inputs, **{operand: getattr(inputs, operand).to(dtype)})
+
+
 # Operands lie in memory as a model leaves them.
 
 
@@ -818,11 +834,12 @@ def test_gradients_reach_what_the_operands_are_views_of(case, device):
 # What autograd may ask of a call.
 
 
-@of_cases(cases(recipes=RECIPES, passes=(DGRAD, WGRAD)))
-def test_a_gradient_alone_is_the_one_beside_others(case, device):
+@of_cases(cases(recipes=RECIPES, passes=(TRAINING,)))
+@pytest.mark.parametrize("passes", [DGRAD, WGRAD], ids=["dgrad", "wgrad"])
+def test_a_gradient_alone_is_the_one_beside_others(case, passes, device):
     inputs = make_inputs(case, device)
-    alone, beside_others = run(case, inputs), run(dataclasses.replace(case, passes=TRAINING), inputs)
-    assert torch.equal(alone.of(case.passes[-1]), beside_others.of(case.passes[-1]))
+    alone, beside_others = run(dataclasses.replace(case, passes=passes), inputs), run(case, inputs)
+    assert torch.equal(alone.of(passes[-1]), beside_others.of(passes[-1]))
 
 
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,), has_bias=(True,)))

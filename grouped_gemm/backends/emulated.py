@@ -157,11 +157,12 @@ def _dequantize(data: Tensor, scale: Tensor | None, blocks: reference.Blocks) ->
     """
     if scale is None:
         return data.to(torch.float32, copy=True)
-    values = _to_fp32(data)
+    values, power = _to_fp32(data)
+    scale = scale.float() * power
     axis = 0 if blocks[0] is not None and blocks[0] > 1 else 1
     side = blocks[axis]
     if side is None or side == 1:
-        return values.mul_(scale.float())
+        return values.mul_(scale)
     across = tuple(None if i == axis else other for i, other in enumerate(blocks))
     scale = reference.spread(scale, across, values.shape).movedim(axis, 0).contiguous()
     lines = values.movedim(axis, 0)
@@ -171,19 +172,19 @@ def _dequantize(data: Tensor, scale: Tensor | None, blocks: reference.Blocks) ->
     return values
 
 
-def _to_fp32(data: Tensor) -> Tensor:
-    """``data.float()`` of fp8 data. On a CPU torch converts fp8 value by value; this is eight times as fast.
+def _to_fp32(data: Tensor) -> tuple[Tensor, float]:
+    """fp32 values and a power of two whose product is ``data.float()``, for fp8 data.
 
-    The bits of an e4m3fn, moved to those of an fp16, are its value times 2^-8, but for its NaN, which would be 480.
+    On a CPU torch converts fp8 value by value; this is eight times as fast. The bits of an e4m3fn, moved to those of an
+    fp16, are its value times 2^-8, but for its NaN, which would be 480.
     """
-    if data.dtype != torch.float8_e4m3fn or data.device.type != "cpu":
-        return data.float()
-    if (data.view(torch.uint8) & 0x7F).amax() == 0x7F:
-        return data.float()
+    is_e4m3fn_on_cpu = data.dtype == torch.float8_e4m3fn and data.device.type == "cpu"
+    if not is_e4m3fn_on_cpu or (data.view(torch.uint8) & 0x7F).amax() == 0x7F:
+        return data.float(), 1.0
     bits = data.view(torch.int8).to(torch.int16)  # the sign fills the upper byte
     bits <<= 7
     bits &= ~0x4000
-    return bits.view(torch.float16).float().mul_(256)
+    return bits.view(torch.float16).float(), 256.0
 
 
 @_op("emulated_host_offs(Tensor offs) -> Tensor", lambda offs: torch.empty_like(offs, device="cpu"))
