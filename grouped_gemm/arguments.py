@@ -99,14 +99,14 @@ def check_contraction(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None) -
         fail("bias", "None where b has 2 dimensions", type(bias).__name__)
 
 
-def check_weights(b: Tensor, scale: Tensor | None, recipe: Recipe, dtype: torch.dtype) -> None:
+def check_weights(b: Tensor, scale: Tensor | None, recipe: Recipe, dtype: torch.dtype | None) -> None:
     """``b`` (E, K, N) is to be quantized, or is a checkpoint's fp8 with ``scale`` in the shape of ``recipe``."""
     if scale is None and isinstance(b, Tensor) and b.dtype in FP8_DTYPES:
         fail("scale", "the factors of weights that are fp8 already", "None")
     check_tensor("b", b, (3,), DTYPES if scale is None else FP8_DTYPES)
     if min(b.shape) < 1:
         fail("b", "E, K and N of at least 1", tuple(b.shape))
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         fail("dtype", f"one of {_DTYPE_NAMES}", dtype)
     if scale is None:
         return

@@ -178,8 +178,8 @@ class GroupedMM(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """dA (M, K), dB (E, K, N) in the memory order of ``b``, and the bias's gradient (E, N)."""
         route, plans, (a_columns, b_dgrad) = _load(ctx, dy.shape[0])
-        dy = dense_rows(dy.to(route.dtype))
-        dy_rows, dy_columns = _activations_for(dy, route.recipe, plans, route.dgrad, route.wgrad)
+        dy = dense_rows(dy)
+        dy_rows, dy_columns = _activations_for(dy.to(route.dtype), route.recipe, plans, route.dgrad, route.wgrad)
         da = db = dbias = None
         if route.dgrad is not None:
             da = _product(route.dgrad, dy_rows, b_dgrad, plans, route.dtype)

@@ -111,7 +111,7 @@ def quantize_weights(
     recipe: Recipe | str,
     *,
     scale: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     dgrad: bool = False,
     kernel_preference: KernelPreference | str = KernelPreference.AUTO,
 ) -> QuantizedWeights:
@@ -125,7 +125,7 @@ def quantize_weights(
         recipe: a `Recipe` that scales, or its name.
         scale: a checkpoint's dequantization factors (``value = data * scale``), with the axes of ``b``: rowwise
             (E, 1, N), blockwise (E, ceil(K/128), ceil(N/128)), MXFP8 (E, ceil(K/32), N) as float8_e8m0fnu.
-        dtype: for a checkpoint's weights, the dtype of the activations that will meet them.
+        dtype: dtype of the activations that will meet the weights; None: that of ``b``, or bfloat16 for a checkpoint's.
         dgrad: whether gradients will flow to the activations, which takes a second layout on most backends.
         kernel_preference: the backend whose layouts are written, as in `grouped_mm`. Only that backend reads them.
 
@@ -141,7 +141,8 @@ def quantize_weights(
         arguments.fail("recipe", "one that scales", recipe.value)
     arguments.check_weights(b, scale, recipe, dtype)
     b, b_contiguous = dense_weights(b.detach())
-    dtype = b.dtype if scale is None else dtype
+    if dtype is None:
+        dtype = b.dtype if scale is None else torch.bfloat16
     facts = {
         "device": b.device,
         "shape": tuple(b.shape),
@@ -195,8 +196,8 @@ def _prepare(
     if torch.amp.is_autocast_available(a.device.type) and torch.is_autocast_enabled(a.device.type):
         dtype = torch.get_autocast_dtype(a.device.type)
         a = a.to(dtype)
-        b = b.to(dtype) if isinstance(b, Tensor) else b
-        bias = bias.to(dtype) if isinstance(bias, Tensor) else bias
+        b = b.to(dtype) if isinstance(b, Tensor) and b.dtype in arguments.DTYPES else b
+        bias = bias.to(dtype) if isinstance(bias, Tensor) and bias.dtype in arguments.DTYPES else bias
     weights = None
     if isinstance(b, Tensor) and b.dim() == 2:
         arguments.check_contraction(a, b, offs, bias)

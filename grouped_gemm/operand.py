@@ -11,7 +11,7 @@ from grouped_gemm.preference import KernelPreference
 from grouped_gemm.recipes import Recipe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantized:
     """One operand as one kernel reads it.
 
@@ -35,7 +35,7 @@ class Quantized:
         return self.recipe, self.axis, self.layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedWeights:
     """Weights quantized once, by `quantize_weights`, in the layouts of one backend. Goes into `grouped_mm` as ``b``.
 
