@@ -15,7 +15,6 @@ from packaging.version import Version
 
 # The distributions that may provide an import; which versions of it are installed decides what works.
 _DISTRIBUTIONS = {
-    "torch": ("torch",),
     "triton": ("triton", "pytorch-triton", "pytorch-triton-rocm"),
 }
 
@@ -78,7 +77,7 @@ def _probe(device_type: str, index: int | None) -> Machine:
 
 @functools.cache
 def _versions() -> tuple[tuple[str, str], ...]:
-    found = [("cuda", torch.version.cuda), ("rocm", torch.version.hip)]
+    found = [("torch", str(torch.__version__)), ("cuda", torch.version.cuda), ("rocm", torch.version.hip)]
     for package, distributions in _DISTRIBUTIONS.items():
         found.append((package, next(filter(None, map(_distribution_version, distributions)), None)))
     return tuple((package, version) for package, version in found if version is not None)
