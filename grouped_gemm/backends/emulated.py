@@ -271,10 +271,12 @@ def _grouped_mm(
     rhs_blocks = reference.weight_blocks(Recipe(recipe), scaled_along)[1:]
     ends = reference.group_ends(host_offs, lhs.shape[0])
     out = lhs.new_empty(lhs.shape[0], rhs.shape[3 - axis], dtype=out_dtype)
+    # All rows at once: for small groups, the many short ops of _dequantize cost more than their work.
+    lhs_values = lhs if lhs_scale is None or lhs.numel() == 0 else _dequantize(lhs, lhs_scale, lhs_blocks)
     for e, rows in enumerate(reference.group_slices(ends)):
         if rows.start == rows.stop:
             continue
-        left = _dequantize(lhs[rows], _part(lhs_scale, rows), lhs_blocks)
+        left = lhs_values[rows].to(torch.float32, copy=True)  # in memory of its own, as _dequantize says
         right = _dequantize(rhs[e], _part(rhs_scale, e), rhs_blocks)
         product = left @ (right if axis == 1 else right.t())
         out[rows] = product if bias is None else product + bias[e].float()
