@@ -18,6 +18,7 @@ from grouped_gemm.preference import KernelPreference
 # Each module has one subclass of _GroupedMMBackend, named Backend.
 _MODULES = {
     KernelPreference.EMULATED: "grouped_gemm.backends.emulated",
+    KernelPreference.TRITON: "grouped_gemm.backends.triton",
 }
 
 

@@ -1,0 +1,216 @@
+"""Triton: this package's own kernels, without padding of groups, a vendor library, or a look at the groups from the host.
+
+Kernels and quantizers are in `grouped_gemm.kernels`, imported at the first launch. Layouts: docs/layouts.md.
+
+M, E, K, N: rows, groups, in and out features. D: K or N.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from grouped_gemm import reference
+from grouped_gemm.backends.base import (
+    Health,
+    OffsetPlan,
+    Requirement,
+    _GroupedMMBackend,
+    requires_dtype,
+    requires_recipe,
+)
+from grouped_gemm.operand import Quantized
+from grouped_gemm.ops import define_op
+from grouped_gemm.preference import KernelPreference
+from grouped_gemm.problem import Problem
+from grouped_gemm.recipes import Recipe
+
+_OLDEST_TRITON = "3.6"
+_NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
+_AMD = ("gfx942", "gfx950")
+_ROWS = "triton rows"
+_COLUMNS = "triton columns"
+_WEIGHTS = "triton weights"
+_ops = torch.ops.grouped_gemm
+
+
+def _runs_interpreted(problem: Problem) -> bool:
+    """On a CPU, Triton interprets kernels where the environment asks for it: right, and slow beyond use."""
+    return problem.machine.vendor == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _is_new_enough(problem: Problem) -> bool:
+    version = problem.machine.version("triton")
+    return version is not None and version >= Version(_OLDEST_TRITON)
+
+
+class Backend(_GroupedMMBackend):
+    """Kernels of this package, in Triton."""
+
+    kind = KernelPreference.TRITON
+    summary = "This package's own kernels: no padding, no vendor library, no wait for the device."
+    requirements = (
+        Requirement(
+            what=" or ".join((*_NVIDIA, *_AMD)),
+            holds=lambda p: p.machine.arch in (*_NVIDIA, *_AMD) or _runs_interpreted(p),
+            found=lambda p: p.machine.arch,
+            fix="Use another backend; on a CPU, TRITON_INTERPRET=1 runs the kernels for tests.",
+        ),
+        Requirement(
+            what=f"triton {_OLDEST_TRITON} or later",
+            holds=_is_new_enough,
+            found=lambda p: f"triton {p.machine.version('triton')}" if p.machine.version("triton") else "no triton",
+            fix=f"pip install 'triton>={_OLDEST_TRITON}'.",
+        ),
+        requires_recipe((Recipe.NONE,)),
+        requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
+    )
+
+    def health(self, device: torch.device) -> Health:
+        """A small ragged product and its wgrad, beside `reference`."""
+        ends = [3, 3, 20]
+        offs = torch.tensor(ends, dtype=torch.int32, device=device)
+        a = torch.linspace(-1, 1, 24 * 16, device=device).view(24, 16).bfloat16()
+        b = torch.linspace(-2, 1, 3 * 16 * 16, device=device).view(3, 16, 16).bfloat16()
+        try:
+            y = _ops.triton_grouped_mm(a, None, b, None, None, offs, False, torch.float32)
+            db = _ops.triton_wgrad(a, None, y.bfloat16(), None, offs, 24, False, torch.float32)
+        except Exception as error:
+            return Health(f"{type(error).__name__}: {error}", "Install the triton that this torch was built with.")
+        right_y = reference.grouped_mm(a, b, ends, dtype=torch.float32)
+        right_db = reference.wgrad(a, y.bfloat16(), ends, dtype=torch.float32)
+        if torch.allclose(y, right_y, rtol=1e-3, atol=1e-3) and torch.allclose(db, right_db, rtol=1e-3, atol=1e-3):
+            return Health()
+        return Health("a tiny product is wrong", "Install the triton that this torch was built with.")
+
+    def plan(self, offs: Tensor, num_rows: int) -> OffsetPlan:
+        return OffsetPlan(offs, num_rows)  # the kernels find the groups themselves
+
+    def quantize_activations(
+        self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        return (
+            Quantized(x_MD, None, recipe, 1, _ROWS) if rows else None,
+            Quantized(x_MD, None, recipe, 0, _COLUMNS) if columns else None,
+        )
+
+    def quantize_weights(
+        self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        return (
+            Quantized(b_EKN, None, recipe, 1, _WEIGHTS) if forward else None,
+            Quantized(b_EKN, None, recipe, 2, _WEIGHTS) if dgrad else None,
+        )
+
+    def adopt_weights(
+        self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        raise NotImplementedError
+
+    def grouped_mm(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        data_ECO = rhs.data if rhs.axis == 1 else rhs.data.transpose(1, 2)
+        bias_EN = None if bias_EN is None else bias_EN.contiguous()
+        return _ops.triton_grouped_mm(
+            lhs.data, lhs.scale, data_ECO, rhs.scale, bias_EN, plan.offs, lhs.recipe.block is not None, out_dtype
+        )
+
+    def wgrad(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
+    ) -> Tensor:
+        first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
+        product = _ops.triton_wgrad(
+            first.data,
+            first.scale,
+            second.data,
+            second.scale,
+            plan.offs,
+            plan.num_rows,
+            lhs.recipe.block is not None,
+            out_dtype,
+        )
+        return product.transpose(1, 2) if contiguous == "k" else product
+
+    def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        return _ops.triton_group_sums(dy_MN, plan.offs, out_dtype)
+
+
+def _fake_grouped_mm(
+    lhs_MC: Tensor,
+    lhs_scale: Tensor | None,
+    rhs_ECO: Tensor,
+    rhs_scale: Tensor | None,
+    bias_EO: Tensor | None,
+    offs: Tensor,
+    blockwise: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return lhs_MC.new_empty(lhs_MC.shape[0], rhs_ECO.shape[2], dtype=out_dtype)
+
+
+@define_op(
+    "triton_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor? bias, Tensor offs, "
+    "bool blockwise, ScalarType out_dtype) -> Tensor",
+    fake=_fake_grouped_mm,
+)
+def _grouped_mm(
+    lhs_MC: Tensor,
+    lhs_scale: Tensor | None,
+    rhs_ECO: Tensor,
+    rhs_scale: Tensor | None,
+    bias_EO: Tensor | None,
+    offs: Tensor,
+    blockwise: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from grouped_gemm.kernels import gemm
+
+    return gemm.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, blockwise, out_dtype)
+
+
+def _fake_wgrad(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs: Tensor,
+    rhs_scale: Tensor | None,
+    offs: Tensor,
+    num_rows: int,
+    blockwise: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    axis = 1 if lhs_scale is None else 0
+    return lhs.new_empty(offs.shape[0], lhs.shape[axis], rhs.shape[axis], dtype=out_dtype)
+
+
+@define_op(
+    "triton_wgrad(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor offs, SymInt num_rows, "
+    "bool blockwise, ScalarType out_dtype) -> Tensor",
+    fake=_fake_wgrad,
+)
+def _wgrad(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs: Tensor,
+    rhs_scale: Tensor | None,
+    offs: Tensor,
+    num_rows: int,
+    blockwise: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    from grouped_gemm.kernels import wgrad
+
+    return wgrad.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, blockwise, out_dtype)
+
+
+@define_op(
+    "triton_group_sums(Tensor x, Tensor offs, ScalarType out_dtype) -> Tensor",
+    fake=lambda x_MN, offs, out_dtype: x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype),
+)
+def _group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+    from grouped_gemm.kernels import wgrad
+
+    return wgrad.group_sums(x_MN, offs, out_dtype)

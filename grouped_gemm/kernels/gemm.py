@@ -1,0 +1,265 @@
+"""The M-grouped product of forward and dgrad: each group of rows times its own matrix.
+
+A persistent kernel: programs walk over the groups, which they find from ``offs``, and share out the tiles of each.
+A group may end anywhere; tiles at its end read rows of the next group, and do not store them. Rows past the last
+group are stored as zeros.
+
+M, E: rows, groups. C: the contraction, K in forward and N in dgrad. O: out features.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from grouped_gemm.device import machine_of
+from grouped_gemm.kernels.groups import group_end
+from grouped_gemm.kernels.launch import can_use_tma, kind_of, num_processors, on_device
+from grouped_gemm.kernels.tiles import gemm_tile
+from grouped_gemm.problem import row_class
+
+
+def grouped_mm(
+    lhs_MC: Tensor,
+    lhs_scale: Tensor | None,
+    rhs_ECO: Tensor,
+    rhs_scale: Tensor | None,
+    bias_EO: Tensor | None,
+    offs: Tensor,
+    blockwise: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Multiplies each group of rows by its own matrix, with fp32 accumulation.
+
+    Args:
+        lhs_MC: (M, C), contiguous C; bfloat16, float16, float32 or fp8.
+        lhs_scale: fp32 factors of fp8: rowwise (M,), blockwise (ceil(C/128), M), contiguous M, since a step of the
+            kernel reads one of C for all rows of a tile.
+        rhs_ECO: (E, C, O) in the dtype of ``lhs_MC``, C or O contiguous; fp8 on Hopper needs C.
+        rhs_scale: rowwise (E, O), contiguous; blockwise (E, ceil(C/128), ceil(O/128)), any strides.
+        bias_EO: (E, O), contiguous, or None.
+        offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
+        blockwise: whether scales are blockwise.
+        out_dtype: bfloat16, float16 or float32.
+
+    Returns:
+        (M, O), contiguous; zero at and past ``offs[-1]``.
+    """
+    (num_rows, depth), (num_groups, _, columns) = lhs_MC.shape, rhs_ECO.shape
+    out_MO = torch.empty(num_rows, columns, dtype=out_dtype, device=lhs_MC.device)
+    if num_rows == 0:
+        return out_MO
+    machine = machine_of(lhs_MC.device)
+    kind = kind_of(lhs_MC, lhs_scale, blockwise)
+    tile = gemm_tile(machine.vendor, machine.arch, kind, row_class(num_rows, num_groups))
+    c_contiguous = rhs_ECO.stride(1) == 1
+    rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO  # as it lies in memory
+    tma = can_use_tma(lhs_MC, rhs)
+    if tma:
+        sides = (tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)
+        lhs_arg = TensorDescriptor(lhs_MC, lhs_MC.shape, lhs_MC.stride(), [tile.rows, tile.depth])
+        rhs_arg = TensorDescriptor(rhs, rhs.shape, rhs.stride(), [1, *sides])
+    else:
+        lhs_arg, rhs_arg = lhs_MC, rhs
+    most_tiles = (triton.cdiv(num_rows, tile.rows) + num_groups) * triton.cdiv(columns, tile.columns)
+    with on_device(lhs_MC):
+        _grouped_mm[(min(most_tiles, num_processors(lhs_MC.device)),)](
+            lhs_arg,
+            lhs_scale,
+            rhs_arg,
+            rhs_scale,
+            bias_EO,
+            offs,
+            out_MO,
+            num_rows,
+            num_groups,
+            depth,
+            columns,
+            lhs_MC.stride(0),
+            rhs.stride(0),
+            rhs.stride(1),
+            *(rhs_scale.stride() if blockwise and rhs_scale is not None else (0, 0, 0)),
+            KIND=kind,
+            C_CONTIGUOUS=c_contiguous,
+            TMA=tma,
+            BLOCK_M=tile.rows,
+            BLOCK_O=tile.columns,
+            BLOCK_C=tile.depth,
+            BAND=tile.band,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out_MO
+
+
+@triton.jit
+def tile_position(tile, tile_rows, tile_columns, BAND: tl.constexpr):
+    """Row and column, in tiles, of tile number ``tile``: down a band of BAND tile rows, then on to the next column."""
+    band = tile // (BAND * tile_columns)
+    height = tl.minimum(tile_rows - band * BAND, BAND)
+    in_band = tile - band * BAND * tile_columns
+    return band * BAND + in_band % height, in_band // height
+
+
+@triton.jit(do_not_specialize=["M", "E"])
+def _grouped_mm(
+    lhs,
+    lhs_scale,
+    rhs,
+    rhs_scale,
+    bias,
+    offs,
+    out,
+    M,
+    E,
+    C,
+    O,
+    lhs_stride,
+    rhs_stride_e,
+    rhs_stride,
+    rhs_scale_stride_e,
+    rhs_scale_stride_c,
+    rhs_scale_stride_o,
+    KIND: tl.constexpr,
+    C_CONTIGUOUS: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    tile_columns = tl.cdiv(O, BLOCK_O)
+    tile = tl.program_id(0)
+    first_tile = 0
+    start = 0
+    for e in range(E):
+        end = group_end(offs, e, start, M)
+        tile_rows = tl.cdiv(end - start, BLOCK_M)
+        last_tile = first_tile + tile_rows * tile_columns
+        while tile < last_tile:
+            tile_row, tile_column = tile_position(tile - first_tile, tile_rows, tile_columns, BAND)
+            row = start + tile_row * BLOCK_M
+            column = tile_column * BLOCK_O
+            rows = row + tl.arange(0, BLOCK_M)
+            columns = column + tl.arange(0, BLOCK_O)
+            acc = _tile_product(
+                lhs,
+                lhs_scale,
+                rhs,
+                rhs_scale,
+                row,
+                end,
+                e,
+                column,
+                M,
+                C,
+                O,
+                lhs_stride,
+                rhs_stride_e,
+                rhs_stride,
+                rhs_scale_stride_e,
+                rhs_scale_stride_c,
+                rhs_scale_stride_o,
+                KIND,
+                C_CONTIGUOUS,
+                TMA,
+                BLOCK_M,
+                BLOCK_O,
+                BLOCK_C,
+            )
+            e64 = tl.cast(e, tl.int64)
+            if KIND == "rowwise":
+                row_scales = tl.load(lhs_scale + rows, mask=rows < end, other=0)
+                column_scales = tl.load(rhs_scale + e64 * O + columns, mask=columns < O, other=0)
+                acc = acc * row_scales[:, None] * column_scales[None, :]
+            if bias is not None:
+                biases = tl.load(bias + e64 * O + columns, mask=columns < O, other=0)
+                acc += biases.to(tl.float32)[None, :]
+            target = out + rows.to(tl.int64)[:, None] * O + columns[None, :]
+            tl.store(target, acc.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (columns < O)[None, :])
+            tile += tl.num_programs(0)
+        first_tile = last_tile
+        start = end
+    last_tile = first_tile + tl.cdiv(M - start, BLOCK_M) * tile_columns
+    while tile < last_tile:
+        rows = start + (tile - first_tile) // tile_columns * BLOCK_M + tl.arange(0, BLOCK_M)
+        columns = (tile - first_tile) % tile_columns * BLOCK_O + tl.arange(0, BLOCK_O)
+        target = out + rows.to(tl.int64)[:, None] * O + columns[None, :]
+        zeros = tl.zeros((BLOCK_M, BLOCK_O), out.dtype.element_ty)
+        tl.store(target, zeros, mask=(rows < M)[:, None] & (columns < O)[None, :])
+        tile += tl.num_programs(0)
+
+
+@triton.jit
+def _tile_product(
+    lhs,
+    lhs_scale,
+    rhs,
+    rhs_scale,
+    row,
+    end,
+    e,
+    column,
+    M,
+    C,
+    O,
+    lhs_stride,
+    rhs_stride_e,
+    rhs_stride,
+    rhs_scale_stride_e,
+    rhs_scale_stride_c,
+    rhs_scale_stride_o,
+    KIND: tl.constexpr,
+    C_CONTIGUOUS: tl.constexpr,
+    TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The fp32 product of one tile, from ``row`` and ``column`` on, over all of C; blockwise scales are in it."""
+    BLOCKWISE: tl.constexpr = KIND == "blockwise"
+    tl.static_assert(not BLOCKWISE or (BLOCK_C == 128 and 128 % BLOCK_O == 0), "a step has one scale of rhs")
+    rows = row + tl.arange(0, BLOCK_M)
+    columns = column + tl.arange(0, BLOCK_O)
+    cs = tl.arange(0, BLOCK_C)
+    e64 = tl.cast(e, tl.int64)
+    if not TMA:
+        lhs_tiles = lhs + rows.to(tl.int64)[:, None] * lhs_stride + cs[None, :]
+        rhs_base = rhs + e64 * rhs_stride_e
+        if C_CONTIGUOUS:
+            rhs_tiles = rhs_base + columns.to(tl.int64)[None, :] * rhs_stride + cs[:, None]
+        else:
+            rhs_tiles = rhs_base + cs.to(tl.int64)[:, None] * rhs_stride + columns[None, :]
+    if BLOCKWISE:
+        lhs_scales = lhs_scale + rows
+        rhs_scales = rhs_scale + e64 * rhs_scale_stride_e + column // 128 * rhs_scale_stride_o
+    acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    for c in range(0, C, BLOCK_C):
+        if BLOCKWISE:
+            row_scales = tl.load(lhs_scales, mask=rows < end, other=0)
+            block_scale = tl.load(rhs_scales)
+            lhs_scales += M
+            rhs_scales += rhs_scale_stride_c
+        if TMA:
+            lhs_tile = lhs.load([row, c])
+            if C_CONTIGUOUS:
+                rhs_tile = rhs.load([e, column, c]).reshape(BLOCK_O, BLOCK_C).T
+            else:
+                rhs_tile = rhs.load([e, c, column]).reshape(BLOCK_C, BLOCK_O)
+        else:
+            in_c = cs < C - c
+            lhs_tile = tl.load(lhs_tiles, mask=(rows < end)[:, None] & in_c[None, :], other=0)
+            rhs_tile = tl.load(rhs_tiles, mask=in_c[:, None] & (columns < O)[None, :], other=0)
+            lhs_tiles += BLOCK_C
+            rhs_tiles += BLOCK_C if C_CONTIGUOUS else BLOCK_C * tl.cast(rhs_stride, tl.int64)
+        if BLOCKWISE:
+            # The tensor cores sum up one block of 128; fp32 registers sum up the blocks, each with its scales.
+            acc += tl.dot(lhs_tile, rhs_tile) * (row_scales * block_scale)[:, None]
+        else:
+            acc = tl.dot(lhs_tile, rhs_tile, acc, input_precision="ieee")
+    return acc

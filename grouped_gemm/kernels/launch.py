@@ -1,0 +1,43 @@
+"""What every launch needs to know of its operands and its device."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from grouped_gemm.device import machine_of
+
+# Architectures whose copy engine (TMA) reads tiles through descriptors. The interpreter knows descriptors, too.
+_TMA_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "cpu")
+
+
+def can_use_tma(*operands: Tensor) -> bool:
+    """Whether TMA can read every operand: contiguous along its last axis, start and other strides 16-byte aligned."""
+    return machine_of(operands[0].device).arch in _TMA_ARCHS and all(map(_is_tma_aligned, operands))
+
+
+def _is_tma_aligned(x: Tensor) -> bool:
+    size = x.element_size()
+    *outer, last = x.stride()
+    return last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in outer)
+
+
+def kind_of(lhs: Tensor, lhs_scale: Tensor | None, blockwise: bool) -> str:
+    """The kind of operands that `tiles` and the kernels know."""
+    if lhs_scale is None:
+        return "32 bit" if lhs.element_size() == 4 else "16 bit"
+    return "blockwise" if blockwise else "rowwise"
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors or compute units of ``device``: how many programs a persistent kernel has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of ``x`` the current one, which Triton launches on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

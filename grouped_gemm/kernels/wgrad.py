@@ -1,0 +1,224 @@
+"""The K-grouped product of wgrad: in each group, the rows are the contraction.
+
+Operands without scales are read as they lie, (M, D). fp8 operands are read along contiguous tokens, because the fp8
+MMA of Hopper wants both operands so. Their quantizer writes (D, T) in blocks of 128 tokens that start anew with each
+group, zero where a group's last block is short: so groups need no masks, no TMA alignment, and no offsets from the
+host. Block b of all groups is tokens 128 b to 128 (b + 1) and, blockwise, row b of the scales.
+
+M, T, E: rows, rows in padded blocks, groups. P, Q: features of the first and the second operand.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from grouped_gemm.device import machine_of
+from grouped_gemm.kernels.gemm import tile_position
+from grouped_gemm.kernels.groups import groups_in_blocks, pick
+from grouped_gemm.kernels.launch import can_use_tma, kind_of, on_device
+from grouped_gemm.kernels.tiles import wgrad_tile
+
+TOKEN_BLOCK = 128
+
+
+def wgrad(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs: Tensor,
+    rhs_scale: Tensor | None,
+    offs: Tensor,
+    num_rows: int,
+    blockwise: bool,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Per group, the transpose of its rows of ``lhs`` times its rows of ``rhs``, with fp32 accumulation.
+
+    Args:
+        lhs: (M, P), contiguous P: bfloat16, float16 or float32; or (P, T) fp8, contiguous T.
+        lhs_scale: fp32 factors of fp8, contiguous: rowwise (E, P), blockwise (T/128, P).
+        rhs: (M, Q) or (Q, T), as ``lhs``.
+        rhs_scale: rowwise (E, Q), blockwise (T/128, Q).
+        offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
+        num_rows: M.
+        blockwise: whether scales are blockwise.
+        out_dtype: bfloat16, float16 or float32.
+
+    Returns:
+        (E, P, Q), contiguous; exactly zero for an empty group.
+    """
+    axis = 1 if lhs_scale is None else 0
+    num_groups, p, q = offs.shape[0], lhs.shape[axis], rhs.shape[axis]
+    out_EPQ = torch.empty(num_groups, p, q, dtype=out_dtype, device=lhs.device)
+    if num_rows == 0:
+        return out_EPQ.zero_()
+    machine = machine_of(lhs.device)
+    kind = kind_of(lhs, lhs_scale, blockwise)
+    tile = wgrad_tile(machine.vendor, machine.arch, kind)
+    tma = can_use_tma(lhs, rhs)
+    lhs_arg, rhs_arg = lhs, rhs
+    if tma and lhs_scale is None:  # reads zeros past the end of a group
+        lhs_arg = create_ragged_descriptor(lhs, [tile.depth, tile.rows])
+        rhs_arg = create_ragged_descriptor(rhs, [tile.depth, tile.columns])
+    elif tma:
+        lhs_arg = TensorDescriptor(lhs, lhs.shape, lhs.stride(), [tile.rows, tile.depth])
+        rhs_arg = TensorDescriptor(rhs, rhs.shape, rhs.stride(), [tile.columns, tile.depth])
+    tiles = num_groups * triton.cdiv(p, tile.rows) * triton.cdiv(q, tile.columns)
+    with on_device(lhs):
+        # Groups differ in length, so tiles are not shared out beforehand: a free multiprocessor takes the next one.
+        _wgrad[(tiles,)](
+            lhs_arg,
+            lhs_scale,
+            rhs_arg,
+            rhs_scale,
+            offs,
+            out_EPQ,
+            num_rows,
+            num_groups,
+            p,
+            q,
+            lhs.stride(0),
+            rhs.stride(0),
+            KIND=kind,
+            TMA=tma,
+            TOKEN_BLOCK=TOKEN_BLOCK,
+            E_PADDED=triton.next_power_of_2(num_groups + 1),
+            BLOCK_P=tile.rows,
+            BLOCK_Q=tile.columns,
+            BLOCK_T=tile.depth,
+            BAND=tile.band,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+    return out_EPQ
+
+
+@triton.jit(do_not_specialize=["M", "E"])
+def _wgrad(
+    lhs,
+    lhs_scale,
+    rhs,
+    rhs_scale,
+    offs,
+    out,
+    M,
+    E,
+    P,
+    Q,
+    lhs_stride,
+    rhs_stride,
+    KIND: tl.constexpr,
+    TMA: tl.constexpr,
+    TOKEN_BLOCK: tl.constexpr,
+    E_PADDED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    SCALED: tl.constexpr = KIND == "rowwise" or KIND == "blockwise"
+    BLOCKWISE: tl.constexpr = KIND == "blockwise"
+    tl.static_assert(TOKEN_BLOCK % BLOCK_T == 0 and (not BLOCKWISE or BLOCK_T == TOKEN_BLOCK))
+    tiles_p = tl.cdiv(P, BLOCK_P)
+    tiles_q = tl.cdiv(Q, BLOCK_Q)
+    e = tl.program_id(0) // (tiles_p * tiles_q)
+    tile_p, tile_q = tile_position(tl.program_id(0) % (tiles_p * tiles_q), tiles_p, tiles_q, BAND)
+    first_p = tile_p * BLOCK_P
+    first_q = tile_q * BLOCK_Q
+    ps = first_p + tl.arange(0, BLOCK_P)
+    qs = first_q + tl.arange(0, BLOCK_Q)
+    ts = tl.arange(0, BLOCK_T)
+
+    starts, ends, first_blocks, last_blocks = groups_in_blocks(offs, M, E, TOKEN_BLOCK, E_PADDED)
+    if SCALED:
+        first_block = pick(first_blocks, e)
+        start = first_block * TOKEN_BLOCK
+        length = (pick(last_blocks, e) - first_block) * TOKEN_BLOCK
+    else:
+        start = pick(starts, e)
+        length = pick(ends, e) - start
+    if not TMA:
+        if SCALED:
+            lhs_tiles = lhs + ps.to(tl.int64)[:, None] * lhs_stride + (start + ts)[None, :]
+            rhs_tiles = rhs + qs.to(tl.int64)[:, None] * rhs_stride + (start + ts)[None, :]
+        else:
+            lhs_tiles = lhs + (start + ts).to(tl.int64)[:, None] * lhs_stride + ps[None, :]
+            rhs_tiles = rhs + (start + ts).to(tl.int64)[:, None] * rhs_stride + qs[None, :]
+    if BLOCKWISE:
+        lhs_scales = lhs_scale + first_block.to(tl.int64) * P + ps
+        rhs_scales = rhs_scale + first_block.to(tl.int64) * Q + qs
+
+    acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    for t in range(0, length, BLOCK_T):
+        if BLOCKWISE:
+            p_scales = tl.load(lhs_scales, mask=ps < P, other=0)
+            q_scales = tl.load(rhs_scales, mask=qs < Q, other=0)
+            lhs_scales += P
+            rhs_scales += Q
+        if SCALED:
+            if TMA:
+                lhs_PT = lhs.load([first_p, start + t])
+                rhs_QT = rhs.load([first_q, start + t])
+            else:
+                lhs_PT = tl.load(lhs_tiles, mask=(ps < P)[:, None], other=0)
+                rhs_QT = tl.load(rhs_tiles, mask=(qs < Q)[:, None], other=0)
+                lhs_tiles += BLOCK_T
+                rhs_tiles += BLOCK_T
+            lhs_tile = lhs_PT
+            rhs_tile = rhs_QT.T
+        else:
+            if TMA:
+                lhs_TP = load_ragged(lhs, start, length, [t, first_p])
+                rhs_tile = load_ragged(rhs, start, length, [t, first_q])
+            else:
+                in_group = (ts < length - t)[:, None]
+                lhs_TP = tl.load(lhs_tiles, mask=in_group & (ps < P)[None, :], other=0)
+                rhs_tile = tl.load(rhs_tiles, mask=in_group & (qs < Q)[None, :], other=0)
+                lhs_tiles += BLOCK_T * tl.cast(lhs_stride, tl.int64)
+                rhs_tiles += BLOCK_T * tl.cast(rhs_stride, tl.int64)
+            lhs_tile = lhs_TP.T
+        if BLOCKWISE:
+            acc += tl.dot(lhs_tile, rhs_tile) * p_scales[:, None] * q_scales[None, :]
+        else:
+            acc = tl.dot(lhs_tile, rhs_tile, acc, input_precision="ieee")
+    if KIND == "rowwise":
+        p_scales = tl.load(lhs_scale + e.to(tl.int64) * P + ps, mask=ps < P, other=0)
+        q_scales = tl.load(rhs_scale + e.to(tl.int64) * Q + qs, mask=qs < Q, other=0)
+        acc = acc * p_scales[:, None] * q_scales[None, :]
+    target = out + e.to(tl.int64) * P * Q + ps.to(tl.int64)[:, None] * Q + qs[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=(ps < P)[:, None] & (qs < Q)[None, :])
+
+
+def group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The sum of each group's rows, accumulated in fp32: (E, N) from (M, N) with contiguous rows."""
+    (num_rows, columns), num_groups = x_MN.shape, offs.shape[0]
+    out_EN = torch.empty(num_groups, columns, dtype=out_dtype, device=x_MN.device)
+    with on_device(x_MN):
+        _group_sums[(num_groups, triton.cdiv(columns, 64))](
+            x_MN, offs, out_EN, num_rows, num_groups, columns, x_MN.stride(0),
+            TOKEN_BLOCK=TOKEN_BLOCK, E_PADDED=triton.next_power_of_2(num_groups + 1), BLOCK_M=128, BLOCK_N=64,
+        )  # fmt: skip
+    return out_EN
+
+
+@triton.jit(do_not_specialize=["M", "E"])
+def _group_sums(
+    x, offs, out, M, E, N, x_stride,
+    TOKEN_BLOCK: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    starts, ends, _, _ = groups_in_blocks(offs, M, E, TOKEN_BLOCK, E_PADDED)
+    end = pick(ends, e)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for row in range(pick(starts, e), end, BLOCK_M):
+        rows = row + tl.arange(0, BLOCK_M)
+        source = x + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+        acc += tl.load(source, mask=(rows < end)[:, None] & (columns < N)[None, :], other=0).to(tl.float32)
+    tl.store(out + e.to(tl.int64) * N + columns, tl.sum(acc, 0).to(out.dtype.element_ty), mask=columns < N)

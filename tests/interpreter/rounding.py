@@ -1,0 +1,78 @@
+"""Puts Triton's interpreter right: it rounds fp8 wrongly, truncates fp32 to bf16, and takes bf16 for its raw bits.
+
+`install` sends float conversions through torch and computes bf16 and fp8 operands in fp32, as the hardware does. It
+must run in a process with TRITON_INTERPRET=1, before the first launch. `tl.sum` over bf16 stays wrong: cast first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+_FLOATS = {
+    tl.float64: torch.float64,
+    tl.float32: torch.float32,
+    tl.float16: torch.float16,
+    tl.bfloat16: torch.bfloat16,
+    tl.float8e4nv: torch.float8_e4m3fn,
+    tl.float8e5: torch.float8_e5m2,
+    tl.float8e4b8: torch.float8_e4m3fnuz,
+    tl.float8e5b16: torch.float8_e5m2fnuz,
+}
+# by size: dtypes of raw bits that torch takes from numpy, that numpy keeps them in, and torch's own
+_TO_TORCH = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
+_RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_FROM_TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_convert_float_original = interpreter._convert_float
+
+
+def _convert_float(x, source, target, rounding_mode):
+    if source not in _FLOATS or target not in _FLOATS or rounding_mode == interpreter._ir.ROUNDING_MODE.RTZ:
+        return _convert_float_original(x, source, target, rounding_mode)
+    bits = np.ascontiguousarray(x).view(_TO_TORCH[source.primitive_bitwidth // 8]).copy()
+    values = torch.from_numpy(bits).view(_FLOATS[source])
+    size = target.primitive_bitwidth // 8
+    if size == 1:  # the hardware's conversions to fp8 saturate, and keep NaN
+        limit = torch.finfo(_FLOATS[target]).max
+        values = values.float().clamp(-limit, limit)
+    return values.to(_FLOATS[target]).view(_FROM_TORCH[size]).numpy().view(_RAW[size]).reshape(np.shape(x))
+
+
+def _as_fp32(handle):
+    scalar = handle.dtype.scalar
+    if scalar == tl.bfloat16 or scalar.is_fp8():
+        return _convert_float(handle.data, scalar, tl.float32, None).view(np.float32)
+    return handle.data
+
+
+def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    product = np.matmul(_as_fp32(a), _as_fp32(b), dtype=d.data.dtype)
+    return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+
+def _in_fp32(original, operands):
+    """``original``, computed in fp32 where one of its first ``operands`` arguments is bf16."""
+
+    def op(self, *args):
+        handles, fn = args[:operands], args[operands]
+        if fn is np.where or all(handle.dtype.scalar != tl.bfloat16 for handle in handles):
+            return original(self, *args)
+        result = fn(*map(_as_fp32, handles))
+        if result.dtype == np.bool_:
+            return interpreter.TensorHandle(result, tl.int1)
+        rounded = _convert_float(result.astype(np.float32), tl.float32, tl.bfloat16, None)
+        return interpreter.TensorHandle(rounded, tl.bfloat16)
+
+    return op
+
+
+def install() -> None:
+    """Replaces what rounds wrongly, in this process."""
+    builder = interpreter.InterpreterBuilder
+    interpreter._convert_float = _convert_float
+    builder.create_dot = _create_dot
+    builder.unary_op = _in_fp32(builder.unary_op, 1)
+    builder.binary_op = _in_fp32(builder.binary_op, 2)
+    builder.ternary_op = _in_fp32(builder.ternary_op, 3)
