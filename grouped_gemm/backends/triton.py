@@ -22,6 +22,8 @@ from grouped_gemm.backends.base import (
     requires_dtype,
     requires_recipe,
 )
+from grouped_gemm.device import machine_of
+from grouped_gemm.kernels import layouts
 from grouped_gemm.operand import Quantized
 from grouped_gemm.ops import define_op
 from grouped_gemm.preference import KernelPreference
@@ -31,6 +33,8 @@ from grouped_gemm.recipes import Recipe
 _OLDEST_TRITON = "3.6"
 _NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 _AMD = ("gfx942", "gfx950")
+_FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", *_AMD)  # Triton converts to fp8 from sm_89 on
+_FP8 = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 _ROWS = "triton rows"
 _COLUMNS = "triton columns"
 _WEIGHTS = "triton weights"
@@ -65,7 +69,13 @@ class Backend(_GroupedMMBackend):
             found=lambda p: f"triton {p.machine.version('triton')}" if p.machine.version("triton") else "no triton",
             fix=f"pip install 'triton>={_OLDEST_TRITON}'.",
         ),
-        requires_recipe((Recipe.NONE,)),
+        requires_recipe((Recipe.NONE, *_FP8)),
+        Requirement(
+            what=" or ".join((*_FP8_ARCHS,)) + " for fp8",
+            holds=lambda p: not p.recipe.is_scaled or p.machine.arch in _FP8_ARCHS or _runs_interpreted(p),
+            found=lambda p: p.machine.arch,
+            fix="Use Recipe.NONE or another backend.",
+        ),
         requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
     )
 
@@ -76,8 +86,8 @@ class Backend(_GroupedMMBackend):
         a = torch.linspace(-1, 1, 24 * 16, device=device).view(24, 16).bfloat16()
         b = torch.linspace(-2, 1, 3 * 16 * 16, device=device).view(3, 16, 16).bfloat16()
         try:
-            y = _ops.triton_grouped_mm(a, None, b, None, None, offs, False, torch.float32)
-            db = _ops.triton_wgrad(a, None, y.bfloat16(), None, offs, 24, False, torch.float32)
+            y = _ops.triton_grouped_mm(a, None, b, None, None, offs, "none", torch.float32)
+            db = _ops.triton_wgrad(a, None, y.bfloat16(), None, offs, 24, "none", torch.float32)
         except Exception as error:
             return Health(f"{type(error).__name__}: {error}", "Install the triton that this torch was built with.")
         right_y = reference.grouped_mm(a, b, ends, dtype=torch.float32)
@@ -92,31 +102,57 @@ class Backend(_GroupedMMBackend):
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
+        row_data, row_scale, column_data, column_scale = x_MD, None, x_MD, None
+        if recipe.is_scaled:
+            row_data, row_scale, column_data, column_scale = _ops.triton_quantize_activations(
+                x_MD, plan.offs, recipe.value, rows, columns
+            )
         return (
-            Quantized(x_MD, None, recipe, 1, _ROWS) if rows else None,
-            Quantized(x_MD, None, recipe, 0, _COLUMNS) if columns else None,
+            Quantized(row_data, row_scale, recipe, 1, _ROWS) if rows else None,
+            Quantized(column_data, column_scale, recipe, 0, _COLUMNS) if columns else None,
         )
 
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
+        forward_data, dgrad_data, forward_scale, dgrad_scale = b_EKN, b_EKN, None, None
+        if recipe.is_scaled:
+            by_n, dgrad_data, forward_scale, dgrad_scale = _ops.triton_quantize_weights(
+                b_EKN, recipe.value, forward, dgrad
+            )
+            forward_data = by_n.transpose(1, 2) if forward else by_n
+            dgrad_scale = forward_scale if recipe.block is not None else dgrad_scale
         return (
-            Quantized(b_EKN, None, recipe, 1, _WEIGHTS) if forward else None,
-            Quantized(b_EKN, None, recipe, 2, _WEIGHTS) if dgrad else None,
+            Quantized(forward_data, forward_scale, recipe, 1, _WEIGHTS) if forward else None,
+            Quantized(dgrad_data, dgrad_scale, recipe, 2, _WEIGHTS) if dgrad else None,
         )
 
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        raise NotImplementedError
+        data_EKN, scale = reference.convert_fp8(data_EKN, scale, machine_of(data_EKN.device).fp8_dtype)
+        if recipe.block is not None:  # square blocks serve both
+            return (
+                Quantized(_contiguous(data_EKN, 1), scale, recipe, 1, _WEIGHTS) if forward else None,
+                Quantized(_contiguous(data_EKN, 2), scale, recipe, 2, _WEIGHTS) if dgrad else None,
+            )
+        by_line = None
+        if dgrad:  # these scales run along N, over which dgrad sums: it needs others
+            values = data_EKN.float() * scale
+            _, by_line = self.quantize_weights(values, recipe, forward=False, dgrad=True)
+        along_k = Quantized(_contiguous(data_EKN, 1), scale[:, 0].contiguous(), recipe, 1, _WEIGHTS)
+        return along_k if forward else None, by_line
 
     def grouped_mm(
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
     ) -> Tensor:
-        data_ECO = rhs.data if rhs.axis == 1 else rhs.data.transpose(1, 2)
+        data_ECO, scale = rhs.data, rhs.scale
+        if rhs.axis == 2:
+            data_ECO = data_ECO.transpose(1, 2)
+            scale = scale.transpose(1, 2) if scale is not None and scale.dim() == 3 else scale
         bias_EN = None if bias_EN is None else bias_EN.contiguous()
         return _ops.triton_grouped_mm(
-            lhs.data, lhs.scale, data_ECO, rhs.scale, bias_EN, plan.offs, lhs.recipe.block is not None, out_dtype
+            lhs.data, lhs.scale, data_ECO, scale, bias_EN, plan.offs, lhs.recipe.value, out_dtype
         )
 
     def wgrad(
@@ -130,13 +166,20 @@ class Backend(_GroupedMMBackend):
             second.scale,
             plan.offs,
             plan.num_rows,
-            lhs.recipe.block is not None,
+            lhs.recipe.value,
             out_dtype,
         )
         return product.transpose(1, 2) if contiguous == "k" else product
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         return _ops.triton_group_sums(dy_MN, plan.offs, out_dtype)
+
+
+def _contiguous(data_EKN: Tensor, axis: int) -> Tensor:
+    """``data_EKN`` with ``axis``, 1 or 2, contiguous: itself where it is."""
+    if data_EKN.stride(axis) == 1:
+        return data_EKN
+    return data_EKN.transpose(axis, 2).contiguous().transpose(axis, 2)
 
 
 def _fake_grouped_mm(
@@ -146,7 +189,7 @@ def _fake_grouped_mm(
     rhs_scale: Tensor | None,
     bias_EO: Tensor | None,
     offs: Tensor,
-    blockwise: bool,
+    recipe: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     return lhs_MC.new_empty(lhs_MC.shape[0], rhs_ECO.shape[2], dtype=out_dtype)
@@ -154,7 +197,7 @@ def _fake_grouped_mm(
 
 @define_op(
     "triton_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor? bias, Tensor offs, "
-    "bool blockwise, ScalarType out_dtype) -> Tensor",
+    "str recipe, ScalarType out_dtype) -> Tensor",
     fake=_fake_grouped_mm,
 )
 def _grouped_mm(
@@ -164,12 +207,12 @@ def _grouped_mm(
     rhs_scale: Tensor | None,
     bias_EO: Tensor | None,
     offs: Tensor,
-    blockwise: bool,
+    recipe: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     from grouped_gemm.kernels import gemm
 
-    return gemm.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, blockwise, out_dtype)
+    return gemm.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, Recipe(recipe), out_dtype)
 
 
 def _fake_wgrad(
@@ -179,7 +222,7 @@ def _fake_wgrad(
     rhs_scale: Tensor | None,
     offs: Tensor,
     num_rows: int,
-    blockwise: bool,
+    recipe: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     axis = 1 if lhs_scale is None else 0
@@ -188,7 +231,7 @@ def _fake_wgrad(
 
 @define_op(
     "triton_wgrad(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor offs, SymInt num_rows, "
-    "bool blockwise, ScalarType out_dtype) -> Tensor",
+    "str recipe, ScalarType out_dtype) -> Tensor",
     fake=_fake_wgrad,
 )
 def _wgrad(
@@ -198,12 +241,12 @@ def _wgrad(
     rhs_scale: Tensor | None,
     offs: Tensor,
     num_rows: int,
-    blockwise: bool,
+    recipe: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
     from grouped_gemm.kernels import wgrad
 
-    return wgrad.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, blockwise, out_dtype)
+    return wgrad.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, Recipe(recipe), out_dtype)
 
 
 @define_op(
@@ -214,3 +257,40 @@ def _group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
     from grouped_gemm.kernels import wgrad
 
     return wgrad.group_sums(x_MN, offs, out_dtype)
+
+
+def _empty_activations(
+    x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return layouts.activations(x_MD, offs.shape[0], Recipe(recipe), rows=rows, columns=columns)
+
+
+@define_op(
+    "triton_quantize_activations(Tensor x, Tensor offs, str recipe, bool rows, bool columns) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_activations,
+)
+def _quantize_activations(
+    x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from grouped_gemm.kernels import quantize
+
+    out = _empty_activations(x_MD, offs, recipe, rows, columns)
+    quantize.quantize_activations(x_MD, offs, Recipe(recipe), out)
+    return out
+
+
+def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+
+
+@define_op(
+    "triton_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_weights,
+)
+def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from grouped_gemm.kernels import quantize
+
+    out = _empty_weights(b_EKN, recipe, forward, dgrad)
+    quantize.quantize_weights(b_EKN, Recipe(recipe), out)
+    return out

@@ -22,6 +22,7 @@ from grouped_gemm.kernels.groups import group_end
 from grouped_gemm.kernels.launch import can_use_tma, kind_of, num_processors, on_device
 from grouped_gemm.kernels.tiles import gemm_tile
 from grouped_gemm.problem import row_class
+from grouped_gemm.recipes import Recipe
 
 
 def grouped_mm(
@@ -31,7 +32,7 @@ def grouped_mm(
     rhs_scale: Tensor | None,
     bias_EO: Tensor | None,
     offs: Tensor,
-    blockwise: bool,
+    recipe: Recipe,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Multiplies each group of rows by its own matrix, with fp32 accumulation.
@@ -44,7 +45,7 @@ def grouped_mm(
         rhs_scale: rowwise (E, O), contiguous; blockwise (E, ceil(C/128), ceil(O/128)), any strides.
         bias_EO: (E, O), contiguous, or None.
         offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
-        blockwise: whether scales are blockwise.
+        recipe: NONE, rowwise or blockwise.
         out_dtype: bfloat16, float16 or float32.
 
     Returns:
@@ -55,7 +56,7 @@ def grouped_mm(
     if num_rows == 0:
         return out_MO
     machine = machine_of(lhs_MC.device)
-    kind = kind_of(lhs_MC, lhs_scale, blockwise)
+    kind = kind_of(lhs_MC, recipe)
     tile = gemm_tile(machine.vendor, machine.arch, kind, row_class(num_rows, num_groups))
     c_contiguous = rhs_ECO.stride(1) == 1
     rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO  # as it lies in memory
@@ -83,7 +84,7 @@ def grouped_mm(
             lhs_MC.stride(0),
             rhs.stride(0),
             rhs.stride(1),
-            *(rhs_scale.stride() if blockwise and rhs_scale is not None else (0, 0, 0)),
+            *(rhs_scale.stride() if rhs_scale is not None and rhs_scale.dim() == 3 else (0, 0, 0)),
             KIND=kind,
             C_CONTIGUOUS=c_contiguous,
             TMA=tma,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm.device import machine_of
+from grouped_gemm.recipes import Recipe
 
 # Architectures whose copy engine (TMA) reads tiles through descriptors. The interpreter knows descriptors, too.
 _TMA_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "cpu")
@@ -25,11 +26,11 @@ def _is_tma_aligned(x: Tensor) -> bool:
     return last == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s * size % 16 == 0 for s in outer)
 
 
-def kind_of(lhs: Tensor, lhs_scale: Tensor | None, blockwise: bool) -> str:
+def kind_of(lhs: Tensor, recipe: Recipe) -> str:
     """The kind of operands that `tiles` and the kernels know."""
-    if lhs_scale is None:
-        return "32 bit" if lhs.element_size() == 4 else "16 bit"
-    return "blockwise" if blockwise else "rowwise"
+    if recipe.is_scaled:
+        return "rowwise" if recipe.block is None else "blockwise"
+    return "32 bit" if lhs.element_size() == 4 else "16 bit"
 
 
 @functools.cache

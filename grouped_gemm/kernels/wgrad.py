@@ -23,9 +23,9 @@ from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.gemm import tile_position
 from grouped_gemm.kernels.groups import groups_in_blocks, pick
 from grouped_gemm.kernels.launch import can_use_tma, kind_of, on_device
+from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 from grouped_gemm.kernels.tiles import wgrad_tile
-
-TOKEN_BLOCK = 128
+from grouped_gemm.recipes import Recipe
 
 
 def wgrad(
@@ -35,7 +35,7 @@ def wgrad(
     rhs_scale: Tensor | None,
     offs: Tensor,
     num_rows: int,
-    blockwise: bool,
+    recipe: Recipe,
     out_dtype: torch.dtype,
 ) -> Tensor:
     """Per group, the transpose of its rows of ``lhs`` times its rows of ``rhs``, with fp32 accumulation.
@@ -47,7 +47,7 @@ def wgrad(
         rhs_scale: rowwise (E, Q), blockwise (T/128, Q).
         offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
         num_rows: M.
-        blockwise: whether scales are blockwise.
+        recipe: NONE, rowwise or blockwise.
         out_dtype: bfloat16, float16 or float32.
 
     Returns:
@@ -59,7 +59,7 @@ def wgrad(
     if num_rows == 0:
         return out_EPQ.zero_()
     machine = machine_of(lhs.device)
-    kind = kind_of(lhs, lhs_scale, blockwise)
+    kind = kind_of(lhs, recipe)
     tile = wgrad_tile(machine.vendor, machine.arch, kind)
     tma = can_use_tma(lhs, rhs)
     lhs_arg, rhs_arg = lhs, rhs
