@@ -1,4 +1,4 @@
-"""Triton: this package's own kernels, without padding of groups, a vendor library, or a look at the groups from the host.
+"""Triton: this package's own kernels, which need no vendor library, no padded groups, and no wait for the device.
 
 Kernels and quantizers are in `grouped_gemm.kernels`, imported at the first launch. Layouts: docs/layouts.md.
 

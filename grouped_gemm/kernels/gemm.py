@@ -4,7 +4,8 @@ A persistent kernel: programs walk over the groups, which they find from ``offs`
 A group may end anywhere; tiles at its end read rows of the next group, and do not store them. Rows past the last
 group are stored as zeros.
 
-M, E: rows, groups. C: the contraction, K in forward and N in dgrad. O: out features.
+M, E: rows, groups. C: the contraction, K in forward and N in dgrad. O: columns of the result, N in forward and K in
+dgrad; the kernels, which see one product at a time, call it N.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -89,7 +90,7 @@ def grouped_mm(
             C_CONTIGUOUS=c_contiguous,
             TMA=tma,
             BLOCK_M=tile.rows,
-            BLOCK_O=tile.columns,
+            BLOCK_N=tile.columns,
             BLOCK_C=tile.depth,
             BAND=tile.band,
             num_warps=tile.warps,
@@ -119,7 +120,7 @@ def _grouped_mm(
     M,
     E,
     C,
-    O,
+    N,
     lhs_stride,
     rhs_stride_e,
     rhs_stride,
@@ -130,11 +131,11 @@ def _grouped_mm(
     C_CONTIGUOUS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BAND: tl.constexpr,
 ):
-    tile_columns = tl.cdiv(O, BLOCK_O)
+    tile_columns = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     first_tile = 0
     start = 0
@@ -145,9 +146,9 @@ def _grouped_mm(
         while tile < last_tile:
             tile_row, tile_column = tile_position(tile - first_tile, tile_rows, tile_columns, BAND)
             row = start + tile_row * BLOCK_M
-            column = tile_column * BLOCK_O
+            column = tile_column * BLOCK_N
             rows = row + tl.arange(0, BLOCK_M)
-            columns = column + tl.arange(0, BLOCK_O)
+            columns = column + tl.arange(0, BLOCK_N)
             acc = _tile_product(
                 lhs,
                 lhs_scale,
@@ -159,7 +160,7 @@ def _grouped_mm(
                 column,
                 M,
                 C,
-                O,
+                N,
                 lhs_stride,
                 rhs_stride_e,
                 rhs_stride,
@@ -170,29 +171,29 @@ def _grouped_mm(
                 C_CONTIGUOUS,
                 TMA,
                 BLOCK_M,
-                BLOCK_O,
+                BLOCK_N,
                 BLOCK_C,
             )
             e64 = tl.cast(e, tl.int64)
             if KIND == "rowwise":
                 row_scales = tl.load(lhs_scale + rows, mask=rows < end, other=0)
-                column_scales = tl.load(rhs_scale + e64 * O + columns, mask=columns < O, other=0)
+                column_scales = tl.load(rhs_scale + e64 * N + columns, mask=columns < N, other=0)
                 acc = acc * row_scales[:, None] * column_scales[None, :]
             if bias is not None:
-                biases = tl.load(bias + e64 * O + columns, mask=columns < O, other=0)
+                biases = tl.load(bias + e64 * N + columns, mask=columns < N, other=0)
                 acc += biases.to(tl.float32)[None, :]
-            target = out + rows.to(tl.int64)[:, None] * O + columns[None, :]
-            tl.store(target, acc.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (columns < O)[None, :])
+            target = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
+            tl.store(target, acc.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (columns < N)[None, :])
             tile += tl.num_programs(0)
         first_tile = last_tile
         start = end
     last_tile = first_tile + tl.cdiv(M - start, BLOCK_M) * tile_columns
     while tile < last_tile:
         rows = start + (tile - first_tile) // tile_columns * BLOCK_M + tl.arange(0, BLOCK_M)
-        columns = (tile - first_tile) % tile_columns * BLOCK_O + tl.arange(0, BLOCK_O)
-        target = out + rows.to(tl.int64)[:, None] * O + columns[None, :]
-        zeros = tl.zeros((BLOCK_M, BLOCK_O), out.dtype.element_ty)
-        tl.store(target, zeros, mask=(rows < M)[:, None] & (columns < O)[None, :])
+        columns = (tile - first_tile) % tile_columns * BLOCK_N + tl.arange(0, BLOCK_N)
+        target = out + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), out.dtype.element_ty)
+        tl.store(target, zeros, mask=(rows < M)[:, None] & (columns < N)[None, :])
         tile += tl.num_programs(0)
 
 
@@ -208,7 +209,7 @@ def _tile_product(
     column,
     M,
     C,
-    O,
+    N,
     lhs_stride,
     rhs_stride_e,
     rhs_stride,
@@ -219,14 +220,14 @@ def _tile_product(
     C_CONTIGUOUS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """The fp32 product of one tile, from ``row`` and ``column`` on, over all of C; blockwise scales are in it."""
     BLOCKWISE: tl.constexpr = KIND == "blockwise"
-    tl.static_assert(not BLOCKWISE or (BLOCK_C == 128 and 128 % BLOCK_O == 0), "a step has one scale of rhs")
+    tl.static_assert(not BLOCKWISE or (BLOCK_C == 128 and 128 % BLOCK_N == 0), "a step has one scale of rhs")
     rows = row + tl.arange(0, BLOCK_M)
-    columns = column + tl.arange(0, BLOCK_O)
+    columns = column + tl.arange(0, BLOCK_N)
     cs = tl.arange(0, BLOCK_C)
     e64 = tl.cast(e, tl.int64)
     if not TMA:
@@ -239,7 +240,7 @@ def _tile_product(
     if BLOCKWISE:
         lhs_scales = lhs_scale + rows
         rhs_scales = rhs_scale + e64 * rhs_scale_stride_e + column // 128 * rhs_scale_stride_o
-    acc = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c in range(0, C, BLOCK_C):
         if BLOCKWISE:
             row_scales = tl.load(lhs_scales, mask=rows < end, other=0)
@@ -249,13 +250,13 @@ def _tile_product(
         if TMA:
             lhs_tile = lhs.load([row, c])
             if C_CONTIGUOUS:
-                rhs_tile = rhs.load([e, column, c]).reshape(BLOCK_O, BLOCK_C).T
+                rhs_tile = rhs.load([e, column, c]).reshape(BLOCK_N, BLOCK_C).T
             else:
-                rhs_tile = rhs.load([e, c, column]).reshape(BLOCK_C, BLOCK_O)
+                rhs_tile = rhs.load([e, c, column]).reshape(BLOCK_C, BLOCK_N)
         else:
             in_c = cs < C - c
             lhs_tile = tl.load(lhs_tiles, mask=(rows < end)[:, None] & in_c[None, :], other=0)
-            rhs_tile = tl.load(rhs_tiles, mask=in_c[:, None] & (columns < O)[None, :], other=0)
+            rhs_tile = tl.load(rhs_tiles, mask=in_c[:, None] & (columns < N)[None, :], other=0)
             lhs_tiles += BLOCK_C
             rhs_tiles += BLOCK_C if C_CONTIGUOUS else BLOCK_C * tl.cast(rhs_stride, tl.int64)
         if BLOCKWISE:

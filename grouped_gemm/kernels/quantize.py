@@ -66,7 +66,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
             num_rows, num_groups, features, x_MD.stride(0),
             by_row.stride(0), by_column.stride(0), by_column.shape[-1],
             ROWS=rows and not rowwise, COLUMNS=columns, **constants,
-            E_PADDED=e_padded, BLOCK=TOKEN_BLOCK, num_warps=8,
+            E_PADDED=e_padded, BLOCK=TOKEN_BLOCK, STEP=32, num_warps=8,
         )  # fmt: skip
 
 
@@ -189,11 +189,14 @@ def _quantize_tiles(
     x, offs, by_row, row_scales, by_column, column_scales, column_amax,
     M, E, D, x_stride, row_stride, column_stride, T,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    E_PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    E_PADDED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """BLOCK rows of one group by BLOCK features: one read, and each layout that is wanted.
 
-    ``column_amax``: (E, D) from `_column_amax`, for scales of whole groups; None: a tile has its own scales.
+    It goes through them in steps, in few registers, so that many programs fit a multiprocessor and keep its memory
+    busy. The column layout needs the whole block first: its second look is answered by the caches.
+
+    ``column_amax``: (E, D) from `_column_amax`, for scales of whole groups; None: a block has its own scales.
     """
     d_blocks = tl.cdiv(D, BLOCK)
     block = tl.program_id(0) // d_blocks
@@ -203,22 +206,28 @@ def _quantize_tiles(
     else:
         row = block * BLOCK
         end = M
-    rows = row + tl.arange(0, BLOCK)
     ds = d_block * BLOCK + tl.arange(0, BLOCK)
-    mask = (rows < end)[:, None] & (ds < D)[None, :]
-    values = tl.load(x + rows.to(tl.int64)[:, None] * x_stride + ds[None, :], mask=mask, other=0)
-    if ROWS:
-        scale = _scale(tl.max(_magnitude(values), 1), LIMIT, POWER_OF_TWO)
-        tl.store(row_scales + d_block.to(tl.int64) * M + rows, scale, mask=rows < end)
-        data = _to_fp8(values, _inverse(scale)[:, None], LIMIT, by_row.dtype.element_ty)
-        tl.store(by_row + rows.to(tl.int64)[:, None] * row_stride + ds[None, :], data, mask=mask)
+    sources = x + tl.cast(row, tl.int64) * x_stride + ds[None, :]
+    OWN_SCALES: tl.constexpr = column_amax is None
+    if OWN_SCALES:
+        largest = tl.zeros((STEP, BLOCK), tl.int32)
+        for step in range(0, BLOCK, STEP):
+            steps = step + tl.arange(0, STEP)
+            mask = (row + steps < end)[:, None] & (ds < D)[None, :]
+            values = tl.load(sources + steps.to(tl.int64)[:, None] * x_stride, mask=mask, other=0)
+            magnitude = _magnitude(values)
+            if ROWS:
+                rows = row + steps
+                scale = _scale(tl.max(magnitude, 1), LIMIT, POWER_OF_TWO)
+                tl.store(row_scales + d_block.to(tl.int64) * M + rows, scale, mask=rows < end)
+                data = _to_fp8(values, _inverse(scale)[:, None], LIMIT, by_row.dtype.element_ty)
+                tl.store(by_row + rows.to(tl.int64)[:, None] * row_stride + ds[None, :], data, mask=mask)
+            if COLUMNS:
+                largest = tl.maximum(largest, magnitude)
     if COLUMNS:
         in_group = e < E
-        tokens = block * BLOCK + tl.arange(0, BLOCK)
-        values = tl.where(in_group, values, 0)
-        if column_amax is None:
-            scale = _scale(tl.max(_magnitude(values), 0), LIMIT, POWER_OF_TWO)
-            scale = tl.where(in_group, scale, 1.0)
+        if OWN_SCALES:
+            scale = tl.where(in_group, _scale(tl.max(largest, 0), LIMIT, POWER_OF_TWO), 1.0)
             if block * BLOCK < T:
                 tl.store(column_scales + block.to(tl.int64) * D + ds, scale, mask=ds < D)
         else:
@@ -226,9 +235,16 @@ def _quantize_tiles(
             scale = _scale(tl.load(column_amax + lines, mask=ds < D, other=0), LIMIT, POWER_OF_TWO)
             if in_group & (block == first_block):
                 tl.store(column_scales + lines, scale, mask=ds < D)
-        data = _to_fp8(values, _inverse(scale)[None, :], LIMIT, by_column.dtype.element_ty)
-        targets = by_column + ds.to(tl.int64)[None, :] * column_stride + tokens[:, None]
-        tl.store(targets, data, mask=(tokens < T)[:, None] & (ds < D)[None, :])
+        inverse = _inverse(scale)[None, :]
+        end = tl.where(in_group, end, row)  # zeros past the last group
+        targets = by_column + ds.to(tl.int64)[None, :] * column_stride + block * BLOCK
+        for step in range(0, BLOCK, STEP):
+            steps = step + tl.arange(0, STEP)
+            mask = (row + steps < end)[:, None] & (ds < D)[None, :]
+            values = tl.load(sources + steps.to(tl.int64)[:, None] * x_stride, mask=mask, other=0)
+            data = _to_fp8(values, inverse, LIMIT, by_column.dtype.element_ty)
+            in_data = (block * BLOCK + steps < T)[:, None] & (ds < D)[None, :]
+            tl.store(targets + steps[:, None], data, mask=in_data)
 
 
 @triton.jit
