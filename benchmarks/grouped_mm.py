@@ -247,12 +247,8 @@ def make_peers(recipe: Recipe, a: Any, w: Any, dy: Any, offs: Any) -> dict[str, 
 
         by_row, by_n, by_k = ones[num_rows], ones[num_groups * n], ones[num_groups * k]
         peers = {
-            "forward": {
-                "torch": lambda: scaled(fp8["a"], fp8["w"].transpose(1, 2), by_row, by_n.view(num_groups, n))
-            },
-            "dgrad": {
-                "torch": lambda: scaled(fp8["dy"], fp8["wt"].transpose(1, 2), by_row, by_k.view(num_groups, k))
-            },
+            "forward": {"torch": lambda: scaled(fp8["a"], fp8["w"].transpose(1, 2), by_row, by_n.view(num_groups, n))},
+            "dgrad": {"torch": lambda: scaled(fp8["dy"], fp8["wt"].transpose(1, 2), by_row, by_k.view(num_groups, k))},
             "wgrad": {"torch": lambda: scaled(dyt, at.t(), by_n, by_k)},
         }
     else:

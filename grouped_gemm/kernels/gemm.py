@@ -255,8 +255,8 @@ def _tile_product(
                 rhs_tile = rhs.load([e, c, column]).reshape(BLOCK_C, BLOCK_N)
         else:
             in_c = cs < C - c
-            lhs_tile = tl.load(lhs_tiles, mask=(rows < end)[:, None] & in_c[None, :], other=0)
-            rhs_tile = tl.load(rhs_tiles, mask=in_c[:, None] & (columns < N)[None, :], other=0)
+            lhs_tile = tl.load(lhs_tiles, mask=(rows < end)[:, None] & in_c[None, :], other=0.0)
+            rhs_tile = tl.load(rhs_tiles, mask=in_c[:, None] & (columns < N)[None, :], other=0.0)
             lhs_tiles += BLOCK_C
             rhs_tiles += BLOCK_C if C_CONTIGUOUS else BLOCK_C * tl.cast(rhs_stride, tl.int64)
         if BLOCKWISE:

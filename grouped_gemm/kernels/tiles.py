@@ -55,7 +55,7 @@ _GEMM_NVIDIA: _Table = {
     ("16 bit", _DECODE): Tile(16, 128, 64, 4, 4, band=1),
     ("32 bit", _LARGE): Tile(64, 64, 32, 8, 3),
     ("rowwise", _LARGE): Tile(128, 128, 64, 8, 4),
-    ("blockwise", _LARGE): Tile(128, 128, 128, 8, 2),
+    ("blockwise", _LARGE): Tile(128, 64, 128, 8, 3),
 }
 # Not measured. Fits the 64 KiB of LDS of gfx942.
 _GEMM_AMD: _Table = {
@@ -95,10 +95,10 @@ _WGRAD: dict[str, dict[str, Tile]] = {
         "blockwise": Tile(128, 128, 128, 8, 2),
     },
     "cpu": {
-        "16 bit": Tile(32, 16, 32, 4, 1, band=2),
-        "32 bit": Tile(32, 16, 32, 4, 1, band=2),
-        "rowwise": Tile(32, 16, 64, 4, 1, band=2),
-        "blockwise": Tile(32, 16, 128, 4, 1, band=2),
+        "16 bit": Tile(32, 32, 32, 4, 1, band=2),
+        "32 bit": Tile(32, 32, 32, 4, 1, band=2),
+        "rowwise": Tile(32, 32, 64, 4, 1, band=2),
+        "blockwise": Tile(32, 32, 128, 4, 1, band=2),
     },
 }
 

@@ -166,8 +166,8 @@ def _wgrad(
                 lhs_PT = lhs.load([first_p, start + t])
                 rhs_QT = rhs.load([first_q, start + t])
             else:
-                lhs_PT = tl.load(lhs_tiles, mask=(ps < P)[:, None], other=0)
-                rhs_QT = tl.load(rhs_tiles, mask=(qs < Q)[:, None], other=0)
+                lhs_PT = tl.load(lhs_tiles, mask=(ps < P)[:, None], other=0.0)
+                rhs_QT = tl.load(rhs_tiles, mask=(qs < Q)[:, None], other=0.0)
                 lhs_tiles += BLOCK_T
                 rhs_tiles += BLOCK_T
             lhs_tile = lhs_PT
@@ -178,8 +178,8 @@ def _wgrad(
                 rhs_tile = load_ragged(rhs, start, length, [t, first_q])
             else:
                 in_group = (ts < length - t)[:, None]
-                lhs_TP = tl.load(lhs_tiles, mask=in_group & (ps < P)[None, :], other=0)
-                rhs_tile = tl.load(rhs_tiles, mask=in_group & (qs < Q)[None, :], other=0)
+                lhs_TP = tl.load(lhs_tiles, mask=in_group & (ps < P)[None, :], other=0.0)
+                rhs_tile = tl.load(rhs_tiles, mask=in_group & (qs < Q)[None, :], other=0.0)
                 lhs_tiles += BLOCK_T * tl.cast(lhs_stride, tl.int64)
                 rhs_tiles += BLOCK_T * tl.cast(rhs_stride, tl.int64)
             lhs_tile = lhs_TP.T

@@ -1,0 +1,26 @@
+"""``torch.library.opcheck`` on the Triton backend's ops: schemas, fakes, nothing returned or changed that is passed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+OPS = torch.ops.grouped_gemm
+OFFS = torch.tensor([3, 3, 20], dtype=torch.int32)
+
+
+def samples():
+    a, dy = torch.randn(24, 16, dtype=torch.bfloat16), torch.randn(24, 48, dtype=torch.bfloat16)
+    b, bias = torch.randn(3, 16, 48, dtype=torch.bfloat16), torch.randn(3, 48)
+    yield "triton_grouped_mm", (a, None, b, None, bias, OFFS, "none", torch.float32)
+    yield "triton_wgrad", (a, None, dy, None, OFFS, 24, "none", torch.float32)
+    yield "triton_group_sums", (dy, OFFS, torch.float32)
+    for recipe in ("fp8_rowwise", "fp8_blockwise"):
+        yield "triton_quantize_activations", (a, OFFS, recipe, True, True)
+        yield "triton_quantize_weights", (b, recipe, True, True)
+
+
+@pytest.mark.parametrize("name, arguments", list(samples()), ids=lambda x: x if isinstance(x, str) else "")
+def test_op(name, arguments):
+    tests = ("test_schema", "test_faketensor")  # opcheck compares outputs elsewhere, which fp8 tensors do not allow
+    torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=tests)

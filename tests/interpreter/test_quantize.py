@@ -1,0 +1,90 @@
+"""The Triton quantizers against `reference`, bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grouped_gemm import Recipe, reference
+from grouped_gemm.backends import get_backend
+from grouped_gemm.preference import KernelPreference
+
+BACKEND = get_backend(KernelPreference.TRITON)
+FP8 = torch.float8_e4m3fn
+RECIPES = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
+# ends of groups, M, D, dtype, recipes: an empty group, whole and short blocks, rows past the last group; ends out of
+# order and out of range; nothing but empty groups
+ACTIVATIONS = (
+    ([130, 130, 258], 270, 136, torch.bfloat16, RECIPES),
+    ([-5, 200, 40, 999], 263, 50, torch.float32, RECIPES[::2]),
+    ([0, 0], 20, 50, torch.bfloat16, RECIPES[::2]),
+)
+CASES = [(*case, recipe) for *case, recipes in ACTIVATIONS for recipe in recipes]
+
+
+def assert_same(found, expected):
+    """Bit for bit; every NaN is a NaN."""
+    assert found.shape == expected.shape
+    assert torch.equal(found.float().nan_to_num(1e38), expected.float().nan_to_num(1e38))
+
+
+def activations(num_rows, features, dtype):
+    """Rows of very different sizes, with a NaN, an infinity, a row of zeros and one of denormals."""
+    x = torch.randn(num_rows, features) * torch.randn(num_rows, 1).mul(4).exp()
+    x[3, 5], x[7, 1], x[9], x[11] = torch.nan, torch.inf, 0, 1e-40
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("ends, num_rows, features, dtype, recipe", CASES, ids=str)
+def test_activations(ends, num_rows, features, dtype, recipe):
+    torch.manual_seed(0)
+    x = activations(num_rows, features, dtype)
+    plan = BACKEND.plan(torch.tensor(ends, dtype=torch.int32), num_rows)
+    rows, columns = BACKEND.quantize_activations(x, plan, recipe, rows=True, columns=True)
+
+    data, scale = reference.quantize(x, reference.row_blocks(recipe), recipe, FP8)
+    assert_same(rows.data, data)
+    assert_same(rows.scale.t() if recipe.block else rows.scale[:, None], scale)
+
+    ends = reference.group_ends(plan.offs, num_rows)
+    data, scale = reference.quantize_columns(x, ends, recipe, FP8)
+    assert_same(columns.scale, scale)
+    padding = torch.ones(columns.data.shape[1], dtype=torch.bool)
+    block = 0
+    for group in reference.group_slices(ends):
+        tokens = slice(block * 128, block * 128 + group.stop - group.start)
+        assert_same(columns.data[:, tokens], data[group].t())
+        padding[tokens] = False
+        block += -(-(group.stop - group.start) // 128)
+    # zero where the last block of a group is short, and past the last group; NaN where the scale is
+    assert not columns.data[:, padding].float().nan_to_num(0).any()
+
+    for wanted in ({"rows": True, "columns": False}, {"rows": False, "columns": True}):
+        alone = BACKEND.quantize_activations(x, plan, recipe, **wanted)
+        for one, both in zip(alone, (rows, columns)):
+            if one is not None:
+                assert_same(one.data, both.data)
+                assert_same(one.scale, both.scale)
+
+
+@pytest.mark.parametrize("contiguous", "kn")
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.value)
+def test_weights(recipe, contiguous):
+    torch.manual_seed(0)
+    b = torch.randn(2, 150, 130, dtype=torch.bfloat16)
+    b[0, 3, 4] = torch.nan
+    b = b.transpose(1, 2).contiguous().transpose(1, 2) if contiguous == "k" else b
+    both = BACKEND.quantize_weights(b, recipe, forward=True, dgrad=True)
+    for operand in both:
+        data, scale = reference.quantize(b, reference.weight_blocks(recipe, operand.axis), recipe, FP8)
+        assert_same(operand.data, data)
+        assert_same(operand.scale, scale if recipe.block else scale.squeeze(operand.axis))
+        assert operand.data.stride(operand.axis) == 1
+        assert operand.data.stride(3 - operand.axis) % 16 == 0  # for TMA, whatever K and N
+    alone = (
+        BACKEND.quantize_weights(b, recipe, forward=True, dgrad=False)[0],
+        BACKEND.quantize_weights(b, recipe, forward=False, dgrad=True)[1],
+    )
+    for one, operand in zip(alone, both):
+        assert_same(one.data, operand.data)
+        assert_same(one.scale, operand.scale)

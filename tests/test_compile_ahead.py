@@ -1,0 +1,46 @@
+"""Every shipped tile, compiled for GPUs that are not here: the right matrix instruction, no spills, shared memory fits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TESTS = Path(__file__).parent
+# The instruction of fp8 products, or of bf16 where Triton has no fp8; and how much shared memory a program may have.
+EXPECTED = {
+    "sm_80": ("mma.sync.aligned.m16n8k16.row.col.f32.bf16", 163 * 1024),
+    "sm_89": ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3", 99 * 1024),
+    "sm_90": ("wgmma.mma_async.sync.aligned.m64n", 227 * 1024),
+    "sm_100": ("tcgen05.mma", 227 * 1024),
+    "gfx942": ("v_mfma_f32_32x32x16_fp8_fp8", 64 * 1024),
+    "gfx950": ("v_mfma_f32_32x32x64_f8f6f4", 160 * 1024),
+}
+
+
+@pytest.mark.parametrize("arch", EXPECTED)
+def test_shipped_tiles_compile_well(arch, tmp_path):
+    instruction, most_shared = EXPECTED[arch]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(TESTS.parent)}
+    command = [sys.executable, TESTS / "compile_ahead.py", arch]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    assert kernels
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["shared"] <= most_shared, kernel
+        if kernel["kernel"].startswith(("gemm", "wgrad")):
+            assert kernel["instructions"], kernel
+        if arch == "sm_90" and "wise" in kernel["kernel"] and "quantize" not in kernel["kernel"]:
+            assert all("f32.e4m3.e4m3" in name for name in kernel["instructions"]), kernel
+    large = [kernel for kernel in kernels if "blockwise" in kernel["kernel"] and "quantize" not in kernel["kernel"]]
+    for kernel in large or kernels:
+        assert any(name.startswith(instruction) for name in kernel["instructions"]), kernel
