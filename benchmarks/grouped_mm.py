@@ -62,7 +62,7 @@ def milliseconds(what: str, function: Callable[[], Any]) -> float | None:
 
 
 def ends_of(num_rows: int, num_groups: int, kind: str) -> torch.Tensor:
-    """End rows, (E,) int32: equal groups; or skewed ones in multiples of 16, as torch's fp8 wants, one of them empty."""
+    """End rows, (E,) int32: equal groups; or skewed ones, one empty, in multiples of 16, as torch's fp8 wants."""
     if kind == "balanced":
         sizes = torch.full((num_groups,), num_rows // num_groups)
     else:

@@ -8,7 +8,7 @@ M, E: rows, groups. C: the contraction, K in forward and N in dgrad. O: columns 
 dgrad; the kernels, which see one product at a time, call it N.
 """
 
-# mypy: disallow-untyped-defs=False
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 

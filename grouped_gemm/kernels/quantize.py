@@ -7,7 +7,7 @@ M, E, K, N: rows, groups, in and out features. D: K or N. T: tokens in blocks of
 R, C: lines and columns of a weight matrix as it lies in memory, C contiguous.
 """
 
-# mypy: disallow-untyped-defs=False
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 

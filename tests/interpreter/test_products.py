@@ -76,8 +76,9 @@ def test_fp8(k, n, contiguous, recipe, tma):
     operands = case([5, 5, 140, 150], 160, k, n, torch.bfloat16, contiguous)
     found = passes("triton", *operands, out_dtype=torch.float32)
     expected = passes("emulated", *operands, out_dtype=torch.float32)
-    # Emulated multiplies by scales first, the kernels afterwards; powers of two commute with rounding
-    bounds = (1e-6,) * 4 if recipe.power_of_two_scales else (3e-3,) * 4
+    # Emulated multiplies by scales before it sums; powers of two commute with rounding, so that only the order of sums
+    # differs, and how that rounds the gradients to bf16
+    bounds = (1e-6, 1e-4, 1e-4, 1e-4) if recipe.power_of_two_scales else (1e-3,) * 4
     for x, truth, bound in zip(found, expected, bounds):
         assert_near(x, truth, bound)
 
