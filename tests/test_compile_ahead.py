@@ -1,4 +1,4 @@
-"""Every shipped tile, compiled for GPUs that are not here: its matrix instruction, no spills, shared memory that fits."""
+"""Every shipped tile, compiled for GPUs that are not here: its matrix instruction, no spills, shared memory fits."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ LAYERS = (
     ("select",),
     ("backends",),
     ("backends.*",),
-    ("backends.base", "kernels", "kernels.*"),
+    ("backends.base", "kernels.gemm", "kernels.quantize", "kernels.wgrad"),
+    ("kernels", "kernels.*"),
     ("operand", "ops", "problem", "reference"),
     ("device", "preference", "recipes"),
 )

@@ -122,11 +122,15 @@ SAMPLES = {
 }
 
 
+# Kernels of Triton run interpreted on a CPU: tests/interpreter/test_ops.py checks their ops.
+HERE = sorted(name for name in NAMES if not name.startswith("triton_"))
+
+
 def test_every_op_has_samples():
-    assert sorted(SAMPLES) == sorted(NAMES)
+    assert sorted(SAMPLES) == HERE
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", HERE)
 def test_op_passes_opcheck(name):
     for sample, arguments in SAMPLES[name]():
         utilities = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
@@ -139,7 +143,7 @@ def test_op_passes_opcheck(name):
             raise AssertionError(f"{name} on {sample}: {error}") from error
 
 
-@pytest.mark.parametrize("name", sorted(NAMES))
+@pytest.mark.parametrize("name", HERE)
 def test_op_neither_changes_nor_returns_its_arguments(name):
     for sample, arguments in SAMPLES[name]():
         tensors = [x for x in arguments if isinstance(x, torch.Tensor)]

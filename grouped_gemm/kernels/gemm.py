@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
-from grouped_gemm.kernels.groups import group_end
+from grouped_gemm.kernels.groups import group_end, tile_position
 from grouped_gemm.kernels.launch import can_use_tma, kind_of, num_processors, on_device
 from grouped_gemm.kernels.tiles import gemm_tile
 from grouped_gemm.problem import row_class
@@ -97,15 +97,6 @@ def grouped_mm(
             num_stages=tile.stages,
         )
     return out_MO
-
-
-@triton.jit
-def tile_position(tile, tile_rows, tile_columns, BAND: tl.constexpr):
-    """Row and column, in tiles, of tile number ``tile``: down a band of BAND tile rows, then on to the next column."""
-    band = tile // (BAND * tile_columns)
-    height = tl.minimum(tile_rows - band * BAND, BAND)
-    in_band = tile - band * BAND * tile_columns
-    return band * BAND + in_band % height, in_band // height
 
 
 @triton.jit(do_not_specialize=["M", "E"])

@@ -1,4 +1,4 @@
-"""Where groups begin and end, found from ``offs`` on the device.
+"""Where groups begin and end, found from ``offs`` on the device, and the order of their tiles.
 
 ``offs`` is used as the caller gave it. Ends that are out of order or outside [0, M] are moved inside, as
 `reference.group_ends` does, so that whatever it holds no kernel touches memory out of bounds.
@@ -46,3 +46,12 @@ def groups_in_blocks(offs, M, E, BLOCK: tl.constexpr, E_PADDED: tl.constexpr):
 def pick(vector, e):
     """The element of ``vector`` with index ``e``, an integer; 0 past its end."""
     return tl.sum(tl.where(tl.arange(0, vector.shape[0]) == e, vector, 0))
+
+
+@triton.jit
+def tile_position(tile, tile_rows, tile_columns, BAND: tl.constexpr):
+    """Row and column, in tiles, of tile number ``tile``: down a band of BAND tile rows, then on to the next column."""
+    band = tile // (BAND * tile_columns)
+    height = tl.minimum(tile_rows - band * BAND, BAND)
+    in_band = tile - band * BAND * tile_columns
+    return band * BAND + in_band % height, in_band // height

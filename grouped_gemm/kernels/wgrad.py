@@ -20,8 +20,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
-from grouped_gemm.kernels.gemm import tile_position
-from grouped_gemm.kernels.groups import groups_in_blocks, pick
+from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
 from grouped_gemm.kernels.launch import can_use_tma, kind_of, on_device
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 from grouped_gemm.kernels.tiles import wgrad_tile
