@@ -8,6 +8,7 @@ M, E, K, N: rows, groups, in and out features. D: K or N.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from packaging.version import Version
@@ -51,6 +52,16 @@ def _is_new_enough(problem: Problem) -> bool:
     return version is not None and version >= Version(_OLDEST_TRITON)
 
 
+def _requires_gpu_in(archs: tuple[str, ...], purpose: str, concerns: Callable[[Problem], bool]) -> Requirement:
+    """The GPU is one of ``archs``, where the problem is one that this ``concerns``."""
+    return Requirement(
+        what=" or ".join(archs) + purpose,
+        holds=lambda p: not p.machine.is_gpu or p.machine.arch in archs or not concerns(p),
+        found=lambda p: p.machine.arch,
+        fix="Use another recipe or another backend." if purpose else "Use another backend.",
+    )
+
+
 class Backend(_GroupedMMBackend):
     """Kernels of this package, in Triton."""
 
@@ -58,11 +69,12 @@ class Backend(_GroupedMMBackend):
     summary = "This package's own kernels: no padding, no vendor library, no wait for the device."
     requirements = (
         Requirement(
-            what=" or ".join((*_NVIDIA, *_AMD)),
-            holds=lambda p: p.machine.arch in (*_NVIDIA, *_AMD) or _runs_interpreted(p),
-            found=lambda p: p.machine.arch,
-            fix="Use another backend; on a CPU, TRITON_INTERPRET=1 runs the kernels for tests.",
+            what="a GPU",
+            holds=lambda p: p.machine.is_gpu or _runs_interpreted(p),
+            found=lambda p: p.machine.vendor,
+            fix="Use another backend; TRITON_INTERPRET=1 runs the kernels on a CPU, for tests.",
         ),
+        _requires_gpu_in((*_NVIDIA, *_AMD), "", lambda p: True),
         Requirement(
             what=f"triton {_OLDEST_TRITON} or later",
             holds=_is_new_enough,
@@ -70,12 +82,7 @@ class Backend(_GroupedMMBackend):
             fix=f"pip install 'triton>={_OLDEST_TRITON}'.",
         ),
         requires_recipe((Recipe.NONE, *_FP8)),
-        Requirement(
-            what=" or ".join((*_FP8_ARCHS,)) + " for fp8",
-            holds=lambda p: not p.recipe.is_scaled or p.machine.arch in _FP8_ARCHS or _runs_interpreted(p),
-            found=lambda p: p.machine.arch,
-            fix="Use Recipe.NONE or another backend.",
-        ),
+        _requires_gpu_in(_FP8_ARCHS, " for fp8", lambda p: p.recipe.is_scaled),
         requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
     )
 
