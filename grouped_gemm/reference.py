@@ -45,7 +45,8 @@ def weight_blocks(recipe: Recipe, axis: int) -> Blocks:
 def scales(amax: Tensor, recipe: Recipe, fp8_dtype: torch.dtype) -> Tensor:
     """The fp32 scales of blocks whose largest magnitudes are ``amax``. Powers of two are still fp32 here."""
     limit = torch.finfo(fp8_dtype).max
-    scale = amax.float().clamp(min=limit * 2.0**-126) / limit
+    amax = amax.float().clamp(min=limit * 2.0**-126)
+    scale = amax / torch.full_like(amax, limit)  # by a tensor: on a GPU, torch divides by a number inexactly
     if not recipe.power_of_two_scales:
         return scale
     # A positive fp32 goes up to the next power of two when its mantissa, if there is one, carries into the exponent.

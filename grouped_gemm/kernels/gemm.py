@@ -21,8 +21,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import group_end, tile_position
 from grouped_gemm.kernels.launch import can_use_tma, kind_of, num_processors, on_device
+from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT
 from grouped_gemm.kernels.tiles import gemm_tile
-from grouped_gemm.problem import row_class
+from grouped_gemm.problem import RowClass, row_class
 from grouped_gemm.recipes import Recipe
 
 
@@ -40,8 +41,8 @@ def grouped_mm(
 
     Args:
         lhs_MC: (M, C), contiguous C; bfloat16, float16, float32 or fp8.
-        lhs_scale: fp32 factors of fp8: rowwise (M,), blockwise (ceil(C/128), M), contiguous M, since a step of the
-            kernel reads one of C for all rows of a tile.
+        lhs_scale: fp32 factors of fp8: rowwise (M,), blockwise (ceil(C/128), S), contiguous S, since a step of the
+            kernel reads one of C for all rows of a tile; S as in `layouts.activations`.
         rhs_ECO: (E, C, O) in the dtype of ``lhs_MC``, C or O contiguous; fp8 on Hopper needs C.
         rhs_scale: rowwise (E, O), contiguous; blockwise (E, ceil(C/128), ceil(O/128)), any strides.
         bias_EO: (E, O), contiguous, or None.
@@ -62,6 +63,13 @@ def grouped_mm(
     c_contiguous = rhs_ECO.stride(1) == 1
     rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO  # as it lies in memory
     tma = can_use_tma(lhs_MC, rhs)
+    if tma and machine.arch == "sm_90" and row_class(num_rows, num_groups) is RowClass.LARGE:
+        from grouped_gemm.kernels import gemm_hopper
+
+        if gemm_hopper.can_run(lhs_MC, rhs_ECO, out_dtype, kind):
+            with on_device(lhs_MC):
+                gemm_hopper.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, out_MO, kind)
+            return out_MO
     if tma:
         sides = (tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)
         lhs_arg = TensorDescriptor(lhs_MC, lhs_MC.shape, lhs_MC.stride(), [tile.rows, tile.depth])
@@ -83,6 +91,7 @@ def grouped_mm(
             depth,
             columns,
             lhs_MC.stride(0),
+            lhs_scale.stride(0) if kind == "blockwise" else 0,
             rhs.stride(0),
             rhs.stride(1),
             *(rhs_scale.stride() if rhs_scale is not None and rhs_scale.dim() == 3 else (0, 0, 0)),
@@ -93,6 +102,7 @@ def grouped_mm(
             BLOCK_N=tile.columns,
             BLOCK_C=tile.depth,
             BAND=tile.band,
+            SCALE_ALIGNMENT=SCALE_ALIGNMENT,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -113,6 +123,7 @@ def _grouped_mm(
     C,
     N,
     lhs_stride,
+    lhs_scale_stride,
     rhs_stride_e,
     rhs_stride,
     rhs_scale_stride_e,
@@ -125,11 +136,13 @@ def _grouped_mm(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BAND: tl.constexpr,
+    SCALE_ALIGNMENT: tl.constexpr,
 ):
     tile_columns = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     first_tile = 0
     start = 0
+    scale_start = 0
     for e in range(E):
         end = group_end(offs, e, start, M)
         tile_rows = tl.cdiv(end - start, BLOCK_M)
@@ -146,13 +159,14 @@ def _grouped_mm(
                 rhs,
                 rhs_scale,
                 row,
+                row - start + scale_start,
                 end,
                 e,
                 column,
-                M,
                 C,
                 N,
                 lhs_stride,
+                lhs_scale_stride,
                 rhs_stride_e,
                 rhs_stride,
                 rhs_scale_stride_e,
@@ -177,6 +191,7 @@ def _grouped_mm(
             tl.store(target, acc.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (columns < N)[None, :])
             tile += tl.num_programs(0)
         first_tile = last_tile
+        scale_start += tl.cdiv(end - start, SCALE_ALIGNMENT) * SCALE_ALIGNMENT
         start = end
     last_tile = first_tile + tl.cdiv(M - start, BLOCK_M) * tile_columns
     while tile < last_tile:
@@ -195,13 +210,14 @@ def _tile_product(
     rhs,
     rhs_scale,
     row,
+    scale_row,
     end,
     e,
     column,
-    M,
     C,
     N,
     lhs_stride,
+    lhs_scale_stride,
     rhs_stride_e,
     rhs_stride,
     rhs_scale_stride_e,
@@ -229,14 +245,14 @@ def _tile_product(
         else:
             rhs_tiles = rhs_base + cs.to(tl.int64)[:, None] * rhs_stride + columns[None, :]
     if BLOCKWISE:
-        lhs_scales = lhs_scale + rows
+        lhs_scales = lhs_scale + scale_row + tl.arange(0, BLOCK_M)
         rhs_scales = rhs_scale + e64 * rhs_scale_stride_e + column // 128 * rhs_scale_stride_o
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c in range(0, C, BLOCK_C):
         if BLOCKWISE:
             row_scales = tl.load(lhs_scales, mask=rows < end, other=0)
             block_scale = tl.load(rhs_scales)
-            lhs_scales += M
+            lhs_scales += lhs_scale_stride
             rhs_scales += rhs_scale_stride_c
         if TMA:
             lhs_tile = lhs.load([row, c])

@@ -16,6 +16,7 @@ from grouped_gemm.device import machine_of
 from grouped_gemm.recipes import Recipe
 
 TOKEN_BLOCK = 128
+SCALE_ALIGNMENT = 4  # fp32 scales that TMA reads start at multiples of 16 bytes
 
 
 def activations(
@@ -24,7 +25,8 @@ def activations(
     """Data and scales of an operand of forward and dgrad, then of an operand of wgrad, both of ``x_MD``.
 
     Returns:
-        Data (M, D) fp8, contiguous D; scales fp32, rowwise (M,), blockwise (ceil(D/128), M).
+        Data (M, D) fp8, contiguous D; scales fp32, rowwise (M,), blockwise (ceil(D/128), S). In S, the rows of each
+        group start at a multiple of 4, after those of the group before: S is M + 3 E, rounded up to such a multiple.
         Data (D, T) fp8, contiguous T; scales fp32, rowwise (E, D), blockwise (T/128, D).
         T is ``(M // 128 + E) * 128``, which is enough for any ``offs``.
     """
@@ -32,8 +34,11 @@ def activations(
     row_data, row_scale, column_data, column_scale = (x_MD.new_empty(0) for _ in range(4))
     if rows:
         row_data = _empty_fp8(x_MD, (num_rows, features))
-        blocks = () if recipe.block is None else (-(-features // recipe.block),)
-        row_scale = x_MD.new_empty(*blocks, num_rows, dtype=torch.float32)
+        scale_shape = (num_rows,)
+        if recipe.block is not None:
+            padded_rows = num_rows + (SCALE_ALIGNMENT - 1) * num_groups
+            scale_shape = -(-features // recipe.block), -(-padded_rows // SCALE_ALIGNMENT) * SCALE_ALIGNMENT
+        row_scale = x_MD.new_empty(scale_shape, dtype=torch.float32)
     if columns:
         token_blocks = num_rows // TOKEN_BLOCK + num_groups
         column_data = _empty_fp8(x_MD, (features, token_blocks * TOKEN_BLOCK))

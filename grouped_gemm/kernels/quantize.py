@@ -1,5 +1,9 @@
 """Quantizers: they write what `gemm` and `wgrad` read, with the numbers of `reference`, bit for bit.
 
+A program has a tile of 128 by 128 in registers, from one read, and writes each layout that is wanted. It holds the
+tile as four, of every fourth row: what is contiguous along rows is packed into words of four rows before it crosses
+between threads, since single bytes cross slowly, and wrongly in Triton 3.6.0 where one tile is stored both ways.
+
 Magnitudes are compared as the integers that their bits are, an order in which NaN is above Inf and Inf above the rest:
 so a NaN reaches the scale of its block, as it does in torch. Divisions are rounded correctly (``div_rn``).
 
@@ -16,25 +20,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grouped_gemm.kernels.groups import groups_in_blocks, pick
+from grouped_gemm.kernels.groups import groups_in_blocks
 from grouped_gemm.kernels.launch import on_device
-from grouped_gemm.kernels.layouts import TOKEN_BLOCK
+from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK
 from grouped_gemm.recipes import Recipe
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
+
+_MOST_IN_REGISTERS = 16384  # values of a row
+_WARPS = 8
 
 
 def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) -> None:
     """Fills ``out``, from `layouts.activations`: what has no elements is not wanted.
 
-    Blockwise, one read writes both layouts. Rowwise, a scale of the column layout needs its whole group first, so
-    that ``x_MD`` is read once for the rows and twice for the columns.
+    One read, blockwise and for the rows alone. A rowwise scale of the column layout needs its whole group first:
+    there, a first read finds the scales and a second one writes.
 
     Args:
         x_MD: (M, D), contiguous D; bfloat16, float16 or float32.
         offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
         recipe: rowwise or blockwise.
-        out: data and scales by rows, data and scales by columns. Columns past the last group become 0, scales 1.
+        out: data and scales by rows, data and scales by columns. Rows past the last group are left as they are;
+            their columns become 0, scales 1.
     """
     by_row, row_scale, by_column, column_scale = out
     (num_rows, features), num_groups = x_MD.shape, offs.shape[0]
@@ -43,30 +51,37 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
     fp8 = (by_row if rows else by_column).dtype
     constants = {"LIMIT": torch.finfo(fp8).max, "POWER_OF_TWO": recipe.power_of_two_scales}
     with on_device(x_MD):
-        if rowwise and rows and num_rows:
-            _quantize_rows[(triton.cdiv(num_rows, 8),)](
-                x_MD, by_row, row_scale, num_rows, features, x_MD.stride(0), by_row.stride(0),
-                **constants, BLOCK_M=8, BLOCK_D=1024, num_warps=8,
-            )  # fmt: skip
-        if not columns and (rowwise or not num_rows):
+        if rowwise and not columns:
+            if num_rows:
+                width = triton.next_power_of_2(features)
+                whole = width <= _MOST_IN_REGISTERS
+                width = max(width, 128) if whole else 4096
+                height = max(1, 8192 // width)
+                _quantize_rows[(triton.cdiv(num_rows, height),)](
+                    x_MD, by_row, row_scale, num_rows, features, x_MD.stride(0), by_row.stride(0),
+                    **constants, BLOCK_M=height, BLOCK_D=width, WHOLE=whole, num_warps=_WARPS,
+                )  # fmt: skip
             return
-        blocks = num_rows // TOKEN_BLOCK + num_groups + 1 if columns else triton.cdiv(num_rows, TOKEN_BLOCK)
-        grid = (blocks * triton.cdiv(features, TOKEN_BLOCK),)
-        e_padded = triton.next_power_of_2(num_groups + 1)
-        amax = None
+        num_blocks = num_rows // TOKEN_BLOCK + num_groups
+        blocks = offs.new_empty(num_blocks, 4)
+        _find_blocks[(triton.cdiv(num_blocks, 32),)](
+            offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
+            E_PADDED=triton.next_power_of_2(num_groups + 1), BLOCK=TOKEN_BLOCK, SCALE_ALIGNMENT=SCALE_ALIGNMENT,
+            AT_ONCE=32,
+        )  # fmt: skip
+        grid = (num_blocks * triton.cdiv(features, TOKEN_BLOCK),)
+        row_amax = column_amax = None
         if rowwise:
-            amax = x_MD.new_zeros(num_groups, features, dtype=torch.int32)
+            column_amax = x_MD.new_zeros(num_groups, features, dtype=torch.int32)
+            row_amax = x_MD.new_zeros(num_rows, dtype=torch.int32) if rows else None
             column_scale.fill_(1)
-            _column_amax[grid](
-                x_MD, offs, amax, num_rows, num_groups, features, x_MD.stride(0),
-                E_PADDED=e_padded, BLOCK=TOKEN_BLOCK, num_warps=8,
-            )  # fmt: skip
+            _amax[grid](x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), BLOCK=TOKEN_BLOCK, num_warps=_WARPS)
         _quantize_tiles[grid](
-            x_MD, offs, by_row, row_scale, by_column, column_scale, amax,
-            num_rows, num_groups, features, x_MD.stride(0),
-            by_row.stride(0), by_column.stride(0), by_column.shape[-1],
-            ROWS=rows and not rowwise, COLUMNS=columns, **constants,
-            E_PADDED=e_padded, BLOCK=TOKEN_BLOCK, STEP=32, num_warps=8,
+            x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
+            num_groups, features, x_MD.stride(0),
+            by_row.stride(0), row_scale.stride(0) if rows else 0, by_column.stride(0),
+            ROWS=rows, COLUMNS=columns, ROWWISE=rowwise, **constants,
+            SCALE_ALIGNMENT=SCALE_ALIGNMENT, BLOCK=TOKEN_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
 
 
@@ -97,14 +112,14 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
         if rowwise:
             line_amax = b_EKN.new_zeros(num_groups, lines, dtype=torch.int32)
             column_amax = b_EKN.new_zeros(num_groups, columns, dtype=torch.int32)
-            _weight_amax[grid](w_ERC, line_amax, column_amax, *shape, BLOCK=128, num_warps=8)
+            _weight_amax[grid](w_ERC, line_amax, column_amax, *shape, BLOCK=128, num_warps=_WARPS)
         _quantize_weights[grid](
             w_ERC, straight, transposed, line_scale, column_scale, line_amax, column_amax, *shape,
             straight.stride(0), straight.stride(-2) if straight.dim() == 3 else 0,
             transposed.stride(0), transposed.stride(-2) if transposed.dim() == 3 else 0,
             *(line_scale.stride() if not rowwise else (0, 0, 0)),
             STRAIGHT=straight.dim() == 3, TRANSPOSED=transposed.dim() == 3, ROWWISE=rowwise,
-            LIMIT=torch.finfo(fp8).max, POWER_OF_TWO=recipe.power_of_two_scales, BLOCK=128, num_warps=8,
+            LIMIT=torch.finfo(fp8).max, POWER_OF_TWO=recipe.power_of_two_scales, BLOCK=128, num_warps=_WARPS,
         )  # fmt: skip
 
 
@@ -139,112 +154,198 @@ def _to_fp8(x, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
     return tl.clamp(scaled, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
 
 
+@triton.jit
+def _load_quarter(source, stride, first, rows_left, ds, D, BLOCK: tl.constexpr):
+    """Every fourth row of a tile from row ``first`` on: (BLOCK / 4, BLOCK), zero past ``rows_left`` and D."""
+    rows = 4 * tl.arange(0, BLOCK // 4) + first
+    mask = (rows < rows_left)[:, None] & (ds < D)[None, :]
+    return tl.load(source + rows.to(tl.int64)[:, None] * stride + ds[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _store_quarter(target, stride, first, rows_left, ds, D, data, BLOCK: tl.constexpr):
+    rows = 4 * tl.arange(0, BLOCK // 4) + first
+    mask = (rows < rows_left)[:, None] & (ds < D)[None, :]
+    tl.store(target + rows.to(tl.int64)[:, None] * stride + ds[None, :], data, mask=mask)
+
+
+@triton.jit
+def _byte(data, i: tl.constexpr):
+    return data.to(tl.uint8, bitcast=True).to(tl.uint32) << (8 * i)
+
+
+@triton.jit
+def _store_transposed(target, stride, rows_left, ds, D, d0, d1, d2, d3, BLOCK: tl.constexpr):
+    """Stores four quarters with rows contiguous. Lines start at multiples of 4, and may be written up to the next."""
+    words = tl.arange(0, BLOCK // 4)
+    packed = _byte(d0, 0) | _byte(d1, 1) | _byte(d2, 2) | _byte(d3, 3)
+    targets = target.to(tl.pointer_type(tl.uint32)) + ds.to(tl.int64)[None, :] * (stride // 4) + words[:, None]
+    tl.store(targets, packed, mask=(4 * words < rows_left)[:, None] & (ds < D)[None, :])
+
+
+@triton.jit
+def _column_max(v0, v1, v2, v3):
+    """The largest `_magnitude` of each column of a tile."""
+    return tl.max(
+        tl.maximum(tl.maximum(_magnitude(v0), _magnitude(v1)), tl.maximum(_magnitude(v2), _magnitude(v3))), 0
+    )
+
+
 @triton.jit(do_not_specialize=["M"])
 def _quantize_rows(
     x, data, scales, M, D, x_stride, data_stride,
-    LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Whole rows; the second time they come from L2."""
+    """Whole rows, in registers where they fit; else the second time they come from L2."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     ds = tl.arange(0, BLOCK_D)
     sources = x + rows.to(tl.int64)[:, None] * x_stride + ds[None, :]
     targets = data + rows.to(tl.int64)[:, None] * data_stride + ds[None, :]
-    largest = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
-    for d in range(0, D, BLOCK_D):
-        mask = (rows < M)[:, None] & (ds < D - d)[None, :]
-        largest = tl.maximum(largest, _magnitude(tl.load(sources + d, mask=mask, other=0)))
-    scale = _scale(tl.max(largest, 1), LIMIT, POWER_OF_TWO)
+    if WHOLE:
+        mask = (rows < M)[:, None] & (ds < D)[None, :]
+        values = tl.load(sources, mask=mask, other=0)
+        scale = _scale(tl.max(_magnitude(values), 1), LIMIT, POWER_OF_TWO)
+        tl.store(targets, _to_fp8(values, _inverse(scale)[:, None], LIMIT, data.dtype.element_ty), mask=mask)
+    else:
+        largest = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
+        for d in range(0, D, BLOCK_D):
+            mask = (rows < M)[:, None] & (ds < D - d)[None, :]
+            largest = tl.maximum(largest, _magnitude(tl.load(sources + d, mask=mask, other=0)))
+        scale = _scale(tl.max(largest, 1), LIMIT, POWER_OF_TWO)
+        inverse = _inverse(scale)[:, None]
+        for d in range(0, D, BLOCK_D):
+            mask = (rows < M)[:, None] & (ds < D - d)[None, :]
+            values = tl.load(sources + d, mask=mask, other=0)
+            tl.store(targets + d, _to_fp8(values, inverse, LIMIT, data.dtype.element_ty), mask=mask)
     tl.store(scales + rows, scale, mask=rows < M)
-    inverse = _inverse(scale)[:, None]
-    for d in range(0, D, BLOCK_D):
-        mask = (rows < M)[:, None] & (ds < D - d)[None, :]
-        values = tl.load(sources + d, mask=mask, other=0)
-        tl.store(targets + d, _to_fp8(values, inverse, LIMIT, data.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "E", "T"])
+def _find_blocks(
+    offs, blocks, M, E, T,
+    E_PADDED: tl.constexpr, BLOCK: tl.constexpr, SCALE_ALIGNMENT: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Of each block of tokens: its group, E past the last one; its first row; rows from there to the end of its group,
+    0 past the last one; where the scales of its rows begin. (T / BLOCK, 4)."""
+    starts, ends, first_blocks, last_blocks = groups_in_blocks(offs, M, E, BLOCK, E_PADDED)
+    padded = tl.cdiv(ends - starts, SCALE_ALIGNMENT) * SCALE_ALIGNMENT
+    groups = tl.arange(0, E_PADDED)
+    block = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    e = tl.minimum(tl.sum((last_blocks[None, :] <= block[:, None]).to(tl.int32), 1), E)
+    is_own = groups[None, :] == e[:, None]
+    below = (block - tl.sum(tl.where(is_own, first_blocks[None, :], 0), 1)) * BLOCK
+    row = tl.sum(tl.where(is_own, starts[None, :], 0), 1) + below
+    end = tl.sum(tl.where(is_own, ends[None, :], 0), 1)
+    scale_row = tl.sum(tl.where(groups[None, :] < e[:, None], padded[None, :], 0), 1) + below
+    target = blocks + 4 * block
+    mask = block * BLOCK < T
+    tl.store(target, e, mask=mask)
+    tl.store(target + 1, row, mask=mask)
+    tl.store(target + 2, tl.where(e < E, end - row, 0), mask=mask)
+    tl.store(target + 3, scale_row, mask=mask)
 
 
 @triton.jit
-def _block_rows(offs, block, M, E, E_PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Group of a block, its first row, one past the last row of the group, the first block of the group."""
-    starts, ends, first_blocks, last_blocks = groups_in_blocks(offs, M, E, BLOCK, E_PADDED)
-    e = tl.sum((last_blocks <= block).to(tl.int32))
-    first_block = pick(first_blocks, e)
-    return e, pick(starts, e) + (block - first_block) * BLOCK, pick(ends, e), first_block
-
-
-@triton.jit(do_not_specialize=["M", "E"])
-def _column_amax(x, offs, amax, M, E, D, x_stride, E_PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest `_magnitude` of each column of each group: (E, D), zero before."""
+def _amax(x, blocks, row_amax, column_amax, D, x_stride, BLOCK: tl.constexpr):
+    """The largest `_magnitude` of each column of each group (E, D), and of each row (M,) if wanted; zero before."""
     d_blocks = tl.cdiv(D, BLOCK)
-    e, row, end, _ = _block_rows(offs, tl.program_id(0) // d_blocks, M, E, E_PADDED, BLOCK)
-    if e < E:
-        rows = row + tl.arange(0, BLOCK)
-        ds = tl.program_id(0) % d_blocks * BLOCK + tl.arange(0, BLOCK)
-        sources = x + rows.to(tl.int64)[:, None] * x_stride + ds[None, :]
-        values = tl.load(sources, mask=(rows < end)[:, None] & (ds < D)[None, :], other=0)
-        tl.atomic_max(amax + e.to(tl.int64) * D + ds, tl.max(_magnitude(values), 0), mask=ds < D, sem="relaxed")
+    block = blocks + 4 * (tl.program_id(0) // d_blocks)
+    ds = tl.program_id(0) % d_blocks * BLOCK + tl.arange(0, BLOCK)
+    row = tl.load(block + 1)
+    rows_left = tl.load(block + 2)
+    if rows_left > 0:
+        source = x + row.to(tl.int64) * x_stride
+        v0 = _load_quarter(source, x_stride, 0, rows_left, ds, D, BLOCK)
+        v1 = _load_quarter(source, x_stride, 1, rows_left, ds, D, BLOCK)
+        v2 = _load_quarter(source, x_stride, 2, rows_left, ds, D, BLOCK)
+        v3 = _load_quarter(source, x_stride, 3, rows_left, ds, D, BLOCK)
+        columns = column_amax + tl.load(block).to(tl.int64) * D + ds
+        tl.atomic_max(columns, _column_max(v0, v1, v2, v3), mask=ds < D, sem="relaxed")
+        if row_amax is not None:
+            _row_amax(row_amax + row, 0, rows_left, v0, BLOCK)
+            _row_amax(row_amax + row, 1, rows_left, v1, BLOCK)
+            _row_amax(row_amax + row, 2, rows_left, v2, BLOCK)
+            _row_amax(row_amax + row, 3, rows_left, v3, BLOCK)
 
 
-@triton.jit(do_not_specialize=["M", "E"])
+@triton.jit
+def _row_amax(amax, first, rows_left, values, BLOCK: tl.constexpr):
+    rows = 4 * tl.arange(0, BLOCK // 4) + first
+    tl.atomic_max(amax + rows, tl.max(_magnitude(values), 1), mask=rows < rows_left, sem="relaxed")
+
+
+@triton.jit
+def _quantize_quarter(
+    source, source_stride, target, stride, scales, amax, first, rows_left, scales_left, ds, D,
+    ROWWISE: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Data and scales of every fourth row. Rowwise, scales are those of ``amax``, of whole rows."""
+    rows = 4 * tl.arange(0, BLOCK // 4) + first
+    values = _load_quarter(source, source_stride, first, rows_left, ds, D, BLOCK)
+    if ROWWISE:
+        scale = _scale(tl.load(amax + rows, mask=rows < rows_left, other=0), LIMIT, POWER_OF_TWO)
+    else:
+        scale = _scale(tl.max(_magnitude(values), 1), LIMIT, POWER_OF_TWO)
+    data = _to_fp8(values, _inverse(scale)[:, None], LIMIT, target.dtype.element_ty)
+    _store_quarter(target, stride, first, rows_left, ds, D, data, BLOCK)
+    tl.store(scales + rows, scale, mask=rows < scales_left)
+
+
+@triton.jit(do_not_specialize=["E"])
 def _quantize_tiles(
-    x, offs, by_row, row_scales, by_column, column_scales, column_amax,
-    M, E, D, x_stride, row_stride, column_stride, T,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    E_PADDED: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    x, blocks, by_row, row_scales, by_column, column_scales, row_amax, column_amax,
+    E, D, x_stride, row_stride, row_scale_stride, column_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWWISE: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    SCALE_ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK rows of one group by BLOCK features: one read, and each layout that is wanted.
 
-    It goes through them in steps, in few registers, so that many programs fit a multiprocessor and keep its memory
-    busy. The column layout needs the whole block first: its second look is answered by the caches.
-
-    ``column_amax``: (E, D) from `_column_amax`, for scales of whole groups; None: a block has its own scales.
+    Blockwise, the tile has its own scales; rowwise, they are those of `_amax`: (M,) of rows, (E, D) of columns.
     """
     d_blocks = tl.cdiv(D, BLOCK)
     block = tl.program_id(0) // d_blocks
     d_block = tl.program_id(0) % d_blocks
-    if COLUMNS:
-        e, row, end, first_block = _block_rows(offs, block, M, E, E_PADDED, BLOCK)
-    else:
-        row = block * BLOCK
-        end = M
     ds = d_block * BLOCK + tl.arange(0, BLOCK)
-    sources = x + tl.cast(row, tl.int64) * x_stride + ds[None, :]
-    OWN_SCALES: tl.constexpr = column_amax is None
-    if OWN_SCALES:
-        largest = tl.zeros((STEP, BLOCK), tl.int32)
-        for step in range(0, BLOCK, STEP):
-            steps = step + tl.arange(0, STEP)
-            mask = (row + steps < end)[:, None] & (ds < D)[None, :]
-            values = tl.load(sources + steps.to(tl.int64)[:, None] * x_stride, mask=mask, other=0)
-            magnitude = _magnitude(values)
-            if ROWS:
-                rows = row + steps
-                scale = _scale(tl.max(magnitude, 1), LIMIT, POWER_OF_TWO)
-                tl.store(row_scales + d_block.to(tl.int64) * M + rows, scale, mask=rows < end)
-                data = _to_fp8(values, _inverse(scale)[:, None], LIMIT, by_row.dtype.element_ty)
-                tl.store(by_row + rows.to(tl.int64)[:, None] * row_stride + ds[None, :], data, mask=mask)
-            if COLUMNS:
-                largest = tl.maximum(largest, magnitude)
-    if COLUMNS:
-        in_group = e < E
-        if OWN_SCALES:
-            scale = tl.where(in_group, _scale(tl.max(largest, 0), LIMIT, POWER_OF_TWO), 1.0)
-            if block * BLOCK < T:
+    e = tl.load(blocks + 4 * block)
+    row = tl.load(blocks + 4 * block + 1)
+    rows_left = tl.load(blocks + 4 * block + 2)
+    if COLUMNS or rows_left > 0:  # past the last group, columns are zero
+        source = x + row.to(tl.int64) * x_stride
+        if COLUMNS:
+            v0 = _load_quarter(source, x_stride, 0, rows_left, ds, D, BLOCK)
+            v1 = _load_quarter(source, x_stride, 1, rows_left, ds, D, BLOCK)
+            v2 = _load_quarter(source, x_stride, 2, rows_left, ds, D, BLOCK)
+            v3 = _load_quarter(source, x_stride, 3, rows_left, ds, D, BLOCK)
+            if ROWWISE:
+                lines = tl.minimum(e, E - 1).to(tl.int64) * D + ds  # past the last group any scale will do
+                scale = _scale(tl.load(column_amax + lines, mask=ds < D, other=0), LIMIT, POWER_OF_TWO)
+                if rows_left > 0:  # each block of the group stores the same
+                    tl.store(column_scales + lines, scale, mask=ds < D)
+            else:
+                scale = tl.where(rows_left > 0, _scale(_column_max(v0, v1, v2, v3), LIMIT, POWER_OF_TWO), 1.0)
                 tl.store(column_scales + block.to(tl.int64) * D + ds, scale, mask=ds < D)
-        else:
-            lines = tl.minimum(e, E - 1).to(tl.int64) * D + ds  # past the last group any scale will do: values are 0
-            scale = _scale(tl.load(column_amax + lines, mask=ds < D, other=0), LIMIT, POWER_OF_TWO)
-            if in_group & (block == first_block):
-                tl.store(column_scales + lines, scale, mask=ds < D)
-        inverse = _inverse(scale)[None, :]
-        end = tl.where(in_group, end, row)  # zeros past the last group
-        targets = by_column + ds.to(tl.int64)[None, :] * column_stride + block * BLOCK
-        for step in range(0, BLOCK, STEP):
-            steps = step + tl.arange(0, STEP)
-            mask = (row + steps < end)[:, None] & (ds < D)[None, :]
-            values = tl.load(sources + steps.to(tl.int64)[:, None] * x_stride, mask=mask, other=0)
-            data = _to_fp8(values, inverse, LIMIT, by_column.dtype.element_ty)
-            in_data = (block * BLOCK + steps < T)[:, None] & (ds < D)[None, :]
-            tl.store(targets + steps[:, None], data, mask=in_data)
+            inverse = _inverse(scale)[None, :]
+            DTYPE: tl.constexpr = by_column.dtype.element_ty
+            _store_transposed(
+                by_column + block.to(tl.int64) * BLOCK, column_stride, BLOCK, ds, D,
+                _to_fp8(v0, inverse, LIMIT, DTYPE), _to_fp8(v1, inverse, LIMIT, DTYPE),
+                _to_fp8(v2, inverse, LIMIT, DTYPE), _to_fp8(v3, inverse, LIMIT, DTYPE), BLOCK,
+            )  # fmt: skip
+        if ROWS:
+            target = by_row + row.to(tl.int64) * row_stride
+            if ROWWISE:
+                scales = row_scales + row
+                scales_left = tl.where(d_block == 0, rows_left, 0)
+                amax = row_amax + row
+            else:
+                scales = row_scales + d_block.to(tl.int64) * row_scale_stride + tl.load(blocks + 4 * block + 3)
+                scales_left = tl.cdiv(rows_left, SCALE_ALIGNMENT) * SCALE_ALIGNMENT
+                amax = row_scales
+            for i in tl.static_range(4):  # loaded once more, from L1: so that few registers are in use at once
+                _quantize_quarter(
+                    source, x_stride, target, row_stride, scales, amax, i, rows_left, scales_left, ds, D,
+                    ROWWISE, LIMIT, POWER_OF_TWO, BLOCK,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -278,30 +379,44 @@ def _quantize_weights(
     r_block = tl.program_id(0) // c_blocks
     c_block = tl.program_id(0) % c_blocks
     e = tl.program_id(1).to(tl.int64)
-    rs = r_block * BLOCK + tl.arange(0, BLOCK)
     cs = c_block * BLOCK + tl.arange(0, BLOCK)
-    mask = (rs < R)[:, None] & (cs < C)[None, :]
-    values = tl.load(w + e * w_stride_e + rs.to(tl.int64)[:, None] * w_stride + cs[None, :], mask=mask, other=0)
+    lines_left = R - r_block * BLOCK
+    source = w + e * w_stride_e + r_block.to(tl.int64) * BLOCK * w_stride
+    v0 = _load_quarter(source, w_stride, 0, lines_left, cs, C, BLOCK)
+    v1 = _load_quarter(source, w_stride, 1, lines_left, cs, C, BLOCK)
+    v2 = _load_quarter(source, w_stride, 2, lines_left, cs, C, BLOCK)
+    v3 = _load_quarter(source, w_stride, 3, lines_left, cs, C, BLOCK)
     if not ROWWISE:
-        scale = _scale(tl.max(tl.max(_magnitude(values), 1, keep_dims=True), 0, keep_dims=True), LIMIT, POWER_OF_TWO)
+        scale = _scale(tl.max(_column_max(v0, v1, v2, v3), 0, keep_dims=True), LIMIT, POWER_OF_TWO)
         target = line_scales + e * scale_stride_e + r_block * scale_stride_r + c_block * scale_stride_c
-        tl.store(target + tl.zeros((1, 1), tl.int32), scale)
-        inverse = _inverse(scale)
-    if STRAIGHT:
-        if ROWWISE:
-            scale = _scale(tl.load(line_amax + e * R + rs, mask=rs < R, other=0), LIMIT, POWER_OF_TWO)
-            if c_block == 0:
-                tl.store(line_scales + e * R + rs, scale, mask=rs < R)
-            inverse = _inverse(scale)[:, None]
-        data = _to_fp8(values, inverse, LIMIT, straight.dtype.element_ty)
-        targets = straight + e * straight_stride_e + rs.to(tl.int64)[:, None] * straight_stride + cs[None, :]
-        tl.store(targets, data, mask=mask)
+        tl.store(target + tl.zeros((1,), tl.int32), scale)
+        block_inverse = _inverse(scale)[:, None]
+    DTYPE: tl.constexpr = straight.dtype.element_ty if STRAIGHT else transposed.dtype.element_ty
     if TRANSPOSED:
         if ROWWISE:
             scale = _scale(tl.load(column_amax + e * C + cs, mask=cs < C, other=0), LIMIT, POWER_OF_TWO)
             if r_block == 0:
                 tl.store(column_scales + e * C + cs, scale, mask=cs < C)
             inverse = _inverse(scale)[None, :]
-        data = _to_fp8(values, inverse, LIMIT, transposed.dtype.element_ty)
-        targets = transposed + e * transposed_stride_e + cs.to(tl.int64)[None, :] * transposed_stride + rs[:, None]
-        tl.store(targets, data, mask=mask)
+        else:
+            inverse = block_inverse
+        _store_transposed(
+            transposed + e * transposed_stride_e + r_block * BLOCK, transposed_stride, lines_left, cs, C,
+            _to_fp8(v0, inverse, LIMIT, DTYPE), _to_fp8(v1, inverse, LIMIT, DTYPE),
+            _to_fp8(v2, inverse, LIMIT, DTYPE), _to_fp8(v3, inverse, LIMIT, DTYPE), BLOCK,
+        )  # fmt: skip
+    if STRAIGHT:
+        target = straight + e * straight_stride_e + r_block.to(tl.int64) * BLOCK * straight_stride
+        for i in tl.static_range(4):
+            values = v0 if i == 0 else v1 if i == 1 else v2 if i == 2 else v3
+            if ROWWISE:
+                rs = 4 * tl.arange(0, BLOCK // 4) + i
+                lines = e * R + r_block * BLOCK + rs
+                scale = _scale(tl.load(line_amax + lines, mask=rs < lines_left, other=0), LIMIT, POWER_OF_TWO)
+                if c_block == 0:
+                    tl.store(line_scales + lines, scale, mask=rs < lines_left)
+                inverse = _inverse(scale)[:, None]
+            else:
+                inverse = block_inverse
+            data = _to_fp8(values, inverse, LIMIT, DTYPE)
+            _store_quarter(target, straight_stride, i, lines_left, cs, C, data, BLOCK)
