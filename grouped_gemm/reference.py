@@ -2,7 +2,7 @@
 
 Formulas, for every recipe that scales (docs/numerics.md has the reasons):
 
-    scale = max(amax, limit * 2^-126) / limit       amax over a block, limit: largest finite value of the fp8 type
+    scale = max(amax, limit * 2^-126) * (1 / limit) amax over a block, limit: largest finite value of the fp8 type
     scale = 2^ceil(log2(scale))                     where the recipe wants powers of two
     data  = fp8(clamp(x * (1 / scale), -limit, limit))
     value = data * scale
@@ -45,8 +45,7 @@ def weight_blocks(recipe: Recipe, axis: int) -> Blocks:
 def scales(amax: Tensor, recipe: Recipe, fp8_dtype: torch.dtype) -> Tensor:
     """The fp32 scales of blocks whose largest magnitudes are ``amax``. Powers of two are still fp32 here."""
     limit = torch.finfo(fp8_dtype).max
-    amax = amax.float().clamp(min=limit * 2.0**-126)
-    scale = amax / torch.full_like(amax, limit)  # by a tensor: on a GPU, torch divides by a number inexactly
+    scale = amax.float().clamp(min=limit * 2.0**-126) * (1 / limit)
     if not recipe.power_of_two_scales:
         return scale
     # A positive fp32 goes up to the next power of two when its mantissa, if there is one, carries into the exponent.

@@ -166,6 +166,16 @@ def test_a_midpoint_rounds_to_the_even_code_and_its_neighbours_to_the_nearest(fp
     assert torch.equal(codes_of(reference.to_fp8(up, one, fp8.dtype)), lower + 1)
 
 
+@pytest.mark.parametrize("fp8", (torch.float8_e4m3fn, torch.float8_e4m3fnuz), ids=str)
+def test_the_limit_times_a_power_of_two_has_that_power_for_a_scale(fp8):
+    powers = 2.0 ** torch.arange(-100, 100)
+    amax = torch.finfo(fp8).max * powers
+    above = torch.nextafter(amax, torch.tensor(torch.inf))
+    for recipe in (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2):
+        assert torch.equal(reference.scales(amax, recipe, fp8), powers)
+    assert torch.equal(reference.scales(above, Recipe.FP8_BLOCKWISE_POW2, fp8), 2 * powers)
+
+
 @every_format
 def test_values_are_multiplied_by_the_rounded_reciprocal_and_not_divided(fp8):
     scale = wide(200).abs().clamp(min=2.0**-20).view(200, 1)

@@ -157,6 +157,11 @@ def _place(tile, rows, columns, BAND: gl.constexpr):
 
 
 @gluon.jit
+def _before(slot, STAGES: gl.constexpr):
+    return gl.where(slot == 0, STAGES, slot) - 1
+
+
+@gluon.jit
 def _produce(
     lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
     KIND: gl.constexpr, C_CONTIGUOUS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -256,20 +261,18 @@ def _consume(
                         slot = 0
                         phase ^= 1
             else:
-                last_slot = slot
                 for step in range(steps):
                     mbarrier.wait(full.index(slot), phase)
                     rhs = rhs_bufs.index(slot).permute((1, 0)) if C_CONTIGUOUS else rhs_bufs.index(slot)
                     acc = warpgroup_mma(lhs_bufs.index(slot * CONSUMERS + which), rhs, acc, is_async=True)
                     acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # the step before is done
-                    mbarrier.arrive(empty.index(last_slot), count=1, pred=step > 0)
-                    last_slot = slot
+                    mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1, pred=step > 0)
                     slot += 1
                     if slot == STAGES:
                         slot = 0
                         phase ^= 1
                 acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-                mbarrier.arrive(empty.index(last_slot), count=1)
+                mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)
         if row < end:
             _finish(
                 which, acc, out_bufs, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,

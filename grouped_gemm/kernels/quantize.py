@@ -15,12 +15,15 @@ R, C: lines and columns of a weight matrix as it lies in memory, C contiguous.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grouped_gemm.kernels.groups import groups_in_blocks
+from grouped_gemm.device import machine_of
+from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
 from grouped_gemm.kernels.launch import on_device
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK
 from grouped_gemm.recipes import Recipe
@@ -28,7 +31,8 @@ from grouped_gemm.recipes import Recipe
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _MOST_IN_REGISTERS = 16384  # values of a row
-_WARPS = 8
+_OPTIONS = {"num_warps": 8}
+_TILING = {"AT_ONCE": 32, "BAND": 8}
 
 
 def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) -> None:
@@ -49,7 +53,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
     rows, columns = by_row.dim() == 2, by_column.dim() == 2
     rowwise = recipe.block is None
     fp8 = (by_row if rows else by_column).dtype
-    constants = {"LIMIT": torch.finfo(fp8).max, "POWER_OF_TWO": recipe.power_of_two_scales}
+    constants = _constants(x_MD, recipe, fp8)
     with on_device(x_MD):
         if rowwise and not columns:
             if num_rows:
@@ -59,7 +63,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
                 height = max(1, 8192 // width)
                 _quantize_rows[(triton.cdiv(num_rows, height),)](
                     x_MD, by_row, row_scale, num_rows, features, x_MD.stride(0), by_row.stride(0),
-                    **constants, BLOCK_M=height, BLOCK_D=width, WHOLE=whole, num_warps=_WARPS,
+                    **constants, BLOCK_M=height, BLOCK_D=width, WHOLE=whole, **_OPTIONS,
                 )  # fmt: skip
             return
         num_blocks = num_rows // TOKEN_BLOCK + num_groups
@@ -75,13 +79,15 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
             column_amax = x_MD.new_zeros(num_groups, features, dtype=torch.int32)
             row_amax = x_MD.new_zeros(num_rows, dtype=torch.int32) if rows else None
             column_scale.fill_(1)
-            _amax[grid](x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), BLOCK=TOKEN_BLOCK, num_warps=_WARPS)
+            _amax[grid](
+                x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), BLOCK=TOKEN_BLOCK, **_OPTIONS
+            )
         _quantize_tiles[grid](
             x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
             num_groups, features, x_MD.stride(0),
             by_row.stride(0), row_scale.stride(0) if rows else 0, by_column.stride(0),
             ROWS=rows, COLUMNS=columns, ROWWISE=rowwise, **constants,
-            SCALE_ALIGNMENT=SCALE_ALIGNMENT, BLOCK=TOKEN_BLOCK, num_warps=_WARPS,
+            SCALE_ALIGNMENT=SCALE_ALIGNMENT, BLOCK=TOKEN_BLOCK, **_TILING, **_OPTIONS,
         )  # fmt: skip
 
 
@@ -112,15 +118,23 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
         if rowwise:
             line_amax = b_EKN.new_zeros(num_groups, lines, dtype=torch.int32)
             column_amax = b_EKN.new_zeros(num_groups, columns, dtype=torch.int32)
-            _weight_amax[grid](w_ERC, line_amax, column_amax, *shape, BLOCK=128, num_warps=_WARPS)
+            _weight_amax[grid](w_ERC, line_amax, column_amax, *shape, BLOCK=128, **_OPTIONS)
         _quantize_weights[grid](
             w_ERC, straight, transposed, line_scale, column_scale, line_amax, column_amax, *shape,
             straight.stride(0), straight.stride(-2) if straight.dim() == 3 else 0,
             transposed.stride(0), transposed.stride(-2) if transposed.dim() == 3 else 0,
             *(line_scale.stride() if not rowwise else (0, 0, 0)),
             STRAIGHT=straight.dim() == 3, TRANSPOSED=transposed.dim() == 3, ROWWISE=rowwise,
-            LIMIT=torch.finfo(fp8).max, POWER_OF_TWO=recipe.power_of_two_scales, BLOCK=128, num_warps=_WARPS,
+            **_constants(b_EKN, recipe, fp8), BLOCK=128, **_TILING, **_OPTIONS,
         )  # fmt: skip
+
+
+def _constants(x: Tensor, recipe: Recipe, fp8: torch.dtype) -> dict[str, Any]:
+    return {
+        "LIMIT": torch.finfo(fp8).max,
+        "POWER_OF_TWO": recipe.power_of_two_scales,
+        "NVIDIA": machine_of(x.device).vendor == "nvidia",
+    }
 
 
 @triton.jit
@@ -134,7 +148,7 @@ def _scale(magnitude, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr):
     """`reference.scales` of the largest `_magnitude` of each block."""
     amax = magnitude.to(tl.float32, bitcast=True)
     amax = tl.maximum(amax, LIMIT * 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
-    scale = tl.div_rn(amax, tl.full(amax.shape, LIMIT, tl.float32))
+    scale = amax * (1 / LIMIT)
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
         rounded = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
@@ -148,25 +162,29 @@ def _inverse(scale):
 
 
 @triton.jit
-def _to_fp8(x, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr):
-    """`reference.to_fp8`; ``inverse`` broadcasts against ``x``."""
+def _to_fp8(x, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr = False):
+    """`reference.to_fp8`; ``inverse`` broadcasts against ``x``. On NVIDIA GPUs, the conversion itself saturates."""
     scaled = x.to(tl.float32) * inverse
-    return tl.clamp(scaled, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL).to(DTYPE)
+    if not NVIDIA:
+        scaled = tl.clamp(scaled, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return scaled.to(DTYPE)
 
 
 @triton.jit
-def _load_quarter(source, stride, first, rows_left, ds, D, BLOCK: tl.constexpr):
-    """Every fourth row of a tile from row ``first`` on: (BLOCK / 4, BLOCK), zero past ``rows_left`` and D."""
-    rows = 4 * tl.arange(0, BLOCK // 4) + first
-    mask = (rows < rows_left)[:, None] & (ds < D)[None, :]
-    return tl.load(source + rows.to(tl.int64)[:, None] * stride + ds[None, :], mask=mask, other=0)
+def _load_quarter(source, stride, first, rows_left, columns_left, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Every fourth row of a tile from row ``first`` on: (ROWS / 4, COLUMNS), zero past what is left of either."""
+    rows = 4 * tl.arange(0, ROWS // 4) + first
+    columns = tl.arange(0, COLUMNS)
+    mask = (rows < rows_left)[:, None] & (columns < columns_left)[None, :]
+    return tl.load(source + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0)
 
 
 @triton.jit
-def _store_quarter(target, stride, first, rows_left, ds, D, data, BLOCK: tl.constexpr):
-    rows = 4 * tl.arange(0, BLOCK // 4) + first
-    mask = (rows < rows_left)[:, None] & (ds < D)[None, :]
-    tl.store(target + rows.to(tl.int64)[:, None] * stride + ds[None, :], data, mask=mask)
+def _store_quarter(target, stride, first, rows_left, columns_left, data):
+    rows = 4 * tl.arange(0, data.shape[0]) + first
+    columns = tl.arange(0, data.shape[1])
+    mask = (rows < rows_left)[:, None] & (columns < columns_left)[None, :]
+    tl.store(target + rows.to(tl.int64)[:, None] * stride + columns[None, :], data, mask=mask)
 
 
 @triton.jit
@@ -175,26 +193,73 @@ def _byte(data, i: tl.constexpr):
 
 
 @triton.jit
-def _store_transposed(target, stride, rows_left, ds, D, d0, d1, d2, d3, BLOCK: tl.constexpr):
-    """Stores four quarters with rows contiguous. Lines start at multiples of 4, and may be written up to the next."""
-    words = tl.arange(0, BLOCK // 4)
-    packed = _byte(d0, 0) | _byte(d1, 1) | _byte(d2, 2) | _byte(d3, 3)
-    targets = target.to(tl.pointer_type(tl.uint32)) + ds.to(tl.int64)[None, :] * (stride // 4) + words[:, None]
-    tl.store(targets, packed, mask=(4 * words < rows_left)[:, None] & (ds < D)[None, :])
+def _pack(v0, v1, v2, v3, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
+    """`_to_fp8` of four tiles as words of 32 bits, the first tile in the low bytes.
+
+    On NVIDIA GPUs by two instructions a word, a quarter of the general way, which Triton 3.6.0 also gets wrong there:
+    it takes a converted byte for a whole register, and its neighbour slips in.
+    """
+    if NVIDIA:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,f,f,f,f",
+            [
+                v0.to(tl.float32) * inverse,
+                v1.to(tl.float32) * inverse,
+                v2.to(tl.float32) * inverse,
+                v3.to(tl.float32) * inverse,
+            ],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return (
+            _byte(_to_fp8(v0, inverse, LIMIT, DTYPE), 0)
+            | _byte(_to_fp8(v1, inverse, LIMIT, DTYPE), 1)
+            | _byte(_to_fp8(v2, inverse, LIMIT, DTYPE), 2)
+            | _byte(_to_fp8(v3, inverse, LIMIT, DTYPE), 3)
+        )
 
 
 @triton.jit
-def _column_max(v0, v1, v2, v3):
-    """The largest `_magnitude` of each column of a tile."""
-    return tl.max(
-        tl.maximum(tl.maximum(_magnitude(v0), _magnitude(v1)), tl.maximum(_magnitude(v2), _magnitude(v3))), 0
-    )
+def _transpose(
+    source, stride, target, target_stride, inverses, rows_left, rows_to_fill, columns_left,
+    LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile with rows contiguous, a few columns at a time, from what L1 still has of it.
+
+    Lines of ``target`` start at multiples of 4 bytes, and are filled up to the next one.
+
+    Args:
+        inverses: `_inverse` of each column's scale, (BLOCK,).
+        rows_to_fill: of which zeros are written past ``rows_left``.
+    """
+    for first in tl.static_range(0, BLOCK, AT_ONCE):
+        left = columns_left - first
+        v0 = _load_quarter(source + first, stride, 0, rows_left, left, BLOCK, AT_ONCE)
+        v1 = _load_quarter(source + first, stride, 1, rows_left, left, BLOCK, AT_ONCE)
+        v2 = _load_quarter(source + first, stride, 2, rows_left, left, BLOCK, AT_ONCE)
+        v3 = _load_quarter(source + first, stride, 3, rows_left, left, BLOCK, AT_ONCE)
+        inverse = inverses if inverses.shape[0] != BLOCK else tl.gather(inverses, first + tl.arange(0, AT_ONCE), 0)
+        words = _pack(v0, v1, v2, v3, inverse[None, :], LIMIT, DTYPE, NVIDIA)
+        rows = 4 * tl.arange(0, BLOCK // 4)
+        columns = first + tl.arange(0, AT_ONCE)
+        targets = target.to(tl.pointer_type(tl.uint32)) + columns.to(tl.int64)[None, :] * (target_stride // 4)
+        mask = (rows < rows_to_fill)[:, None] & (columns < columns_left)[None, :]
+        tl.store(targets + (rows // 4)[:, None], words, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _quantize_rows(
     x, data, scales, M, D, x_stride, data_stride,
-    LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
+    LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Whole rows, in registers where they fit; else the second time they come from L2."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -205,7 +270,7 @@ def _quantize_rows(
         mask = (rows < M)[:, None] & (ds < D)[None, :]
         values = tl.load(sources, mask=mask, other=0)
         scale = _scale(tl.max(_magnitude(values), 1), LIMIT, POWER_OF_TWO)
-        tl.store(targets, _to_fp8(values, _inverse(scale)[:, None], LIMIT, data.dtype.element_ty), mask=mask)
+        tl.store(targets, _to_fp8(values, _inverse(scale)[:, None], LIMIT, data.dtype.element_ty, NVIDIA), mask=mask)
     else:
         largest = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
         for d in range(0, D, BLOCK_D):
@@ -216,7 +281,7 @@ def _quantize_rows(
         for d in range(0, D, BLOCK_D):
             mask = (rows < M)[:, None] & (ds < D - d)[None, :]
             values = tl.load(sources + d, mask=mask, other=0)
-            tl.store(targets + d, _to_fp8(values, inverse, LIMIT, data.dtype.element_ty), mask=mask)
+            tl.store(targets + d, _to_fp8(values, inverse, LIMIT, data.dtype.element_ty, NVIDIA), mask=mask)
     tl.store(scales + rows, scale, mask=rows < M)
 
 
@@ -250,45 +315,21 @@ def _amax(x, blocks, row_amax, column_amax, D, x_stride, BLOCK: tl.constexpr):
     """The largest `_magnitude` of each column of each group (E, D), and of each row (M,) if wanted; zero before."""
     d_blocks = tl.cdiv(D, BLOCK)
     block = blocks + 4 * (tl.program_id(0) // d_blocks)
-    ds = tl.program_id(0) % d_blocks * BLOCK + tl.arange(0, BLOCK)
+    d = tl.program_id(0) % d_blocks * BLOCK
     row = tl.load(block + 1)
     rows_left = tl.load(block + 2)
     if rows_left > 0:
-        source = x + row.to(tl.int64) * x_stride
-        v0 = _load_quarter(source, x_stride, 0, rows_left, ds, D, BLOCK)
-        v1 = _load_quarter(source, x_stride, 1, rows_left, ds, D, BLOCK)
-        v2 = _load_quarter(source, x_stride, 2, rows_left, ds, D, BLOCK)
-        v3 = _load_quarter(source, x_stride, 3, rows_left, ds, D, BLOCK)
+        largest = tl.zeros((BLOCK // 4, BLOCK), tl.int32)
+        for i in tl.static_range(4):
+            values = _load_quarter(x + row.to(tl.int64) * x_stride + d, x_stride, i, rows_left, D - d, BLOCK, BLOCK)
+            magnitude = _magnitude(values)
+            largest = tl.maximum(largest, magnitude)
+            if row_amax is not None:
+                rows = 4 * tl.arange(0, BLOCK // 4) + i
+                tl.atomic_max(row_amax + row + rows, tl.max(magnitude, 1), mask=rows < rows_left, sem="relaxed")
+        ds = d + tl.arange(0, BLOCK)
         columns = column_amax + tl.load(block).to(tl.int64) * D + ds
-        tl.atomic_max(columns, _column_max(v0, v1, v2, v3), mask=ds < D, sem="relaxed")
-        if row_amax is not None:
-            _row_amax(row_amax + row, 0, rows_left, v0, BLOCK)
-            _row_amax(row_amax + row, 1, rows_left, v1, BLOCK)
-            _row_amax(row_amax + row, 2, rows_left, v2, BLOCK)
-            _row_amax(row_amax + row, 3, rows_left, v3, BLOCK)
-
-
-@triton.jit
-def _row_amax(amax, first, rows_left, values, BLOCK: tl.constexpr):
-    rows = 4 * tl.arange(0, BLOCK // 4) + first
-    tl.atomic_max(amax + rows, tl.max(_magnitude(values), 1), mask=rows < rows_left, sem="relaxed")
-
-
-@triton.jit
-def _quantize_quarter(
-    source, source_stride, target, stride, scales, amax, first, rows_left, scales_left, ds, D,
-    ROWWISE: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Data and scales of every fourth row. Rowwise, scales are those of ``amax``, of whole rows."""
-    rows = 4 * tl.arange(0, BLOCK // 4) + first
-    values = _load_quarter(source, source_stride, first, rows_left, ds, D, BLOCK)
-    if ROWWISE:
-        scale = _scale(tl.load(amax + rows, mask=rows < rows_left, other=0), LIMIT, POWER_OF_TWO)
-    else:
-        scale = _scale(tl.max(_magnitude(values), 1), LIMIT, POWER_OF_TWO)
-    data = _to_fp8(values, _inverse(scale)[:, None], LIMIT, target.dtype.element_ty)
-    _store_quarter(target, stride, first, rows_left, ds, D, data, BLOCK)
-    tl.store(scales + rows, scale, mask=rows < scales_left)
+        tl.atomic_max(columns, tl.max(largest, 0), mask=ds < D, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["E"])
@@ -296,56 +337,61 @@ def _quantize_tiles(
     x, blocks, by_row, row_scales, by_column, column_scales, row_amax, column_amax,
     E, D, x_stride, row_stride, row_scale_stride, column_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWWISE: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    SCALE_ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
+    NVIDIA: tl.constexpr, SCALE_ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """BLOCK rows of one group by BLOCK features: one read, and each layout that is wanted.
 
     Blockwise, the tile has its own scales; rowwise, they are those of `_amax`: (M,) of rows, (E, D) of columns.
     """
     d_blocks = tl.cdiv(D, BLOCK)
-    block = tl.program_id(0) // d_blocks
-    d_block = tl.program_id(0) % d_blocks
-    ds = d_block * BLOCK + tl.arange(0, BLOCK)
+    block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
+    d = d_block * BLOCK
+    ds = d + tl.arange(0, BLOCK)
     e = tl.load(blocks + 4 * block)
     row = tl.load(blocks + 4 * block + 1)
     rows_left = tl.load(blocks + 4 * block + 2)
-    if COLUMNS or rows_left > 0:  # past the last group, columns are zero
-        source = x + row.to(tl.int64) * x_stride
-        if COLUMNS:
-            v0 = _load_quarter(source, x_stride, 0, rows_left, ds, D, BLOCK)
-            v1 = _load_quarter(source, x_stride, 1, rows_left, ds, D, BLOCK)
-            v2 = _load_quarter(source, x_stride, 2, rows_left, ds, D, BLOCK)
-            v3 = _load_quarter(source, x_stride, 3, rows_left, ds, D, BLOCK)
-            if ROWWISE:
-                lines = tl.minimum(e, E - 1).to(tl.int64) * D + ds  # past the last group any scale will do
-                scale = _scale(tl.load(column_amax + lines, mask=ds < D, other=0), LIMIT, POWER_OF_TWO)
-                if rows_left > 0:  # each block of the group stores the same
-                    tl.store(column_scales + lines, scale, mask=ds < D)
-            else:
-                scale = tl.where(rows_left > 0, _scale(_column_max(v0, v1, v2, v3), LIMIT, POWER_OF_TWO), 1.0)
-                tl.store(column_scales + block.to(tl.int64) * D + ds, scale, mask=ds < D)
-            inverse = _inverse(scale)[None, :]
-            DTYPE: tl.constexpr = by_column.dtype.element_ty
-            _store_transposed(
-                by_column + block.to(tl.int64) * BLOCK, column_stride, BLOCK, ds, D,
-                _to_fp8(v0, inverse, LIMIT, DTYPE), _to_fp8(v1, inverse, LIMIT, DTYPE),
-                _to_fp8(v2, inverse, LIMIT, DTYPE), _to_fp8(v3, inverse, LIMIT, DTYPE), BLOCK,
-            )  # fmt: skip
-        if ROWS:
-            target = by_row + row.to(tl.int64) * row_stride
-            if ROWWISE:
-                scales = row_scales + row
-                scales_left = tl.where(d_block == 0, rows_left, 0)
-                amax = row_amax + row
-            else:
-                scales = row_scales + d_block.to(tl.int64) * row_scale_stride + tl.load(blocks + 4 * block + 3)
-                scales_left = tl.cdiv(rows_left, SCALE_ALIGNMENT) * SCALE_ALIGNMENT
-                amax = row_scales
-            for i in tl.static_range(4):  # loaded once more, from L1: so that few registers are in use at once
-                _quantize_quarter(
-                    source, x_stride, target, row_stride, scales, amax, i, rows_left, scales_left, ds, D,
-                    ROWWISE, LIMIT, POWER_OF_TWO, BLOCK,
-                )  # fmt: skip
+    source = x + row.to(tl.int64) * x_stride + d
+    if ROWS:
+        target = by_row + row.to(tl.int64) * row_stride + d
+        if ROWWISE:
+            scales = row_scales + row
+            scales_left = tl.where(d_block == 0, rows_left, 0)
+        else:
+            scales = row_scales + d_block.to(tl.int64) * row_scale_stride + tl.load(blocks + 4 * block + 3)
+            scales_left = tl.cdiv(rows_left, SCALE_ALIGNMENT) * SCALE_ALIGNMENT
+    if (rows_left > 0) & (ROWS or not ROWWISE):
+        largest = tl.zeros((BLOCK // 4, BLOCK), tl.int32)
+        for i in tl.static_range(4):
+            values = _load_quarter(source, x_stride, i, rows_left, D - d, BLOCK, BLOCK)
+            magnitude = _magnitude(values)
+            if ROWS:
+                rows = 4 * tl.arange(0, BLOCK // 4) + i
+                if ROWWISE:
+                    amax = tl.load(row_amax + row + rows, mask=rows < rows_left, other=0)
+                else:
+                    amax = tl.max(magnitude, 1)
+                scale = _scale(amax, LIMIT, POWER_OF_TWO)
+                data = _to_fp8(values, _inverse(scale)[:, None], LIMIT, by_row.dtype.element_ty, NVIDIA)
+                _store_quarter(target, row_stride, i, rows_left, D - d, data)
+                tl.store(scales + rows, scale, mask=rows < scales_left)
+            if COLUMNS and not ROWWISE:
+                largest = tl.maximum(largest, magnitude)
+        if COLUMNS and not ROWWISE:
+            column_scale = _scale(tl.max(largest, 0), LIMIT, POWER_OF_TWO)
+    else:
+        column_scale = tl.full((BLOCK,), 1.0, tl.float32)
+    if COLUMNS:
+        if ROWWISE:
+            lines = tl.minimum(e, E - 1).to(tl.int64) * D + ds  # past the last group any scale will do
+            column_scale = _scale(tl.load(column_amax + lines, mask=ds < D, other=0), LIMIT, POWER_OF_TWO)
+            if rows_left > 0:  # each block of the group stores the same
+                tl.store(column_scales + lines, column_scale, mask=ds < D)
+        else:
+            tl.store(column_scales + block.to(tl.int64) * D + ds, column_scale, mask=ds < D)
+        _transpose(
+            source, x_stride, by_column + d.to(tl.int64) * column_stride + block.to(tl.int64) * BLOCK, column_stride,
+            _inverse(column_scale), rows_left, BLOCK, D - d, LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK, AT_ONCE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -369,54 +415,53 @@ def _quantize_weights(
     R, C, w_stride_e, w_stride, straight_stride_e, straight_stride, transposed_stride_e, transposed_stride,
     scale_stride_e, scale_stride_r, scale_stride_c,
     STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, ROWWISE: tl.constexpr,
-    LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    BAND: tl.constexpr,
 ):  # fmt: skip
     """A square tile of one matrix: one read, and each layout that is wanted.
 
     Blockwise, the tile has one scale, in ``line_scales``. Rowwise, scales are those of `_weight_amax`.
     """
-    c_blocks = tl.cdiv(C, BLOCK)
-    r_block = tl.program_id(0) // c_blocks
-    c_block = tl.program_id(0) % c_blocks
+    r_block, c_block = tile_position(tl.program_id(0), tl.cdiv(R, BLOCK), tl.cdiv(C, BLOCK), BAND)
     e = tl.program_id(1).to(tl.int64)
+    rs = r_block * BLOCK + tl.arange(0, BLOCK)
     cs = c_block * BLOCK + tl.arange(0, BLOCK)
     lines_left = R - r_block * BLOCK
-    source = w + e * w_stride_e + r_block.to(tl.int64) * BLOCK * w_stride
-    v0 = _load_quarter(source, w_stride, 0, lines_left, cs, C, BLOCK)
-    v1 = _load_quarter(source, w_stride, 1, lines_left, cs, C, BLOCK)
-    v2 = _load_quarter(source, w_stride, 2, lines_left, cs, C, BLOCK)
-    v3 = _load_quarter(source, w_stride, 3, lines_left, cs, C, BLOCK)
-    if not ROWWISE:
-        scale = _scale(tl.max(_column_max(v0, v1, v2, v3), 0, keep_dims=True), LIMIT, POWER_OF_TWO)
-        target = line_scales + e * scale_stride_e + r_block * scale_stride_r + c_block * scale_stride_c
-        tl.store(target + tl.zeros((1,), tl.int32), scale)
-        block_inverse = _inverse(scale)[:, None]
-    DTYPE: tl.constexpr = straight.dtype.element_ty if STRAIGHT else transposed.dtype.element_ty
-    if TRANSPOSED:
-        if ROWWISE:
+    columns_left = C - c_block * BLOCK
+    source = w + e * w_stride_e + r_block.to(tl.int64) * BLOCK * w_stride + c_block * BLOCK
+    if ROWWISE:
+        if STRAIGHT and c_block == 0:
+            scale = _scale(tl.load(line_amax + e * R + rs, mask=rs < R, other=0), LIMIT, POWER_OF_TWO)
+            tl.store(line_scales + e * R + rs, scale, mask=rs < R)
+        if TRANSPOSED:
             scale = _scale(tl.load(column_amax + e * C + cs, mask=cs < C, other=0), LIMIT, POWER_OF_TWO)
             if r_block == 0:
                 tl.store(column_scales + e * C + cs, scale, mask=cs < C)
-            inverse = _inverse(scale)[None, :]
-        else:
-            inverse = block_inverse
-        _store_transposed(
-            transposed + e * transposed_stride_e + r_block * BLOCK, transposed_stride, lines_left, cs, C,
-            _to_fp8(v0, inverse, LIMIT, DTYPE), _to_fp8(v1, inverse, LIMIT, DTYPE),
-            _to_fp8(v2, inverse, LIMIT, DTYPE), _to_fp8(v3, inverse, LIMIT, DTYPE), BLOCK,
-        )  # fmt: skip
-    if STRAIGHT:
-        target = straight + e * straight_stride_e + r_block.to(tl.int64) * BLOCK * straight_stride
+            inverses = _inverse(scale)
+    else:
+        largest = tl.zeros((BLOCK // 4, BLOCK), tl.int32)
         for i in tl.static_range(4):
-            values = v0 if i == 0 else v1 if i == 1 else v2 if i == 2 else v3
+            values = _load_quarter(source, w_stride, i, lines_left, columns_left, BLOCK, BLOCK)
+            largest = tl.maximum(largest, _magnitude(values))
+        scale = _scale(tl.max(tl.max(largest, 1), 0, keep_dims=True), LIMIT, POWER_OF_TWO)
+        target = line_scales + e * scale_stride_e + r_block * scale_stride_r + c_block * scale_stride_c
+        tl.store(target + tl.zeros((1,), tl.int32), scale)
+        inverses = _inverse(scale)
+    if STRAIGHT:
+        target = straight + e * straight_stride_e + r_block.to(tl.int64) * BLOCK * straight_stride + c_block * BLOCK
+        for i in tl.static_range(4):
+            values = _load_quarter(source, w_stride, i, lines_left, columns_left, BLOCK, BLOCK)
             if ROWWISE:
-                rs = 4 * tl.arange(0, BLOCK // 4) + i
-                lines = e * R + r_block * BLOCK + rs
-                scale = _scale(tl.load(line_amax + lines, mask=rs < lines_left, other=0), LIMIT, POWER_OF_TWO)
-                if c_block == 0:
-                    tl.store(line_scales + lines, scale, mask=rs < lines_left)
-                inverse = _inverse(scale)[:, None]
+                lines = 4 * tl.arange(0, BLOCK // 4) + i
+                amax = tl.load(line_amax + e * R + r_block * BLOCK + lines, mask=lines < lines_left, other=0)
+                inverse = _inverse(_scale(amax, LIMIT, POWER_OF_TWO))
             else:
-                inverse = block_inverse
-            data = _to_fp8(values, inverse, LIMIT, DTYPE)
-            _store_quarter(target, straight_stride, i, lines_left, cs, C, data, BLOCK)
+                inverse = inverses
+            data = _to_fp8(values, inverse[:, None], LIMIT, straight.dtype.element_ty, NVIDIA)
+            _store_quarter(target, straight_stride, i, lines_left, columns_left, data)
+    if TRANSPOSED:
+        target = transposed + e * transposed_stride_e + c_block.to(tl.int64) * BLOCK * transposed_stride
+        _transpose(
+            source, w_stride, target + r_block * BLOCK, transposed_stride, inverses, lines_left, lines_left,
+            columns_left, LIMIT, transposed.dtype.element_ty, NVIDIA, BLOCK, AT_ONCE,
+        )  # fmt: skip
