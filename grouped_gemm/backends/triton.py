@@ -232,8 +232,7 @@ def _fake_wgrad(
     recipe: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    axis = 1 if lhs_scale is None else 0
-    return lhs.new_empty(offs.shape[0], lhs.shape[axis], rhs.shape[axis], dtype=out_dtype)
+    return lhs.new_empty(offs.shape[0], lhs.shape[1], rhs.shape[1], dtype=out_dtype)
 
 
 @define_op(

@@ -2,7 +2,7 @@
 
 One warp copies tiles of both operands, and blockwise the scales of the rows, into a ring of shared memory; two or three
 warpgroups multiply, each 64 rows of the tile. Blockwise, a warpgroup multiplies 128 of C into fresh registers and adds
-them, scaled, to its sum, while the tensor cores work for the others. A finished tile leaves through shared memory, while
+them, scaled, to its sum, while the tensor cores work for the others. A finished tile leaves through shared memory while
 the next one begins. Groups are found from ``offs``, as in `gemm`.
 
 M, E: rows, groups. C: the contraction. N: columns of the result.
@@ -11,8 +11,6 @@ M, E: rows, groups. C: the contraction. N: columns of the result.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -28,37 +26,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from grouped_gemm.kernels.hopper import (
+    PRODUCER_REGISTERS,
+    SCALES,
+    HopperTile,
+    before,
+    load,
+    operand_layout,
+    place,
+    store_tile,
+)
 from grouped_gemm.kernels.launch import num_processors
-
-# Triton 3.9 renamed them.
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-
-
-class HopperTile(NamedTuple):
-    """How one program works.
-
-    Attributes:
-        consumers: warpgroups that multiply, 64 rows each: 2 or 3.
-        columns: columns of an output tile.
-        depth: values of the contraction in one step.
-        stages: steps whose operands are in shared memory at once.
-        registers: registers of a consumer's thread.
-        band: as of `tiles.Tile`.
-    """
-
-    consumers: int
-    columns: int
-    depth: int
-    stages: int
-    registers: int
-    band: int
-
 
 # H200, triton 3.6.0, 2026-11-21.
 TILES = {
-    "16 bit": HopperTile(2, 256, 64, 4, 232, 16),
-    "rowwise": HopperTile(2, 256, 128, 4, 232, 16),
+    "16 bit": HopperTile(2, 256, 64, 4, 232, 8),
+    "rowwise": HopperTile(2, 256, 128, 4, 232, 8),
     "blockwise": HopperTile(3, 128, 128, 4, 152, 8),
 }
 
@@ -98,15 +81,17 @@ def grouped_mm(
     rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO
     lines, line = rhs.shape[0] * rhs.shape[1], rhs.shape[2]
     box = [tile.columns, tile.depth] if c_contiguous else [tile.depth, tile.columns]
-    operand = _operand_layout(lhs_MC.element_size())
+    operand = operand_layout(lhs_MC.element_size())
     tma_store = out_MO.element_size() == 2
     lhs_desc = TensorDescriptor(lhs_MC, [num_rows, depth], [lhs_MC.stride(0), 1], [64, tile.depth], operand)
     rhs_desc = TensorDescriptor(rhs, [lines, line], [rhs.stride(1), 1], box, operand)
     scale_desc = lhs_desc
     if kind == "blockwise":
         assert lhs_scale is not None
-        scale_desc = TensorDescriptor(lhs_scale, list(lhs_scale.shape), [lhs_scale.stride(0), 1], [1, 64], _SCALES)
-    out_desc = TensorDescriptor(out_MO, [num_rows, columns], [columns, 1], [64, 128], _operand_layout(2)) if tma_store else lhs_desc
+        scale_desc = TensorDescriptor(lhs_scale, list(lhs_scale.shape), [lhs_scale.stride(0), 1], [1, 64], SCALES)
+    out_desc = lhs_desc
+    if tma_store:
+        out_desc = TensorDescriptor(out_MO, [num_rows, columns], [columns, 1], [64, 128], operand_layout(2))
     most_tiles = (triton.cdiv(num_rows, 64 * tile.consumers) + num_groups) * triton.cdiv(columns, tile.columns)
     strides = rhs_scale.stride() if rhs_scale is not None and rhs_scale.dim() == 3 else (0, 0, 0)
     _kernel[(min(most_tiles, num_processors(lhs_MC.device)),)](
@@ -119,13 +104,6 @@ def grouped_mm(
         CONSUMERS=tile.consumers, BLOCK_N=tile.columns, BLOCK_C=tile.depth, STAGES=tile.stages, BAND=tile.band,
         REGISTERS=tile.registers, num_warps=4,
     )  # fmt: skip
-
-
-def _operand_layout(itemsize: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * itemsize, rank=2)
-
-
-_SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
 @gluon.jit
@@ -148,20 +126,6 @@ def _seek(offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK
 
 
 @gluon.jit
-def _place(tile, rows, columns, BAND: gl.constexpr):
-    """As `groups.tile_position`."""
-    band = tile // (BAND * columns)
-    height = gl.minimum(rows - band * BAND, BAND)
-    in_band = tile - band * BAND * columns
-    return band * BAND + in_band % height, in_band // height
-
-
-@gluon.jit
-def _before(slot, STAGES: gl.constexpr):
-    return gl.where(slot == 0, STAGES, slot) - 1
-
-
-@gluon.jit
 def _produce(
     lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
     KIND: gl.constexpr, C_CONTIGUOUS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -178,7 +142,7 @@ def _produce(
     phase = 1
     while e < E:
         rows = (end - start + BLOCK_M - 1) // BLOCK_M
-        tile_row, tile_column = _place(tile - first_tile, rows, columns, BAND)
+        tile_row, tile_column = place(tile - first_tile, rows, columns, BAND)
         row = tile_row * BLOCK_M
         column = tile_column * BLOCK_N
         for c in range(0, C, BLOCK_C):
@@ -186,14 +150,14 @@ def _produce(
             barrier = full.index(slot)
             mbarrier.expect(barrier, BYTES + (BLOCK_M * 4 if SCALES else 0))
             if C_CONTIGUOUS:
-                _load(rhs_desc, [e * N + column, c], barrier, rhs_bufs.index(slot))
+                load(rhs_desc, [e * N + column, c], barrier, rhs_bufs.index(slot))
             else:
-                _load(rhs_desc, [e * C + c, column], barrier, rhs_bufs.index(slot))
+                load(rhs_desc, [e * C + c, column], barrier, rhs_bufs.index(slot))
             for i in gl.static_range(CONSUMERS):
-                _load(lhs_desc, [start + row + 64 * i, c], barrier, lhs_bufs.index(slot * CONSUMERS + i))
+                load(lhs_desc, [start + row + 64 * i, c], barrier, lhs_bufs.index(slot * CONSUMERS + i))
                 if SCALES:
                     source = [c // BLOCK_C, scale_row + row + 64 * i]
-                    _load(scale_desc, source, barrier, scale_bufs.index(slot * CONSUMERS + i))
+                    load(scale_desc, source, barrier, scale_bufs.index(slot * CONSUMERS + i))
             slot += 1
             if slot == STAGES:
                 slot = 0
@@ -224,7 +188,7 @@ def _consume(
     phase = 0
     while e <= E:
         rows = (end - start + BLOCK_M - 1) // BLOCK_M
-        tile_row, tile_column = _place(tile - first_tile, rows, columns, BAND)
+        tile_row, tile_column = place(tile - first_tile, rows, columns, BAND)
         row = start + tile_row * BLOCK_M + which * 64
         column = tile_column * BLOCK_N
         acc = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
@@ -266,13 +230,13 @@ def _consume(
                     rhs = rhs_bufs.index(slot).permute((1, 0)) if C_CONTIGUOUS else rhs_bufs.index(slot)
                     acc = warpgroup_mma(lhs_bufs.index(slot * CONSUMERS + which), rhs, acc, is_async=True)
                     acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # the step before is done
-                    mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1, pred=step > 0)
+                    mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=step > 0)
                     slot += 1
                     if slot == STAGES:
                         slot = 0
                         phase ^= 1
                 acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-                mbarrier.arrive(empty.index(_before(slot, STAGES)), count=1)
+                mbarrier.arrive(empty.index(before(slot, STAGES)), count=1)
         if row < end:
             _finish(
                 which, acc, out_bufs, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
@@ -304,22 +268,7 @@ def _finish(
         acc = acc + gl.expand_dims(biases.to(gl.float32), 0)
     values = acc.to(out.dtype.element_ty)
     if TMA_STORE and row + 64 <= end:
-        buffer = out_bufs.index(which)
-        if BLOCK_N == 256:
-            halves = values.reshape([64, 2, 128]).permute((0, 2, 1)).split()
-            tma.store_wait(0)
-            buffer.store(halves[0])
-            fence_async_shared()
-            _store(out_desc, [row, column], buffer)
-            tma.store_wait(0)
-            buffer.store(halves[1])
-            fence_async_shared()
-            _store(out_desc, [row, column + 128], buffer)
-        else:
-            tma.store_wait(0)
-            buffer.store(values)
-            fence_async_shared()
-            _store(out_desc, [row, column], buffer)
+        store_tile(values, out_bufs.index(which), out_desc, row, column)
     else:
         target = out + gl.expand_dims(rows.to(gl.int64), 1) * N + gl.expand_dims(ns, 0)
         gl.store(target, values, mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(ns < N, 0))
@@ -361,7 +310,7 @@ def _kernel(
                 KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
             (_produce, (lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
                 KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, 40])  # fmt: skip
+        ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (0, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
@@ -372,4 +321,4 @@ def _kernel(
                 KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
             (_produce, (lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
                 KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
-        ], [4, 1], [REGISTERS, 40])  # fmt: skip
+        ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -27,7 +27,8 @@ def activations(
     Returns:
         Data (M, D) fp8, contiguous D; scales fp32, rowwise (M,), blockwise (ceil(D/128), S). In S, the rows of each
         group start at a multiple of 4, after those of the group before: S is M + 3 E, rounded up to such a multiple.
-        Data (D, T) fp8, contiguous T; scales fp32, rowwise (E, D), blockwise (T/128, D).
+        Data (T/128, D, 128) fp8, contiguous; scales fp32, rowwise (E, D), blockwise (T/128, D). A tile of 128 tokens
+        is in one piece: the lines of (D, T) would be too far apart for DRAM to write it at full speed.
         T is ``(M // 128 + E) * 128``, which is enough for any ``offs``.
     """
     num_rows, features = x_MD.shape
@@ -41,7 +42,7 @@ def activations(
         row_scale = x_MD.new_empty(scale_shape, dtype=torch.float32)
     if columns:
         token_blocks = num_rows // TOKEN_BLOCK + num_groups
-        column_data = _empty_fp8(x_MD, (features, token_blocks * TOKEN_BLOCK))
+        column_data = _empty_fp8(x_MD, (token_blocks, features, TOKEN_BLOCK))
         scale_rows = num_groups if recipe.block is None else token_blocks
         column_scale = x_MD.new_empty(scale_rows, features, dtype=torch.float32)
     return row_data, row_scale, column_data, column_scale

@@ -50,7 +50,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
     """
     by_row, row_scale, by_column, column_scale = out
     (num_rows, features), num_groups = x_MD.shape, offs.shape[0]
-    rows, columns = by_row.dim() == 2, by_column.dim() == 2
+    rows, columns = by_row.dim() == 2, by_column.dim() == 3
     rowwise = recipe.block is None
     fp8 = (by_row if rows else by_column).dtype
     constants = _constants(x_MD, recipe, fp8)
@@ -85,7 +85,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
         _quantize_tiles[grid](
             x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
             num_groups, features, x_MD.stride(0),
-            by_row.stride(0), row_scale.stride(0) if rows else 0, by_column.stride(0),
+            by_row.stride(0), row_scale.stride(0) if rows else 0,
             ROWS=rows, COLUMNS=columns, ROWWISE=rowwise, **constants,
             SCALE_ALIGNMENT=SCALE_ALIGNMENT, BLOCK=TOKEN_BLOCK, **_TILING, **_OPTIONS,
         )  # fmt: skip
@@ -335,7 +335,7 @@ def _amax(x, blocks, row_amax, column_amax, D, x_stride, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["E"])
 def _quantize_tiles(
     x, blocks, by_row, row_scales, by_column, column_scales, row_amax, column_amax,
-    E, D, x_stride, row_stride, row_scale_stride, column_stride,
+    E, D, x_stride, row_stride, row_scale_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWWISE: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     NVIDIA: tl.constexpr, SCALE_ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
@@ -389,7 +389,7 @@ def _quantize_tiles(
         else:
             tl.store(column_scales + block.to(tl.int64) * D + ds, column_scale, mask=ds < D)
         _transpose(
-            source, x_stride, by_column + d.to(tl.int64) * column_stride + block.to(tl.int64) * BLOCK, column_stride,
+            source, x_stride, by_column + (block.to(tl.int64) * D + d) * BLOCK, BLOCK,
             _inverse(column_scale), rows_left, BLOCK, D - d, LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK, AT_ONCE,
         )  # fmt: skip
 

@@ -1,9 +1,9 @@
 """The K-grouped product of wgrad: in each group, the rows are the contraction.
 
 Operands without scales are read as they lie, (M, D). fp8 operands are read along contiguous tokens, because the fp8
-MMA of Hopper wants both operands so. Their quantizer writes (D, T) in blocks of 128 tokens that start anew with each
-group, zero where a group's last block is short: so groups need no masks, no TMA alignment, and no offsets from the
-host. Block b of all groups is tokens 128 b to 128 (b + 1) and, blockwise, row b of the scales.
+MMA of Hopper wants both operands so. Their quantizer writes (T/128, D, 128), blocks of 128 tokens that start anew with
+each group, zero where a group's last block is short: so groups need no masks, no TMA alignment, and no offsets from the
+host. Blockwise, row b of the scales is that of block b.
 
 M, T, E: rows, rows in padded blocks, groups. P, Q: features of the first and the second operand.
 """
@@ -36,38 +36,52 @@ def wgrad(
     num_rows: int,
     recipe: Recipe,
     out_dtype: torch.dtype,
+    accumulate_into: Tensor | None = None,
 ) -> Tensor:
     """Per group, the transpose of its rows of ``lhs`` times its rows of ``rhs``, with fp32 accumulation.
 
     Args:
-        lhs: (M, P), contiguous P: bfloat16, float16 or float32; or (P, T) fp8, contiguous T.
+        lhs: (M, P), contiguous P: bfloat16, float16 or float32; or (T/128, P, 128) fp8, contiguous.
         lhs_scale: fp32 factors of fp8, contiguous: rowwise (E, P), blockwise (T/128, P).
-        rhs: (M, Q) or (Q, T), as ``lhs``.
+        rhs: (M, Q) or (T/128, Q, 128), as ``lhs``.
         rhs_scale: rowwise (E, Q), blockwise (T/128, Q).
         offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
         num_rows: M.
         recipe: NONE, rowwise or blockwise.
         out_dtype: bfloat16, float16 or float32.
+        accumulate_into: (E, P, Q) float32, contiguous, to which the product is added: a gradient over many steps.
 
     Returns:
-        (E, P, Q), contiguous; exactly zero for an empty group.
+        (E, P, Q), contiguous; exactly zero for an empty group. Or ``accumulate_into``.
     """
-    axis = 1 if lhs_scale is None else 0
-    num_groups, p, q = offs.shape[0], lhs.shape[axis], rhs.shape[axis]
-    out_EPQ = torch.empty(num_groups, p, q, dtype=out_dtype, device=lhs.device)
+    num_groups, p, q = offs.shape[0], lhs.shape[1], rhs.shape[1]
+    accumulate = accumulate_into is not None
+    if accumulate_into is None:
+        out_EPQ = torch.empty(num_groups, p, q, dtype=out_dtype, device=lhs.device)
+    else:
+        out_EPQ = accumulate_into
     if num_rows == 0:
-        return out_EPQ.zero_()
+        return out_EPQ if accumulate else out_EPQ.zero_()
     machine = machine_of(lhs.device)
     kind = kind_of(lhs, recipe)
     tile = wgrad_tile(machine.vendor, machine.arch, kind)
     tma = can_use_tma(lhs, rhs)
+    if tma and machine.arch == "sm_90" and lhs_scale is not None and rhs_scale is not None:
+        from grouped_gemm.kernels import wgrad_hopper
+
+        if wgrad_hopper.can_run(lhs, rhs, kind):
+            with on_device(lhs):
+                wgrad_hopper.wgrad(
+                    lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, out_EPQ, kind, accumulate=accumulate
+                )
+            return out_EPQ
     lhs_arg, rhs_arg = lhs, rhs
     if tma and lhs_scale is None:  # reads zeros past the end of a group
         lhs_arg = create_ragged_descriptor(lhs, [tile.depth, tile.rows])
         rhs_arg = create_ragged_descriptor(rhs, [tile.depth, tile.columns])
     elif tma:
-        lhs_arg = TensorDescriptor(lhs, lhs.shape, lhs.stride(), [tile.rows, tile.depth])
-        rhs_arg = TensorDescriptor(rhs, rhs.shape, rhs.stride(), [tile.columns, tile.depth])
+        lhs_arg = TensorDescriptor.from_tensor(lhs.view(-1, TOKEN_BLOCK), [tile.rows, tile.depth])
+        rhs_arg = TensorDescriptor.from_tensor(rhs.view(-1, TOKEN_BLOCK), [tile.columns, tile.depth])
     tiles = num_groups * triton.cdiv(p, tile.rows) * triton.cdiv(q, tile.columns)
     with on_device(lhs):
         # Groups differ in length, so tiles are not shared out beforehand: a free multiprocessor takes the next one.
@@ -92,6 +106,7 @@ def wgrad(
             BLOCK_Q=tile.columns,
             BLOCK_T=tile.depth,
             BAND=tile.band,
+            ACCUMULATE=accumulate,
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -120,6 +135,7 @@ def _wgrad(
     BLOCK_Q: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BAND: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
     SCALED: tl.constexpr = KIND == "rowwise" or KIND == "blockwise"
     BLOCKWISE: tl.constexpr = KIND == "blockwise"
@@ -144,8 +160,8 @@ def _wgrad(
         length = pick(ends, e) - start
     if not TMA:
         if SCALED:
-            lhs_tiles = lhs + ps.to(tl.int64)[:, None] * lhs_stride + (start + ts)[None, :]
-            rhs_tiles = rhs + qs.to(tl.int64)[:, None] * rhs_stride + (start + ts)[None, :]
+            lhs_tiles = lhs + ps.to(tl.int64)[:, None] * TOKEN_BLOCK + ts[None, :]
+            rhs_tiles = rhs + qs.to(tl.int64)[:, None] * TOKEN_BLOCK + ts[None, :]
         else:
             lhs_tiles = lhs + (start + ts).to(tl.int64)[:, None] * lhs_stride + ps[None, :]
             rhs_tiles = rhs + (start + ts).to(tl.int64)[:, None] * rhs_stride + qs[None, :]
@@ -161,14 +177,14 @@ def _wgrad(
             lhs_scales += P
             rhs_scales += Q
         if SCALED:
+            block = first_block + t // TOKEN_BLOCK
             if TMA:
-                lhs_PT = lhs.load([first_p, start + t])
-                rhs_QT = rhs.load([first_q, start + t])
+                lhs_PT = lhs.load([block * P + first_p, t % TOKEN_BLOCK])
+                rhs_QT = rhs.load([block * Q + first_q, t % TOKEN_BLOCK])
             else:
-                lhs_PT = tl.load(lhs_tiles, mask=(ps < P)[:, None], other=0.0)
-                rhs_QT = tl.load(rhs_tiles, mask=(qs < Q)[:, None], other=0.0)
-                lhs_tiles += BLOCK_T
-                rhs_tiles += BLOCK_T
+                lines = tl.cast(block, tl.int64) * TOKEN_BLOCK
+                lhs_PT = tl.load(lhs_tiles + lines * P + t % TOKEN_BLOCK, mask=(ps < P)[:, None], other=0.0)
+                rhs_QT = tl.load(rhs_tiles + lines * Q + t % TOKEN_BLOCK, mask=(qs < Q)[:, None], other=0.0)
             lhs_tile = lhs_PT
             rhs_tile = rhs_QT.T
         else:
@@ -191,7 +207,10 @@ def _wgrad(
         q_scales = tl.load(rhs_scale + e.to(tl.int64) * Q + qs, mask=qs < Q, other=0)
         acc = acc * p_scales[:, None] * q_scales[None, :]
     target = out + e.to(tl.int64) * P * Q + ps.to(tl.int64)[:, None] * Q + qs[None, :]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=(ps < P)[:, None] & (qs < Q)[None, :])
+    mask = (ps < P)[:, None] & (qs < Q)[None, :]
+    if ACCUMULATE:
+        acc += tl.load(target, mask=mask, other=0)
+    tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 
 def group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:

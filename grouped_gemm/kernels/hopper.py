@@ -1,0 +1,72 @@
+"""What the warp-specialized kernels for Hopper share: names of Gluon, the form of a tile, the order of tiles."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+
+# Triton 3.9 renamed them.
+load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+PRODUCER_REGISTERS = gl.constexpr(40)
+
+
+def operand_layout(itemsize: int) -> gl.NVMMASharedLayout:
+    """How tiles of operands and of the result lie in shared memory."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * itemsize, rank=2)
+
+
+class HopperTile(NamedTuple):
+    """How one program works.
+
+    Attributes:
+        consumers: warpgroups that multiply, 64 rows each: 2 or 3.
+        columns: columns of an output tile.
+        depth: values of the contraction in one step.
+        stages: steps whose operands are in shared memory at once.
+        registers: registers of a consumer's thread.
+        band: as of `tiles.Tile`.
+    """
+
+    consumers: int
+    columns: int
+    depth: int
+    stages: int
+    registers: int
+    band: int
+
+
+@gluon.jit
+def place(tile, rows, columns, BAND: gl.constexpr):
+    """As `groups.tile_position`."""
+    band = tile // (BAND * columns)
+    height = gl.minimum(rows - band * BAND, BAND)
+    in_band = tile - band * BAND * columns
+    return band * BAND + in_band % height, in_band // height
+
+
+@gluon.jit
+def before(slot, STAGES: gl.constexpr):
+    """The slot of the ring before ``slot``."""
+    return gl.where(slot == 0, STAGES, slot) - 1
+
+
+@gluon.jit
+def store_tile(values, buffer, desc, row, column):
+    """Stores 64 rows through shared memory, and waits only for the tile before."""
+    if values.shape[1] == 256:
+        halves = values.reshape([64, 2, 128]).permute((0, 2, 1)).split()
+        store_tile(halves[0], buffer, desc, row, column)
+        store_tile(halves[1], buffer, desc, row, column + 128)
+    else:
+        tma.store_wait(0)
+        buffer.store(values)
+        fence_async_shared()
+        store(desc, [row, column], buffer)

@@ -1,0 +1,258 @@
+"""The K-grouped product on Hopper, warp-specialized, in Gluon: `wgrad` of fp8 operands. Its build is `gemm_hopper`'s.
+
+M, T, E: rows, rows in padded blocks, groups. P, Q: features of the first and the second operand.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from grouped_gemm.kernels.hopper import (
+    PRODUCER_REGISTERS,
+    SCALES,
+    HopperTile,
+    before,
+    load,
+    operand_layout,
+    place,
+    store_tile,
+)
+from grouped_gemm.kernels.launch import num_processors
+from grouped_gemm.kernels.layouts import TOKEN_BLOCK
+
+# H200, triton 3.6.0, 2026-11-21.
+TILES = {"rowwise": HopperTile(2, 256, 128, 4, 232, 4), "blockwise": HopperTile(2, 128, 128, 5, 216, 4)}
+
+
+def can_run(lhs: Tensor, rhs: Tensor, kind: str) -> bool:
+    """Whether this kernel runs operands of `wgrad` on Hopper: fp8, scales that TMA can read, aligned lines of result."""
+    return kind in TILES and lhs.shape[1] % 4 == 0 and rhs.shape[1] % 8 == 0
+
+
+def wgrad(
+    lhs: Tensor,
+    lhs_scale: Tensor,
+    rhs: Tensor,
+    rhs_scale: Tensor,
+    offs: Tensor,
+    num_rows: int,
+    out_EPQ: Tensor,
+    kind: str,
+    *,
+    accumulate: bool,
+) -> None:
+    """Fills or adds to ``out_EPQ``; arguments as of `wgrad.wgrad`, of which `can_run` is true."""
+    tile = TILES[kind]
+    num_groups, p, q = out_EPQ.shape
+    layout = operand_layout(1)
+    lhs_desc = TensorDescriptor(lhs, [lhs.shape[0] * p, TOKEN_BLOCK], [TOKEN_BLOCK, 1], [64, TOKEN_BLOCK], layout)
+    rhs_desc = TensorDescriptor(
+        rhs, [rhs.shape[0] * q, TOKEN_BLOCK], [TOKEN_BLOCK, 1], [tile.columns, TOKEN_BLOCK], layout
+    )
+    lhs_scale_desc = rhs_scale_desc = out_desc = lhs_desc
+    if kind == "blockwise":
+        lhs_scale_desc = TensorDescriptor(lhs_scale, list(lhs_scale.shape), [p, 1], [1, 64], SCALES)
+        rhs_scale_desc = TensorDescriptor(rhs_scale, list(rhs_scale.shape), [q, 1], [1, tile.columns], SCALES)
+    tma_store = out_EPQ.element_size() == 2 and not accumulate
+    if tma_store:
+        out_desc = TensorDescriptor(out_EPQ, [num_groups * p, q], [q, 1], [64, 128], operand_layout(2))
+    tiles = num_groups * triton.cdiv(p, 64 * tile.consumers) * triton.cdiv(q, tile.columns)
+    _kernel[(min(tiles, num_processors(lhs.device)),)](
+        lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale, offs, out_EPQ,
+        num_rows, num_groups, p, q,
+        KIND=kind, TMA_STORE=tma_store, ACCUMULATE=accumulate, CONSUMERS=tile.consumers, BLOCK_Q=tile.columns,
+        BLOCK_T=TOKEN_BLOCK, STAGES=tile.stages, BAND=tile.band, REGISTERS=tile.registers, num_warps=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _next_blocks(offs, M, e, start, BLOCK_T: gl.constexpr):
+    """One past the last row of group ``e``, which begins at row ``start``, and how many blocks of tokens it has."""
+    end = gl.maximum(start, gl.minimum(gl.load(offs + e), M))
+    return end, (end - start + BLOCK_T - 1) // BLOCK_T
+
+
+@gluon.jit
+def _produce(
+    lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs,
+    full, empty, offs, M, E, P, Q,
+    KIND: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
+    BAND: gl.constexpr,
+):  # fmt: skip
+    BLOCK_P: gl.constexpr = 64 * CONSUMERS
+    SCALED: gl.constexpr = KIND == "blockwise"
+    tiles_p = (P + BLOCK_P - 1) // BLOCK_P
+    tiles_q = (Q + BLOCK_Q - 1) // BLOCK_Q
+    tile = gl.program_id(0)
+    first_tile = 0
+    start = 0
+    first_block = 0
+    slot = 0
+    phase = 1
+    for e in range(E):
+        end, blocks = _next_blocks(offs, M, e, start, BLOCK_T)
+        while tile < first_tile + tiles_p * tiles_q:
+            tile_p, tile_q = place(tile - first_tile, tiles_p, tiles_q, BAND)
+            p = tile_p * BLOCK_P
+            q = tile_q * BLOCK_Q
+            for block in range(first_block, first_block + blocks):
+                mbarrier.wait(empty.index(slot), phase)
+                barrier = full.index(slot)
+                mbarrier.expect(barrier, (BLOCK_P + BLOCK_Q) * (BLOCK_T + (4 if SCALED else 0)))
+                load(rhs_desc, [block * Q + q, 0], barrier, rhs_bufs.index(slot))
+                if SCALED:
+                    load(rhs_scale_desc, [block, q], barrier, rhs_scale_bufs.index(slot))
+                for i in gl.static_range(CONSUMERS):
+                    load(lhs_desc, [block * P + p + 64 * i, 0], barrier, lhs_bufs.index(slot * CONSUMERS + i))
+                    if SCALED:
+                        buffer = lhs_scale_bufs.index(slot * CONSUMERS + i)
+                        load(lhs_scale_desc, [block, p + 64 * i], barrier, buffer)
+                slot += 1
+                if slot == STAGES:
+                    slot = 0
+                    phase ^= 1
+            tile += gl.num_programs(0)
+        first_tile += tiles_p * tiles_q
+        first_block += blocks
+        start = end
+
+
+@gluon.jit
+def _consume(
+    which: gl.constexpr, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
+    lhs_scale, rhs_scale, offs, out, M, E, P, Q,
+    KIND: gl.constexpr, TMA_STORE: gl.constexpr, ACCUMULATE: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+):  # fmt: skip
+    BLOCK_P: gl.constexpr = 64 * CONSUMERS
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_Q, 32]
+    )
+    tiles_p = (P + BLOCK_P - 1) // BLOCK_P
+    tiles_q = (Q + BLOCK_Q - 1) // BLOCK_Q
+    tile = gl.program_id(0)
+    first_tile = 0
+    start = 0
+    slot = 0
+    phase = 0
+    for e in range(E):
+        end, blocks = _next_blocks(offs, M, e, start, BLOCK_T)
+        while tile < first_tile + tiles_p * tiles_q:
+            tile_p, tile_q = place(tile - first_tile, tiles_p, tiles_q, BAND)
+            p = tile_p * BLOCK_P + which * 64
+            q = tile_q * BLOCK_Q
+            acc = gl.zeros((64, BLOCK_Q), gl.float32, LAYOUT)
+            if KIND == "blockwise":
+                for _ in range(blocks):
+                    mbarrier.wait(full.index(slot), phase)
+                    product = warpgroup_mma(
+                        lhs_bufs.index(slot * CONSUMERS + which),
+                        rhs_bufs.index(slot).permute((1, 0)),
+                        gl.zeros((64, BLOCK_Q), gl.float32, LAYOUT),
+                        use_acc=False,
+                        is_async=True,
+                    )
+                    p_scales = lhs_scale_bufs.index(slot * CONSUMERS + which).permute((1, 0)).load(LAYOUT)
+                    q_scales = rhs_scale_bufs.index(slot).load(LAYOUT)
+                    product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
+                    mbarrier.arrive(empty.index(slot), count=1)
+                    acc = acc + product * (p_scales * q_scales)
+                    slot += 1
+                    if slot == STAGES:
+                        slot = 0
+                        phase ^= 1
+            else:
+                for step in range(blocks):
+                    mbarrier.wait(full.index(slot), phase)
+                    rhs = rhs_bufs.index(slot).permute((1, 0))
+                    acc = warpgroup_mma(lhs_bufs.index(slot * CONSUMERS + which), rhs, acc, is_async=True)
+                    acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # the step before is done
+                    mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=step > 0)
+                    slot += 1
+                    if slot == STAGES:
+                        slot = 0
+                        phase ^= 1
+                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+                mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=blocks > 0)
+            if p < P:
+                _finish(
+                    which, acc, out_bufs, out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
+                    KIND, TMA_STORE, ACCUMULATE, BLOCK_Q, LAYOUT,
+                )  # fmt: skip
+            tile += gl.num_programs(0)
+        first_tile += tiles_p * tiles_q
+        start = end
+    if TMA_STORE:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _finish(
+    which: gl.constexpr, acc, out_bufs, out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
+    KIND: gl.constexpr, TMA_STORE: gl.constexpr, ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Scales a finished tile and stores or adds it: whole tiles through shared memory, others masked."""
+    ps = p + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
+    qs = q + gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, LAYOUT))
+    e64 = e.to(gl.int64)
+    if KIND == "rowwise":
+        p_scales = gl.load(lhs_scale + e64 * P + ps, mask=ps < P, other=0)
+        q_scales = gl.load(rhs_scale + e64 * Q + qs, mask=qs < Q, other=0)
+        acc = acc * gl.expand_dims(p_scales, 1) * gl.expand_dims(q_scales, 0)
+    if TMA_STORE and p + 64 <= P:
+        store_tile(acc.to(out.dtype.element_ty), out_bufs.index(which), out_desc, e * P + p, q)
+    else:
+        target = out + e64 * P * Q + gl.expand_dims(ps.to(gl.int64), 1) * Q + gl.expand_dims(qs, 0)
+        mask = gl.expand_dims(ps < P, 1) & gl.expand_dims(qs < Q, 0)
+        if ACCUMULATE:
+            acc = acc + gl.load(target, mask=mask, other=0).to(gl.float32)
+        gl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@gluon.jit(do_not_specialize=["M", "E"])
+def _kernel(
+    lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale, offs, out, M, E, P, Q,
+    KIND: gl.constexpr, TMA_STORE: gl.constexpr, ACCUMULATE: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    lhs_bufs = gl.allocate_shared_memory(lhs_desc.dtype, [STAGES * CONSUMERS, 64, BLOCK_T], lhs_desc.layout)
+    rhs_bufs = gl.allocate_shared_memory(rhs_desc.dtype, [STAGES, BLOCK_Q, BLOCK_T], rhs_desc.layout)
+    lhs_scale_bufs = lhs_bufs
+    rhs_scale_bufs = rhs_bufs
+    if KIND == "blockwise":
+        lhs_scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * CONSUMERS, 1, 64], lhs_scale_desc.layout)
+        rhs_scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], rhs_scale_desc.layout)
+    out_bufs = lhs_bufs
+    if TMA_STORE:
+        out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 64, 128], out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_consume, (0, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
+            lhs_scale, rhs_scale, offs, out, M, E, P, Q,
+            KIND, TMA_STORE, ACCUMULATE, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
+        (_consume, (1, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
+            lhs_scale, rhs_scale, offs, out, M, E, P, Q,
+            KIND, TMA_STORE, ACCUMULATE, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
+        (_produce, (lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, lhs_bufs, rhs_bufs,
+            lhs_scale_bufs, rhs_scale_bufs, full, empty, offs, M, E, P, Q,
+            KIND, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
+    ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
