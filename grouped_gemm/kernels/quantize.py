@@ -31,8 +31,6 @@ from grouped_gemm.recipes import Recipe
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _MOST_IN_REGISTERS = 16384  # values of a row
-_OPTIONS = {"num_warps": 8}
-_TILING = {"AT_ONCE": 32, "BAND": 8}
 
 
 def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) -> None:
@@ -63,7 +61,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
                 height = max(1, 8192 // width)
                 _quantize_rows[(triton.cdiv(num_rows, height),)](
                     x_MD, by_row, row_scale, num_rows, features, x_MD.stride(0), by_row.stride(0),
-                    **constants, BLOCK_M=height, BLOCK_D=width, WHOLE=whole, **_OPTIONS,
+                    **constants, BLOCK_M=height, BLOCK_D=width, WHOLE=whole, num_warps=8,
                 )  # fmt: skip
             return
         num_blocks = num_rows // TOKEN_BLOCK + num_groups
@@ -80,14 +78,14 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
             row_amax = x_MD.new_zeros(num_rows, dtype=torch.int32) if rows else None
             column_scale.fill_(1)
             _amax[grid](
-                x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), BLOCK=TOKEN_BLOCK, **_OPTIONS
+                x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), BLOCK=TOKEN_BLOCK, num_warps=4
             )
         _quantize_tiles[grid](
             x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
             num_groups, features, x_MD.stride(0),
             by_row.stride(0), row_scale.stride(0) if rows else 0,
             ROWS=rows, COLUMNS=columns, ROWWISE=rowwise, **constants,
-            SCALE_ALIGNMENT=SCALE_ALIGNMENT, BLOCK=TOKEN_BLOCK, **_TILING, **_OPTIONS,
+            SCALE_ALIGNMENT=SCALE_ALIGNMENT, BLOCK=TOKEN_BLOCK, BAND=8, num_warps=4,
         )  # fmt: skip
 
 
@@ -118,14 +116,14 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
         if rowwise:
             line_amax = b_EKN.new_zeros(num_groups, lines, dtype=torch.int32)
             column_amax = b_EKN.new_zeros(num_groups, columns, dtype=torch.int32)
-            _weight_amax[grid](w_ERC, line_amax, column_amax, *shape, BLOCK=128, **_OPTIONS)
+            _weight_amax[grid](w_ERC, line_amax, column_amax, *shape, BLOCK=128, num_warps=8)
         _quantize_weights[grid](
             w_ERC, straight, transposed, line_scale, column_scale, line_amax, column_amax, *shape,
             straight.stride(0), straight.stride(-2) if straight.dim() == 3 else 0,
             transposed.stride(0), transposed.stride(-2) if transposed.dim() == 3 else 0,
             *(line_scale.stride() if not rowwise else (0, 0, 0)),
             STRAIGHT=straight.dim() == 3, TRANSPOSED=transposed.dim() == 3, ROWWISE=rowwise,
-            **_constants(b_EKN, recipe, fp8), BLOCK=128, **_TILING, **_OPTIONS,
+            **_constants(b_EKN, recipe, fp8), BLOCK=128, BAND=8, num_warps=8,
         )  # fmt: skip
 
 
@@ -229,30 +227,27 @@ def _pack(v0, v1, v2, v3, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVI
 
 @triton.jit
 def _transpose(
-    source, stride, target, target_stride, inverses, rows_left, rows_to_fill, columns_left,
-    LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    source, stride, target, target_stride, inverse, rows_left, rows_to_fill, columns_left,
+    LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile with rows contiguous, a few columns at a time, from what L1 still has of it.
+    """Writes a tile with rows contiguous, from what L1 still has of it.
 
     Lines of ``target`` start at multiples of 4 bytes, and are filled up to the next one.
 
     Args:
-        inverses: `_inverse` of each column's scale, (BLOCK,).
+        inverse: `_inverse` of each column's scale, (BLOCK,), or of all, (1,).
         rows_to_fill: of which zeros are written past ``rows_left``.
     """
-    for first in tl.static_range(0, BLOCK, AT_ONCE):
-        left = columns_left - first
-        v0 = _load_quarter(source + first, stride, 0, rows_left, left, BLOCK, AT_ONCE)
-        v1 = _load_quarter(source + first, stride, 1, rows_left, left, BLOCK, AT_ONCE)
-        v2 = _load_quarter(source + first, stride, 2, rows_left, left, BLOCK, AT_ONCE)
-        v3 = _load_quarter(source + first, stride, 3, rows_left, left, BLOCK, AT_ONCE)
-        inverse = inverses if inverses.shape[0] != BLOCK else tl.gather(inverses, first + tl.arange(0, AT_ONCE), 0)
-        words = _pack(v0, v1, v2, v3, inverse[None, :], LIMIT, DTYPE, NVIDIA)
-        rows = 4 * tl.arange(0, BLOCK // 4)
-        columns = first + tl.arange(0, AT_ONCE)
-        targets = target.to(tl.pointer_type(tl.uint32)) + columns.to(tl.int64)[None, :] * (target_stride // 4)
-        mask = (rows < rows_to_fill)[:, None] & (columns < columns_left)[None, :]
-        tl.store(targets + (rows // 4)[:, None], words, mask=mask)
+    v0 = _load_quarter(source, stride, 0, rows_left, columns_left, BLOCK, BLOCK)
+    v1 = _load_quarter(source, stride, 1, rows_left, columns_left, BLOCK, BLOCK)
+    v2 = _load_quarter(source, stride, 2, rows_left, columns_left, BLOCK, BLOCK)
+    v3 = _load_quarter(source, stride, 3, rows_left, columns_left, BLOCK, BLOCK)
+    words = _pack(v0, v1, v2, v3, inverse[None, :], LIMIT, DTYPE, NVIDIA)
+    rows = 4 * tl.arange(0, BLOCK // 4)
+    columns = tl.arange(0, BLOCK)
+    targets = target.to(tl.pointer_type(tl.uint32)) + columns.to(tl.int64)[None, :] * (target_stride // 4)
+    mask = (rows < rows_to_fill)[:, None] & (columns < columns_left)[None, :]
+    tl.store(targets + (rows // 4)[:, None], words, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -337,7 +332,7 @@ def _quantize_tiles(
     x, blocks, by_row, row_scales, by_column, column_scales, row_amax, column_amax,
     E, D, x_stride, row_stride, row_scale_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROWWISE: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr,
-    NVIDIA: tl.constexpr, SCALE_ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr, BAND: tl.constexpr,
+    NVIDIA: tl.constexpr, SCALE_ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """BLOCK rows of one group by BLOCK features: one read, and each layout that is wanted.
 
@@ -390,7 +385,7 @@ def _quantize_tiles(
             tl.store(column_scales + block.to(tl.int64) * D + ds, column_scale, mask=ds < D)
         _transpose(
             source, x_stride, by_column + (block.to(tl.int64) * D + d) * BLOCK, BLOCK,
-            _inverse(column_scale), rows_left, BLOCK, D - d, LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK, AT_ONCE,
+            _inverse(column_scale), rows_left, BLOCK, D - d, LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK,
         )  # fmt: skip
 
 
@@ -415,7 +410,7 @@ def _quantize_weights(
     R, C, w_stride_e, w_stride, straight_stride_e, straight_stride, transposed_stride_e, transposed_stride,
     scale_stride_e, scale_stride_r, scale_stride_c,
     STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, ROWWISE: tl.constexpr,
-    LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr, BLOCK: tl.constexpr,
     BAND: tl.constexpr,
 ):  # fmt: skip
     """A square tile of one matrix: one read, and each layout that is wanted.
@@ -463,5 +458,5 @@ def _quantize_weights(
         target = transposed + e * transposed_stride_e + c_block.to(tl.int64) * BLOCK * transposed_stride
         _transpose(
             source, w_stride, target + r_block * BLOCK, transposed_stride, inverses, lines_left, lines_left,
-            columns_left, LIMIT, transposed.dtype.element_ty, NVIDIA, BLOCK, AT_ONCE,
+            columns_left, LIMIT, transposed.dtype.element_ty, NVIDIA, BLOCK,
         )  # fmt: skip
