@@ -87,17 +87,17 @@ class Recorder(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-def ops_of(run: Run) -> Run:
-    """A run of nothing but the ops that ``run`` calls."""
+def best_of_ops(run: Run, repeats: int) -> float:
+    """Microseconds of nothing but the ops that ``run`` calls."""
     with Recorder() as recorder:
         run()
 
     def replay() -> None:
-        with torch.no_grad():
-            for op, args in recorder.calls:
-                op(*args)
+        for op, args in recorder.calls:
+            op(*args)
 
-    return replay
+    with torch.no_grad():
+        return best(replay, repeats)
 
 
 def best(run: Run, repeats: int, number: int = 500) -> float:
@@ -131,7 +131,7 @@ def measure_forward(recipe: Recipe, repeats: int, prequantized: bool = False) ->
         call()
     passed = spied.call_args.args
     whole, run = best(call, repeats), best(lambda: autograd.run_forward(*passed), repeats)
-    ops = best(ops_of(call), repeats)
+    ops = best_of_ops(call, repeats)
     return {
         "checks and decision": whole - run,
         "backend's wrappers": run - ops,
@@ -162,7 +162,7 @@ def measure_training(recipe: Recipe, repeats: int) -> tuple[dict[str, float], di
         (forward, lambda: Bare.apply(a, b, bare_y.detach())),
         (backward, lambda: torch.autograd.grad(z, (a, b), dy, retain_graph=True)),
     ):
-        whole, ops, floor = best(run, repeats), best(ops_of(run), repeats), best(bare, repeats)
+        whole, ops, floor = best(run, repeats), best_of_ops(run, repeats), best(bare, repeats)
         found.append({"around the ops": whole - ops, "of it autograd's": floor, "ops": ops})
     return found[0], found[1]
 

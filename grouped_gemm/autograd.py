@@ -35,15 +35,7 @@ class Route(NamedTuple):
     dtype: torch.dtype
     out_dtype: torch.dtype
     b_contiguous: str
-
-    @property
-    def backends(self) -> list[KernelPreference]:
-        """Every backend that runs a pass, once."""
-        kinds: list[KernelPreference] = []
-        for kind in (self.forward, self.dgrad, self.wgrad):
-            if kind is not None and kind not in kinds:
-                kinds.append(kind)
-        return kinds
+    backends: tuple[KernelPreference, ...]  # every one that runs a pass, once
 
 
 def dense_rows(x: Tensor) -> Tensor:
