@@ -208,13 +208,14 @@ def _recall(
         return None, None
     try:
         num_rows, k = a.shape
+        num_groups, _, _ = b.shape
         if isinstance(b, QuantizedWeights):
             b_facts = (b.shape, b.dtype, b.device, b.recipe, b.forward_backend, b.dgrad_backend)
         else:
             b_facts = _facts(b)
         key = (
             (type(a), k, a.stride(), a.dtype, a.device, a.layout, a.requires_grad),
-            row_class(num_rows, b.shape[0]),
+            row_class(num_rows, num_groups),
             b_facts,
             _facts(offs),
             None if bias is None else _facts(bias),
@@ -226,7 +227,7 @@ def _recall(
             environment(),
         )
         return key, _routes.get(key)
-    except Exception:  # something is not what it should be, which the checks name
+    except Exception:  # two 2-dimensional operands, whose checks look at M, or something that the checks will name
         return None, None
 
 
