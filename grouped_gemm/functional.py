@@ -29,7 +29,16 @@ from grouped_gemm.autograd import (
 from grouped_gemm.backends import candidates
 from grouped_gemm.device import machine_of
 from grouped_gemm.operand import QuantizedWeights
-from grouped_gemm.preference import LOG, STRICT, VALIDATE, KernelPreference, environment, resolve, surrounding
+from grouped_gemm.preference import (
+    LOG,
+    STRICT,
+    VALIDATE,
+    KernelPreference,
+    environment,
+    is_current,
+    resolve,
+    surrounding,
+)
 from grouped_gemm.problem import Pass, Problem, RowClass, row_class
 from grouped_gemm.recipes import Recipe
 from grouped_gemm.report import Explanation
@@ -237,7 +246,7 @@ def _facts(x: Tensor) -> tuple[Any, ...]:
 
 def _remember(key: _Key, route: Route) -> None:
     """Keeps the route that was found for ``key``, unless another thread has changed the environment meanwhile."""
-    if key[-1] == environment():
+    if is_current(key[-1]):
         if len(_routes) >= _MAX_ROUTES:
             _routes.clear()
         _routes[key] = route

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -94,19 +94,24 @@ VALIDATE = Switch(
 SWITCHES = (BACKEND, STRICT, LOG, VALIDATE)
 
 
-_getenv: Callable[[Any], Any] = os.environ.get
+_environ: Mapping[Any, Any] = os.environ
 _names: tuple[Any, ...] = tuple(switch.name for switch in SWITCHES)
+_getenv: Callable[[Any], Any] = os.environ.get
 if os.name == "posix":
     # C's getenv, to which os.environ writes through, takes a fifth of the time to find a variable that is not set.
     # PyDLL keeps the interpreter's lock meanwhile.
-    _getenv = ctypes.PyDLL(None)["getenv"]
+    _environ, _names, _getenv = os.environb, tuple(map(os.fsencode, _names)), ctypes.PyDLL(None)["getenv"]
     _getenv.restype = ctypes.c_char_p
-    _names = tuple(map(os.fsencode, _names))
 
 
 def environment() -> tuple[Any, ...]:
     """What every switch is set to at this moment, to compare with that of another."""
     return tuple(map(_getenv, _names))
+
+
+def is_current(then: tuple[Any, ...]) -> bool:
+    """Whether `Switch.read` finds now what `environment` found ``then``; it does not see what os.putenv sets."""
+    return then == tuple(map(_environ.get, _names))
 
 
 class _Surrounding(threading.local):

@@ -130,6 +130,17 @@ def test_a_decision_during_which_the_environment_changes_is_not_kept(monkeypatch
     assert not functional._routes
 
 
+def test_what_os_environ_does_not_see_is_not_kept(monkeypatch):
+    os.putenv("GROUPED_GEMM_BACKEND", "deepgemm")
+    try:
+        grouped_mm(A, B, OFFS)
+        monkeypatch.setenv("GROUPED_GEMM_BACKEND", "deepgemm")
+        with pytest.raises(NoBackendError):
+            grouped_mm(A, B, OFFS)
+    finally:
+        os.unsetenv("GROUPED_GEMM_BACKEND")
+
+
 def test_prefer_acts_on_the_call_that_follows():
     grouped_mm(A, B, OFFS)
     with prefer("deepgemm"), pytest.raises(NoBackendError, match="deepgemm, which the context asks for"):
