@@ -100,7 +100,7 @@ def best_of_ops(run: Run, repeats: int) -> float:
         return best(replay, repeats)
 
 
-def best(run: Run, repeats: int, number: int = 500) -> float:
+def best(run: Run, repeats: int, number: int = 50) -> float:
     """Microseconds of the fastest of ``repeats`` loops, per run."""
     run()
     return min(timeit.repeat(run, number=number, repeat=repeats)) / number * 1e6
@@ -175,7 +175,7 @@ def operands() -> tuple[Tensor, Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grouped_gemm bench host_time", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=20, help="loops of which the fastest counts")
+    parser.add_argument("--repeats", type=int, default=300, help="loops of which the fastest counts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     args = parser.parse_args()
 
