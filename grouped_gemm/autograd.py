@@ -35,15 +35,7 @@ class Route(NamedTuple):
     dtype: torch.dtype
     out_dtype: torch.dtype
     b_contiguous: str
-
-    @property
-    def backends(self) -> list[KernelPreference]:
-        """Every backend that runs a pass, once."""
-        kinds: list[KernelPreference] = []
-        for kind in (self.forward, self.dgrad, self.wgrad):
-            if kind is not None and kind not in kinds:
-                kinds.append(kind)
-        return kinds
+    backends: tuple[KernelPreference, ...]  # every one that runs a pass, once
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -179,7 +171,8 @@ class GroupedMM(torch.autograd.Function):
         """dA (M, K), dB (E, K, N) in the memory order of ``b``, and the bias's gradient (E, N)."""
         route, plans, (a_columns, b_dgrad) = _load(ctx, dy.shape[0])
         dy = dense_rows(dy)
-        dy_rows, dy_columns = _activations_for(dy.to(route.dtype), route.recipe, plans, route.dgrad, route.wgrad)
+        g = dy if dy.dtype == route.dtype else dy.to(route.dtype)  # a call that does nothing takes a microsecond
+        dy_rows, dy_columns = _activations_for(g, route.recipe, plans, route.dgrad, route.wgrad)
         da = db = dbias = None
         if route.dgrad is not None:
             da = _product(route.dgrad, dy_rows, b_dgrad, plans, route.dtype)

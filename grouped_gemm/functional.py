@@ -29,7 +29,16 @@ from grouped_gemm.autograd import (
 from grouped_gemm.backends import candidates
 from grouped_gemm.device import machine_of
 from grouped_gemm.operand import QuantizedWeights
-from grouped_gemm.preference import LOG, STRICT, VALIDATE, KernelPreference, resolve, surrounding
+from grouped_gemm.preference import (
+    LOG,
+    STRICT,
+    VALIDATE,
+    KernelPreference,
+    environment,
+    is_current,
+    resolve,
+    surrounding,
+)
 from grouped_gemm.problem import Pass, Problem, RowClass, row_class
 from grouped_gemm.recipes import Recipe
 from grouped_gemm.report import Explanation
@@ -74,13 +83,20 @@ def grouped_mm(
         ValueError: shapes, dtypes or devices do not fit each other; the message names argument, expected and found.
         NoBackendError: no backend, or not the one that was asked for, runs the call with all its gradients.
     """
-    call = _prepare(a, b, offs, recipe, bias, out_dtype, group_alignment, kernel_preference)
-    route = _route(call.facts)
+    a, b, bias = _cast(a, b, bias)
+    options = (recipe, out_dtype, group_alignment, kernel_preference)
+    key, route = _recall(a, b, offs, bias, options)
+    if route is None:
+        call = _prepare(a, b, offs, bias, *options)
+        route = _route(call.facts)
+        if key is not None and call.took_as_is(a, b, offs):
+            _remember(key, route)
+        a, b, offs = call.a, call.b, call.offs
     if isinstance(b, Tensor) and b.dim() == 2:
-        return Contraction.apply(call.a, call.b, call.offs, route)
+        return Contraction.apply(a, b, offs, route)
     if route.dgrad is None and route.wgrad is None and (bias is None or not _needs_grad(bias)):
-        return run_forward(call.a, call.b, call.bias, call.offs, route)[0]
-    return GroupedMM.apply(call.a, call.b, call.bias, call.offs, route)
+        return run_forward(a, b, bias, offs, route)[0]
+    return GroupedMM.apply(a, b, bias, offs, route)
 
 
 def explain(
@@ -102,7 +118,8 @@ def explain(
     Raises:
         TypeError, ValueError: as `grouped_mm`.
     """
-    call = _prepare(a, b, offs, recipe, bias, out_dtype, group_alignment, kernel_preference)
+    a, b, bias = _cast(a, b, bias)
+    call = _prepare(a, b, offs, bias, recipe, out_dtype, group_alignment, kernel_preference)
     return Explanation(_decision(**call.facts), call.a.shape[0])
 
 
@@ -175,29 +192,96 @@ class _Call:
 
     a: Tensor  # (M, K), rows contiguous
     b: Tensor | QuantizedWeights  # (E, K, N), K or N contiguous; (M, N), rows contiguous, where it is a contraction
-    bias: Tensor | None
     offs: Tensor
     facts: dict[str, Any]  # arguments of _decision
+
+    def took_as_is(self, a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor) -> bool:
+        """Whether these operands were not copied or transposed, nor would others with their strides be, for any M."""
+        return self.a is a and a.stride(1) == 1 and self.b is b and self.offs is offs
+
+
+_Key = tuple[Any, ...]
+_routes: dict[_Key, Route] = {}  # of eager calls, by what `_recall` looks at
+_MAX_ROUTES = 4096
+
+
+def _recall(
+    a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None, options: tuple[Any, ...]
+) -> tuple[_Key | None, Route | None]:
+    """The key of a call, and the route of an earlier one with an equal key: it passed every check, this one would.
+
+    The key has all that `_prepare` and `_route` look at, as the caller gave it: to hash it takes a fifth of the time
+    that it takes to check it. Of M it has the class, and no check of operands that are remembered looks at more.
+    """
+    if torch.compiler.is_compiling():  # Dynamo guards what it traces
+        return None, None
+    try:
+        num_rows, k = a.shape
+        num_groups, _, _ = b.shape
+        if isinstance(b, QuantizedWeights):
+            b_facts = (b.shape, b.dtype, b.device, b.recipe, b.forward_backend, b.dgrad_backend)
+        else:
+            b_facts = _facts(b)
+        key = (
+            (type(a), k, a.stride(), a.dtype, a.device, a.layout, a.requires_grad),
+            row_class(num_rows, num_groups),
+            b_facts,
+            _facts(offs),
+            None if bias is None else _facts(bias),
+            options,
+            type(options[2]),  # group_alignment=True equals 1, and is an error
+            torch.is_grad_enabled(),
+            surrounding.kernel_preference,
+            surrounding.host_sync and not _is_capturing(a),
+            environment(),
+        )
+        return key, _routes.get(key)
+    except Exception:  # two 2-dimensional operands, whose checks look at M, or something that the checks will name
+        return None, None
+
+
+def _facts(x: Tensor) -> tuple[Any, ...]:
+    return type(x), x.shape, x.stride(), x.dtype, x.device, x.layout, x.requires_grad
+
+
+def _remember(key: _Key, route: Route) -> None:
+    """Keeps the route that was found for ``key``, unless another thread has changed the environment meanwhile."""
+    if is_current(key[-1]):
+        if len(_routes) >= _MAX_ROUTES:
+            _routes.clear()
+        _routes[key] = route
+
+
+def _cast(
+    a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None
+) -> tuple[Tensor, Tensor | QuantizedWeights, Tensor | None]:
+    """Operands in autocast's dtype, where it is on for the device of ``a``."""
+    if not isinstance(a, Tensor):
+        return a, b, bias  # the checks name it
+    device = "cuda" if a.is_cuda else a.device.type  # which takes five times as long
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which raises for meta
+        return a, b, bias
+    arguments.check_tensor("a", a, (2,), arguments.DTYPES)
+    dtype = torch.get_autocast_dtype(device)
+    return (
+        a.to(dtype),
+        b.to(dtype) if isinstance(b, Tensor) and b.dtype in arguments.DTYPES else b,
+        bias.to(dtype) if isinstance(bias, Tensor) and bias.dtype in arguments.DTYPES else bias,
+    )
 
 
 def _prepare(
     a: Tensor,
     b: Tensor | QuantizedWeights,
     offs: Tensor,
-    recipe: Recipe | str | None,
     bias: Tensor | None,
+    recipe: Recipe | str | None,
     out_dtype: torch.dtype | None,
     group_alignment: int,
     kernel_preference: KernelPreference | str,
 ) -> _Call:
     preference = KernelPreference.parse(kernel_preference)
     arguments.check_options(out_dtype, group_alignment)
-    arguments.check_tensor("a", a, (2,), arguments.DTYPES)
-    if a.device.type != "meta" and torch.is_autocast_enabled(a.device.type):  # which raises for meta
-        dtype = torch.get_autocast_dtype(a.device.type)
-        a = a.to(dtype)
-        b = b.to(dtype) if isinstance(b, Tensor) and b.dtype in arguments.DTYPES else b
-        bias = bias.to(dtype) if isinstance(bias, Tensor) and bias.dtype in arguments.DTYPES else bias
     weights = None
     if isinstance(b, Tensor) and b.dim() == 2:
         arguments.check_contraction(a, b, offs, bias)
@@ -238,7 +322,7 @@ def _prepare(
         "preference": preference,
         "context": surrounding.kernel_preference,
     }
-    return _Call(a, b, bias, offs.contiguous(), facts)
+    return _Call(a, b, offs.contiguous(), facts)
 
 
 def _needs_grad(x: Tensor) -> bool:
@@ -261,7 +345,12 @@ def _route(facts: dict[str, Any]) -> Route:
         NoBackendError: a pass has no backend.
     """
     forward, dgrad, wgrad = [KernelPreference.parse(name) if name else None for name in _chosen(**facts).split(",")]
-    return Route(forward, dgrad, wgrad, facts["recipe"], facts["dtype"], facts["out_dtype"], facts["b_contiguous"])
+    backends: tuple[KernelPreference, ...] = ()
+    for kind in (forward, dgrad, wgrad):
+        if kind is not None and kind not in backends:
+            backends += (kind,)
+    recipe, dtype, out_dtype, b_contiguous = (facts[f] for f in ("recipe", "dtype", "out_dtype", "b_contiguous"))
+    return Route(forward, dgrad, wgrad, recipe, dtype, out_dtype, b_contiguous, backends)
 
 
 def _chosen(**facts: Any) -> str:

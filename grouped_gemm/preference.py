@@ -6,12 +6,14 @@ variable GROUPED_GEMM_BACKEND, then AUTO. An argument of AUTO, the default, defe
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class KernelPreference(Enum):
@@ -23,6 +25,8 @@ class KernelPreference(Enum):
     TRITON = "triton"
     DEEPGEMM = "deepgemm"
     HIPBLASLT = "hipblaslt"
+
+    __hash__ = object.__hash__  # members are unique; Enum's own hash runs in Python, at every look-up
 
     @classmethod
     def parse(cls, value: KernelPreference | str, argument: str = "kernel_preference") -> KernelPreference:
@@ -88,6 +92,26 @@ VALIDATE = Switch(
     "1: offs and the promise of group_alignment are checked at every call, which waits for the device.",
 )
 SWITCHES = (BACKEND, STRICT, LOG, VALIDATE)
+
+
+_environ: Mapping[Any, Any] = os.environ
+_names: tuple[Any, ...] = tuple(switch.name for switch in SWITCHES)
+_getenv: Callable[[Any], Any] = os.environ.get
+if os.name == "posix":
+    # C's getenv, to which os.environ writes through, takes a fifth of the time to find a variable that is not set.
+    # PyDLL keeps the interpreter's lock meanwhile.
+    _environ, _names, _getenv = os.environb, tuple(map(os.fsencode, _names)), ctypes.PyDLL(None)["getenv"]
+    _getenv.restype = ctypes.c_char_p
+
+
+def environment() -> tuple[Any, ...]:
+    """What every switch is set to at this moment, to compare with that of another."""
+    return tuple(map(_getenv, _names))
+
+
+def is_current(then: tuple[Any, ...]) -> bool:
+    """Whether `Switch.read` finds now what `environment` found ``then``; it does not see what os.putenv sets."""
+    return then == tuple(map(_environ.get, _names))
 
 
 class _Surrounding(threading.local):

@@ -72,6 +72,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
     for switch in SWITCHES:
         monkeypatch.delenv(switch.name, raising=False)
     functional._decide_once.cache_clear()
+    functional._routes.clear()
     functional._logged.clear()
     functional._warned.clear()
 

@@ -126,6 +126,13 @@ def test_a_bad_argument_of_a_call_is_named(function, change, error, words):
     assert_named(error, function, GOOD | change, words)
 
 
+@pytest.mark.parametrize(("change", "error", "words"), BAD_CALLS.values(), ids=BAD_CALLS)
+def test_a_bad_argument_is_named_after_a_good_call_as_well(change, error, words):
+    grouped_mm(**GOOD | {"bias": ones(E, N)})
+    grouped_mm(**GOOD)  # what it decides is remembered
+    assert_named(error, grouped_mm, GOOD | change, words)
+
+
 GOOD_CONTRACTION = {"a": ones(K, M), "b": ones(M, N), "offs": ends(4, 4, 12)}
 BAD_CONTRACTIONS = {
     "the contraction differs": ({"b": ones(M + 1, N)}, ValueError, ("b.shape[0]", "12, the columns of a", "13")),
@@ -144,6 +151,7 @@ BAD_CONTRACTIONS = {
 
 @pytest.mark.parametrize(("change", "error", "words"), BAD_CONTRACTIONS.values(), ids=BAD_CONTRACTIONS)
 def test_a_bad_argument_of_the_weight_gradient_form_is_named(change, error, words):
+    grouped_mm(**GOOD_CONTRACTION)
     assert_named(error, grouped_mm, GOOD_CONTRACTION | change, words)
 
 
@@ -241,8 +249,9 @@ QUANTIZED_CALLS = {
 
 @pytest.mark.parametrize(("change", "words"), QUANTIZED_CALLS.values(), ids=QUANTIZED_CALLS)
 def test_what_does_not_fit_quantized_weights_is_named(change, words):
-    arguments = GOOD | {"b": quantize_weights(GOOD["b"], "mxfp8")} | change
-    assert_named(ValueError, grouped_mm, arguments, words)
+    good = GOOD | {"b": quantize_weights(GOOD["b"], "mxfp8")}
+    grouped_mm(**good)
+    assert_named(ValueError, grouped_mm, good | change, words)
 
 
 # Values, which only GROUPED_GEMM_VALIDATE looks at

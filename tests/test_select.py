@@ -447,6 +447,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     monkeypatch.setattr(functional, "_warned", set())
     monkeypatch.setattr(report, "get_backend", BACKENDS.__getitem__)
     functional._decide_once.cache_clear()
+    functional._routes.clear()
 
     def move(machine: str, states: Mapping[KernelPreference, str]) -> None:
         monkeypatch.setattr(functional, "machine_of", lambda device: MACHINES[machine])
@@ -454,6 +455,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
     yield move
     functional._decide_once.cache_clear()
+    functional._routes.clear()
 
 
 NOTHING_ELSE = dict.fromkeys((DEEPGEMM, TRITON, TORCH, HIPBLASLT), "broken")
@@ -513,6 +515,14 @@ def test_strict_holds_from_the_call_that_follows(on, monkeypatch):
     texts_of_warnings(call)
     monkeypatch.setenv("GROUPED_GEMM_STRICT", "1")
     with pytest.raises(NoBackendError):
+        call()
+
+
+def test_a_capture_that_begins_after_a_call_refuses_what_waits_for_the_host(on, monkeypatch):
+    on("H100", NOTHING_ELSE)
+    texts_of_warnings(call)
+    monkeypatch.setattr(functional, "_is_capturing", lambda x: True)
+    with pytest.raises(NoBackendError, match="emulated  requires leave to wait for the device"):
         call()
 
 

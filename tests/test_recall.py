@@ -1,0 +1,244 @@
+"""A call is checked and decided once for all calls like it; nothing that matters may change unseen in between."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import weakref
+
+import pytest
+import torch
+
+from grouped_gemm import KernelPreference, NoBackendError, functional, grouped_mm, prefer, quantize_weights
+from grouped_gemm.preference import SWITCHES, environment
+
+M, E, K, N = 12, 3, 48, 32
+A = torch.ones(M, K, dtype=torch.bfloat16)
+B = torch.ones(E, K, N, dtype=torch.bfloat16)
+OFFS = torch.tensor([4, 4, 12], dtype=torch.int32)
+BIAS = torch.ones(E, N, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The ``a`` of each call that is checked; it grows as calls are made."""
+    seen, prepare = [], functional._prepare
+
+    def record(a, *rest):
+        seen.append(a)
+        return prepare(a, *rest)
+
+    monkeypatch.setattr(functional, "_prepare", record)
+    return seen
+
+
+# What is like what
+
+
+ALIKE = {
+    "other tensors": lambda: grouped_mm(A.clone(), B.clone(), OFFS.clone()),
+    "other values of offs": lambda: grouped_mm(A, B, torch.tensor([0, 1, 1], dtype=torch.int32)),
+    "other rows of one class": lambda: grouped_mm(A[:5], B, OFFS.clamp(max=5)),
+    "what stands for the default": lambda: grouped_mm(A, B, OFFS, group_alignment=1, recipe=None),
+}
+
+
+@pytest.mark.parametrize("call", ALIKE.values(), ids=ALIKE)
+def test_calls_that_are_alike_are_checked_once(call, prepared):
+    grouped_mm(A, B, OFFS)
+    call()
+    assert len(prepared) == 1
+
+
+def test_quantized_weights_and_training_are_checked_once_too(prepared):
+    weights = quantize_weights(B, "fp8_blockwise")
+    for _ in range(2):
+        grouped_mm(A, weights, OFFS)
+        grouped_mm(A.clone().requires_grad_(), B.clone().requires_grad_(), OFFS, bias=BIAS)
+    assert len(prepared) == 2
+
+
+def test_operands_that_autocast_casts_are_checked_once_too(prepared):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(2):
+            assert grouped_mm(A.float(), B.float(), OFFS).dtype == torch.bfloat16
+    assert len(prepared) == 1
+
+
+def test_as_many_routes_as_row_classes_are_kept_while_rows_change():
+    for num_rows in (0, 1, 7, 48, 49, 200, 768, 769, 1000):
+        grouped_mm(torch.ones(num_rows, K), B.float(), torch.zeros(E, dtype=torch.int32))
+    assert len(functional._routes) == 3
+
+
+def test_the_number_of_routes_is_bounded(monkeypatch):
+    monkeypatch.setattr(functional, "_MAX_ROUTES", 4)
+    for n in range(1, 12):
+        grouped_mm(A, B[:, :, :n].contiguous(), OFFS)
+        assert len(functional._routes) <= 4
+
+
+def test_no_operand_is_kept_alive():
+    a, b, weights = A.clone(), B.clone(), quantize_weights(B, "mxfp8")
+    grouped_mm(a, b, OFFS)
+    grouped_mm(a, weights, OFFS)
+    gone = [weakref.ref(x) for x in (a, b, weights)]
+    del a, b, weights
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 3
+
+
+# What must be seen
+
+
+def test_the_environment_acts_on_the_call_that_follows(monkeypatch):
+    grouped_mm(A, B, OFFS)
+    monkeypatch.setenv("GROUPED_GEMM_BACKEND", "deepgemm")
+    with pytest.raises(NoBackendError, match="deepgemm, which the environment asks for"):
+        grouped_mm(A, B, OFFS)
+    monkeypatch.delenv("GROUPED_GEMM_BACKEND")
+    grouped_mm(A, B, OFFS)
+    monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
+    with pytest.raises(ValueError, match=r"^offs\[1\]"):
+        grouped_mm(A, B, torch.tensor([4, 3, 12], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.name)
+def test_every_way_to_change_the_environment_is_seen(switch, monkeypatch):
+    seen = [environment()]
+    monkeypatch.setenv(switch.name, "0")
+    seen.append(environment())
+    os.environ[switch.name] = "1"
+    seen.append(environment())
+    os.environ.update({switch.name: ""})
+    seen.append(environment())
+    os.environ.pop(switch.name)
+    assert len(set(seen)) == 4
+    assert environment() == seen[0]
+
+
+def test_a_decision_during_which_the_environment_changes_is_not_kept(monkeypatch):
+    prepare = functional._prepare
+
+    def meddle(*args):
+        monkeypatch.setenv("GROUPED_GEMM_LOG", "1")
+        return prepare(*args)
+
+    monkeypatch.setattr(functional, "_prepare", meddle)
+    grouped_mm(A, B, OFFS)
+    assert not functional._routes
+
+
+def test_what_os_environ_does_not_see_is_not_kept(monkeypatch):
+    os.putenv("GROUPED_GEMM_BACKEND", "deepgemm")
+    try:
+        grouped_mm(A, B, OFFS)
+        monkeypatch.setenv("GROUPED_GEMM_BACKEND", "deepgemm")
+        with pytest.raises(NoBackendError):
+            grouped_mm(A, B, OFFS)
+    finally:
+        os.unsetenv("GROUPED_GEMM_BACKEND")
+
+
+def test_prefer_acts_on_the_call_that_follows():
+    grouped_mm(A, B, OFFS)
+    with prefer("deepgemm"), pytest.raises(NoBackendError, match="deepgemm, which the context asks for"):
+        grouped_mm(A, B, OFFS)
+    grouped_mm(A, B, OFFS)
+    with pytest.raises(NoBackendError, match="deepgemm, which the argument asks for"):
+        grouped_mm(A, B, OFFS, kernel_preference=KernelPreference.DEEPGEMM)
+
+
+def test_another_thread_is_not_taken_for_this_one():
+    refused = []
+
+    def elsewhere() -> None:
+        with prefer("deepgemm"):
+            try:
+                grouped_mm(A, B, OFFS)
+            except NoBackendError as error:
+                refused.append(str(error))
+
+    grouped_mm(A, B, OFFS)
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    grouped_mm(A, B, OFFS)
+    assert len(refused) == 1
+
+
+def test_gradients_follow_requires_grad_and_the_grad_mode():
+    a, b = A.clone(), B.clone()
+    found = [grouped_mm(a, b, OFFS).requires_grad]
+    a.requires_grad_()
+    found.append(grouped_mm(a, b, OFFS).requires_grad)
+    with torch.no_grad():
+        found.append(grouped_mm(a, b, OFFS).requires_grad)
+    with torch.inference_mode():
+        found.append(grouped_mm(a, b, OFFS).requires_grad)
+    a.requires_grad_(False)
+    found.append(grouped_mm(a, b, OFFS).requires_grad)
+    found.append(grouped_mm(a, b, OFFS, bias=BIAS.clone().requires_grad_()).requires_grad)
+    assert found == [False, True, False, False, False, True]
+
+
+def test_a_gradient_that_is_wanted_later_is_refused_where_no_backend_has_it():
+    weights = quantize_weights(B, "mxfp8")
+    a = A.clone().requires_grad_()
+    grouped_mm(A, weights, OFFS)
+    with torch.no_grad():
+        grouped_mm(a, weights, OFFS)
+    with pytest.raises(NoBackendError, match="dgrad requires quantized weights in its layout"):
+        grouped_mm(a, weights, OFFS)
+
+
+def test_autocast_is_seen_and_so_is_its_end():
+    dtypes = [grouped_mm(A, B, OFFS).dtype]
+    with torch.autocast("cpu", dtype=torch.float16):
+        dtypes.append(grouped_mm(A, B, OFFS).dtype)
+        with torch.autocast("cpu", enabled=False):
+            dtypes.append(grouped_mm(A, B, OFFS).dtype)
+    dtypes.append(grouped_mm(A, B, OFFS).dtype)
+    assert dtypes == [torch.bfloat16, torch.float16, torch.bfloat16, torch.bfloat16]
+
+
+def test_options_are_seen():
+    assert grouped_mm(A, B, OFFS).dtype == torch.bfloat16
+    assert grouped_mm(A, B, OFFS, out_dtype=torch.float32).dtype == torch.float32
+    assert (grouped_mm(A, B, OFFS, bias=BIAS) == K + 1).all()
+    assert (grouped_mm(A, B, OFFS) == K).all()
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "a"),
+    ((0, A.t().contiguous().t()), (1, A[:, ::2][:, :1])),
+    ids=("no row", "a single value"),
+)
+def test_strides_that_do_not_matter_for_so_few_rows_matter_for_more(num_rows, a, monkeypatch):
+    """Whatever its strides, a tensor without rows is contiguous, and so is one of a single value."""
+    handed = []
+    run_forward = functional.run_forward
+    monkeypatch.setattr(functional, "run_forward", lambda a, *rest: handed.append(a) or run_forward(a, *rest))
+    b = B[:, : a.shape[1]].contiguous()
+    grouped_mm(a[:num_rows], b, OFFS.clamp(max=num_rows))
+    grouped_mm(a, b, OFFS)
+    assert handed[1].stride() == (a.shape[1], 1)
+
+
+def test_weights_that_lie_in_another_way_are_seen(monkeypatch):
+    handed = []
+    run_forward = functional.run_forward
+    monkeypatch.setattr(functional, "run_forward", lambda *args: handed.append(args) or run_forward(*args))
+    for b in (B, B.transpose(1, 2).contiguous().transpose(1, 2), B.repeat(1, 2, 2)[:, ::2, ::2]):
+        grouped_mm(A, b, OFFS)
+    assert [b.stride()[1:] for _, b, *_ in handed] == [(N, 1), (1, K), (N, 1)]
+    assert [route.b_contiguous for *_, route in handed] == ["n", "k", "n"]
+
+
+@pytest.mark.parametrize("name", ("a", "b", "offs", "bias"))
+def test_a_sparse_operand_is_named(name):
+    good = {"a": A, "b": B, "offs": OFFS, "bias": BIAS[:1, :1].expand(E, N)}  # its strides are those of a sparse one
+    grouped_mm(**good)
+    with pytest.raises(ValueError, match=f"^{name}: expected a dense tensor; found torch.sparse_coo"):
+        grouped_mm(**good | {name: good[name].to_sparse()})
