@@ -31,6 +31,7 @@ LAYERS = (
     ("backends",),
     ("backends.*",),
     ("backends.base", "kernels.gemm", "kernels.quantize", "kernels.wgrad"),
+    ("kernels.tuning",),
     ("kernels", "kernels.*"),
     ("operand", "ops", "problem", "reference"),
     ("device", "preference", "recipes"),

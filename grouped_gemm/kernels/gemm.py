@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import group_end, tile_position
 from grouped_gemm.kernels.launch import can_use_tma, kind_of, num_processors, on_device
-from grouped_gemm.kernels.tiles import gemm_tile
+from grouped_gemm.kernels.tuning import gemm_tile
 from grouped_gemm.problem import row_class
 from grouped_gemm.recipes import Recipe
 
@@ -58,10 +58,10 @@ def grouped_mm(
         return out_MO
     machine = machine_of(lhs_MC.device)
     kind = kind_of(lhs_MC, recipe)
-    tile = gemm_tile(machine.vendor, machine.arch, kind, row_class(num_rows, num_groups))
     c_contiguous = rhs_ECO.stride(1) == 1
     rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO  # as it lies in memory
     tma = can_use_tma(lhs_MC, rhs)
+    tile = gemm_tile(machine, kind, row_class(num_rows, num_groups), depth, columns, c_contiguous, tma)
     if tma:
         sides = (tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)
         lhs_arg = TensorDescriptor(lhs_MC, lhs_MC.shape, lhs_MC.stride(), [tile.rows, tile.depth])

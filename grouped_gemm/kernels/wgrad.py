@@ -23,7 +23,7 @@ from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
 from grouped_gemm.kernels.launch import can_use_tma, kind_of, on_device
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
-from grouped_gemm.kernels.tiles import wgrad_tile
+from grouped_gemm.kernels.tuning import wgrad_tile
 from grouped_gemm.recipes import Recipe
 
 
@@ -59,8 +59,8 @@ def wgrad(
         return out_EPQ.zero_()
     machine = machine_of(lhs.device)
     kind = kind_of(lhs, recipe)
-    tile = wgrad_tile(machine.vendor, machine.arch, kind)
     tma = can_use_tma(lhs, rhs)
+    tile = wgrad_tile(machine, kind, p, q, tma)
     lhs_arg, rhs_arg = lhs, rhs
     if tma and lhs_scale is None:  # reads zeros past the end of a group
         lhs_arg = create_ragged_descriptor(lhs, [tile.depth, tile.rows])
