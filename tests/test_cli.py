@@ -53,7 +53,7 @@ def _error(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("") == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("doctor", "explain", "demo", "bench"))
+    assert all(command in out for command in ("doctor", "explain", "warmup", "demo", "bench"))
 
 
 def test_commands_are_imported_when_they_run() -> None:
@@ -209,6 +209,45 @@ def test_explain_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> No
 def test_explain_names_a_bad_switch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("GROUPED_GEMM_BACKEND", "cutlass")
     assert "GROUPED_GEMM_BACKEND: expected one of auto," in _error(EXPLAIN, capsys)
+
+
+WARMUP = "warmup --groups 4 -k 32 -n 48 --backend emulated"
+
+
+def test_warmup_says_who_will_run_what(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"{WARMUP} --recipe mxfp8 --bias") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("grouped_mm(E=4, K=32, N=48, mxfp8, bfloat16, ")
+    assert all(f"  {rows} " in out for rows in ("decode", "small", "large"))
+
+
+def test_warmup_json_says_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"{WARMUP} --rows small,decode --inference --dtype float32 --b-contiguous n --json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert set(done) == {"problem", "classes", "searches", "seconds", "tunes"}
+    assert [warmed["rows"] for warmed in done["classes"]] == ["small", "decode"]
+    assert all(warmed["chosen"] == {"forward": "emulated"} for warmed in done["classes"])
+
+
+def test_warmup_fails_where_no_backend_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"{WARMUP.replace('emulated', 'hipblaslt')} --recipe mxfp8") == 1
+    assert "hipblaslt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rows big", "rows: expected row classes, of decode, small, large; found 'big'"),
+        ("-k 0", "argument -k/--k: expected a whole number of at least 1; found '0'"),
+    ],
+)
+def test_warmup_names_a_bad_argument(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in _error(f"{WARMUP} {arguments}", capsys)
+
+
+def test_warmup_names_a_bad_switch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "yes")
+    assert "GROUPED_GEMM_AUTOTUNE: expected one of 0, 1; found 'yes'" in _error(WARMUP, capsys)
 
 
 def test_an_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ LAYERS = (
     ("integrations.*",),
     ("moe", "moe.*"),
     ("__init__",),
+    ("ahead",),
     ("functional",),
     ("arguments", "autograd", "report"),
     ("select",),
