@@ -194,21 +194,25 @@ def _bench(parser: argparse.ArgumentParser) -> Run:
         if not scripts:
             print("The benchmarks are in the source repository: run this command in a checkout of it.", file=sys.stderr)
             return 1
-        if args.name is None:
+        if args.list:
             print("\n".join(f"{name:16}{_first_line(path)}" for name, path in scripts.items()))
             return 0
         if args.name not in scripts:
             parser.error(f"argument NAME: expected one of {', '.join(scripts)}; found {args.name!r}")
-        before = sys.argv
+        before = sys.argv, sys.path[:]
         sys.argv = [str(scripts[args.name]), *args.arguments]
+        sys.path.insert(0, str(folder))  # as where Python runs the script itself: it may have parts in other files
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         finally:
-            sys.argv = before
+            sys.argv, sys.path[:] = before
         return 0
 
-    parser.add_argument("name", nargs="?", metavar="NAME", help="which benchmark; without it, they are listed")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks")
+    parser.add_argument("name", nargs="?", default="grouped_mm", metavar="NAME", help="which benchmark (%(default)s)")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark, after its name"
+    )
     return run
 
 
@@ -222,7 +226,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "explain": ("show who would run a grouped_mm of a given size here, and why", _explain),
     "warmup": ("compile, and where GROUPED_GEMM_AUTOTUNE=1 tune, what calls of a given size need", _warmup),
     "demo": ("train a small mixture-of-experts language model in every recipe", _demo),
-    "bench": ("run a benchmark of the source repository, or list them", _bench),
+    "bench": ("run a benchmark of the source repository", _bench),
 }
 
 

@@ -269,8 +269,24 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_bench_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("bench --list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["emulated", "grouped_mm"]  # and not their parts
+    assert lines[0].startswith("emulated        Emulated on the CPU")
+
+
+def test_bench_without_a_name_is_grouped_mm(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkout / "grouped_mm.py").write_text("import sys\nprint(sys.argv[1:])\n")
     assert _run("bench") == 0
-    assert "emulated        Emulated on the CPU" in capsys.readouterr().out
+    assert capsys.readouterr().out == "[]\n"
+
+
+def test_bench_scripts_may_have_parts(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkout / "_part_of_speed.py").write_text("value = 3\n")
+    (checkout / "speed.py").write_text("from _part_of_speed import value\nprint(value)\n")
+    before = list(sys.path)
+    assert _run("bench speed") == 0
+    assert (capsys.readouterr().out, sys.path) == ("3\n", before)
 
 
 def test_bench_runs_a_script_with_its_arguments(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
