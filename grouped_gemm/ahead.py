@@ -9,7 +9,8 @@ M, E, K, N: rows, groups, in and out features.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,12 +170,9 @@ def warmup(
         TypeError, ValueError, NoBackendError: as `grouped_mm`; ValueError also where ``rows`` names no row class.
         RuntimeError: a CUDA graph is being captured.
     """
-    begin = time.perf_counter()
     if not isinstance(b, QuantizedWeights):
         arguments.check_tensor("b", b, (3,), arguments.DTYPES)
     arguments.check_options(out_dtype, group_alignment)
-    if b.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("warmup: expected to be called before a CUDA graph is captured; found a capture under way")
     row_classes = dict.fromkeys(_row_class(value) for value in rows)
     options = {
         "recipe": recipe,
@@ -183,12 +181,28 @@ def warmup(
         "kernel_preference": kernel_preference,
     }
     tunes = AUTOTUNE.is_on()
-    classes = tuple(_warm_up(b, bias, row_class, training, options) for row_class in row_classes)
-    searches: list[tuning.Search] = []
-    if tunes:
-        for warmed in sorted(classes, key=lambda warmed: -warmed.num_rows):  # wgrad, one for all, sees the most rows
-            searches += _tune(b, bias, warmed.decision)
+    begin = time.perf_counter()
+    with torch.inference_mode(False), _current(b.device):
+        classes = tuple(_warm_up(b, bias, row_class, training, options) for row_class in row_classes)
+        searches: list[tuning.Search] = []
+        if tunes:
+            for warmed in sorted(
+                classes, key=lambda warmed: -warmed.num_rows
+            ):  # wgrad, one for all, sees the most rows
+                searches += _tune(b, bias, warmed.decision)
     return Warmup(classes, tuple(searches), time.perf_counter() - begin, tunes)
+
+
+@contextmanager
+def _current(device: torch.device) -> Iterator[None]:
+    """On ``device``, whose stream is the one that is timed and waited for, and not while it is captured."""
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("warmup: expected a call before CUDA graph capture; found one under way")
+        yield
 
 
 def _row_class(value: RowClass | str) -> RowClass:

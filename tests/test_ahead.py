@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
@@ -107,6 +108,22 @@ def test_nothing_of_the_callers_changes(weights, calls):
         warmup(leaf)
     assert torch.equal(leaf.detach(), before) and leaf.grad is None
     assert torch.equal(torch.get_rng_state(), seed)
+
+
+def test_inference_mode_does_not_matter(calls):
+    with torch.no_grad():
+        weights = torch.randn(E, K, N)
+    with torch.inference_mode():
+        assert warmup(weights, rows=("decode",)).calls == 2
+
+
+def test_kernels_are_not_specialized_on_how_many_rows_and_groups_there_are():
+    pytest.importorskip("triton")
+    modules = [importlib.import_module(f"grouped_gemm.kernels.{name}") for name in ("gemm", "quantize", "wgrad")]
+    kernels = [fn for module in modules for fn in vars(module).values() if "tl.program_id" in getattr(fn, "src", "")]
+    assert len(kernels) > 5
+    numbers = [(fn.__name__, p) for fn in kernels for p in fn.params if p.name in ("M", "E")]
+    assert numbers and all(p.do_not_specialize for _, p in numbers)
 
 
 def test_a_refusal_is_raised(weights):

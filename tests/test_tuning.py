@@ -315,6 +315,18 @@ def test_a_shipped_tile_that_fails_is_an_error():
     assert tuning.gemm_tile(*USE) == SHIPPED
 
 
+def test_a_product_that_does_not_repeat_is_an_error():
+    numbers = iter(range(1000))
+
+    def run() -> torch.Tensor:
+        tuning.gemm_tile(*USE)
+        return torch.tensor([float(next(numbers))])
+
+    with pytest.raises(RuntimeError, match="expected the same bits from the same tile"):
+        tuning.search(run, lambda run: 1.0)
+    assert not tuning.path().exists()
+
+
 def test_what_uses_no_tile_is_not_searched():
     assert tuning.search(lambda: torch.ones(3), pytest.fail) == []
     assert not tuning.path().exists()

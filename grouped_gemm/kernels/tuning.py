@@ -314,6 +314,9 @@ def search(run: Callable[[], Tensor], timer: Callable[[Callable[[], Tensor]], fl
 
     Returns:
         What was done, one for each use.
+
+    Raises:
+        RuntimeError: the shipped tile's own result does not repeat, so that no comparison means anything.
     """
     timer = timer or _milliseconds
     seen: dict[Site, Tile] = {}
@@ -349,6 +352,8 @@ def _search(
                 times[tile] = _with(site, tile, lambda: timer(run))
             except Exception as error:  # of the compiler or the launch: this tile is none; the report says so
                 failed[tile] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if not _same_bits(_with(site, shipped, run), truth):  # raises where a trial has left the device unusable
+        raise RuntimeError(f"{site}: expected the same bits from the same tile; found others. Nothing was stored.")
     best = min(times, key=times.__getitem__)
     tried = len(times) + len(failed) - 1
     if best != shipped:  # once more, in turns: the first times were minutes apart
