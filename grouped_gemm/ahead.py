@@ -135,7 +135,7 @@ def warmup(
     b: Tensor | QuantizedWeights,
     *,
     recipe: Recipe | str | None = None,
-    rows: Iterable[RowClass | str] = tuple(RowClass),
+    rows: Iterable[RowClass | str] | RowClass | str = tuple(RowClass),
     training: bool = True,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
@@ -147,15 +147,15 @@ def warmup(
     Call it once for each kind of expert weights, with the arguments that the model's calls have, under the same
     `prefer` and autocast. It makes a few small calls for each row class, on random rows, and waits for the device.
     Weights and their ``grad`` stay as they are. Where GROUPED_GEMM_AUTOTUNE=1, it then searches a tile for each kernel
-    of which the file of tiles knows nothing (docs/env.md); that takes minutes, and memory as a training step of up to
-    65536 rows does, with random weights beside yours.
+    of which the file of tiles knows nothing (docs/env.md); that takes minutes, and as much memory as a training step of
+    up to 65536 rows, or 512 for each group, does with random weights beside yours.
 
     Args:
         b: (E, K, N), as `grouped_mm` takes it: only shape, strides, dtype and device matter; or weights from
             `quantize_weights`.
         recipe: as in `grouped_mm`.
-        rows: the row classes that calls will have, or their names: at most 16 rows of a group on average ("decode"),
-            at most 256 ("small"), more ("large").
+        rows: the row classes that calls will have, or their names, or one of them: on average, at most 16 rows of a
+            group ("decode"), at most 256 ("small"), more ("large").
         training: whether there will be gradients, too: of ``a``, ``b`` and ``bias``, or of ``a`` only where ``b`` was
             quantized beforehand with ``dgrad=True``.
         bias: (E, N), where calls have one.
@@ -173,7 +173,7 @@ def warmup(
     if not isinstance(b, QuantizedWeights):
         arguments.check_tensor("b", b, (3,), arguments.DTYPES)
     arguments.check_options(out_dtype, group_alignment)
-    row_classes = dict.fromkeys(_row_class(value) for value in rows)
+    row_classes = dict.fromkeys(map(_row_class, (rows,) if isinstance(rows, (str, RowClass)) else rows))
     options = {
         "recipe": recipe,
         "out_dtype": out_dtype,
@@ -186,9 +186,8 @@ def warmup(
         classes = tuple(_warm_up(b, bias, row_class, training, options) for row_class in row_classes)
         searches: list[tuning.Search] = []
         if tunes:
-            for warmed in sorted(
-                classes, key=lambda warmed: -warmed.num_rows
-            ):  # wgrad, one for all, sees the most rows
+            # The most rows first: wgrad has one tile for all classes.
+            for warmed in sorted(classes, key=lambda warmed: -warmed.num_rows):
                 searches += _tune(b, bias, warmed.decision)
     return Warmup(classes, tuple(searches), time.perf_counter() - begin, tunes)
 

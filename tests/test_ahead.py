@@ -76,6 +76,12 @@ def test_operands_are_as_the_model_has_them(weights, calls):
         assert a.isfinite().all()
 
 
+@pytest.mark.parametrize("rows", ("small", RowClass.SMALL, ("SMALL",), ("small", RowClass.SMALL)), ids=str)
+def test_row_classes_may_be_named(weights, rows):
+    done = warmup(weights, rows=rows)
+    assert [c.decision.problem.rows for c in done.classes] == [RowClass.SMALL]
+
+
 def test_inference_has_no_gradients(weights, calls):
     done = warmup(weights, training=False, rows=(RowClass.DECODE,))
     assert [grad for *_, grad in calls] == [False]
