@@ -271,8 +271,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bench_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("bench --list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["emulated", "grouped_mm"]  # and not their parts
     assert lines[0].startswith("emulated        Emulated on the CPU")
+    assert not [line for line in lines if line.startswith("_")]  # parts of a benchmark
 
 
 def test_bench_without_a_name_is_grouped_mm(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
