@@ -3,6 +3,7 @@
 >>> y = grouped_mm(a, b, offs, recipe="fp8_blockwise")
 """
 
+from grouped_gemm.ahead import Warmup, warmup
 from grouped_gemm.device import Machine
 from grouped_gemm.functional import explain, grouped_mm, quantize_weights
 from grouped_gemm.operand import Quantized, QuantizedWeights
@@ -24,8 +25,10 @@ __all__ = [
     "Quantized",
     "QuantizedWeights",
     "Recipe",
+    "Warmup",
     "explain",
     "grouped_mm",
     "prefer",
     "quantize_weights",
+    "warmup",
 ]

@@ -1,4 +1,4 @@
-"""The command line, ``python -m grouped_gemm``: doctor, explain, demo, bench. A command imports its own needs."""
+"""The command line: ``python -m grouped_gemm``, and one of _COMMANDS. A command imports its own needs."""
 
 from __future__ import annotations
 
@@ -98,26 +98,72 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
         print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)
         return 0 if decision.is_complete else 1
 
-    def choice(name: str, values: Sequence[str], default: str, meaning: str) -> None:
-        parser.add_argument(
-            name,
-            type=str.lower,
-            choices=values,
-            default=default,
-            help=f"{meaning}: {', '.join(values)}",
-            metavar="NAME",
-        )
-
     parser.add_argument("--m", type=_at_least(0), required=True, help="rows of a, over all groups")
     parser.add_argument("--n", type=_at_least(1), required=True, help="out features")
     parser.add_argument("--k", type=_at_least(1), required=True, help="in features")
     parser.add_argument("--experts", type=_at_least(1), required=True, metavar="E", help="groups")
-    choice("--recipe", [recipe.value for recipe in Recipe], "none", "how operands are quantized")
-    choice("--dtype", list(dtypes), "bfloat16", "dtype of the operands")
-    choice("--backend", [kind.value for kind in KernelPreference], "auto", "who should run it")
+    _choice(parser, "--recipe", [recipe.value for recipe in Recipe], "none", "how operands are quantized")
+    _choice(parser, "--dtype", list(dtypes), "bfloat16", "dtype of the operands")
+    _choice(parser, "--backend", [kind.value for kind in KernelPreference], "auto", "who should run it")
     parser.add_argument("--inference", action="store_true", help="forward only; otherwise dgrad and wgrad as well")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     return run
+
+
+def _warmup(parser: argparse.ArgumentParser) -> Run:
+    import torch
+
+    from grouped_gemm import NoBackendError, arguments, warmup
+    from grouped_gemm.device import default_device
+    from grouped_gemm.preference import KernelPreference
+    from grouped_gemm.problem import RowClass, dtype_name
+    from grouped_gemm.recipes import Recipe
+
+    dtypes = {dtype_name(dtype): dtype for dtype in arguments.DTYPES}
+
+    def run(args: argparse.Namespace) -> int:
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtypes[args.dtype], device=default_device())
+
+        e, k, n = args.groups, args.k, args.n
+        b = empty(e, n, k).transpose(1, 2) if args.b_contiguous == "k" else empty(e, k, n)
+        try:
+            done = warmup(
+                b,
+                recipe=args.recipe,
+                rows=args.rows.split(","),
+                training=not args.inference,
+                bias=empty(e, n) if args.bias else None,
+                kernel_preference=args.backend,
+            )
+        except ValueError as error:
+            parser.error(str(error))
+        except NoBackendError as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(json.dumps(done.to_dict(), indent=2) if args.json else done)
+        return 0
+
+    classes = ",".join(row_class.value for row_class in RowClass)
+    parser.add_argument("--groups", "--experts", type=_at_least(1), required=True, metavar="E", help="groups")
+    parser.add_argument("-k", "--k", type=_at_least(1), required=True, help="in features")
+    parser.add_argument("-n", "--n", type=_at_least(1), required=True, help="out features")
+    _choice(parser, "--recipe", [recipe.value for recipe in Recipe], "none", "how operands are quantized")
+    _choice(parser, "--dtype", list(dtypes), "bfloat16", "dtype of the operands")
+    _choice(parser, "--backend", [kind.value for kind in KernelPreference], "auto", "who should run it")
+    _choice(parser, "--b-contiguous", ["k", "n"], "k", "the fastest axis of b; k: (E, N, K) weights, transposed")
+    parser.add_argument(
+        "--rows", default=classes, metavar="NAME,...", help="classes of rows in a group on average (%(default)s)"
+    )
+    parser.add_argument("--inference", action="store_true", help="forward only; otherwise dgrad and wgrad as well")
+    parser.add_argument("--bias", action="store_true", help="calls have a bias")
+    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    return run
+
+
+def _choice(parser: argparse.ArgumentParser, name: str, values: Sequence[str], default: str, meaning: str) -> None:
+    help_ = f"{meaning}: {', '.join(values)}"
+    parser.add_argument(name, type=str.lower, choices=values, default=default, help=help_, metavar="NAME")
 
 
 def _at_least(least: int) -> Callable[[str], int]:
@@ -148,21 +194,25 @@ def _bench(parser: argparse.ArgumentParser) -> Run:
         if not scripts:
             print("The benchmarks are in the source repository: run this command in a checkout of it.", file=sys.stderr)
             return 1
-        if args.name is None:
+        if args.list:
             print("\n".join(f"{name:16}{_first_line(path)}" for name, path in scripts.items()))
             return 0
         if args.name not in scripts:
             parser.error(f"argument NAME: expected one of {', '.join(scripts)}; found {args.name!r}")
-        before = sys.argv
+        before = sys.argv, sys.path[:]
         sys.argv = [str(scripts[args.name]), *args.arguments]
+        sys.path.insert(0, str(folder))  # as where Python runs the script itself: it may have parts in other files
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         finally:
-            sys.argv = before
+            sys.argv, sys.path[:] = before
         return 0
 
-    parser.add_argument("name", nargs="?", metavar="NAME", help="which benchmark; without it, they are listed")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks")
+    parser.add_argument("name", nargs="?", default="grouped_mm", metavar="NAME", help="which benchmark (%(default)s)")
+    parser.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the benchmark, after its name"
+    )
     return run
 
 
@@ -174,8 +224,9 @@ def _first_line(script: Path) -> str:
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "doctor": ("show this machine, its backends, and which of them runs what", _doctor),
     "explain": ("show who would run a grouped_mm of a given size here, and why", _explain),
+    "warmup": ("compile, and where GROUPED_GEMM_AUTOTUNE=1 tune, what calls of a given size need", _warmup),
     "demo": ("train a small mixture-of-experts language model in every recipe", _demo),
-    "bench": ("run a benchmark of the source repository, or list them", _bench),
+    "bench": ("run a benchmark of the source repository", _bench),
 }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 
@@ -91,7 +92,21 @@ VALIDATE = Switch(
     "0",
     "1: offs and the promise of group_alignment are checked at every call, which waits for the device.",
 )
-SWITCHES = (BACKEND, STRICT, LOG, VALIDATE)
+AUTOTUNE = Switch(
+    "GROUPED_GEMM_AUTOTUNE",
+    ("0", "1"),
+    "0",
+    "1: warmup searches tiles for the Triton kernels and keeps them in a file, and products use what it holds.",
+)
+SWITCHES = (BACKEND, STRICT, LOG, VALIDATE, AUTOTUNE)
+
+
+def cache_directory() -> Path:
+    """Where files are kept: GROUPED_GEMM_CACHE_DIR, else "grouped_gemm" in XDG_CACHE_HOME or ~/.cache."""
+    named = os.environ.get("GROUPED_GEMM_CACHE_DIR")
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grouped_gemm"
 
 
 _environ: Mapping[Any, Any] = os.environ

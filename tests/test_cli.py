@@ -53,7 +53,7 @@ def _error(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("") == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("doctor", "explain", "demo", "bench"))
+    assert all(command in out for command in ("doctor", "explain", "warmup", "demo", "bench"))
 
 
 def test_commands_are_imported_when_they_run() -> None:
@@ -211,6 +211,45 @@ def test_explain_names_a_bad_switch(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "GROUPED_GEMM_BACKEND: expected one of auto," in _error(EXPLAIN, capsys)
 
 
+WARMUP = "warmup --groups 4 -k 32 -n 48 --backend emulated"
+
+
+def test_warmup_says_who_will_run_what(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"{WARMUP} --recipe mxfp8 --bias") == 0
+    out = capsys.readouterr().out
+    assert out.startswith("grouped_mm(E=4, K=32, N=48, mxfp8, bfloat16, ")
+    assert all(f"  {rows} " in out for rows in ("decode", "small", "large"))
+
+
+def test_warmup_json_says_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"{WARMUP} --rows small,decode --inference --dtype float32 --b-contiguous n --json") == 0
+    done = json.loads(capsys.readouterr().out)
+    assert set(done) == {"problem", "classes", "searches", "seconds", "tunes"}
+    assert [warmed["rows"] for warmed in done["classes"]] == ["small", "decode"]
+    assert all(warmed["chosen"] == {"forward": "emulated"} for warmed in done["classes"])
+
+
+def test_warmup_fails_where_no_backend_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"{WARMUP.replace('emulated', 'hipblaslt')} --recipe mxfp8") == 1
+    assert "hipblaslt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rows big", "rows: expected row classes, of decode, small, large; found 'big'"),
+        ("-k 0", "argument -k/--k: expected a whole number of at least 1; found '0'"),
+    ],
+)
+def test_warmup_names_a_bad_argument(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in _error(f"{WARMUP} {arguments}", capsys)
+
+
+def test_warmup_names_a_bad_switch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "yes")
+    assert "GROUPED_GEMM_AUTOTUNE: expected one of 0, 1; found 'yes'" in _error(WARMUP, capsys)
+
+
 def test_an_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'docter'" in _error("docter", capsys)
 
@@ -230,8 +269,24 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_bench_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run("bench --list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("emulated        Emulated on the CPU")
+    assert not [line for line in lines if line.startswith("_")]  # parts of a benchmark
+
+
+def test_bench_without_a_name_is_grouped_mm(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkout / "grouped_mm.py").write_text("import sys\nprint(sys.argv[1:])\n")
     assert _run("bench") == 0
-    assert "emulated        Emulated on the CPU" in capsys.readouterr().out
+    assert capsys.readouterr().out == "[]\n"
+
+
+def test_bench_scripts_may_have_parts(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (checkout / "_part_of_speed.py").write_text("value = 3\n")
+    (checkout / "speed.py").write_text("from _part_of_speed import value\nprint(value)\n")
+    before = list(sys.path)
+    assert _run("bench speed") == 0
+    assert (capsys.readouterr().out, sys.path) == ("3\n", before)
 
 
 def test_bench_runs_a_script_with_its_arguments(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:

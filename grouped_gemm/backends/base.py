@@ -118,6 +118,7 @@ class _GroupedMMBackend(ABC):
     summary: ClassVar[str]  # one sentence for doctor and docs/backends.md
     requirements: ClassVar[tuple[Requirement, ...]]
     host_syncs: ClassVar[str] = ""  # when a call waits for the host, as a phrase; empty: never
+    compiles: ClassVar[bool] = True  # whether kernels are compiled or loaded at first use, which `warmup` does ahead
 
     def padded_to(self, problem: Problem) -> int:
         """The multiple of rows that this backend pads every group to, where the caller has not; 1: it does not pad."""

@@ -22,7 +22,7 @@ from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import group_end, tile_position
 from grouped_gemm.kernels.launch import can_use_tma, kind_of, num_processors, on_device
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT
-from grouped_gemm.kernels.tiles import gemm_tile
+from grouped_gemm.kernels.tuning import gemm_tile
 from grouped_gemm.problem import RowClass, row_class
 from grouped_gemm.recipes import Recipe
 
@@ -59,17 +59,18 @@ def grouped_mm(
         return out_MO
     machine = machine_of(lhs_MC.device)
     kind = kind_of(lhs_MC, recipe)
-    tile = gemm_tile(machine.vendor, machine.arch, kind, row_class(num_rows, num_groups))
     c_contiguous = rhs_ECO.stride(1) == 1
     rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO  # as it lies in memory
     tma = can_use_tma(lhs_MC, rhs)
-    if tma and machine.arch == "sm_90" and row_class(num_rows, num_groups) is RowClass.LARGE:
+    rows = row_class(num_rows, num_groups)
+    if tma and machine.arch == "sm_90" and rows is RowClass.LARGE:
         from grouped_gemm.kernels import gemm_hopper
 
         if gemm_hopper.can_run(lhs_MC, rhs_ECO, out_dtype, kind):
             with on_device(lhs_MC):
                 gemm_hopper.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, out_MO, kind)
             return out_MO
+    tile = gemm_tile(machine, kind, rows, depth, columns, c_contiguous, tma)
     if tma:
         sides = (tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)
         lhs_arg = TensorDescriptor(lhs_MC, lhs_MC.shape, lhs_MC.stride(), [tile.rows, tile.depth])

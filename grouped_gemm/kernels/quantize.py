@@ -77,9 +77,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
             column_amax = x_MD.new_zeros(num_groups, features, dtype=torch.int32)
             row_amax = x_MD.new_zeros(num_rows, dtype=torch.int32) if rows else None
             column_scale.fill_(1)
-            _amax[grid](
-                x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), BLOCK=TOKEN_BLOCK, num_warps=4
-            )
+            _amax[grid](x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), BLOCK=TOKEN_BLOCK, num_warps=4)
         _quantize_tiles[grid](
             x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
             num_groups, features, x_MD.stride(0),

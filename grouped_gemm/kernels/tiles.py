@@ -1,11 +1,12 @@
-"""Which tile a kernel works in, as tables by architecture, kind of operands and row class. Nothing tunes at run time.
+"""Which tile a kernel works in, as tables by architecture, kind of operands and row class. Nothing tunes in a call.
 
 M is not a key: a call with more rows runs the same machine code, and its rows get the same bits. An entry says where
-it was measured; the others are plausible, and marked so.
+it was measured; the others are plausible, and marked so. `tuning` holds tiles that were found on the user's own GPU.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from grouped_gemm.problem import RowClass
@@ -103,6 +104,7 @@ _WGRAD: dict[str, dict[str, Tile]] = {
 }
 
 
+@functools.cache
 def gemm_tile(vendor: str, arch: str, kind: str, rows: RowClass) -> Tile:
     """The tile of the M-grouped kernel: the architecture's own, else its vendor's; else that of the next row class."""
     table = _GEMM.get(arch, _GEMM[vendor])

@@ -23,7 +23,7 @@ from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
 from grouped_gemm.kernels.launch import can_use_tma, kind_of, on_device
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
-from grouped_gemm.kernels.tiles import wgrad_tile
+from grouped_gemm.kernels.tuning import wgrad_tile
 from grouped_gemm.recipes import Recipe
 
 
@@ -64,17 +64,15 @@ def wgrad(
         return out_EPQ if accumulate else out_EPQ.zero_()
     machine = machine_of(lhs.device)
     kind = kind_of(lhs, recipe)
-    tile = wgrad_tile(machine.vendor, machine.arch, kind)
     tma = can_use_tma(lhs, rhs)
     if tma and machine.arch == "sm_90" and lhs_scale is not None and rhs_scale is not None:
         from grouped_gemm.kernels import wgrad_hopper
 
         if wgrad_hopper.can_run(lhs, rhs, kind):
             with on_device(lhs):
-                wgrad_hopper.wgrad(
-                    lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, out_EPQ, kind, accumulate=accumulate
-                )
+                wgrad_hopper.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, out_EPQ, kind, accumulate=accumulate)
             return out_EPQ
+    tile = wgrad_tile(machine, kind, p, q, tma)
     lhs_arg, rhs_arg = lhs, rhs
     if tma and lhs_scale is None:  # reads zeros past the end of a group
         lhs_arg = create_ragged_descriptor(lhs, [tile.depth, tile.rows])

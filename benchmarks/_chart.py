@@ -1,0 +1,93 @@
+"""A run of grouped_mm.py as a picture: our share of the measured ceilings, peers as marks on the bars. No GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from _report import CEILINGS, PASSES, Row, rate, share
+
+NEEDED = "--plot needs matplotlib: pip install grouped-gemm-dispatch[bench]"
+_INK = "#3b3f46"
+_BARS = {"balanced": "#0072b2", "ragged": "#8ec1e0"}  # told apart by the colour-blind, too (Okabe, Ito)
+_PEERS = {"torch": ("D", "#d55e00"), "deep_gemm": ("^", "#009e73")}
+_RECIPES = {"none": "bf16", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8_blockwise"}
+
+
+def draw(run: dict[str, Any], path: Path) -> None:
+    """Writes a PNG: a panel for each recipe, by shape and pass, and one of the quantizers.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    from matplotlib.figure import Figure  # of its own: no display, no state that others share
+
+    products, quantizers = [r for r in run["rows"] if "pass" in r], [r for r in run["rows"] if "quantizer" in r]
+    panels: list[tuple[str, list[Row], str]] = []
+    for recipe, label in _RECIPES.items():
+        ceiling = run["ceilings"].get(CEILINGS[recipe])
+        title = f"{label}: share of one large {CEILINGS[recipe]} matmul"
+        title += f", {ceiling:.0f} TFLOP/s; in the bars: TFLOP/s" if ceiling else ", which failed"
+        panels.append((title, [r for r in products if r["recipe"] == recipe], "pass"))
+    copies = sorted({r["copy"] for r in quantizers if r["copy"]})
+    title = "quantizers: share of a copy" + (
+        f", {copies[0]:.0f} to {copies[-1]:.0f} GB/s; in the bars: GB/s" if copies else ""
+    )
+    panels.append((title, quantizers, "quantizer"))
+    panels = [panel for panel in panels if panel[1]]
+    figure = Figure(figsize=(12, 1 + 2.9 * max(len(panels), 1)), dpi=130, layout="constrained")
+    versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+    figure.suptitle(f"grouped_gemm on {run['device']} ({versions})", x=0.01, ha="left", weight="bold", color=_INK)
+    axes = figure.subplots(max(len(panels), 1), 1, squeeze=False)[:, 0]
+    for axis, (title, rows, what) in zip(axes, panels):
+        _panel(axis, title, rows, what, run["ceilings"])
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=len(handles) or 1, frameon=False, fontsize="small"
+    )
+    figure.savefig(path, format="png")
+
+
+def _panel(axis: Any, title: str, rows: list[Row], what: str, ceilings: dict[str, float | None]) -> None:
+    """Bars by shape (``what``: and by recipe, for quantizers), and within it by pass or by what is written."""
+    by_recipe = what == "quantizer"
+    outer = list(dict.fromkeys((r["shape"], r["recipe"] if by_recipe else "") for r in rows))
+    inner = [p for p in PASSES if any(r[what] == p for r in rows)] if not by_recipe else []
+    inner = inner or list(dict.fromkeys(r[what] for r in rows))
+    kinds = [kind for kind in _BARS if any(r["kind"] == kind for r in rows)]
+    width = 0.84 / len(kinds)
+    ticks = {}
+    for row in rows:
+        group = outer.index((row["shape"], row["recipe"] if by_recipe else ""))
+        middle = group * (len(inner) + 0.8) + inner.index(row[what])
+        ticks[middle] = row[what]
+        x = middle + (kinds.index(row["kind"]) - (len(kinds) - 1) / 2) * width
+        mine = share(row, ceilings, row["ms"])
+        if mine is None:
+            axis.plot(x, 0.02, "x", color="red", label="failed", linestyle="none", markersize=6)
+        else:
+            axis.bar(x, mine, width * 0.94, color=_BARS[row["kind"]], label=f"grouped_gemm, {row['kind']}")
+            axis.text(x, 0.015, f"{rate(row, row['ms']):.0f}", ha="center", va="bottom", fontsize=6, rotation=90,
+                      color="white" if row["kind"] == "balanced" else _INK)  # fmt: skip
+        for peer, ms in row.get("peers", {}).items():
+            theirs = share(row, ceilings, ms)
+            marker, color = _PEERS.get(peer, ("o", _INK))
+            if theirs is not None:
+                axis.plot(x, theirs, marker, color=color, label=peer, markersize=7, markeredgecolor="white",
+                          linestyle="none")  # fmt: skip
+    axis.axhline(1, color=_INK, linewidth=1)
+    if by_recipe:
+        axis.axhline(0.9, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label="goal of quantizers")
+    axis.set_title(title, loc="left", fontsize="medium", color=_INK)
+    axis.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
+    for group, (shape, recipe) in enumerate(outer):
+        middle = group * (len(inner) + 0.8) + (len(inner) - 1) / 2
+        label = f"{shape}\n{recipe}" if recipe else shape
+        axis.text(middle, -0.13, label, ha="center", va="top", fontsize=8, color=_INK,
+                  transform=axis.get_xaxis_transform())  # fmt: skip
+    axis.set_xlim(-0.8, len(outer) * (len(inner) + 0.8) - 1)
+    axis.set_ylim(0, max(1.08, axis.get_ylim()[1]))
+    axis.tick_params(length=0, colors=_INK)
+    axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axis.grid(axis="y", alpha=0.2, linewidth=0.6)
+    axis.set_axisbelow(True)

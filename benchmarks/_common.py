@@ -1,0 +1,69 @@
+"""What the parts of grouped_mm.py share: the backend, its shapes, how a failure is kept, how a time is taken."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from grouped_gemm import Recipe
+from grouped_gemm.backends import get_backend
+from grouped_gemm.preference import KernelPreference
+
+DEVICE = "cuda"
+# name: (M tokens, E experts, N out features, K in features)
+SHAPES = {
+    "seed": (32768, 8, 2048, 7168),
+    "dsv3_gateup": (32768, 32, 4096, 7168),
+    "dsv3_down": (32768, 32, 7168, 2048),
+    "qwen3_gateup": (131072, 128, 1536, 2048),
+    "qwen3_down": (131072, 128, 2048, 768),
+}
+RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)
+TRITON = get_backend(KernelPreference.TRITON)
+FP8 = torch.float8_e4m3fn
+failures: list[str] = []
+
+
+def attempt(what: str, function: Callable[[], Any]) -> Any:
+    """What ``function`` returns; None where it fails, which is printed and does not stop the rest."""
+    try:
+        return function()
+    except Exception as error:
+        failures.append(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        print(f"FAILED {failures[-1]}", flush=True)
+        traceback.print_exc(limit=-4)
+        torch.cuda.empty_cache()
+        return None
+
+
+def milliseconds(what: str, function: Callable[[], Any]) -> float | None:
+    """The median of CUDA events with a cold L2; None where it fails."""
+    from triton.testing import do_bench
+
+    return attempt(what, lambda: do_bench(function, warmup=20, rep=80, return_mode="median"))
+
+
+def ends_of(num_rows: int, num_groups: int, kind: str) -> torch.Tensor:
+    """End rows, (E,) int32: equal groups; or skewed ones, one empty, in multiples of 16, as torch's fp8 wants."""
+    if kind == "balanced":
+        sizes = torch.full((num_groups,), num_rows // num_groups)
+    else:
+        shares = torch.rand(num_groups, generator=torch.Generator().manual_seed(0))
+        shares[num_groups // 2] = 0
+        sizes = (shares / shares.sum() * num_rows).int() // 16 * 16
+        sizes[0] += num_rows - sizes.sum()
+    return sizes.cumsum(0).int().to(DEVICE)
+
+
+def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
+    """Of all elements together; NaN or Inf in ``x`` gives NaN or Inf."""
+    return ((x.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
+
+
+def poison(*shapes_and_dtype: Any) -> None:
+    """Leaves NaN in the memory that the allocator will hand out next for such a tensor."""
+    *shape, dtype = shapes_and_dtype
+    torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)

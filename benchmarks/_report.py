@@ -1,0 +1,144 @@
+"""The figures of one run as text, and whether they reach the goals. Reads what grouped_mm.py writes as JSON; no GPU.
+
+A run is a dict: device, versions, seconds, ceilings (TFLOP/s of one large matmul, by name), failures, rows. A row is a
+product (shape, kind, recipe, pass, flops, error, ms, peers: ms by name), a quantizer (shape, kind, recipe, quantizer,
+bytes, ms, copy: GB/s) or a host time (host, us). What failed is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+PASSES = ("forward", "dgrad", "wgrad")
+CEILINGS = {"none": "bf16", "fp8_rowwise": "fp8", "fp8_blockwise": "fp8"}  # the matmul that a recipe is held against
+
+
+_KEYS = {"device", "versions", "seconds", "ceilings", "failures", "rows"}
+
+
+def check_form(run: Any) -> dict[str, Any]:
+    """``run``, which has the keys of one.
+
+    Raises:
+        ValueError: it has not.
+    """
+    missing = sorted(_KEYS - run.keys()) if isinstance(run, dict) else sorted(_KEYS)
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
+    return run
+
+
+def name(row: Row) -> str:
+    """What was measured: "seed ragged none forward"."""
+    if "host" in row:
+        return f"host time of {row['host']}"
+    return f"{row['shape']} {row['kind']} {row['recipe']} {row.get('pass') or 'quantizer, ' + row['quantizer']}"
+
+
+def rate(row: Row, ms: float | None) -> float | None:
+    """TFLOP/s of a product, GB/s of a quantizer, that takes ``ms`` milliseconds."""
+    return (row["flops"] / ms / 1e9 if "flops" in row else row["bytes"] / ms / 1e6) if ms else None
+
+
+def ratio(row: Row, peer: str) -> float | None:
+    """How many times as fast as the peer; None where one of them failed."""
+    return row["peers"][peer] / row["ms"] if row["ms"] and row["peers"].get(peer) else None
+
+
+def share(row: Row, ceilings: dict[str, float | None], ms: float | None) -> float | None:
+    """The share of the ceiling: of a matmul in the same run, or of a copy; None where one of them failed."""
+    ceiling = ceilings.get(CEILINGS[row["recipe"]]) if "flops" in row else row["copy"]
+    found = rate(row, ms)
+    return found / ceiling if found and ceiling else None
+
+
+def describe(row: Row, ceilings: dict[str, float | None]) -> str:
+    """One line: the project, each peer, the ratio."""
+    if "host" in row:
+        return f"{name(row):40s}{_number(row['us'], '8.1f')} us"
+    mine = f"{_number(rate(row, row['ms']), '7.0f')} {'TFLOP/s' if 'flops' in row else 'GB/s   '}"
+    mine += f"{_number(share(row, ceilings, row['ms']), '6.2f')} of {'a matmul' if 'flops' in row else 'a copy'}"
+    text = f"{name(row):54s}{mine}"
+    for peer, ms in row.get("peers", {}).items():
+        text += f"  {peer}{_number(rate(row, ms), '6.0f')}, {_number(ratio(row, peer), '.2f')}x"
+    return text + (f"  error {_number(row['error'], '.0e')}" if "error" in row else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return format(float("nan") if value is None else value, form)
+
+
+class Goal(NamedTuple):
+    """What is to be reached by every case: at least ``limit``, or at most where ``is_time``."""
+
+    what: str
+    limit: float
+    cases: list[tuple[str, float | None]]  # None: it failed, and does not reach anything
+    is_time: bool = False
+
+    @property
+    def reached(self) -> int:
+        """How many cases reach it."""
+        return sum(self._reaches(value) for _, value in self.cases)
+
+    @property
+    def worst(self) -> tuple[str, float | None]:
+        """The case that is farthest from it; one that failed is farther than all others."""
+        sign = -1 if self.is_time else 1
+        return min(self.cases, key=lambda case: float("-inf") if case[1] is None else sign * case[1])
+
+    def _reaches(self, value: float | None) -> bool:
+        return value is not None and (value <= self.limit if self.is_time else value >= self.limit)
+
+    def __str__(self) -> str:
+        sign, unit = ("<=", " us") if self.is_time else (">=", "x")
+        what = f"{self.what} {sign} {self.limit:{'.0f' if self.is_time else '.2f'}}{unit}"
+        if not self.cases:
+            return f"  not measured  {what}"
+        case, value = self.worst
+        verdict = "reached" if self.reached == len(self.cases) else "NOT reached"
+        found = "failed" if value is None else f"{value:{'.1f' if self.is_time else '.2f'}}{unit}"
+        return f"  {verdict:14}{what:52}{self.reached} of {len(self.cases)}, worst {found}: {case}"
+
+
+def goals(rows: Iterable[Row]) -> list[Goal]:
+    """The goals, each with its cases among ``rows``."""
+    rows = list(rows)
+
+    def against(recipe: str, pass_: str, peer: str, limit: float) -> Goal:
+        mine = [r for r in rows if (r.get("recipe"), r.get("pass")) == (recipe, pass_) and peer in r["peers"]]
+        # where the peer itself failed there is nothing to compare with; the failure is counted
+        cases = [(name(r), ratio(r, peer)) for r in mine if r["peers"][peer] is not None]
+        return Goal(f"{'bf16' if recipe == 'none' else recipe} {pass_} against {peer}", limit, cases)
+
+    found = [against(recipe, pass_, "torch", 1.0) for recipe in ("none", "fp8_rowwise") for pass_ in PASSES]
+    found += [
+        against("fp8_blockwise", "forward", "deep_gemm", 0.8),
+        against("fp8_blockwise", "wgrad", "deep_gemm", 1.0),
+        Goal("quantizers against a copy", 0.9, [(name(r), share(r, {}, r["ms"])) for r in rows if "quantizer" in r]),
+        Goal(
+            "host time of an eager call in bf16",
+            25.0,
+            [(name(r), r["us"]) for r in rows if r.get("host") == "grouped_mm none"],
+            is_time=True,
+        ),
+    ]
+    return found
+
+
+def print_run(run: dict[str, Any], write: Callable[[str], Any] = print) -> None:
+    """Every row, the goals, the failures."""
+    versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
+    ceilings = ", ".join(f"{what} {_number(value, '.0f')} TFLOP/s" for what, value in run["ceilings"].items())
+    write(f"{run['device']}, {versions}; one large matmul: {ceilings}")
+    write("x: how many times as fast as the peer")
+    for row in run["rows"]:
+        write(describe(row, run["ceilings"]))
+    write("\ngoals, in this run")
+    for goal in goals(run["rows"]):
+        write(str(goal))
+    write(f"\n{len(run['failures'])} failures, {run['seconds']:.0f} s")
+    for failure in run["failures"]:
+        write(f"  {failure}")

@@ -1,0 +1,45 @@
+"""`warmup` with GROUPED_GEMM_AUTOTUNE=1 on the Triton backend: every product is tuned, no result changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grouped_gemm import grouped_mm, warmup
+from grouped_gemm.kernels import tuning
+
+
+@pytest.mark.parametrize("recipe", ("none", "fp8_blockwise"))
+def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, recipe):
+    times = []
+
+    def milliseconds(run):
+        run()
+        times.append(tuning._watch.trial[1])
+        return 1.0 if times[-1].band == 4 else 2.0
+
+    # Two variants in all: an interpreted one takes seconds, and one that cannot be is skipped
+    monkeypatch.setattr(tuning, "_sides", lambda site, tile: [tile._replace(band=4), tile._replace(depth=7)])
+    for name in ("_depths", "_stages", "_bands"):
+        monkeypatch.setattr(tuning, name, lambda site, tile: [])
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
+    tuning.known.cache_clear()
+    torch.manual_seed(0)
+    a = torch.randn(11, 48, dtype=torch.bfloat16, requires_grad=True)
+    b = torch.randn(2, 80, 48, dtype=torch.bfloat16, requires_grad=True).transpose(1, 2)
+    offs = torch.tensor([4, 11], dtype=torch.int32)
+
+    def call():
+        y = grouped_mm(a, b, offs, recipe=recipe, kernel_preference="triton")
+        return (y, *torch.autograd.grad(y, (a, b), torch.ones_like(y)))
+
+    shipped = call()
+    monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
+    done = warmup(b, recipe=recipe, rows=("decode",), kernel_preference="triton")
+    assert done.calls == 2
+    assert sorted(search.site.kernel for search in done.searches) == ["gemm", "gemm", "wgrad"]
+    assert len(done.tuned) == 3 and all(search.tile.band == 4 for search in done.tuned)
+    assert all(len(search.failed) == 1 for search in done.searches)
+    assert all(map(torch.equal, call(), shipped))
+    tuning.known.cache_clear()

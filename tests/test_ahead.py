@@ -1,0 +1,252 @@
+"""`warmup`: the calls that it makes, what it leaves as it was, and what it returns."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from grouped_gemm import (
+    KernelPreference,
+    Machine,
+    NoBackendError,
+    Pass,
+    ahead,
+    backends,
+    grouped_mm,
+    prefer,
+    quantize_weights,
+    warmup,
+)
+from grouped_gemm.backends import emulated
+from grouped_gemm.kernels import tiles, tuning
+from grouped_gemm.problem import RowClass, row_class
+
+E, K, N = 3, 32, 48
+
+
+@pytest.fixture
+def weights() -> torch.Tensor:
+    """(E, K, N), seen through a transpose, of weights that are trained."""
+    return torch.randn(E, N, K, dtype=torch.bfloat16, requires_grad=True).transpose(1, 2)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The calls that are made where Emulated stands for a backend that compiles: a, b, offs, bias, has gradients."""
+    made = []
+    original = ahead.grouped_mm
+
+    def call(a, b, offs, *, bias=None, **options):
+        made.append((a, b, offs, bias, torch.is_grad_enabled()))
+        return original(a, b, offs, bias=bias, **options)
+
+    monkeypatch.setattr(emulated.Backend, "compiles", True)
+    monkeypatch.setattr(ahead, "grouped_mm", call)
+    return made
+
+
+def test_a_backend_that_compiles_nothing_is_not_called(monkeypatch, weights):
+    monkeypatch.setattr(ahead, "grouped_mm", lambda *args, **options: pytest.fail("a call was made"))
+    done = warmup(weights, kernel_preference="emulated")
+    assert done.calls == 0
+    assert all(dict(c.decision.chosen) == dict.fromkeys(Pass, KernelPreference.EMULATED) for c in done.classes)
+    assert "nothing to compile" in str(done)
+
+
+def test_each_row_class_is_called_without_and_with_gradients(weights, calls):
+    done = warmup(weights, recipe="fp8_blockwise")
+    classes = [row_class(a.shape[0], E) for a, *_ in calls]
+    assert classes == [c for c in RowClass for _ in range(2)]
+    assert [grad for *_, grad in calls] == [False, True] * 3
+    assert [c.calls for c in done.classes] == [2, 2, 2] and done.calls == 6
+    assert all(a.requires_grad and b.requires_grad for a, b, *_ in calls)
+
+
+def test_operands_are_as_the_model_has_them(weights, calls):
+    bias = torch.randn(E, N, dtype=torch.bfloat16, requires_grad=True)
+    warmup(weights, bias=bias, rows=("large",))
+    for a, b, offs, given, _ in calls:
+        assert (a.shape[1], a.dtype, b.stride(), offs.dtype) == (K, torch.bfloat16, weights.stride(), torch.int32)
+        assert given.shape == bias.shape and given.requires_grad
+        assert 0 < offs[0] < offs[1] < offs[2] <= a.shape[0]
+        assert a.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", ("small", RowClass.SMALL, ("SMALL",), ("small", RowClass.SMALL)), ids=str)
+def test_row_classes_may_be_named(weights, rows):
+    done = warmup(weights, rows=rows)
+    assert [c.decision.problem.rows for c in done.classes] == [RowClass.SMALL]
+
+
+def test_inference_has_no_gradients(weights, calls):
+    done = warmup(weights, training=False, rows=(RowClass.DECODE,))
+    assert [grad for *_, grad in calls] == [False]
+    assert done.classes[0].decision.problem.passes == (Pass.FORWARD,)
+
+
+@pytest.mark.parametrize("dgrad", (False, True))
+def test_weights_that_were_quantized_beforehand(weights, calls, dgrad):
+    done = warmup(quantize_weights(weights, "mxfp8", dgrad=dgrad), rows=("small",))
+    assert done.calls == 1 + dgrad
+    assert done.classes[0].decision.problem.passes == ((Pass.FORWARD, Pass.DGRAD) if dgrad else (Pass.FORWARD,))
+
+
+def test_groups_keep_a_promised_alignment(weights, calls):
+    warmup(weights, group_alignment=128)
+    assert all(end % 128 == 0 for _, _, offs, *_ in calls for end in offs.tolist())
+
+
+def test_prefer_and_autocast_hold(weights, calls):
+    with prefer("emulated"), torch.autocast("cpu", torch.float16):
+        done = warmup(weights.detach().float(), rows=("decode",))
+    assert done.classes[0].decision.asked_by == "context"
+    assert done.classes[0].decision.problem.dtype is torch.float16
+
+
+def test_nothing_of_the_callers_changes(weights, calls):
+    leaf = torch.randn(E, K, N, requires_grad=True)
+    before, seed = leaf.detach().clone(), torch.get_rng_state()
+    with torch.no_grad():
+        warmup(leaf)
+    assert torch.equal(leaf.detach(), before) and leaf.grad is None
+    assert torch.equal(torch.get_rng_state(), seed)
+
+
+def test_inference_mode_does_not_matter(calls):
+    with torch.no_grad():
+        weights = torch.randn(E, K, N)
+    with torch.inference_mode():
+        assert warmup(weights, rows=("decode",)).calls == 2
+
+
+def test_kernels_are_not_specialized_on_how_many_rows_and_groups_there_are():
+    pytest.importorskip("triton")
+    modules = [importlib.import_module(f"grouped_gemm.kernels.{name}") for name in ("gemm", "quantize", "wgrad")]
+    kernels = [fn for module in modules for fn in vars(module).values() if "tl.program_id" in getattr(fn, "src", "")]
+    assert len(kernels) > 5
+    numbers = [(fn.__name__, p) for fn in kernels for p in fn.params if p.name in ("M", "E")]
+    assert numbers and all(p.do_not_specialize for _, p in numbers)
+
+
+def test_a_refusal_is_raised(weights):
+    with pytest.raises(NoBackendError, match="hipblaslt"):
+        warmup(weights, kernel_preference="hipblaslt")
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    (
+        ({"b": torch.ones(3, 4)}, ValueError, "^b: expected a tensor of rank 3"),
+        ({"b": "weights"}, TypeError, "^b: expected a torch.Tensor"),
+        ({"rows": ("huge",)}, ValueError, "^rows: expected row classes, of decode, small, large; found 'huge'$"),
+        ({"recipe": "fp4"}, ValueError, "^recipe: expected"),
+        ({"bias": torch.ones(1)}, ValueError, "^bias: expected"),
+        ({"group_alignment": 0}, ValueError, "^group_alignment: expected at least 1"),
+    ),
+    ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
+)
+def test_a_bad_argument_is_named(weights, change, error, message):
+    with pytest.raises(error, match=message):
+        warmup(**{"b": weights} | change)
+
+
+def test_what_was_done_is_printed_and_data(weights, calls):
+    done = warmup(weights, recipe="mxfp8", rows=("decode", RowClass.LARGE))
+    lines = str(done).splitlines()
+    assert lines[0] == str(done.classes[0].decision.problem)
+    assert [line.split()[0] for line in lines[1:]] == ["decode", "large", "total"]
+    assert "4 calls" in lines[-1]
+    data = json.loads(json.dumps(done.to_dict()))
+    assert [(c["rows"], c["calls"]) for c in data["classes"]] == [("decode", 2), ("large", 2)]
+
+
+# Tuning
+
+H200 = Machine("nvidia", "sm_90", "NVIDIA H200")
+
+
+class Tiled(emulated.Backend):
+    """Emulated products that look up tiles, as the Triton kernels do."""
+
+    compiles = True
+
+    def __init__(self) -> None:
+        self.tiles: list[tuple[str, int, tiles.Tile]] = []  # kernel, M, tile
+
+    def grouped_mm(self, lhs, rhs, plan, out_dtype, bias_EN=None):
+        c, o = rhs.data.shape[rhs.axis], rhs.data.shape[3 - rhs.axis]
+        tile = tuning.gemm_tile(H200, "16 bit", row_class(plan.num_rows, E), c, o, rhs.axis == 1, True)
+        self.tiles.append(("gemm", plan.num_rows, tile))
+        return super().grouped_mm(lhs, rhs, plan, out_dtype, bias_EN)
+
+    def wgrad(self, lhs, rhs, plan, out_dtype, *, contiguous):
+        self.tiles.append(("wgrad", plan.num_rows, tuning.wgrad_tile(H200, "16 bit", N, K, True)))
+        return super().wgrad(lhs, rhs, plan, out_dtype, contiguous=contiguous)
+
+
+@pytest.fixture
+def tiled(monkeypatch, tmp_path):
+    """A backend with tiles, of which those in bands of 1 are fastest, and with an empty file of what was found."""
+    backend = Tiled()
+
+    def milliseconds(run):
+        run()
+        return 1.0 if backend.tiles[-1][2].band == 1 else 2.0
+
+    monkeypatch.setitem(backends._instances, KernelPreference.EMULATED, backend)
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(ahead, "_USUAL", {RowClass.DECODE: 2, RowClass.SMALL: 20, RowClass.LARGE: 260})
+    monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
+    tuning.known.cache_clear()
+    yield backend
+    tuning.known.cache_clear()
+
+
+def test_without_the_switch_nothing_is_tuned(monkeypatch, weights, tiled):
+    monkeypatch.delenv("GROUPED_GEMM_AUTOTUNE")
+    done = warmup(weights)
+    assert (done.tunes, done.searches, tuning.path().exists()) == (False, (), False)
+
+
+def test_each_use_of_a_kernel_is_tuned_once(weights, tiled):
+    done = warmup(weights)
+    uses = [(s.site.kernel, s.site.rows, s.site.sizes) for s in done.searches]
+    assert sorted(uses) == sorted(
+        [("wgrad", "any", (N, K))]
+        + [("gemm", rows, sizes) for rows in ("decode", "small", "large") for sizes in ((K, N), (N, K))]
+    )
+    # decode ships bands of 1
+    assert {s.site.rows for s in done.tuned} == {"small", "large", "any"}
+    assert f"{len(done.tuned)} of 7 searches found a better tile" in str(done)
+    assert json.loads(json.dumps(done.to_dict()))["searches"][0]["speedup"] > 1
+    assert warmup(weights).searches == ()
+    assert "nothing to search" in str(warmup(weights))
+
+
+def test_wgrad_is_tuned_on_the_most_rows(weights, tiled):
+    warmup(weights, rows=("decode", "large"))
+    searched = [m for kernel, m, tile in tiled.tiles if kernel == "wgrad" and tile.band == 4]  # tried, not taken
+    assert set(searched) == {260 * E}
+
+
+def test_a_call_uses_what_was_found_and_searches_nothing(monkeypatch, weights, tiled):
+    def call() -> tuple[torch.Tensor, tiles.Tile]:
+        y = grouped_mm(weights.detach()[0].t().repeat(20, 1), weights, torch.tensor([1, 2, 900], dtype=torch.int32))
+        return y.detach(), tiled.tiles[-1][2]
+
+    y, shipped = call()
+    warmup(weights)
+    monkeypatch.setattr(tuning, "search", pytest.fail)
+    tuned_y, tile = call()
+    assert tile == shipped._replace(band=1) != shipped
+    assert torch.equal(tuned_y, y)
+
+
+def test_weights_that_were_quantized_are_tuned_without_wgrad(weights, tiled):
+    done = warmup(quantize_weights(weights, "mxfp8", dgrad=True), rows=("small",))
+    assert sorted(s.site.sizes for s in done.searches) == [(K, N), (N, K)]

@@ -1,0 +1,146 @@
+"""benchmarks/grouped_mm.py without a GPU: an earlier run shown again, its goals, its picture."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grouped_gemm import __main__ as cli
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def product(recipe: str, pass_: str, ms: float | None, kind: str = "balanced", **peers: float | None) -> dict[str, Any]:
+    row = {"shape": "seed", "kind": kind, "recipe": recipe, "pass": pass_, "flops": 1e12, "error": 1.7e-3}
+    return row | {"ms": ms, "peers": peers}
+
+
+RUN = {
+    "device": "a GPU",
+    "versions": {"torch": "2.11.0", "triton": "3.6.0"},
+    "seconds": 100.0,
+    "ceilings": {"bf16": 800.0, "fp8": 1600.0},
+    "failures": [],
+    "rows": [
+        product("none", "forward", 1.6, torch=2.0),
+        product("none", "forward", 2.0, "ragged", torch=1.8, deep_gemm=1.5),
+        product("none", "wgrad", 2.0, torch=2.0),
+        product("fp8_rowwise", "dgrad", 1.0, torch=None),
+        product("fp8_blockwise", "forward", 1.0, deep_gemm=0.9),
+        product("fp8_blockwise", "dgrad", 1.0, deep_gemm=0.1),
+        product("fp8_blockwise", "wgrad", 1.0, deep_gemm=0.9),
+        {"shape": "seed", "kind": "ragged", "recipe": "fp8_rowwise", "quantizer": "rows", "bytes": 3.8e9, "ms": 1.0,
+         "copy": 4000.0},
+        {"host": "grouped_mm none", "us": 24.0},
+        {"host": "grouped_mm fp8_rowwise", "us": 90.0},
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("_report")
+
+
+@pytest.fixture
+def shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Shows a run again, as the command line does: the exit code, and what was printed."""
+
+    def show(run: object, *arguments: str) -> tuple[Any, str, str]:
+        file = tmp_path / "run.json"
+        file.write_text(run if isinstance(run, str) else json.dumps(run))
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["bench", "grouped_mm", "--from-json", str(file), *arguments])
+        return exit_.value.code, *capsys.readouterr()
+
+    return show
+
+
+def test_a_row_has_the_project_the_peer_and_the_ratio(shown):
+    code, out, _ = shown(RUN)
+    assert code == 0
+    (line,) = [line for line in out.splitlines() if line.startswith("seed ragged none forward")]
+    words = " ".join(line.split())
+    assert "500 TFLOP/s 0.62 of a matmul torch 556, 0.90x deep_gemm 667, 0.75x error 2e-03" in words
+    assert "3800 GB/s 0.95 of a copy" in " ".join(out.split())
+
+
+def test_each_goal_has_its_count_and_its_worst_case(shown):
+    _, out, _ = shown(RUN)
+    goals = [
+        " ".join(line.split()) for line in out.partition("goals, in this run\n")[2].splitlines() if line[:2] == "  "
+    ]
+    assert goals == [
+        "NOT reached bf16 forward against torch >= 1.00x 1 of 2, worst 0.90x: seed ragged none forward",
+        "not measured bf16 dgrad against torch >= 1.00x",
+        "reached bf16 wgrad against torch >= 1.00x 1 of 1, worst 1.00x: seed balanced none wgrad",
+        "not measured fp8_rowwise forward against torch >= 1.00x",
+        "not measured fp8_rowwise dgrad against torch >= 1.00x",
+        "not measured fp8_rowwise wgrad against torch >= 1.00x",
+        "reached fp8_blockwise forward against deep_gemm >= 0.80x 1 of 1, worst 0.90x: "
+        "seed balanced fp8_blockwise forward",
+        "NOT reached fp8_blockwise wgrad against deep_gemm >= 1.00x 0 of 1, worst 0.90x: "
+        "seed balanced fp8_blockwise wgrad",
+        "reached quantizers against a copy >= 0.90x 1 of 1, worst 0.95x: seed ragged fp8_rowwise quantizer, rows",
+        "reached host time of an eager call in bf16 <= 25 us 1 of 1, worst 24.0 us: host time of grouped_mm none",
+    ]
+
+
+def test_a_case_that_failed_does_not_reach_a_goal(report):
+    run = copy.deepcopy(RUN)
+    run["rows"][0]["ms"] = None
+    run["rows"][-2]["us"] = None
+    goals = {goal.what: goal for goal in report.goals(run["rows"])}
+    forward, host = goals["bf16 forward against torch"], goals["host time of an eager call in bf16"]
+    assert (forward.reached, forward.worst) == (0, ("seed balanced none forward", None))
+    assert (host.reached, "worst failed" in str(host)) == (0, True)
+
+
+def test_failures_are_listed_and_make_the_exit_code_1(shown):
+    code, out, _ = shown(RUN | {"failures": ["seed none forward: error nan"]})
+    assert code == 1
+    assert "1 failures, 100 s\n  seed none forward: error nan\n" in out
+
+
+def test_a_run_is_drawn_and_written_again(shown, tmp_path):
+    picture, again = tmp_path / "run.png", tmp_path / "again.json"
+    failed = RUN | {"rows": [*RUN["rows"], product("none", "dgrad", None, torch=None)]}
+    code, out, _ = shown(failed, "--plot", str(picture), "--json", str(again))
+    assert code == 0 and str(picture) in out
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert json.loads(again.read_text()) == failed
+
+
+@pytest.mark.parametrize("part", ("pass", "quantizer", "host", "nothing"))
+def test_part_of_a_run_can_be_drawn(shown, tmp_path, part):
+    rows = [row for row in RUN["rows"] if part in row]
+    assert shown(RUN | {"rows": rows, "ceilings": {}}, "--plot", str(tmp_path / "run.png"))[0] == 0
+
+
+def test_without_matplotlib_the_remedy_is_named(shown, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, out, err = shown(RUN, "--plot", str(tmp_path / "run.png"))
+    assert (code, out, err) == (1, "", "--plot needs matplotlib: pip install grouped-gemm-dispatch[bench]\n")
+
+
+@pytest.mark.parametrize("content", ("{", "[]", '{"rows": []}'))
+def test_a_file_that_holds_no_run_is_named(shown, content):
+    code, _, err = shown(content)
+    assert code == 1
+    assert "expected what --json has written; found" in err and err.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the benchmark would run on it")
+def test_without_a_gpu_it_says_so():
+    found = subprocess.run([sys.executable, FOLDER / "grouped_mm.py"], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert found.stderr.startswith("This benchmark needs a CUDA GPU")

@@ -1,0 +1,345 @@
+"""Tiles found ahead of time: what is looked up when, the file that holds them, and the search, with made-up times."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from grouped_gemm import Machine
+from grouped_gemm.kernels import tiles, tuning
+from grouped_gemm.kernels.tiles import Tile
+from grouped_gemm.kernels.tuning import Found, Site
+from grouped_gemm.preference import cache_directory
+from grouped_gemm.problem import RowClass
+
+H200 = Machine("nvidia", "sm_90", "NVIDIA H200")
+USE = (H200, "16 bit", RowClass.LARGE, 7168, 2048, True, True)
+SITE = Site("sm_90", "NVIDIA H200", "gemm", "16 bit", "large", (7168, 2048), "c tma")
+SHIPPED = tiles.gemm_tile("nvidia", "sm_90", "16 bit", RowClass.LARGE)
+OTHER = Tile(64, 64, 32, 4, 2, band=1)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache directory, the switch on, and nothing read yet."""
+    monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
+    tuning.known.cache_clear()
+    yield tmp_path / "cache"
+    tuning.known.cache_clear()
+
+
+def in_a_new_process() -> None:
+    """What a process knows comes from the file alone."""
+    tuning.known.cache_clear()
+
+
+def change(**changes: object) -> None:
+    """Changes the one entry of the file."""
+    content = json.loads(tuning.path().read_text())
+    content["tiles"][0].update(changes)
+    tuning.path().write_text(json.dumps(content))
+    in_a_new_process()
+
+
+# Looking up
+
+
+def test_without_a_file_the_shipped_tile_is_used():
+    assert tuning.gemm_tile(*USE) == SHIPPED
+    assert tuning.wgrad_tile(H200, "16 bit", 7168, 2048, True) == tiles.wgrad_tile("nvidia", "sm_90", "16 bit")
+
+
+def test_what_was_found_comes_before_what_is_shipped():
+    tuning.store({SITE: Found(OTHER, 1.1)})
+    assert tuning.gemm_tile(*USE) == OTHER
+
+
+def test_what_was_found_serves_later_processes():
+    tuning.store({SITE: Found(OTHER, 1.1)})
+    in_a_new_process()
+    assert tuning.gemm_tile(*USE) == OTHER
+
+
+def test_wgrad_has_a_tile_of_its_own():
+    site = Site("sm_90", "NVIDIA H200", "wgrad", "rowwise", "any", (7168, 2048), "plain")
+    tuning.store({site: Found(OTHER, 1.1)})
+    assert tuning.wgrad_tile(H200, "rowwise", 7168, 2048, False) == OTHER
+    assert tuning.wgrad_tile(H200, "rowwise", 7168, 2048, True) != OTHER
+
+
+@pytest.mark.parametrize(
+    "use",
+    (
+        (Machine("nvidia", "sm_90", "NVIDIA H100"), *USE[1:]),
+        (Machine("nvidia", "sm_100", "NVIDIA H200"), *USE[1:]),
+        (H200, "rowwise", *USE[2:]),
+        (*USE[:2], RowClass.SMALL, *USE[3:]),
+        (*USE[:3], 2048, 7168, *USE[5:]),
+        (*USE[:5], False, True),
+        (*USE[:5], True, False),
+    ),
+    ids=("gpu", "arch", "kind", "row class", "sizes", "contiguous", "tma"),
+)
+def test_another_use_keeps_the_shipped_tile(use):
+    tuning.store({SITE: Found(OTHER, 1.1)})
+    assert tuning.gemm_tile(*use) == tiles.gemm_tile("nvidia", use[0].arch, *use[1:3])
+
+
+@pytest.mark.parametrize("value", ("0", "", None))
+def test_with_the_switch_off_nothing_is_read(monkeypatch, value):
+    tuning.store({SITE: Found(OTHER, 1.1)})
+    in_a_new_process()
+    if value is None:
+        monkeypatch.delenv("GROUPED_GEMM_AUTOTUNE")
+    else:
+        monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", value)
+    monkeypatch.setattr(tuning, "_entries", lambda: pytest.fail("the file was read"))
+    assert tuning.gemm_tile(*USE) == SHIPPED
+    assert tuning.search(lambda: torch.tensor(float(tuning.gemm_tile(*USE).rows)), pytest.fail) == []
+
+
+def test_an_unknown_value_of_the_switch_is_named(monkeypatch):
+    monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "yes")
+    with pytest.raises(ValueError, match=r"^GROUPED_GEMM_AUTOTUNE: expected one of 0, 1; found 'yes'$"):
+        tuning.gemm_tile(*USE)
+
+
+def test_the_file_is_read_once(monkeypatch):
+    reads = []
+    monkeypatch.setattr(tuning, "_entries", lambda: reads.append(1) or [])
+    tuning.gemm_tile(*USE)
+    tuning.gemm_tile(*USE)
+    assert len(reads) == 1
+
+
+def test_where_files_are_kept(monkeypatch, tmp_path):
+    assert cache_directory() == tmp_path / "cache"
+    monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "xdg" / "grouped_gemm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "grouped_gemm"
+
+
+# The file
+
+
+@pytest.mark.parametrize("name", ("triton", "kernels"))
+def test_what_was_found_with_other_versions_is_kept_and_not_used(name):
+    tuning.store({SITE: Found(OTHER, 1.1)})
+    change(**{name: "another", "tile": {"an": "unknown form"}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuning.gemm_tile(*USE) == SHIPPED
+        tuning.store({SITE: Found(OTHER, 1.2)})
+    assert [entry[name] == "another" for entry in json.loads(tuning.path().read_text())["tiles"]] == [True, False]
+
+
+DAMAGE = {
+    "no JSON": "{",
+    "no text": b"\xff\xfe\x00",
+    "a list": "[]",
+    "another schema": json.dumps({"schema": tuning.SCHEMA + 1, "tiles": []}),
+    "no tiles": json.dumps({"schema": tuning.SCHEMA}),
+    "entries that are none": json.dumps({"schema": tuning.SCHEMA, "tiles": [3]}),
+    "a site without sizes": json.dumps({"schema": tuning.SCHEMA, "tiles": [{"arch": "sm_90"}]}),
+}
+TILES = {
+    "no power of two": {"rows": 96},
+    "a negative number": {"stages": -1},
+    "a text": {"warps": "8"},
+    "an unknown field": {"color": 1},
+}
+
+
+def assert_ignored_with_one_warning():
+    with pytest.warns(UserWarning, match="Delete it") as caught:
+        assert tuning.gemm_tile(*USE) == SHIPPED
+        assert tuning.gemm_tile(*USE) == SHIPPED
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith(f"{tuning.path()}: expected tiles")
+
+
+@pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(content):
+    tuning.path().parent.mkdir()
+    tuning.path().write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert_ignored_with_one_warning()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuning.store({SITE: Found(OTHER, 1.1)})
+        in_a_new_process()
+        assert tuning.gemm_tile(*USE) == OTHER
+
+
+@pytest.mark.parametrize("changes", TILES.values(), ids=TILES)
+def test_a_tile_that_no_kernel_takes_is_damage(changes):
+    tuning.store({SITE: Found(OTHER, 1.1)})
+    change(tile=OTHER._asdict() | changes)
+    assert_ignored_with_one_warning()
+
+
+def test_a_directory_that_cannot_be_written_is_named_with_its_remedy(folder):
+    folder.write_text("a file, where a directory should be")
+    with pytest.warns(UserWarning, match="Delete it"):  # it cannot be read either
+        tuning.known()
+    with pytest.warns(UserWarning, match="Set GROUPED_GEMM_CACHE_DIR") as caught:
+        tuning.store({SITE: Found(OTHER, 1.1)})
+    assert str(caught[0].message).startswith(f"{folder}: ")
+    assert tuning.gemm_tile(*USE) == OTHER  # in this process
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch):
+    tuning.store({SITE: Found(OTHER, 1.1)})
+    before = tuning.path().read_text()
+
+    def fail(*paths: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.warns(UserWarning, match="no space left"):
+        tuning.store({SITE._replace(gpu="NVIDIA H100"): Found(OTHER, 1.1)})
+    assert tuning.path().read_text() == before
+    assert not list(tuning.path().parent.glob("*.tmp"))
+
+
+def _store_many(number: int) -> None:
+    for i in range(10):
+        tuning.store({SITE._replace(sizes=(number, i)): Found(OTHER, 1.1)})
+
+
+def test_processes_that_write_at_a_time_lose_nothing():
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_store_many, args=(number,)) for number in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    in_a_new_process()
+    assert {site.sizes for site in tuning.known()} == {(number, i) for number in range(4) for i in range(10)}
+
+
+# The search
+
+
+class Product:
+    """A product whose time depends on its tile, and whose bits do where ``differs`` says so."""
+
+    def __init__(self, milliseconds: Callable[[Tile], float], differs: Callable[[Tile], bool] = lambda tile: False):
+        self.milliseconds, self.differs = milliseconds, differs
+        self.tiles: list[Tile] = []
+
+    def __call__(self) -> torch.Tensor:
+        tile = tuning.gemm_tile(*USE)
+        self.tiles.append(tile)
+        if tile.stages > 4:
+            raise RuntimeError("out of resource: shared memory")
+        return torch.tensor([1.0, float("nan"), float(self.differs(tile))])
+
+    def timer(self, run: Callable[[], torch.Tensor]) -> float:
+        run()
+        return self.milliseconds(self.tiles[-1])
+
+    def search(self) -> list[tuning.Search]:
+        return tuning.search(self, self.timer)
+
+
+def test_the_fastest_tile_is_found_used_and_kept():
+    best = SHIPPED._replace(rows=64, columns=128, warps=4, stages=4, band=1)
+    product = Product(lambda tile: 1 + sum(one != other for one, other in zip(tile, best)))
+    (done,) = product.search()
+    assert (done.site, done.shipped, done.tile) == (SITE, SHIPPED, best)
+    assert tuning.gemm_tile(*USE) == best
+    in_a_new_process()
+    assert tuning.known()[SITE] == Found(best, done.speedup)
+
+
+def test_what_is_known_is_not_searched_again():
+    product = Product(lambda tile: 1.0)
+    assert len(product.search()) == 1
+    in_a_new_process()
+    product.tiles.clear()
+    assert product.search() == []
+    assert product.tiles == [SHIPPED]
+
+
+def test_a_tile_that_is_hardly_faster_is_not_taken():
+    (done,) = Product(lambda tile: 1.0 if tile == SHIPPED else 0.99).search()
+    assert done.tile == SHIPPED and done.speedup == 1
+
+
+def test_a_tile_that_is_faster_only_once_is_not_taken():
+    timed: set[Tile] = set()
+
+    def milliseconds(tile: Tile) -> float:
+        first = tile not in timed
+        timed.add(tile)
+        return 0.5 if first and tile.rows == 64 else 1.0
+
+    (done,) = Product(milliseconds).search()
+    assert done.tile == SHIPPED
+
+
+def test_a_tile_that_gives_other_bits_is_not_taken():
+    product = Product(lambda tile: 1.0 if tile == SHIPPED else 0.5, differs=lambda tile: tile != SHIPPED)
+    (done,) = product.search()
+    assert done.tile == SHIPPED
+    assert done.different == done.tried - len(done.failed) > 0
+
+
+def test_a_tile_that_fails_is_skipped_counted_and_named():
+    (done,) = Product(lambda tile: 1 / tile.stages).search()
+    assert done.tile.stages == 4
+    assert done.failed and all(tile.stages > 4 for tile, _ in done.failed)
+    assert f"{len(done.failed)} failed" in str(done)
+    assert "RuntimeError: out of resource: shared memory" in str(done)
+
+
+def test_a_shipped_tile_that_fails_is_an_error():
+    def fail() -> torch.Tensor:
+        tuning.gemm_tile(*USE)
+        raise RuntimeError("no such kernel")
+
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        tuning.search(fail, lambda run: 1.0)
+    assert tuning.gemm_tile(*USE) == SHIPPED
+
+
+def test_a_product_that_does_not_repeat_is_an_error():
+    numbers = iter(range(1000))
+
+    def run() -> torch.Tensor:
+        tuning.gemm_tile(*USE)
+        return torch.tensor([float(next(numbers))])
+
+    with pytest.raises(RuntimeError, match="expected the same bits from the same tile"):
+        tuning.search(run, lambda run: 1.0)
+    assert not tuning.path().exists()
+
+
+def test_what_uses_no_tile_is_not_searched():
+    assert tuning.search(lambda: torch.ones(3), pytest.fail) == []
+    assert not tuning.path().exists()
+
+
+@pytest.mark.parametrize("kernel", ("gemm", "wgrad"))
+@pytest.mark.parametrize("kind", ("16 bit", "32 bit", "rowwise", "blockwise"))
+def test_variants_are_tiles_that_the_kernels_allow(kernel, kind):
+    site = SITE._replace(kernel=kernel, kind=kind)
+    shipped = tiles.wgrad_tile("nvidia", "sm_90", kind)
+    for variants in (tuning._sides, tuning._depths, tuning._stages, tuning._bands):
+        for tile in variants(site, shipped):
+            tuning._check({"tile": tile._asdict(), "speedup": 1})
+            assert 128 % tile.depth == 0
+            if kind == "blockwise":
+                assert tile.depth == 128 and (kernel == "wgrad" or 128 % tile.columns == 0)
