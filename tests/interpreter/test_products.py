@@ -74,8 +74,8 @@ def test_operands_without_scales(ends, num_rows, dtype, k, n, contiguous, tma):
 @pytest.mark.parametrize("k, n, contiguous", ((144, 40, "k"), (50, 37, "n")), ids=str)
 def test_fp8(k, n, contiguous, recipe, tma):
     operands = case([5, 5, 140, 150], 160, k, n, torch.bfloat16, contiguous)
-    found = passes("triton", *operands, out_dtype=torch.float32)
-    expected = passes("emulated", *operands, out_dtype=torch.float32)
+    found = passes("triton", *operands, recipe=recipe, out_dtype=torch.float32)
+    expected = passes("emulated", *operands, recipe=recipe, out_dtype=torch.float32)
     # Emulated multiplies by scales before it sums; powers of two commute with rounding, so that only the order of sums
     # differs, and how that rounds the gradients to bf16
     bounds = (1e-6, 1e-4, 1e-4, 1e-4) if recipe.power_of_two_scales else (1e-3,) * 4
