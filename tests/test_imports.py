@@ -30,6 +30,7 @@ LAYERS = (
     ("select",),
     ("backends",),
     ("backends.*",),
+    ("kernels.quantize_mx",),
     ("backends.base", "kernels.gemm", "kernels.quantize", "kernels.wgrad"),
     ("kernels", "kernels.*"),
     ("operand", "ops", "problem", "reference"),
