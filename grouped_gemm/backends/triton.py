@@ -35,7 +35,6 @@ _OLDEST_TRITON = "3.6"
 _NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 _AMD = ("gfx942", "gfx950")
 _FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", *_AMD)  # Triton converts to fp8 from sm_89 on
-_FP8 = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 _ROWS = "triton rows"
 _COLUMNS = "triton columns"
 _WEIGHTS = "triton weights"
@@ -81,7 +80,7 @@ class Backend(_GroupedMMBackend):
             found=lambda p: f"triton {p.machine.version('triton')}" if p.machine.version("triton") else "no triton",
             fix=f"pip install 'triton>={_OLDEST_TRITON}'.",
         ),
-        requires_recipe((Recipe.NONE, *_FP8)),
+        requires_recipe(Recipe),
         _requires_gpu_in(_FP8_ARCHS, " for fp8", lambda p: p.recipe.is_scaled),
         requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
     )
