@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from grouped_gemm.kernels import gemm, quantize, tiles, wgrad
+from grouped_gemm.kernels import gemm, launch, quantize, quantize_mx, tiles, wgrad
 from grouped_gemm.kernels.tiles import Tile
 from grouped_gemm.problem import RowClass
 
@@ -52,10 +52,14 @@ def dtype_of(kind: str, arch: str) -> str:
     return {"16 bit": "bf16", "32 bit": "fp32"}.get(kind, "fp8e4b8" if arch == "gfx942" else "fp8e4nv")
 
 
+def scale_types(kind: str) -> dict[str, str]:
+    return dict.fromkeys(("lhs_scale", "rhs_scale"), "*i32" if kind.startswith("mx") else "*fp32")
+
+
 def compile_gemm(arch: str, kind: str, tile: Tile, c_contiguous: bool = True) -> Any:
     tma, dtype = arch in _TMA, dtype_of(kind, arch)
     sides = (tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)
-    types = {"offs": "*i32", "out": "*bf16", "lhs_scale": "*fp32", "rhs_scale": "*fp32"}
+    types = {"offs": "*i32", "out": "*bf16"} | scale_types(kind)
     types["lhs"] = f"tensordesc<{dtype}[{tile.rows}, {tile.depth}]>" if tma else f"*{dtype}"
     types["rhs"] = f"tensordesc<{dtype}[1, {sides[0]}, {sides[1]}]>" if tma else f"*{dtype}"
     constants = {
@@ -69,7 +73,7 @@ def compile_gemm(arch: str, kind: str, tile: Tile, c_contiguous: bool = True) ->
 
 def compile_wgrad(arch: str, kind: str, tile: Tile) -> Any:
     tma, dtype = arch in _TMA, dtype_of(kind, arch)
-    types = {"offs": "*i32", "out": "*bf16", "lhs_scale": "*fp32", "rhs_scale": "*fp32"}
+    types = {"offs": "*i32", "out": "*bf16"} | scale_types(kind)
     for name, side in (("lhs", tile.rows), ("rhs", tile.columns)):
         box = f"1, 1, {tile.depth}, {side}" if kind.endswith("bit") else f"{side}, {tile.depth}"
         types[name] = f"tensordesc<{dtype}[{box}]>" if tma else f"*{dtype}"
@@ -109,6 +113,19 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
     }
 
 
+def compile_mx_quantizers(arch: str) -> dict[str, Any]:
+    fp8, limit = f"*{dtype_of('mx', arch)}", 240.0 if arch == "gfx942" else 448.0
+    types = dict.fromkeys(("x", "w"), "*bf16") | {"offs": "*i32"}
+    types |= dict.fromkeys(("by_row", "by_column", "straight", "transposed"), fp8)
+    types |= dict.fromkeys(("row_scales", "column_scales", "straight_scales", "transposed_scales"), "*i32")
+    tokens = {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_PADDED": 256, "TOKEN_BLOCK": 128}
+    weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit}
+    return {
+        "mx": compile_kernel(quantize_mx._quantize_tiles, arch, types, tokens, num_warps=8),
+        "weights mx": compile_kernel(quantize_mx._quantize_weights, arch, types, weights, num_warps=8),
+    }
+
+
 def facts_of(name: str, compiled: Any) -> dict[str, Any]:
     """Shared memory, spilled bytes, and the matrix instructions in the assembly."""
     found = {"kernel": name, "shared": compiled.metadata.shared}
@@ -136,7 +153,8 @@ def stack_bytes(compiled: Any) -> int:
 def main(arch: str) -> None:
     vendor = "amd" if arch.startswith("gfx") else "nvidia"
     has_fp8 = arch != "sm_80"
-    kinds = ("16 bit", "rowwise", "blockwise") if has_fp8 else ("16 bit",)
+    mx = "mx" if arch in launch.MX_ARCHS else "mx upcast"
+    kinds = ("16 bit", "rowwise", "blockwise", mx) if has_fp8 else ("16 bit",)
     for kind in kinds:
         for tile in {tiles.gemm_tile(vendor, arch, kind, row_class) for row_class in RowClass}:
             print(json.dumps(facts_of(f"gemm {kind} {tuple(tile)}", compile_gemm(arch, kind, tile))), flush=True)
@@ -144,7 +162,9 @@ def main(arch: str) -> None:
         print(json.dumps(facts_of(f"wgrad {kind} {tuple(tile)}", compile_wgrad(arch, kind, tile))), flush=True)
     tile = tiles.gemm_tile(vendor, arch, "16 bit", RowClass.LARGE)
     print(json.dumps(facts_of(f"gemm 16 bit {tuple(tile)}, N contiguous", compile_gemm(arch, "16 bit", tile, False))))
-    for name, compiled in compile_quantizers(arch).items() if arch in ("sm_90", "gfx942") else ():
+    quantizers = compile_quantizers(arch) if arch in ("sm_90", "gfx942") else {}
+    quantizers |= compile_mx_quantizers(arch) if has_fp8 else {}
+    for name, compiled in quantizers.items():
         print(json.dumps(facts_of(f"quantize {name}", compiled)), flush=True)
 
 

@@ -13,6 +13,14 @@ import pytest
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parent
+# What multiplies MX operands: the matrix cores themselves, or those of bf16 after our kernels have widened them.
+MX = {
+    "sm_89": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16",
+    "sm_90": "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
+    "sm_100": "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale",
+    "gfx942": "v_mfma_f32_32x32x8_bf16",
+    "gfx950": "v_mfma_scale_f32_32x32x64_f8f6f4",
+}
 # The instruction of fp8 products, or of bf16 where Triton has no fp8; and how much shared memory a program may have.
 EXPECTED = {
     "sm_80": ("mma.sync.aligned.m16n8k16.row.col.f32.bf16", 163 * 1024),
@@ -39,6 +47,8 @@ def test_shipped_tiles_compile_well(arch, tmp_path):
         assert kernel["shared"] <= most_shared, kernel
         if kernel["kernel"].startswith(("gemm", "wgrad")):
             assert kernel["instructions"], kernel
+        if kernel["kernel"].startswith(("gemm mx", "wgrad mx")):
+            assert len(kernel["instructions"]) == 1 and kernel["instructions"][0].startswith(MX[arch]), kernel
         if arch == "sm_90" and "wise" in kernel["kernel"] and "quantize" not in kernel["kernel"]:
             assert all("f32.e4m3.e4m3" in name for name in kernel["instructions"]), kernel
     large = [kernel for kernel in kernels if "blockwise" in kernel["kernel"] and "quantize" not in kernel["kernel"]]

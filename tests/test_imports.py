@@ -31,6 +31,7 @@ LAYERS = (
     ("select",),
     ("backends",),
     ("backends.*",),
+    ("kernels.quantize_mx",),
     ("backends.base", "kernels.gemm", "kernels.quantize", "kernels.wgrad"),
     ("kernels.tuning",),
     ("kernels", "kernels.*"),

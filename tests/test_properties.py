@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,13 @@ shapes = st.builds(
     features,
 )
 int32 = st.integers(-(2**31), 2**31 - 1)
+
+
+@pytest.fixture(autouse=True)
+def _runs_here(backend, device):
+    """Skips a backend that this machine has not got; one that refuses only what is drawn is not skipped."""
+    if reasons := refusal(Case(backend, Recipe.NONE, passes=FORWARD), device):
+        pytest.skip(reasons)
 
 
 @quick

@@ -35,7 +35,6 @@ _OLDEST_TRITON = "3.6"
 _NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 _AMD = ("gfx942", "gfx950")
 _FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", *_AMD)  # Triton converts to fp8 from sm_89 on
-_FP8 = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 _ROWS = "triton rows"
 _COLUMNS = "triton columns"
 _WEIGHTS = "triton weights"
@@ -81,7 +80,7 @@ class Backend(_GroupedMMBackend):
             found=lambda p: f"triton {p.machine.version('triton')}" if p.machine.version("triton") else "no triton",
             fix=f"pip install 'triton>={_OLDEST_TRITON}'.",
         ),
-        requires_recipe((Recipe.NONE, *_FP8)),
+        requires_recipe(Recipe),
         _requires_gpu_in(_FP8_ARCHS, " for fp8", lambda p: p.recipe.is_scaled),
         requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
     )
@@ -128,7 +127,7 @@ class Backend(_GroupedMMBackend):
                 b_EKN, recipe.value, forward, dgrad
             )
             forward_data = by_n.transpose(1, 2) if forward else by_n
-            dgrad_scale = forward_scale if recipe.block is not None else dgrad_scale
+            dgrad_scale = forward_scale if recipe.weight_lines > 1 else dgrad_scale
         return (
             Quantized(forward_data, forward_scale, recipe, 1, _WEIGHTS) if forward else None,
             Quantized(dgrad_data, dgrad_scale, recipe, 2, _WEIGHTS) if dgrad else None,
@@ -138,16 +137,17 @@ class Backend(_GroupedMMBackend):
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
         data_EKN, scale = reference.convert_fp8(data_EKN, scale, machine_of(data_EKN.device).fp8_dtype)
-        if recipe.block is not None:  # square blocks serve both
+        if recipe.weight_lines > 1:  # square blocks serve both
             return (
                 Quantized(_contiguous(data_EKN, 1), scale, recipe, 1, _WEIGHTS) if forward else None,
                 Quantized(_contiguous(data_EKN, 2), scale, recipe, 2, _WEIGHTS) if dgrad else None,
             )
         by_line = None
         if dgrad:  # these scales run along N, over which dgrad sums: it needs others
-            values = data_EKN.float() * scale
+            values = reference.dequantize(data_EKN, scale, reference.weight_blocks(recipe, 1))
             _, by_line = self.quantize_weights(values, recipe, forward=False, dgrad=True)
-        along_k = Quantized(_contiguous(data_EKN, 1), scale[:, 0].contiguous(), recipe, 1, _WEIGHTS)
+        scale = layouts.mx_scales(scale) if recipe is Recipe.MXFP8 else scale[:, 0].contiguous()
+        along_k = Quantized(_contiguous(data_EKN, 1), scale, recipe, 1, _WEIGHTS)
         return along_k if forward else None, by_line
 
     def grouped_mm(
@@ -279,10 +279,13 @@ def _empty_activations(
 def _quantize_activations(
     x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from grouped_gemm.kernels import quantize
+    from grouped_gemm.kernels import quantize, quantize_mx
 
     out = _empty_activations(x_MD, offs, recipe, rows, columns)
-    quantize.quantize_activations(x_MD, offs, Recipe(recipe), out)
+    if Recipe(recipe) is Recipe.MXFP8:
+        quantize_mx.quantize_activations(x_MD, offs, out)
+    else:
+        quantize.quantize_activations(x_MD, offs, Recipe(recipe), out)
     return out
 
 
@@ -295,8 +298,11 @@ def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tu
     fake=_empty_weights,
 )
 def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from grouped_gemm.kernels import quantize
+    from grouped_gemm.kernels import quantize, quantize_mx
 
     out = _empty_weights(b_EKN, recipe, forward, dgrad)
-    quantize.quantize_weights(b_EKN, Recipe(recipe), out)
+    if Recipe(recipe) is Recipe.MXFP8:
+        quantize_mx.quantize_weights(b_EKN, out)
+    else:
+        quantize.quantize_weights(b_EKN, Recipe(recipe), out)
     return out

@@ -20,8 +20,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import group_end, tile_position
-from grouped_gemm.kernels.launch import can_use_tma, kind_of, num_processors, on_device
+from grouped_gemm.kernels.launch import can_use_tma, kind_of, num_processors, on_device, packed
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT
+from grouped_gemm.kernels.mx import ONES, add_mx_product
 from grouped_gemm.kernels.tuning import gemm_tile
 from grouped_gemm.problem import RowClass, row_class
 from grouped_gemm.recipes import Recipe
@@ -43,11 +44,13 @@ def grouped_mm(
         lhs_MC: (M, C), contiguous C; bfloat16, float16, float32 or fp8.
         lhs_scale: fp32 factors of fp8: rowwise (M,), blockwise (ceil(C/128), S), contiguous S, since a step of the
             kernel reads one of C for all rows of a tile; S as in `layouts.activations`.
+            MX: (ceil(C/128), M, 4) E8M0, contiguous.
         rhs_ECO: (E, C, O) in the dtype of ``lhs_MC``, C or O contiguous; fp8 on Hopper needs C.
-        rhs_scale: rowwise (E, O), contiguous; blockwise (E, ceil(C/128), ceil(O/128)), any strides.
+        rhs_scale: rowwise (E, O), contiguous; blockwise (E, ceil(C/128), ceil(O/128)), any strides; MX
+            (E, ceil(C/128), O, 4) E8M0, contiguous.
         bias_EO: (E, O), contiguous, or None.
         offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
-        recipe: NONE, rowwise or blockwise.
+        recipe: any.
         out_dtype: bfloat16, float16 or float32.
 
     Returns:
@@ -59,6 +62,7 @@ def grouped_mm(
         return out_MO
     machine = machine_of(lhs_MC.device)
     kind = kind_of(lhs_MC, recipe)
+    lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     c_contiguous = rhs_ECO.stride(1) == 1
     rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO  # as it lies in memory
     tma = can_use_tma(lhs_MC, rhs)
@@ -92,7 +96,7 @@ def grouped_mm(
             depth,
             columns,
             lhs_MC.stride(0),
-            lhs_scale.stride(0) if kind == "blockwise" else 0,
+            lhs_scale.stride(0) if lhs_scale is not None and lhs_scale.dim() == 2 else 0,
             rhs.stride(0),
             rhs.stride(1),
             *(rhs_scale.stride() if rhs_scale is not None and rhs_scale.dim() == 3 else (0, 0, 0)),
@@ -231,9 +235,11 @@ def _tile_product(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The fp32 product of one tile, from ``row`` and ``column`` on, over all of C; blockwise scales are in it."""
+    """The fp32 product of one tile, from ``row`` and ``column`` on, over all of C; scales of blocks are in it."""
     BLOCKWISE: tl.constexpr = KIND == "blockwise"
+    MX: tl.constexpr = KIND == "mx" or KIND == "mx upcast"
     tl.static_assert(not BLOCKWISE or (BLOCK_C == 128 and 128 % BLOCK_N == 0), "a step has one scale of rhs")
+    tl.static_assert(not MX or BLOCK_C == 128, "a step has four scales of each line")
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
     cs = tl.arange(0, BLOCK_C)
@@ -248,6 +254,9 @@ def _tile_product(
     if BLOCKWISE:
         lhs_scales = lhs_scale + scale_row + tl.arange(0, BLOCK_M)
         rhs_scales = rhs_scale + e64 * rhs_scale_stride_e + column // 128 * rhs_scale_stride_o
+    if MX:
+        lhs_scales = lhs_scale + rows
+        rhs_scales = rhs_scale + e64 * rhs_scale_stride_e + columns
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for c in range(0, C, BLOCK_C):
         if BLOCKWISE:
@@ -255,6 +264,11 @@ def _tile_product(
             block_scale = tl.load(rhs_scales)
             lhs_scales += lhs_scale_stride
             rhs_scales += rhs_scale_stride_c
+        if MX:
+            row_scales = tl.load(lhs_scales, mask=rows < end, other=ONES)
+            column_scales = tl.load(rhs_scales, mask=columns < N, other=ONES)
+            lhs_scales += lhs_scale_stride
+            rhs_scales += N
         if TMA:
             lhs_tile = lhs.load([row, c])
             if C_CONTIGUOUS:
@@ -270,6 +284,8 @@ def _tile_product(
         if BLOCKWISE:
             # The tensor cores sum up one block of 128; fp32 registers sum up the blocks, each with its scales.
             acc += tl.dot(lhs_tile, rhs_tile) * (row_scales * block_scale)[:, None]
+        elif MX:
+            acc = add_mx_product(lhs_tile, row_scales, rhs_tile, column_scales, acc, KIND == "mx")
         else:
             acc = tl.dot(lhs_tile, rhs_tile, acc, input_precision="ieee")
     return acc

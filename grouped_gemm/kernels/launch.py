@@ -14,6 +14,11 @@ from grouped_gemm.recipes import Recipe
 # Architectures whose copy engine (TMA) reads tiles through descriptors. The interpreter knows descriptors, too.
 _TMA_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "cpu")
 
+# Architectures whose matrix cores take MX operands as they are. Elsewhere our kernels widen them: `tl.dot_scaled` would
+# as well, but before Triton 3.8 neither compiles for gfx942 nor runs interpreted, and on sm_121 Triton 3.6 would widen
+# them in more shared memory than there is.
+MX_ARCHS = ("sm_100", "sm_103", "sm_120", "gfx950")
+
 
 def can_use_tma(*operands: Tensor) -> bool:
     """Whether TMA can read every operand: contiguous along its last axis, start and other strides 16-byte aligned."""
@@ -28,9 +33,18 @@ def _is_tma_aligned(x: Tensor) -> bool:
 
 def kind_of(lhs: Tensor, recipe: Recipe) -> str:
     """The kind of operands that `tiles` and the kernels know."""
+    if recipe is Recipe.MXFP8:
+        return "mx" if machine_of(lhs.device).arch in MX_ARCHS else "mx upcast"
     if recipe.is_scaled:
         return "rowwise" if recipe.block is None else "blockwise"
     return "32 bit" if lhs.element_size() == 4 else "16 bit"
+
+
+def packed(scale: Tensor | None) -> Tensor | None:
+    """MX scales, (..., 4) E8M0, as kernels take them: (...) int32, the first in the lowest byte. Others as they are."""
+    if scale is None or scale.dtype != torch.float8_e8m0fnu:
+        return scale
+    return scale.view(torch.int32).squeeze(-1)
 
 
 @functools.cache

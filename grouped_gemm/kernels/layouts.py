@@ -2,6 +2,10 @@
 
 An operand that is not wanted is an empty tensor of shape (0,).
 
+MX scales, E8M0, lie as blockwise ones do, four in place of one: (ceil(depth/128), lines, 4), lines being the rows or
+columns that the contraction runs along. A step of a kernel covers 128 of the contraction and reads an aligned int32 for
+each line of its tile, adjacent ones for adjacent lines, wherever a group starts. Scales of no values are 1.
+
 M, E, K, N: rows, groups, in and out features. D: K or N. T: tokens in blocks of 128 that start anew with each group.
 """
 
@@ -10,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grouped_gemm.device import machine_of
@@ -17,6 +22,7 @@ from grouped_gemm.recipes import Recipe
 
 TOKEN_BLOCK = 128
 SCALE_ALIGNMENT = 4  # fp32 scales that TMA reads start at multiples of 16 bytes
+MX_SCALES = 4  # how many MX scales a line has in 128 of the contraction
 
 
 def activations(
@@ -25,26 +31,30 @@ def activations(
     """Data and scales of an operand of forward and dgrad, then of an operand of wgrad, both of ``x_MD``.
 
     Returns:
-        Data (M, D) fp8, contiguous D; scales fp32, rowwise (M,), blockwise (ceil(D/128), S). In S, the rows of each
-        group start at a multiple of 4, after those of the group before: S is M + 3 E, rounded up to such a multiple.
-        Data (T/128, D, 128) fp8, contiguous; scales fp32, rowwise (E, D), blockwise (T/128, D). A tile of 128 tokens
-        is in one piece: the lines of (D, T) would be too far apart for DRAM to write it at full speed.
+        Data (M, D) fp8, contiguous D; scales, rowwise (M,), blockwise (ceil(D/128), S), MX (ceil(D/128), M, 4). In S,
+        the rows of each group start at a multiple of 4, after those of the group before: S is M + 3 E, rounded up to
+        such a multiple.
+        Data (T/128, D, 128) fp8, contiguous, so that a tile of 128 tokens is in one piece; scales, rowwise (E, D),
+        blockwise (T/128, D), MX (T/128, D, 4).
         T is ``(M // 128 + E) * 128``, which is enough for any ``offs``.
     """
     num_rows, features = x_MD.shape
     row_data, row_scale, column_data, column_scale = (x_MD.new_empty(0) for _ in range(4))
+    each = (MX_SCALES,) if recipe is Recipe.MXFP8 else ()
     if rows:
         row_data = _empty_fp8(x_MD, (num_rows, features))
-        scale_shape = (num_rows,)
-        if recipe.block is not None:
+        scale_shape: tuple[int, ...] = (num_rows,)
+        if recipe is Recipe.MXFP8:
+            scale_shape = -(-features // 128), num_rows, MX_SCALES
+        elif recipe.block is not None:
             padded_rows = num_rows + (SCALE_ALIGNMENT - 1) * num_groups
             scale_shape = -(-features // recipe.block), -(-padded_rows // SCALE_ALIGNMENT) * SCALE_ALIGNMENT
-        row_scale = x_MD.new_empty(scale_shape, dtype=torch.float32)
+        row_scale = x_MD.new_empty(scale_shape, dtype=recipe.scale_dtype)
     if columns:
         token_blocks = num_rows // TOKEN_BLOCK + num_groups
         column_data = _empty_fp8(x_MD, (token_blocks, features, TOKEN_BLOCK))
         scale_rows = num_groups if recipe.block is None else token_blocks
-        column_scale = x_MD.new_empty(scale_rows, features, dtype=torch.float32)
+        column_scale = x_MD.new_empty(scale_rows, features, *each, dtype=recipe.scale_dtype)
     return row_data, row_scale, column_data, column_scale
 
 
@@ -53,20 +63,36 @@ def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> tup
 
     Returns:
         Data (E, N, K) fp8, contiguous K, and data (E, K, N) fp8, contiguous N.
-        Scales fp32: rowwise (E, N) and (E, K); blockwise (E, ceil(K/128), ceil(N/128)) and nothing.
+        Scales: rowwise (E, N) and (E, K); blockwise (E, ceil(K/128), ceil(N/128)) and nothing;
+        MX (E, ceil(K/128), N, 4) and (E, ceil(N/128), K, 4).
     """
     num_groups, k, n = b_EKN.shape
     forward_data, dgrad_data, forward_scale, dgrad_scale = (b_EKN.new_empty(0) for _ in range(4))
     if forward:
         forward_data = _empty_fp8(b_EKN, (num_groups, n, k))
-        forward_scale = b_EKN.new_empty(num_groups, n, dtype=torch.float32)
+        forward_scale = _empty_line_scales(b_EKN, k, n, recipe)
     if dgrad:
         dgrad_data = _empty_fp8(b_EKN, (num_groups, k, n))
-        dgrad_scale = b_EKN.new_empty(num_groups, k, dtype=torch.float32)
-    if recipe.block is not None:
-        blocks = num_groups, -(-k // recipe.block), -(-n // recipe.block)
+        dgrad_scale = _empty_line_scales(b_EKN, n, k, recipe)
+    if recipe.weight_lines > 1:
+        blocks = num_groups, -(-k // recipe.weight_lines), -(-n // recipe.weight_lines)
         forward_scale, dgrad_scale = b_EKN.new_empty(blocks, dtype=torch.float32), b_EKN.new_empty(0)
     return forward_data, dgrad_data, forward_scale, dgrad_scale
+
+
+def mx_scales(scale_EBL: Tensor) -> Tensor:
+    """A checkpoint's MX scales, (E, ceil(depth/32), lines), as `weights` has them, (E, ceil(depth/128), lines, 4)."""
+    num_groups, blocks, lines = scale_EBL.shape
+    one = 127  # the code of 2^0
+    codes = F.pad(scale_EBL.view(torch.uint8), (0, 0, 0, -blocks % MX_SCALES), value=one)
+    return codes.view(num_groups, -1, MX_SCALES, lines).transpose(2, 3).contiguous().view(scale_EBL.dtype)
+
+
+def _empty_line_scales(b_EKN: Tensor, depth: int, lines: int, recipe: Recipe) -> Tensor:
+    """The scales of weights, of which each line has its own, summed over ``depth``."""
+    num_groups = b_EKN.shape[0]
+    shape = (num_groups, -(-depth // 128), lines, MX_SCALES) if recipe is Recipe.MXFP8 else (num_groups, lines)
+    return b_EKN.new_empty(shape, dtype=recipe.scale_dtype)
 
 
 def _empty_fp8(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
 
 _DECODE, _SMALL, _LARGE = RowClass.DECODE, RowClass.SMALL, RowClass.LARGE
-_Table = dict[tuple[str, RowClass], Tile]  # (kind, row class); kind: "16 bit", "32 bit", "rowwise", "blockwise"
+_Table = dict[tuple[str, RowClass], Tile]  # (kind, row class); kinds: `launch.kind_of`
 
 # H200, triton 3.6.0, 2026-11-21, 32768x8x2048x7168 balanced: the "large" entries of 16 bit, rowwise and blockwise.
 # All other entries here, and every band: not measured.
@@ -49,6 +49,8 @@ _GEMM_SM90: _Table = {
     ("blockwise", _LARGE): Tile(128, 128, 128, 8, 4, band=12),
     ("blockwise", _SMALL): Tile(64, 128, 128, 4, 4, band=4),
     ("blockwise", _DECODE): Tile(64, 128, 128, 4, 6, band=1),
+    ("mx upcast", _LARGE): Tile(128, 128, 128, 8, 3, band=12),
+    ("mx upcast", _DECODE): Tile(64, 128, 128, 4, 3, band=1),
 }
 # Not measured. Fits the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
 _GEMM_NVIDIA: _Table = {
@@ -57,6 +59,8 @@ _GEMM_NVIDIA: _Table = {
     ("32 bit", _LARGE): Tile(64, 64, 32, 8, 3),
     ("rowwise", _LARGE): Tile(128, 128, 64, 8, 4),
     ("blockwise", _LARGE): Tile(128, 64, 128, 8, 3),
+    ("mx", _LARGE): Tile(128, 128, 128, 8, 3),  # with 64 rows, Triton widens the operands for sm_100, silently
+    ("mx upcast", _LARGE): Tile(64, 64, 128, 4, 3),
 }
 # Not measured. Fits the 64 KiB of LDS of gfx942.
 _GEMM_AMD: _Table = {
@@ -64,6 +68,8 @@ _GEMM_AMD: _Table = {
     ("32 bit", _LARGE): Tile(64, 64, 32, 8, 2),
     ("rowwise", _LARGE): Tile(128, 128, 128, 8, 2),
     ("blockwise", _LARGE): Tile(128, 128, 128, 8, 2),
+    ("mx", _LARGE): Tile(128, 128, 128, 8, 2),
+    ("mx upcast", _LARGE): Tile(128, 128, 128, 8, 2),
 }
 # The interpreter: small, so that small cases have many tiles.
 _GEMM_CPU: _Table = {
@@ -71,6 +77,8 @@ _GEMM_CPU: _Table = {
     ("32 bit", _LARGE): Tile(16, 32, 32, 4, 1, band=2),
     ("rowwise", _LARGE): Tile(16, 32, 64, 4, 1, band=2),
     ("blockwise", _LARGE): Tile(16, 64, 128, 4, 1, band=2),
+    ("mx", _LARGE): Tile(16, 32, 128, 4, 1, band=2),
+    ("mx upcast", _LARGE): Tile(16, 32, 128, 4, 1, band=2),
 }
 _GEMM = {"nvidia": _GEMM_NVIDIA, "amd": _GEMM_AMD, "cpu": _GEMM_CPU, "sm_90": _GEMM_SM90}
 
@@ -82,24 +90,31 @@ _WGRAD: dict[str, dict[str, Tile]] = {
         "32 bit": Tile(64, 64, 32, 8, 3),
         "rowwise": Tile(128, 256, 128, 8, 3, band=8),
         "blockwise": Tile(128, 128, 128, 8, 4, band=12),
+        "mx upcast": Tile(128, 128, 128, 8, 3, band=12),
     },
     "nvidia": {
         "16 bit": Tile(128, 128, 32, 8, 4),
         "32 bit": Tile(64, 64, 32, 8, 3),
         "rowwise": Tile(128, 128, 64, 8, 4),
         "blockwise": Tile(128, 128, 128, 8, 2),
+        "mx": Tile(128, 128, 128, 8, 3),
+        "mx upcast": Tile(64, 64, 128, 4, 3),
     },
     "amd": {
         "16 bit": Tile(128, 128, 64, 8, 2),
         "32 bit": Tile(64, 64, 32, 8, 2),
         "rowwise": Tile(128, 128, 128, 8, 2),
         "blockwise": Tile(128, 128, 128, 8, 2),
+        "mx": Tile(128, 128, 128, 8, 2),
+        "mx upcast": Tile(128, 128, 128, 8, 2),
     },
     "cpu": {
         "16 bit": Tile(32, 32, 32, 4, 1, band=2),
         "32 bit": Tile(32, 32, 32, 4, 1, band=2),
         "rowwise": Tile(32, 32, 64, 4, 1, band=2),
         "blockwise": Tile(32, 32, 128, 4, 1, band=2),
+        "mx": Tile(32, 32, 128, 4, 1, band=2),
+        "mx upcast": Tile(32, 32, 128, 4, 1, band=2),
     },
 }
 

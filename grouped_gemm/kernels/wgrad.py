@@ -21,8 +21,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
-from grouped_gemm.kernels.launch import can_use_tma, kind_of, on_device
+from grouped_gemm.kernels.launch import can_use_tma, kind_of, on_device, packed
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
+from grouped_gemm.kernels.mx import ONES, add_mx_product
 from grouped_gemm.kernels.tuning import wgrad_tile
 from grouped_gemm.recipes import Recipe
 
@@ -42,12 +43,12 @@ def wgrad(
 
     Args:
         lhs: (M, P), contiguous P: bfloat16, float16 or float32; or (T/128, P, 128) fp8, contiguous.
-        lhs_scale: fp32 factors of fp8, contiguous: rowwise (E, P), blockwise (T/128, P).
+        lhs_scale: factors of fp8, contiguous: rowwise (E, P) and blockwise (T/128, P) fp32, MX (T/128, P, 4) E8M0.
         rhs: (M, Q) or (T/128, Q, 128), as ``lhs``.
-        rhs_scale: rowwise (E, Q), blockwise (T/128, Q).
+        rhs_scale: rowwise (E, Q), blockwise (T/128, Q), MX (T/128, Q, 4).
         offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
         num_rows: M.
-        recipe: NONE, rowwise or blockwise.
+        recipe: any.
         out_dtype: bfloat16, float16 or float32.
         accumulate_into: (E, P, Q) float32, contiguous, to which the product is added: a gradient over many steps.
 
@@ -64,6 +65,7 @@ def wgrad(
         return out_EPQ if accumulate else out_EPQ.zero_()
     machine = machine_of(lhs.device)
     kind = kind_of(lhs, recipe)
+    lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     tma = can_use_tma(lhs, rhs)
     if tma and machine.arch == "sm_90" and lhs_scale is not None and rhs_scale is not None:
         from grouped_gemm.kernels import wgrad_hopper
@@ -135,9 +137,10 @@ def _wgrad(
     BAND: tl.constexpr,
     ACCUMULATE: tl.constexpr,
 ):
-    SCALED: tl.constexpr = KIND == "rowwise" or KIND == "blockwise"
     BLOCKWISE: tl.constexpr = KIND == "blockwise"
-    tl.static_assert(TOKEN_BLOCK % BLOCK_T == 0 and (not BLOCKWISE or BLOCK_T == TOKEN_BLOCK))
+    MX: tl.constexpr = KIND == "mx" or KIND == "mx upcast"
+    SCALED: tl.constexpr = KIND == "rowwise" or BLOCKWISE or MX
+    tl.static_assert(TOKEN_BLOCK % BLOCK_T == 0 and (not (BLOCKWISE or MX) or BLOCK_T == TOKEN_BLOCK))
     tiles_p = tl.cdiv(P, BLOCK_P)
     tiles_q = tl.cdiv(Q, BLOCK_Q)
     e = tl.program_id(0) // (tiles_p * tiles_q)
@@ -163,15 +166,15 @@ def _wgrad(
         else:
             lhs_tiles = lhs + (start + ts).to(tl.int64)[:, None] * lhs_stride + ps[None, :]
             rhs_tiles = rhs + (start + ts).to(tl.int64)[:, None] * rhs_stride + qs[None, :]
-    if BLOCKWISE:
+    if BLOCKWISE or MX:
         lhs_scales = lhs_scale + first_block.to(tl.int64) * P + ps
         rhs_scales = rhs_scale + first_block.to(tl.int64) * Q + qs
 
     acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     for t in range(0, length, BLOCK_T):
-        if BLOCKWISE:
-            p_scales = tl.load(lhs_scales, mask=ps < P, other=0)
-            q_scales = tl.load(rhs_scales, mask=qs < Q, other=0)
+        if BLOCKWISE or MX:
+            p_scales = tl.load(lhs_scales, mask=ps < P, other=ONES if MX else 0)
+            q_scales = tl.load(rhs_scales, mask=qs < Q, other=ONES if MX else 0)
             lhs_scales += P
             rhs_scales += Q
         if SCALED:
@@ -198,6 +201,8 @@ def _wgrad(
             lhs_tile = lhs_TP.T
         if BLOCKWISE:
             acc += tl.dot(lhs_tile, rhs_tile) * p_scales[:, None] * q_scales[None, :]
+        elif MX:
+            acc = add_mx_product(lhs_tile, p_scales, rhs_tile, q_scales, acc, KIND == "mx")
         else:
             acc = tl.dot(lhs_tile, rhs_tile, acc, input_precision="ieee")
     if KIND == "rowwise":

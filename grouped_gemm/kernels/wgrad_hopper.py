@@ -38,7 +38,7 @@ TILES = {"rowwise": HopperTile(2, 256, 128, 4, 232, 4), "blockwise": HopperTile(
 
 
 def can_run(lhs: Tensor, rhs: Tensor, kind: str) -> bool:
-    """Whether this kernel runs operands of `wgrad` on Hopper: fp8, scales that TMA can read, aligned lines of result."""
+    """Whether this kernel runs operands of `wgrad` on Hopper: fp8, whose scales and results TMA can read and write."""
     return kind in TILES and lhs.shape[1] % 4 == 0 and rhs.shape[1] % 8 == 0
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+from packaging.version import Version
 
 from grouped_gemm import Recipe, grouped_mm, quantize_weights, reference
 from grouped_gemm.kernels import gemm, wgrad
+from grouped_gemm.kernels.launch import kind_of
 
 # ends of groups, M: empty groups, rows past the last one; ends out of order and out of range
 GROUPS = (([5, 5, 40, 60], 64), ([50, 20, 70, -3], 64), ([0, 0], 7))
@@ -70,12 +73,37 @@ def test_operands_without_scales(ends, num_rows, dtype, k, n, contiguous, tma):
     assert db.stride() == b.stride()
 
 
+@pytest.fixture(params=("mx", "mx upcast"))
+def mx(request, monkeypatch):
+    """How MX operands are multiplied: by `tl.dot_scaled`, or widened."""
+    if request.param == "mx" and Version(triton.__version__) < Version("3.8"):
+        pytest.skip("Triton's interpreter has no tl.dot_scaled before 3.8")
+    for module in (gemm, wgrad):
+        monkeypatch.setattr(
+            module, "kind_of", lambda x, recipe: request.param if recipe is Recipe.MXFP8 else kind_of(x, recipe)
+        )
+
+
+fp8_cases = pytest.mark.parametrize(
+    "k, n, contiguous, tma", ((144, 40, "k", True), (50, 37, "n", False)), indirect=("tma",), ids=str
+)
+
+
+@fp8_cases
 @pytest.mark.parametrize("recipe", (Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE_POW2), ids=lambda r: r.value)
-@pytest.mark.parametrize("k, n, contiguous", ((144, 40, "k"), (50, 37, "n")), ids=str)
 def test_fp8(k, n, contiguous, recipe, tma):
+    check_fp8(k, n, contiguous, recipe)
+
+
+@fp8_cases
+def test_mx(k, n, contiguous, mx, tma):
+    check_fp8(k, n, contiguous, Recipe.MXFP8)
+
+
+def check_fp8(k, n, contiguous, recipe):
     operands = case([5, 5, 140, 150], 160, k, n, torch.bfloat16, contiguous)
-    found = passes("triton", *operands, out_dtype=torch.float32)
-    expected = passes("emulated", *operands, out_dtype=torch.float32)
+    found = passes("triton", *operands, recipe=recipe, out_dtype=torch.float32)
+    expected = passes("emulated", *operands, recipe=recipe, out_dtype=torch.float32)
     # Emulated multiplies by scales before it sums; powers of two commute with rounding, so that only the order of sums
     # differs, and how that rounds the gradients to bf16
     bounds = (1e-6, 1e-4, 1e-4, 1e-4) if recipe.power_of_two_scales else (1e-3,) * 4
@@ -91,7 +119,37 @@ def test_a_nan_stays_in_its_row_and_its_group(tma):
     assert db[2].isnan().all() and not db[[0, 1, 3]].isnan().any()
 
 
-@pytest.mark.parametrize("recipe", (Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE), ids=lambda r: r.value)
+def test_mx_scales_of_any_size(mx, tma):
+    """Also those that no quantizer of ours writes: the smallest, huge ones, NaN. Each is for its own block alone."""
+    torch.manual_seed(0)
+    data = torch.randn(1, 160, 48).to(torch.float8_e4m3fn)
+    codes = torch.full((1, 5, 48), 127, dtype=torch.uint8)
+    codes[0, :, 1], codes[0, 1, 2], codes[0, 2, 4], codes[0, 4, 3] = 0, 250, 1, 255
+    data[0, 128:, 3] = 0  # times NaN
+    scale = codes.view(torch.float8_e8m0fnu)
+    a = torch.randn(20, 160)
+    a[:, 32:64] *= 1e-20
+    weights = quantize_weights(data, "mxfp8", scale=scale, dtype=a.dtype, kernel_preference="triton")
+    y = grouped_mm(a, weights, torch.tensor([17], dtype=torch.int32), kernel_preference="triton")
+    assert y[:17, 3].isnan().all() and y.isnan().sum() == 17
+
+    blocks = reference.row_blocks(Recipe.MXFP8)
+    values = reference.dequantize(*reference.quantize(a, blocks, Recipe.MXFP8, data.dtype), blocks)
+    b = reference.dequantize(data, scale, reference.weight_blocks(Recipe.MXFP8, 1))
+    truth = reference.grouped_mm(values, b, [17]).float()
+    # column 1, around 1e-38, is of values that bfloat16 has as subnormals, with an error of up to 2^-134
+    torch.testing.assert_close(y, truth, rtol=1e-4, atol=3e-40, equal_nan=True)
+
+
+def test_a_nan_reaches_the_mx_products_of_its_blocks(mx):
+    a, b, bias, dy, offs = case([5, 5, 40, 60], 64, 48, 80, torch.bfloat16, "k")
+    a.data[20, 3] = torch.inf
+    y, _, db, _ = passes("triton", a, b, bias, dy, offs, recipe="mxfp8")
+    assert y[20].isnan().all() and y.isnan().sum() == 80
+    assert db[2, 3].isnan().all() and db.isnan().sum() == 80
+
+
+@pytest.mark.parametrize("recipe", (Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8), ids=lambda r: r.value)
 def test_a_checkpoints_weights(recipe):
     a, b, _, dy, offs = case([5, 5, 40, 60], 64, 144, 136, torch.bfloat16, "k")
     data, scale = reference.quantize(b.detach(), reference.weight_blocks(recipe, 1), recipe, torch.float8_e4m3fn)
@@ -101,5 +159,5 @@ def test_a_checkpoints_weights(recipe):
         y = grouped_mm(a, weights, offs, kernel_preference=backend)
         results += (y, torch.autograd.grad(y, a, dy)[0])
     assert_near(found[0], expected[0], 3e-3)
-    # rowwise scales run along what dgrad sums over: the Triton backend quantizes once more, Emulated need not
-    assert_near(found[1], expected[1], 3e-3 if recipe.block else 5e-2)
+    # rowwise and MX scales run along K: for dgrad the Triton backend quantizes once more, Emulated need not
+    assert_near(found[1], expected[1], 3e-3 if recipe.weight_lines > 1 else 5e-2)

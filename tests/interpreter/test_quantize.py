@@ -11,7 +11,7 @@ from grouped_gemm.preference import KernelPreference
 
 BACKEND = get_backend(KernelPreference.TRITON)
 FP8 = torch.float8_e4m3fn
-RECIPES = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
+RECIPES = tuple(recipe for recipe in Recipe if recipe.is_scaled)
 # ends of groups, M, D, dtype, recipes: an empty group, whole and short blocks, rows past the last group; ends out of
 # order and out of range; nothing but empty groups
 ACTIVATIONS = (
@@ -26,6 +26,23 @@ def assert_same(found, expected):
     """Bit for bit; every NaN is a NaN."""
     assert found.shape == expected.shape
     assert torch.equal(found.float().nan_to_num(1e38), expected.float().nan_to_num(1e38))
+
+
+def by_block(scale, blocks):
+    """MX scales (ceil(depth/128), lines, 4) as (lines, blocks), and 1 in what is past the last block."""
+    scale = scale.transpose(-3, -2).flatten(-2)
+    assert (scale[..., blocks:].float() == 1).all()
+    return scale[..., :blocks]
+
+
+def by_tokens(scale, ends, num_rows):
+    """`reference.quantize_columns`' MX scales (blocks, D) as (T/128, D, 4); 1 where no token is."""
+    laid = torch.ones(num_rows // 128 + len(ends), 4, scale.shape[1])
+    block = 0
+    for tokens, rows in zip(reference.group_slices(ends), reference.column_scale_slices(ends, Recipe.MXFP8)):
+        laid.flatten(0, 1)[4 * block : 4 * block + rows.stop - rows.start] = scale[rows].float()
+        block += -(-(tokens.stop - tokens.start) // 128)
+    return laid.transpose(1, 2)
 
 
 def activations(num_rows, features, dtype):
@@ -64,10 +81,15 @@ def test_activations(ends, num_rows, features, dtype, recipe):
     ends = reference.group_ends(plan.offs, num_rows)
     data, scale = reference.quantize(x[: ends[-1]], reference.row_blocks(recipe), recipe, FP8)
     assert_same(rows.data[: ends[-1]], data)
-    assert_same(scales_by_row(rows.scale, ends) if recipe.block else rows.scale[: ends[-1], None], scale)
+    if recipe is Recipe.MXFP8:
+        assert_same(by_block(rows.scale, scale.shape[1])[: ends[-1]], scale)
+    elif recipe.block is None:
+        assert_same(rows.scale[: ends[-1], None], scale)
+    else:
+        assert_same(scales_by_row(rows.scale, ends), scale)
 
     data, scale = reference.quantize_columns(x, ends, recipe, FP8)
-    assert_same(columns.scale, scale)
+    assert_same(columns.scale, by_tokens(scale, ends, num_rows) if recipe is Recipe.MXFP8 else scale)
     by_token = columns.data.transpose(1, 2).flatten(0, 1)
     padding = torch.ones(by_token.shape[0], dtype=torch.bool)
     block = 0
@@ -85,8 +107,13 @@ def test_activations(ends, num_rows, features, dtype, recipe):
             if one is not None:
                 whole = one is alone[1]
                 assert_same(*(x.data if whole else x.data[: ends[-1]] for x in (one, both)))
-                written = slice(None) if whole else in_groups(one.scale, ends, recipe)
-                assert_same(one.scale[..., written], both.scale[..., written])
+                if whole:
+                    assert_same(one.scale, both.scale)
+                elif recipe is Recipe.MXFP8:
+                    assert_same(one.scale[:, : ends[-1]], both.scale[:, : ends[-1]])
+                else:
+                    written = in_groups(one.scale, ends, recipe)
+                    assert_same(one.scale[..., written], both.scale[..., written])
 
 
 @pytest.mark.parametrize("contiguous", "kn")
@@ -100,7 +127,11 @@ def test_weights(recipe, contiguous):
     for operand in both:
         data, scale = reference.quantize(b, reference.weight_blocks(recipe, operand.axis), recipe, FP8)
         assert_same(operand.data, data)
-        assert_same(operand.scale, scale if recipe.block else scale.squeeze(operand.axis))
+        if recipe is Recipe.MXFP8:
+            lines = by_block(operand.scale, scale.shape[operand.axis])
+            assert_same(lines if operand.axis == 2 else lines.transpose(1, 2), scale)
+        else:
+            assert_same(operand.scale, scale if recipe.block else scale.squeeze(operand.axis))
         assert operand.data.stride(operand.axis) == 1
         assert operand.data.stride(3 - operand.axis) % 16 == 0  # for TMA, whatever K and N
     alone = (
