@@ -18,8 +18,9 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from grouped_gemm.kernels import gemm, launch, quantize, quantize_mx, tiles, wgrad
+from grouped_gemm.kernels import gemm, gemm_hopper, hopper, launch, quantize, quantize_mx, tiles, wgrad, wgrad_hopper
 from grouped_gemm.kernels.tiles import Tile
 from grouped_gemm.problem import RowClass
 
@@ -33,13 +34,15 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
 
 
-def compile_kernel(kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], **options: int) -> Any:
+def compile_kernel(
+    kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], form: Any = ASTSource, **options: int
+) -> Any:
     """``types`` of arguments that are no integers; ``constants`` of those that are compiled in."""
     names = kernel.arg_names
     free = [name for name in names if name not in constants]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [name for name in free if name not in _PLAIN and "tensordesc" not in signature[name]]
-    source = ASTSource(
+    source = form(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items()},
@@ -65,6 +68,7 @@ def compile_gemm(arch: str, kind: str, tile: Tile, c_contiguous: bool = True) ->
     constants = {
         "KIND": kind, "C_CONTIGUOUS": c_contiguous, "TMA": tma, "bias": None,
         "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_C": tile.depth, "BAND": tile.band,
+        "SCALE_ALIGNMENT": 4,
     }  # fmt: skip
     if kind.endswith("bit"):
         constants |= {"lhs_scale": None, "rhs_scale": None}
@@ -80,6 +84,7 @@ def compile_wgrad(arch: str, kind: str, tile: Tile) -> Any:
     constants = {
         "KIND": kind, "TMA": tma, "TOKEN_BLOCK": 128, "E_PADDED": 256,
         "BLOCK_P": tile.rows, "BLOCK_Q": tile.columns, "BLOCK_T": tile.depth, "BAND": tile.band,
+        "ACCUMULATE": False,
     }  # fmt: skip
     if kind.endswith("bit"):
         constants |= {"lhs_scale": None, "rhs_scale": None}
@@ -92,25 +97,81 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
         ("by_row", "by_column", "data", "straight", "transposed"), fp8
     )
     types |= dict.fromkeys(("row_scales", "column_scales", "line_scales", "scales"), "*fp32")
-    types |= dict.fromkeys(("offs", "amax", "line_amax", "column_amax"), "*i32")
-    numbers = {"LIMIT": 240.0 if arch == "gfx942" else 448.0, "POWER_OF_TWO": False}
-    tile = {"E_PADDED": 256, "BLOCK": 128}
-    both = {"STRAIGHT": True, "TRANSPOSED": True, "BLOCK": 128}
+    types |= dict.fromkeys(("offs", "blocks", "row_amax", "line_amax", "column_amax"), "*i32")
+    nvidia = arch.startswith("sm")
+    numbers = {"LIMIT": 240.0 if arch == "gfx942" else 448.0, "POWER_OF_TWO": False, "NVIDIA": nvidia}
+    tile = {"BLOCK": 128, "BAND": 8}
+    activations = numbers | tile | {"ROWS": True, "COLUMNS": True, "SCALE_ALIGNMENT": 4}
+    weights = numbers | tile | {"STRAIGHT": True, "TRANSPOSED": True}
+    no_amax = {"row_amax": None, "line_amax": None, "column_amax": None}
+    find = {"E_PADDED": 256, "BLOCK": 128, "SCALE_ALIGNMENT": 4, "AT_ONCE": 32}
 
-    def build(kernel: Any, constants: dict[str, Any]) -> Any:
-        return compile_kernel(kernel, arch, types, constants, num_warps=8)
+    def build(kernel: Any, constants: dict[str, Any], warps: int) -> Any:
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        return compile_kernel(kernel, arch, types, constants, num_warps=warps)
 
-    own, given = {"column_amax": None, "ROWS": True, "COLUMNS": True}, {"ROWS": False, "COLUMNS": True}
-    no_amax = {"line_amax": None, "column_amax": None}
     return {
-        "rows": build(quantize._quantize_rows, numbers | {"BLOCK_M": 8, "BLOCK_D": 1024}),
-        "column amax": build(quantize._column_amax, tile),
-        "blocks": build(quantize._quantize_tiles, numbers | tile | own | {"STEP": 32}),
-        "columns": build(quantize._quantize_tiles, numbers | tile | given | {"STEP": 32}),
-        "weight amax": build(quantize._weight_amax, {"BLOCK": 128}),
-        "weights rowwise": build(quantize._quantize_weights, numbers | both | {"ROWWISE": True}),
-        "weights blockwise": build(quantize._quantize_weights, numbers | both | no_amax | {"ROWWISE": False}),
+        "find blocks": build(quantize._find_blocks, find, 4),
+        "rows": build(quantize._quantize_rows, numbers | {"BLOCK_M": 1, "BLOCK_D": 8192, "WHOLE": True}, 8),
+        "amax": build(quantize._amax, tile, 4),
+        "tiles rowwise": build(quantize._quantize_tiles, activations | {"ROWWISE": True}, 4),
+        "tiles blockwise": build(quantize._quantize_tiles, activations | no_amax | {"ROWWISE": False}, 4),
+        "weight amax": build(quantize._weight_amax, tile, 8),
+        "weights rowwise": build(quantize._quantize_weights, weights | {"ROWWISE": True}, 8),
+        "weights blockwise": build(quantize._quantize_weights, weights | no_amax | {"ROWWISE": False}, 8),
     }
+
+
+def compile_hopper() -> dict[str, Any]:
+    """The kernels that are written for Hopper, each kind and each way that a result leaves."""
+    compiled = {}
+    for kind, tile in gemm_hopper.TILES.items():
+        for c_contiguous in (True, False) if kind == "16 bit" else (True,):
+            for whole in (True, False):
+                name = f"gemm_hopper {kind} {tuple(tile)} {c_contiguous=} {whole=}"
+                compiled[name] = compile_gemm_hopper(kind, tile, c_contiguous, whole)
+    for kind, tile in wgrad_hopper.TILES.items():
+        for whole in (True, False):
+            compiled[f"wgrad_hopper {kind} {tuple(tile)} {whole=}"] = compile_wgrad_hopper(kind, tile, whole)
+    return compiled
+
+
+def descriptor(dtype: str, rows: int, columns: int) -> str:
+    layout = hopper.SCALES if dtype == "fp32" else hopper.operand_layout(2 if dtype == "bf16" else 1)
+    return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
+
+
+def compile_gemm_hopper(kind: str, tile: Any, c_contiguous: bool, whole: bool) -> Any:
+    """A result leaves in whole tiles, bf16, or masked, fp32 with a bias."""
+    dtype = dtype_of(kind, "sm_90")
+    lhs = descriptor(dtype, 64, tile.depth)
+    types = dict.fromkeys(("lhs_scale", "rhs_scale"), "*fp32") | {"bias": "*bf16", "offs": "*i32"}
+    types |= {"out": "*bf16" if whole else "*fp32", "lhs_desc": lhs}
+    types["rhs_desc"] = descriptor(dtype, *((tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)))
+    types["scale_desc"] = descriptor("fp32", 1, 64) if kind == "blockwise" else lhs
+    types["out_desc"] = descriptor("bf16", 64, 128) if whole else lhs
+    constants = {
+        "KIND": kind, "C_CONTIGUOUS": c_contiguous, "HAS_BIAS": not whole, "TMA_STORE": whole,
+        "CONSUMERS": tile.consumers, "BLOCK_N": tile.columns, "BLOCK_C": tile.depth, "STAGES": tile.stages,
+        "BAND": tile.band, "REGISTERS": tile.registers, "num_warps": 4,
+    }  # fmt: skip
+    return compile_kernel(gemm_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
+
+
+def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
+    """``whole``: tiles leave through shared memory, bf16; else they are added to fp32."""
+    lhs = descriptor("fp8e4nv", 64, 128)
+    types = dict.fromkeys(("lhs_scale", "rhs_scale"), "*fp32") | {"offs": "*i32", "lhs_desc": lhs}
+    types |= {"out": "*bf16" if whole else "*fp32", "rhs_desc": descriptor("fp8e4nv", tile.columns, 128)}
+    types["lhs_scale_desc"] = descriptor("fp32", 1, 64) if kind == "blockwise" else lhs
+    types["rhs_scale_desc"] = descriptor("fp32", 1, tile.columns) if kind == "blockwise" else lhs
+    types["out_desc"] = descriptor("bf16", 64, 128) if whole else lhs
+    constants = {
+        "KIND": kind, "TMA_STORE": whole, "ACCUMULATE": not whole, "CONSUMERS": tile.consumers,
+        "BLOCK_Q": tile.columns, "BLOCK_T": 128, "STAGES": tile.stages, "BAND": tile.band,
+        "REGISTERS": tile.registers, "num_warps": 4,
+    }  # fmt: skip
+    return compile_kernel(wgrad_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
 
 
 def compile_mx_quantizers(arch: str) -> dict[str, Any]:
@@ -166,6 +227,8 @@ def main(arch: str) -> None:
     quantizers |= compile_mx_quantizers(arch) if has_fp8 else {}
     for name, compiled in quantizers.items():
         print(json.dumps(facts_of(f"quantize {name}", compiled)), flush=True)
+    for name, compiled in compile_hopper().items() if arch == "sm_90" else ():
+        print(json.dumps(facts_of(name, compiled)), flush=True)
 
 
 if __name__ == "__main__":

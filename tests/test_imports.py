@@ -34,6 +34,7 @@ LAYERS = (
     ("kernels.quantize_mx",),
     ("backends.base", "kernels.gemm", "kernels.quantize", "kernels.wgrad"),
     ("kernels.tuning",),
+    ("kernels.gemm_hopper", "kernels.wgrad_hopper"),
     ("kernels", "kernels.*"),
     ("operand", "ops", "problem", "reference"),
     ("device", "preference", "recipes"),

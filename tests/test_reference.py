@@ -86,7 +86,7 @@ def fp32(value: float) -> float:
 
 
 def naive_scale(amax: float, recipe: Recipe, limit: float) -> float:
-    scale = fp32(max(amax, math.ldexp(limit, -126)) / limit)
+    scale = fp32(max(amax, math.ldexp(limit, -126)) * fp32(1 / limit))
     if recipe in POW2:
         mantissa, exponent = math.frexp(scale)  # scale = mantissa * 2^exponent, mantissa from 0.5 up to 1
         scale = math.ldexp(1, exponent - 1 if mantissa == 0.5 else exponent)

@@ -239,8 +239,8 @@ def _consume(
                 mbarrier.arrive(empty.index(before(slot, STAGES)), count=1)
         if row < end:
             _finish(
-                which, acc, out_bufs, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
-                KIND, HAS_BIAS, TMA_STORE, BLOCK_N, LAYOUT,
+                acc, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
+                KIND, HAS_BIAS, TMA_STORE,
             )  # fmt: skip
         tile += gl.num_programs(0)
         e, start, end, first_tile, scale_row = _seek(
@@ -252,26 +252,34 @@ def _consume(
 
 @gluon.jit
 def _finish(
-    which: gl.constexpr, acc, out_bufs, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
-    KIND: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
+    acc, buffer, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
+    KIND: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
 ):  # fmt: skip
     """Scales a finished tile, adds the bias, and stores it: whole tiles through shared memory, others masked."""
-    rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-    ns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    e64 = gl.minimum(e, E - 1).to(gl.int64)  # past the last group the sum is zero, whatever the scale
-    if KIND == "rowwise":
-        row_scales = gl.load(lhs_scale + rows, mask=(rows < end) & (e < E), other=0)
-        column_scales = gl.load(rhs_scale + e64 * N + ns, mask=ns < N, other=0)
-        acc = acc * gl.expand_dims(row_scales, 1) * gl.expand_dims(column_scales, 0)
-    if HAS_BIAS:
-        biases = gl.load(bias + e64 * N + ns, mask=(ns < N) & (e < E), other=0)
-        acc = acc + gl.expand_dims(biases.to(gl.float32), 0)
-    values = acc.to(out.dtype.element_ty)
-    if TMA_STORE and row + 64 <= end:
-        store_tile(values, out_bufs.index(which), out_desc, row, column)
+    if acc.shape[1] == 256:  # by halves: fewer registers
+        halves = acc.reshape([64, 2, 128]).permute((0, 2, 1)).split()
+        for i in gl.static_range(2):
+            _finish(
+                halves[i], buffer, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column + 128 * i, E, N,
+                KIND, HAS_BIAS, TMA_STORE,
+            )  # fmt: skip
     else:
-        target = out + gl.expand_dims(rows.to(gl.int64), 1) * N + gl.expand_dims(ns, 0)
-        gl.store(target, values, mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(ns < N, 0))
+        rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
+        ns = column + gl.arange(0, 128, layout=gl.SliceLayout(0, acc.type.layout))
+        e64 = gl.minimum(e, E - 1).to(gl.int64)  # past the last group the sum is zero, whatever the scale
+        if KIND == "rowwise":
+            row_scales = gl.load(lhs_scale + rows, mask=(rows < end) & (e < E), other=0)
+            column_scales = gl.load(rhs_scale + e64 * N + ns, mask=ns < N, other=0)
+            acc = acc * gl.expand_dims(row_scales, 1) * gl.expand_dims(column_scales, 0)
+        if HAS_BIAS:
+            biases = gl.load(bias + e64 * N + ns, mask=(ns < N) & (e < E), other=0)
+            acc = acc + gl.expand_dims(biases.to(gl.float32), 0)
+        values = acc.to(out.dtype.element_ty)
+        if TMA_STORE and row + 64 <= end:
+            store_tile(values, buffer, out_desc, row, column)
+        else:
+            target = out + gl.expand_dims(rows.to(gl.int64), 1) * N + gl.expand_dims(ns, 0)
+            gl.store(target, values, mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(ns < N, 0))
 
 
 @gluon.jit(do_not_specialize=["M", "E"])

@@ -60,13 +60,8 @@ def before(slot, STAGES: gl.constexpr):
 
 @gluon.jit
 def store_tile(values, buffer, desc, row, column):
-    """Stores 64 rows through shared memory, and waits only for the tile before."""
-    if values.shape[1] == 256:
-        halves = values.reshape([64, 2, 128]).permute((0, 2, 1)).split()
-        store_tile(halves[0], buffer, desc, row, column)
-        store_tile(halves[1], buffer, desc, row, column + 128)
-    else:
-        tma.store_wait(0)
-        buffer.store(values)
-        fence_async_shared()
-        store(desc, [row, column], buffer)
+    """Stores 64 by 128 values through shared memory, and waits only for those before."""
+    tma.store_wait(0)
+    buffer.store(values)
+    fence_async_shared()
+    store(desc, [row, column], buffer)

@@ -98,7 +98,7 @@ _WGRAD: dict[str, dict[str, Tile]] = {
         "rowwise": Tile(128, 128, 64, 8, 4),
         "blockwise": Tile(128, 128, 128, 8, 2),
         "mx": Tile(128, 128, 128, 8, 3),
-        "mx upcast": Tile(64, 64, 128, 4, 3),
+        "mx upcast": Tile(32, 64, 128, 4, 3),
     },
     "amd": {
         "16 bit": Tile(128, 128, 64, 8, 2),

@@ -189,8 +189,8 @@ def _consume(
                 mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=blocks > 0)
             if p < P:
                 _finish(
-                    which, acc, out_bufs, out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
-                    KIND, TMA_STORE, ACCUMULATE, BLOCK_Q, LAYOUT,
+                    acc, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
+                    KIND, TMA_STORE, ACCUMULATE,
                 )  # fmt: skip
             tile += gl.num_programs(0)
         first_tile += tiles_p * tiles_q
@@ -201,25 +201,34 @@ def _consume(
 
 @gluon.jit
 def _finish(
-    which: gl.constexpr, acc, out_bufs, out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
-    KIND: gl.constexpr, TMA_STORE: gl.constexpr, ACCUMULATE: gl.constexpr, BLOCK_Q: gl.constexpr, LAYOUT: gl.constexpr,
+    acc, buffer, out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
+    KIND: gl.constexpr, TMA_STORE: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     """Scales a finished tile and stores or adds it: whole tiles through shared memory, others masked."""
-    ps = p + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
-    qs = q + gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, LAYOUT))
-    e64 = e.to(gl.int64)
-    if KIND == "rowwise":
-        p_scales = gl.load(lhs_scale + e64 * P + ps, mask=ps < P, other=0)
-        q_scales = gl.load(rhs_scale + e64 * Q + qs, mask=qs < Q, other=0)
-        acc = acc * gl.expand_dims(p_scales, 1) * gl.expand_dims(q_scales, 0)
-    if TMA_STORE and p + 64 <= P:
-        store_tile(acc.to(out.dtype.element_ty), out_bufs.index(which), out_desc, e * P + p, q)
+    WIDTH: gl.constexpr = acc.shape[1]
+    if WIDTH > (64 if ACCUMULATE else 128):  # by halves: fewer registers
+        halves = acc.reshape([64, 2, WIDTH // 2]).permute((0, 2, 1)).split()
+        for i in gl.static_range(2):
+            _finish(
+                halves[i], buffer, out_desc, lhs_scale, rhs_scale, out, e, p, q + WIDTH // 2 * i, P, Q,
+                KIND, TMA_STORE, ACCUMULATE,
+            )  # fmt: skip
     else:
-        target = out + e64 * P * Q + gl.expand_dims(ps.to(gl.int64), 1) * Q + gl.expand_dims(qs, 0)
-        mask = gl.expand_dims(ps < P, 1) & gl.expand_dims(qs < Q, 0)
-        if ACCUMULATE:
-            acc = acc + gl.load(target, mask=mask, other=0).to(gl.float32)
-        gl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+        ps = p + gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
+        qs = q + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, acc.type.layout))
+        e64 = e.to(gl.int64)
+        if KIND == "rowwise":
+            p_scales = gl.load(lhs_scale + e64 * P + ps, mask=ps < P, other=0)
+            q_scales = gl.load(rhs_scale + e64 * Q + qs, mask=qs < Q, other=0)
+            acc = acc * gl.expand_dims(p_scales, 1) * gl.expand_dims(q_scales, 0)
+        if TMA_STORE and p + 64 <= P:
+            store_tile(acc.to(out.dtype.element_ty), buffer, out_desc, e * P + p, q)
+        else:
+            target = out + e64 * P * Q + gl.expand_dims(ps.to(gl.int64), 1) * Q + gl.expand_dims(qs, 0)
+            mask = gl.expand_dims(ps < P, 1) & gl.expand_dims(qs < Q, 0)
+            if ACCUMULATE:
+                acc = acc + gl.load(target, mask=mask, other=0)
+            gl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @gluon.jit(do_not_specialize=["M", "E"])
