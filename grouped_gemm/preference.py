@@ -27,8 +27,6 @@ class KernelPreference(Enum):
     DEEPGEMM = "deepgemm"
     HIPBLASLT = "hipblaslt"
 
-    __hash__ = object.__hash__  # members are unique; Enum's own hash runs in Python, at every look-up
-
     @classmethod
     def parse(cls, value: KernelPreference | str, argument: str = "kernel_preference") -> KernelPreference:
         """The preference named by ``value``: a `KernelPreference`, or its name in either case.

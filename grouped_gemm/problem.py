@@ -27,8 +27,6 @@ class RowClass(Enum):
     SMALL = "small"  # at most 256
     LARGE = "large"
 
-    __hash__ = object.__hash__  # members are unique; Enum's own hash runs in Python, at every look-up
-
 
 def row_class(num_rows: int, num_groups: int) -> RowClass:
     """The class of ``num_rows`` rows in ``num_groups`` groups; from shapes, so it never waits for the device."""

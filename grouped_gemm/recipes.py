@@ -34,8 +34,6 @@ class Recipe(Enum):
     FP8_BLOCKWISE_POW2 = "fp8_blockwise_pow2"
     MXFP8 = "mxfp8"
 
-    __hash__ = object.__hash__  # members are unique; Enum's own hash runs in Python, at every look-up
-
     @property
     def is_scaled(self) -> bool:
         """Whether operands are quantized at all."""

@@ -321,14 +321,19 @@ def _relative(found: Tensor, truth: Tensor) -> float:
     return error.nan_to_num(nan=math.inf, posinf=math.inf).max().item() if error.numel() else 0.0
 
 
-def rounding_tolerance(dtype: torch.dtype) -> float:
+def rounding_tolerance(dtype: torch.dtype, case: Case | None = None, device: torch.device | None = None) -> float:
     """How far a row may be from `expected` under the same recipe, as `worst_row_error`.
 
     Both have the same operands, and what is left is two errors. The result is rounded once to ``dtype``, by at
     most half a unit in the last place: eps / 2 of each value, and so of the norm. And the products are summed up in
-    fp32, which for standard normal data and up to a few thousand terms stays below 2^-18.
+    fp32, which for standard normal data and up to a few thousand terms stays below 2^-18; where ``case`` sums up fp8
+    products in the tensor cores of ``device``, and these are Ada's or Hopper's, with 13 bits: below 2^-11.
     """
-    return torch.finfo(dtype).eps / 2 + 2.0**-18
+    sums = 2.0**-18
+    if case is not None and device is not None and case.backend is not KernelPreference.EMULATED:
+        in_fp8 = case.recipe.is_scaled and case.recipe is not Recipe.MXFP8
+        sums = 2.0**-11 if in_fp8 and machine_of(device).arch in ("sm_89", "sm_90") else sums
+    return torch.finfo(dtype).eps / 2 + sums
 
 
 def quantization_tolerance(recipe: Recipe, dtype: torch.dtype) -> float:

@@ -206,7 +206,8 @@ def _finish(
 ):  # fmt: skip
     """Scales a finished tile and stores or adds it: whole tiles through shared memory, others masked."""
     WIDTH: gl.constexpr = acc.shape[1]
-    if WIDTH > (64 if ACCUMULATE else 128):  # by halves: fewer registers
+    AT_ONCE: gl.constexpr = 64 if ACCUMULATE else 128
+    if WIDTH > AT_ONCE:  # by halves: fewer registers
         halves = acc.reshape([64, 2, WIDTH // 2]).permute((0, 2, 1)).split()
         for i in gl.static_range(2):
             _finish(
