@@ -20,7 +20,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from grouped_gemm.kernels import gemm, gemm_hopper, hopper, launch, quantize, quantize_mx, tiles, wgrad, wgrad_hopper
+from grouped_gemm.kernels import (
+    gemm,
+    gemm_hopper,
+    hopper,
+    launch,
+    quantize,
+    quantize_mx,
+    quantize_packed,
+    tiles,
+    wgrad,
+    wgrad_hopper,
+)
 from grouped_gemm.kernels.tiles import Tile
 from grouped_gemm.problem import RowClass
 
@@ -110,12 +121,21 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         return compile_kernel(kernel, arch, types, constants, num_warps=warps)
 
+    packed = {}
+    if nvidia:
+        blockwise = activations | no_amax | {"ROWWISE": False}
+        packed = {
+            "amax packed": build(quantize_packed._amax, tile, 4),
+            "tiles rowwise packed": build(quantize_packed._quantize_tiles, activations | {"ROWWISE": True}, 4),
+            "tiles blockwise packed": build(quantize_packed._quantize_tiles, blockwise, 4),
+        }
     return {
         "find blocks": build(quantize._find_blocks, find, 4),
         "rows": build(quantize._quantize_rows, numbers | {"BLOCK_M": 1, "BLOCK_D": 8192, "WHOLE": True}, 8),
         "amax": build(quantize._amax, tile, 4),
         "tiles rowwise": build(quantize._quantize_tiles, activations | {"ROWWISE": True}, 4),
         "tiles blockwise": build(quantize._quantize_tiles, activations | no_amax | {"ROWWISE": False}, 4),
+        **packed,
         "weight amax": build(quantize._weight_amax, tile, 8),
         "weights rowwise": build(quantize._quantize_weights, weights | {"ROWWISE": True}, 8),
         "weights blockwise": build(quantize._quantize_weights, weights | no_amax | {"ROWWISE": False}, 8),
@@ -137,7 +157,7 @@ def compile_hopper() -> dict[str, Any]:
 
 
 def descriptor(dtype: str, rows: int, columns: int) -> str:
-    layout = hopper.SCALES if dtype == "fp32" else hopper.operand_layout(2 if dtype == "bf16" else 1)
+    layout = hopper.SCALES_IN_SHARED if dtype == "fp32" else hopper.TILES_IN_SHARED[2 if dtype == "bf16" else 1]
     return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
 
 
@@ -148,11 +168,13 @@ def compile_gemm_hopper(kind: str, tile: Any, c_contiguous: bool, whole: bool) -
     types = dict.fromkeys(("lhs_scale", "rhs_scale"), "*fp32") | {"bias": "*bf16", "offs": "*i32"}
     types |= {"out": "*bf16" if whole else "*fp32", "lhs_desc": lhs}
     types["rhs_desc"] = descriptor(dtype, *((tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)))
-    types["scale_desc"] = descriptor("fp32", 1, 64) if kind == "blockwise" else lhs
-    types["out_desc"] = descriptor("bf16", 64, 128) if whole else lhs
-    constants = {
-        "KIND": kind, "C_CONTIGUOUS": c_contiguous, "HAS_BIAS": not whole, "TMA_STORE": whole,
-        "CONSUMERS": tile.consumers, "BLOCK_N": tile.columns, "BLOCK_C": tile.depth, "STAGES": tile.stages,
+    types |= {"scale_desc": descriptor("fp32", 1, 64), "out_desc": descriptor("bf16", 64, 128)}
+    constants = dict.fromkeys(("bias",) if whole else ("out_desc",))
+    constants |= {} if kind == "blockwise" else {"scale_desc": None}
+    constants |= {"lhs_scale": None, "rhs_scale": None} if kind == "16 bit" else {}
+    constants |= {
+        "KIND": kind, "C_CONTIGUOUS": c_contiguous, "CONSUMERS": tile.consumers,
+        "BLOCK_N": tile.columns, "BLOCK_C": tile.depth, "STAGES": tile.stages,
         "BAND": tile.band, "REGISTERS": tile.registers, "num_warps": 4,
     }  # fmt: skip
     return compile_kernel(gemm_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
@@ -163,11 +185,12 @@ def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
     lhs = descriptor("fp8e4nv", 64, 128)
     types = dict.fromkeys(("lhs_scale", "rhs_scale"), "*fp32") | {"offs": "*i32", "lhs_desc": lhs}
     types |= {"out": "*bf16" if whole else "*fp32", "rhs_desc": descriptor("fp8e4nv", tile.columns, 128)}
-    types["lhs_scale_desc"] = descriptor("fp32", 1, 64) if kind == "blockwise" else lhs
-    types["rhs_scale_desc"] = descriptor("fp32", 1, tile.columns) if kind == "blockwise" else lhs
-    types["out_desc"] = descriptor("bf16", 64, 128) if whole else lhs
-    constants = {
-        "KIND": kind, "TMA_STORE": whole, "ACCUMULATE": not whole, "CONSUMERS": tile.consumers,
+    types |= {"lhs_scale_desc": descriptor("fp32", 1, 64), "rhs_scale_desc": descriptor("fp32", 1, tile.columns)}
+    types["out_desc"] = descriptor("bf16", 64, 128)
+    constants = {} if whole else {"out_desc": None}
+    constants |= {} if kind == "blockwise" else {"lhs_scale_desc": None, "rhs_scale_desc": None}
+    constants |= {
+        "KIND": kind, "ACCUMULATE": not whole, "CONSUMERS": tile.consumers,
         "BLOCK_Q": tile.columns, "BLOCK_T": 128, "STAGES": tile.stages, "BAND": tile.band,
         "REGISTERS": tile.registers, "num_warps": 4,
     }  # fmt: skip

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import group_end, tile_position
-from grouped_gemm.kernels.launch import can_use_tma, kind_of, num_processors, on_device, packed
+from grouped_gemm.kernels.launch import can_use_tma, describe, kind_of, launch, num_processors, on_device, packed
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT
 from grouped_gemm.kernels.mx import ONES, add_mx_product
 from grouped_gemm.kernels.tuning import gemm_tile
@@ -77,13 +77,15 @@ def grouped_mm(
     tile = gemm_tile(machine, kind, rows, depth, columns, c_contiguous, tma)
     if tma:
         sides = (tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)
-        lhs_arg = TensorDescriptor(lhs_MC, lhs_MC.shape, lhs_MC.stride(), [tile.rows, tile.depth])
-        rhs_arg = TensorDescriptor(rhs, rhs.shape, rhs.stride(), [1, *sides])
+        lhs_arg = describe(TensorDescriptor, lhs_MC, lhs_MC.shape, lhs_MC.stride(), [tile.rows, tile.depth])
+        rhs_arg = describe(TensorDescriptor, rhs, rhs.shape, rhs.stride(), [1, *sides])
     else:
         lhs_arg, rhs_arg = lhs_MC, rhs
     most_tiles = (triton.cdiv(num_rows, tile.rows) + num_groups) * triton.cdiv(columns, tile.columns)
     with on_device(lhs_MC):
-        _grouped_mm[(min(most_tiles, num_processors(lhs_MC.device)),)](
+        launch(
+            _grouped_mm,
+            (min(most_tiles, num_processors(lhs_MC.device)),),
             lhs_arg,
             lhs_scale,
             rhs_arg,
@@ -100,14 +102,16 @@ def grouped_mm(
             rhs.stride(0),
             rhs.stride(1),
             *(rhs_scale.stride() if rhs_scale is not None and rhs_scale.dim() == 3 else (0, 0, 0)),
-            KIND=kind,
-            C_CONTIGUOUS=c_contiguous,
-            TMA=tma,
-            BLOCK_M=tile.rows,
-            BLOCK_N=tile.columns,
-            BLOCK_C=tile.depth,
-            BAND=tile.band,
-            SCALE_ALIGNMENT=SCALE_ALIGNMENT,
+            constants={
+                "KIND": kind,
+                "C_CONTIGUOUS": c_contiguous,
+                "TMA": tma,
+                "BLOCK_M": tile.rows,
+                "BLOCK_N": tile.columns,
+                "BLOCK_C": tile.depth,
+                "BAND": tile.band,
+                "SCALE_ALIGNMENT": SCALE_ALIGNMENT,
+            },
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -24,19 +24,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from grouped_gemm.kernels.hopper import (
     PRODUCER_REGISTERS,
-    SCALES,
     HopperTile,
     before,
+    describe_scales,
+    describe_tile,
     load,
-    operand_layout,
     place,
     store_tile,
 )
-from grouped_gemm.kernels.launch import num_processors
+from grouped_gemm.kernels.launch import launch, num_processors
 
 # H200, triton 3.6.0, 2026-11-21.
 TILES = {
@@ -81,28 +80,25 @@ def grouped_mm(
     rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO
     lines, line = rhs.shape[0] * rhs.shape[1], rhs.shape[2]
     box = [tile.columns, tile.depth] if c_contiguous else [tile.depth, tile.columns]
-    operand = operand_layout(lhs_MC.element_size())
-    tma_store = out_MO.element_size() == 2
-    lhs_desc = TensorDescriptor(lhs_MC, [num_rows, depth], [lhs_MC.stride(0), 1], [64, tile.depth], operand)
-    rhs_desc = TensorDescriptor(rhs, [lines, line], [rhs.stride(1), 1], box, operand)
-    scale_desc = lhs_desc
+    lhs_desc = describe_tile(lhs_MC, [num_rows, depth], lhs_MC.stride(0), [64, tile.depth])
+    rhs_desc = describe_tile(rhs, [lines, line], rhs.stride(1), box)
+    scale_desc = out_desc = None
     if kind == "blockwise":
         assert lhs_scale is not None
-        scale_desc = TensorDescriptor(lhs_scale, list(lhs_scale.shape), [lhs_scale.stride(0), 1], [1, 64], SCALES)
-    out_desc = lhs_desc
-    if tma_store:
-        out_desc = TensorDescriptor(out_MO, [num_rows, columns], [columns, 1], [64, 128], operand_layout(2))
+        scale_desc = describe_scales(lhs_scale, 64)
+    if out_MO.element_size() == 2:
+        out_desc = describe_tile(out_MO, [num_rows, columns], columns, [64, 128])
     most_tiles = (triton.cdiv(num_rows, 64 * tile.consumers) + num_groups) * triton.cdiv(columns, tile.columns)
     strides = rhs_scale.stride() if rhs_scale is not None and rhs_scale.dim() == 3 else (0, 0, 0)
-    _kernel[(min(most_tiles, num_processors(lhs_MC.device)),)](
-        lhs_desc, rhs_desc, scale_desc, out_desc,
-        offs if lhs_scale is None else lhs_scale,
-        offs if rhs_scale is None else rhs_scale,
-        offs if bias_EO is None else bias_EO,
+    launch(
+        _kernel, (min(most_tiles, num_processors(lhs_MC.device)),),
+        lhs_desc, rhs_desc, scale_desc, out_desc, lhs_scale, rhs_scale, bias_EO,
         offs, out_MO, num_rows, num_groups, depth, columns, *strides,
-        KIND=kind, C_CONTIGUOUS=c_contiguous, HAS_BIAS=bias_EO is not None, TMA_STORE=tma_store,
-        CONSUMERS=tile.consumers, BLOCK_N=tile.columns, BLOCK_C=tile.depth, STAGES=tile.stages, BAND=tile.band,
-        REGISTERS=tile.registers, num_warps=4,
+        constants={
+            "KIND": kind, "C_CONTIGUOUS": c_contiguous, "CONSUMERS": tile.consumers, "BLOCK_N": tile.columns,
+            "BLOCK_C": tile.depth, "STAGES": tile.stages, "BAND": tile.band, "REGISTERS": tile.registers,
+            "num_warps": 4,
+        },
     )  # fmt: skip
 
 
@@ -286,10 +282,22 @@ def _finish(
 def _kernel(
     lhs_desc, rhs_desc, scale_desc, out_desc, lhs_scale, rhs_scale, bias, offs, out, M, E, C, N,
     scale_stride_e, scale_stride_c, scale_stride_o,
-    KIND: gl.constexpr, C_CONTIGUOUS: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
-    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
-    REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    KIND: gl.constexpr, C_CONTIGUOUS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
+    # A warpgroup's arguments are values: what is not there has a stand-in, which nothing reads.
+    HAS_BIAS: gl.constexpr = bias is not None
+    TMA_STORE: gl.constexpr = out_desc is not None
+    if lhs_scale is None:
+        lhs_scale = offs
+    if rhs_scale is None:
+        rhs_scale = offs
+    if bias is None:
+        bias = offs
+    if scale_desc is None:
+        scale_desc = lhs_desc
+    if out_desc is None:
+        out_desc = lhs_desc
     lhs_bufs = gl.allocate_shared_memory(lhs_desc.dtype, [STAGES * CONSUMERS, 64, BLOCK_C], lhs_desc.layout)
     RHS_BOX: gl.constexpr = [STAGES, BLOCK_N, BLOCK_C] if C_CONTIGUOUS else [STAGES, BLOCK_C, BLOCK_N]
     rhs_bufs = gl.allocate_shared_memory(rhs_desc.dtype, RHS_BOX, rhs_desc.layout)

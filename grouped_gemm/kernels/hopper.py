@@ -4,23 +4,38 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from grouped_gemm.kernels.launch import describe
 
 # Triton 3.9 renamed them.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
-SCALES = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 PRODUCER_REGISTERS = gl.constexpr(40)
 
+# How tiles of operands and of the result lie in shared memory, by the size of a value, and how scales do.
+TILES_IN_SHARED = {
+    size: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * size, rank=2) for size in (1, 2)
+}
+SCALES_IN_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
-def operand_layout(itemsize: int) -> gl.NVMMASharedLayout:
-    """How tiles of operands and of the result lie in shared memory."""
-    return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * itemsize, rank=2)
+
+def describe_tile(x: Tensor, shape: list[int], stride: int, box: list[int]) -> Any:
+    """A descriptor of ``x``, seen as lines of ``shape`` that are ``stride`` apart, for copies of a ``box``."""
+    return describe(TensorDescriptor, x, shape, [stride, 1], box, layout=TILES_IN_SHARED[x.element_size()])
+
+
+def describe_scales(scale: Tensor, count: int) -> Any:
+    """A descriptor of fp32 scales (steps, lines), for copies of those of ``count`` lines in one step."""
+    shape = list(scale.shape)
+    return describe(TensorDescriptor, scale, shape, [scale.stride(0), 1], [1, count], layout=SCALES_IN_SHARED)
 
 
 class HopperTile(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,4 +56,55 @@ def num_processors(device: torch.device) -> int:
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Makes the device of ``x`` the current one, which Triton launches on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.current_device() != x.get_device() else _HERE
+
+
+_HERE = nullcontext()
+
+
+def describe(
+    form: type, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], **more: Any
+) -> Any:
+    """A tensor descriptor, of Triton or of Gluon, of operands that `can_use_tma`: without its constructor's own checks."""
+    described = form.__new__(form)
+    described.__dict__.update(base=base, shape=shape, strides=strides, block_shape=block_shape, padding="zero", **more)
+    return described
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: dict[str, Any], **options: Any) -> None:
+    """Launches ``kernel`` on the current stream, as ``kernel[grid](*args, **constants, **options)``.
+
+    Triton's own look at the arguments of a launch takes tens of microseconds. Here a launch that is like an earlier
+    one, in all that Triton compiles for, goes straight to what was compiled.
+
+    Args:
+        kernel: a function of Triton or Gluon whose constants come last.
+        grid: programs along up to three axes.
+        args: tensors, descriptors, integers and None.
+        constants: its constexpr arguments, all of them, in the order of its signature.
+        options: ``num_warps`` and its like, unless the kernel has them for arguments.
+    """
+    values = tuple(constants.values())
+    facts: list[Any] = [kernel, values, tuple(options.values())]
+    for arg in args:
+        if arg is None:
+            facts.append(None)
+        elif isinstance(arg, int):
+            facts.append(1 if arg == 1 else (arg & 15 == 0, -(2**31) <= arg < 2**31))
+        elif isinstance(arg, Tensor):
+            facts.append((arg.dtype, arg.data_ptr() & 15 == 0, arg.get_device()))
+        else:
+            facts.append((arg.base.dtype, *arg.block_shape, arg.base.get_device()))
+    key = tuple(facts)
+    compiled = _compiled.get(key)
+    if compiled is None:
+        if list(constants) != kernel.arg_names[len(args) :]:
+            raise ValueError(f"constants: expected {kernel.arg_names[len(args) :]}; found {list(constants)}")
+        compiled = kernel[grid](*args, **constants, **options)
+        if compiled is not None:  # the interpreter compiles nothing
+            _compiled[key] = compiled
+    else:
+        compiled[(*grid, 1, 1)[:3]](*args, *values)

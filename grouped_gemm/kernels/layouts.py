@@ -20,6 +20,8 @@ from torch import Tensor
 from grouped_gemm.device import machine_of
 from grouped_gemm.recipes import Recipe
 
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # two data, two scales, in the order of a function's own
+
 TOKEN_BLOCK = 128
 SCALE_ALIGNMENT = 4  # fp32 scales that TMA reads start at multiples of 16 bytes
 MX_SCALES = 4  # how many MX scales a line has in 128 of the contraction

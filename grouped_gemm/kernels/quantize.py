@@ -23,13 +23,14 @@ import triton.language as tl
 from torch import Tensor
 
 from grouped_gemm.device import machine_of
+from grouped_gemm.kernels import quantize_packed
 from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
-from grouped_gemm.kernels.launch import on_device
-from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK
+from grouped_gemm.kernels.launch import launch, on_device
+from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK, Operands
+from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
 from grouped_gemm.recipes import Recipe
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor]
-
+_WARPS = 4
 _MOST_IN_REGISTERS = 16384  # values of a row
 
 
@@ -59,31 +60,42 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
                 whole = width <= _MOST_IN_REGISTERS
                 width = max(width, 128) if whole else 4096
                 height = max(1, 8192 // width)
-                _quantize_rows[(triton.cdiv(num_rows, height),)](
+                launch(
+                    _quantize_rows, (triton.cdiv(num_rows, height),),
                     x_MD, by_row, row_scale, num_rows, features, x_MD.stride(0), by_row.stride(0),
-                    **constants, BLOCK_M=height, BLOCK_D=width, WHOLE=whole, num_warps=8,
+                    constants=constants | {"BLOCK_M": height, "BLOCK_D": width, "WHOLE": whole}, num_warps=8,
                 )  # fmt: skip
             return
         num_blocks = num_rows // TOKEN_BLOCK + num_groups
         blocks = offs.new_empty(num_blocks, 4)
-        _find_blocks[(triton.cdiv(num_blocks, 32),)](
+        launch(
+            _find_blocks, (triton.cdiv(num_blocks, 32),),
             offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
-            E_PADDED=triton.next_power_of_2(num_groups + 1), BLOCK=TOKEN_BLOCK, SCALE_ALIGNMENT=SCALE_ALIGNMENT,
-            AT_ONCE=32,
+            constants={
+                "E_PADDED": triton.next_power_of_2(num_groups + 1), "BLOCK": TOKEN_BLOCK,
+                "SCALE_ALIGNMENT": SCALE_ALIGNMENT, "AT_ONCE": 32,
+            },
         )  # fmt: skip
         grid = (num_blocks * triton.cdiv(features, TOKEN_BLOCK),)
+        find_amax, quantize_tiles = _amax, _quantize_tiles
+        if columns and quantize_packed.can_run(x_MD):
+            find_amax, quantize_tiles = quantize_packed._amax, quantize_packed._quantize_tiles
+        tile = {"BLOCK": TOKEN_BLOCK, "BAND": 8}
         row_amax = column_amax = None
         if rowwise:
             column_amax = x_MD.new_zeros(num_groups, features, dtype=torch.int32)
             row_amax = x_MD.new_zeros(num_rows, dtype=torch.int32) if rows else None
             column_scale.fill_(1)
-            _amax[grid](x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), BLOCK=TOKEN_BLOCK, num_warps=4)
-        _quantize_tiles[grid](
+            launch(
+                find_amax, grid, x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0),
+                constants=tile, num_warps=_WARPS,
+            )  # fmt: skip
+        wanted = {"ROWS": rows, "COLUMNS": columns, "ROWWISE": rowwise}
+        launch(
+            quantize_tiles, grid,
             x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
-            num_groups, features, x_MD.stride(0),
-            by_row.stride(0), row_scale.stride(0) if rows else 0,
-            ROWS=rows, COLUMNS=columns, ROWWISE=rowwise, **constants,
-            SCALE_ALIGNMENT=SCALE_ALIGNMENT, BLOCK=TOKEN_BLOCK, BAND=8, num_warps=4,
+            num_groups, features, x_MD.stride(0), by_row.stride(0), row_scale.stride(0) if rows else 0,
+            constants=wanted | constants | {"SCALE_ALIGNMENT": SCALE_ALIGNMENT} | tile, num_warps=_WARPS,
         )  # fmt: skip
 
 
@@ -114,14 +126,17 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
         if rowwise:
             line_amax = b_EKN.new_zeros(num_groups, lines, dtype=torch.int32)
             column_amax = b_EKN.new_zeros(num_groups, columns, dtype=torch.int32)
-            _weight_amax[grid](w_ERC, line_amax, column_amax, *shape, BLOCK=128, num_warps=8)
-        _quantize_weights[grid](
+            launch(
+                _weight_amax, grid, w_ERC, line_amax, column_amax, *shape, constants={"BLOCK": TOKEN_BLOCK}, num_warps=8
+            )
+        wanted = {"STRAIGHT": straight.dim() == 3, "TRANSPOSED": transposed.dim() == 3, "ROWWISE": rowwise}
+        launch(
+            _quantize_weights, grid,
             w_ERC, straight, transposed, line_scale, column_scale, line_amax, column_amax, *shape,
             straight.stride(0), straight.stride(-2) if straight.dim() == 3 else 0,
             transposed.stride(0), transposed.stride(-2) if transposed.dim() == 3 else 0,
             *(line_scale.stride() if not rowwise else (0, 0, 0)),
-            STRAIGHT=straight.dim() == 3, TRANSPOSED=transposed.dim() == 3, ROWWISE=rowwise,
-            **_constants(b_EKN, recipe, fp8), BLOCK=128, BAND=8, num_warps=8,
+            constants=wanted | _constants(b_EKN, recipe, fp8) | {"BLOCK": TOKEN_BLOCK, "BAND": 8}, num_warps=8,
         )  # fmt: skip
 
 
@@ -131,39 +146,6 @@ def _constants(x: Tensor, recipe: Recipe, fp8: torch.dtype) -> dict[str, Any]:
         "POWER_OF_TWO": recipe.power_of_two_scales,
         "NVIDIA": machine_of(x.device).vendor == "nvidia",
     }
-
-
-@triton.jit
-def _magnitude(x):
-    """The bits of |x| in fp32 as integers, which are in the order of the values, NaN above all."""
-    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
-def _scale(magnitude, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """`reference.scales` of the largest `_magnitude` of each block."""
-    amax = magnitude.to(tl.float32, bitcast=True)
-    amax = tl.maximum(amax, LIMIT * 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
-    scale = amax * (1 / LIMIT)
-    if POWER_OF_TWO:
-        bits = scale.to(tl.int32, bitcast=True)
-        rounded = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
-        scale = tl.where(bits < 0x7F800000, rounded, scale)
-    return scale
-
-
-@triton.jit
-def _inverse(scale):
-    return tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-
-
-@triton.jit
-def _to_fp8(x, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr = False):
-    """`reference.to_fp8`; ``inverse`` broadcasts against ``x``. On NVIDIA GPUs, the conversion itself saturates."""
-    scaled = x.to(tl.float32) * inverse
-    if not NVIDIA:
-        scaled = tl.clamp(scaled, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    return scaled.to(DTYPE)
 
 
 @triton.jit
@@ -190,7 +172,7 @@ def _byte(data, i: tl.constexpr):
 
 @triton.jit
 def _pack(v0, v1, v2, v3, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr):
-    """`_to_fp8` of four tiles as words of 32 bits, the first tile in the low bytes.
+    """`scaling.to_fp8` of four tiles as words of 32 bits, the first tile in the low bytes.
 
     On NVIDIA GPUs by two instructions a word, a quarter of the general way, which Triton 3.6.0 also gets wrong there:
     it takes a converted byte for a whole register, and its neighbour slips in.
@@ -216,10 +198,10 @@ def _pack(v0, v1, v2, v3, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVI
         )
     else:
         return (
-            _byte(_to_fp8(v0, inverse, LIMIT, DTYPE), 0)
-            | _byte(_to_fp8(v1, inverse, LIMIT, DTYPE), 1)
-            | _byte(_to_fp8(v2, inverse, LIMIT, DTYPE), 2)
-            | _byte(_to_fp8(v3, inverse, LIMIT, DTYPE), 3)
+            _byte(to_fp8(v0, inverse, LIMIT, DTYPE), 0)
+            | _byte(to_fp8(v1, inverse, LIMIT, DTYPE), 1)
+            | _byte(to_fp8(v2, inverse, LIMIT, DTYPE), 2)
+            | _byte(to_fp8(v3, inverse, LIMIT, DTYPE), 3)
         )
 
 
@@ -233,7 +215,7 @@ def _transpose(
     Lines of ``target`` start at multiples of 4 bytes, and are filled up to the next one.
 
     Args:
-        inverse: `_inverse` of each column's scale, (BLOCK,), or of all, (1,).
+        inverse: `scaling.inverse_of` of each column's scale, (BLOCK,), or of all, (1,).
         rows_to_fill: of which zeros are written past ``rows_left``.
     """
     v0 = _load_quarter(source, stride, 0, rows_left, columns_left, BLOCK, BLOCK)
@@ -262,19 +244,19 @@ def _quantize_rows(
     if WHOLE:
         mask = (rows < M)[:, None] & (ds < D)[None, :]
         values = tl.load(sources, mask=mask, other=0)
-        scale = _scale(tl.max(_magnitude(values), 1), LIMIT, POWER_OF_TWO)
-        tl.store(targets, _to_fp8(values, _inverse(scale)[:, None], LIMIT, data.dtype.element_ty, NVIDIA), mask=mask)
+        scale = scale_of(tl.max(magnitude(values), 1), LIMIT, POWER_OF_TWO)
+        tl.store(targets, to_fp8(values, inverse_of(scale)[:, None], LIMIT, data.dtype.element_ty, NVIDIA), mask=mask)
     else:
         largest = tl.zeros((BLOCK_M, BLOCK_D), tl.int32)
         for d in range(0, D, BLOCK_D):
             mask = (rows < M)[:, None] & (ds < D - d)[None, :]
-            largest = tl.maximum(largest, _magnitude(tl.load(sources + d, mask=mask, other=0)))
-        scale = _scale(tl.max(largest, 1), LIMIT, POWER_OF_TWO)
-        inverse = _inverse(scale)[:, None]
+            largest = tl.maximum(largest, magnitude(tl.load(sources + d, mask=mask, other=0)))
+        scale = scale_of(tl.max(largest, 1), LIMIT, POWER_OF_TWO)
+        inverse = inverse_of(scale)[:, None]
         for d in range(0, D, BLOCK_D):
             mask = (rows < M)[:, None] & (ds < D - d)[None, :]
             values = tl.load(sources + d, mask=mask, other=0)
-            tl.store(targets + d, _to_fp8(values, inverse, LIMIT, data.dtype.element_ty, NVIDIA), mask=mask)
+            tl.store(targets + d, to_fp8(values, inverse, LIMIT, data.dtype.element_ty, NVIDIA), mask=mask)
     tl.store(scales + rows, scale, mask=rows < M)
 
 
@@ -304,24 +286,24 @@ def _find_blocks(
 
 
 @triton.jit
-def _amax(x, blocks, row_amax, column_amax, D, x_stride, BLOCK: tl.constexpr):
-    """The largest `_magnitude` of each column of each group (E, D), and of each row (M,) if wanted; zero before."""
+def _amax(x, blocks, row_amax, column_amax, D, x_stride, BLOCK: tl.constexpr, BAND: tl.constexpr):
+    """The largest magnitude of each column of each group (E, D), and of each row (M,) if wanted; zero before."""
     d_blocks = tl.cdiv(D, BLOCK)
-    block = blocks + 4 * (tl.program_id(0) // d_blocks)
-    d = tl.program_id(0) % d_blocks * BLOCK
-    row = tl.load(block + 1)
-    rows_left = tl.load(block + 2)
+    block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
+    d = d_block * BLOCK
+    row = tl.load(blocks + 4 * block + 1)
+    rows_left = tl.load(blocks + 4 * block + 2)
     if rows_left > 0:
         largest = tl.zeros((BLOCK // 4, BLOCK), tl.int32)
         for i in tl.static_range(4):
             values = _load_quarter(x + row.to(tl.int64) * x_stride + d, x_stride, i, rows_left, D - d, BLOCK, BLOCK)
-            magnitude = _magnitude(values)
-            largest = tl.maximum(largest, magnitude)
+            magnitudes = magnitude(values)
+            largest = tl.maximum(largest, magnitudes)
             if row_amax is not None:
                 rows = 4 * tl.arange(0, BLOCK // 4) + i
-                tl.atomic_max(row_amax + row + rows, tl.max(magnitude, 1), mask=rows < rows_left, sem="relaxed")
+                tl.atomic_max(row_amax + row + rows, tl.max(magnitudes, 1), mask=rows < rows_left, sem="relaxed")
         ds = d + tl.arange(0, BLOCK)
-        columns = column_amax + tl.load(block).to(tl.int64) * D + ds
+        columns = column_amax + tl.load(blocks + 4 * block).to(tl.int64) * D + ds
         tl.atomic_max(columns, tl.max(largest, 0), mask=ds < D, sem="relaxed")
 
 
@@ -356,34 +338,34 @@ def _quantize_tiles(
         largest = tl.zeros((BLOCK // 4, BLOCK), tl.int32)
         for i in tl.static_range(4):
             values = _load_quarter(source, x_stride, i, rows_left, D - d, BLOCK, BLOCK)
-            magnitude = _magnitude(values)
+            magnitudes = magnitude(values)
             if ROWS:
                 rows = 4 * tl.arange(0, BLOCK // 4) + i
                 if ROWWISE:
                     amax = tl.load(row_amax + row + rows, mask=rows < rows_left, other=0)
                 else:
-                    amax = tl.max(magnitude, 1)
-                scale = _scale(amax, LIMIT, POWER_OF_TWO)
-                data = _to_fp8(values, _inverse(scale)[:, None], LIMIT, by_row.dtype.element_ty, NVIDIA)
+                    amax = tl.max(magnitudes, 1)
+                scale = scale_of(amax, LIMIT, POWER_OF_TWO)
+                data = to_fp8(values, inverse_of(scale)[:, None], LIMIT, by_row.dtype.element_ty, NVIDIA)
                 _store_quarter(target, row_stride, i, rows_left, D - d, data)
                 tl.store(scales + rows, scale, mask=rows < scales_left)
             if COLUMNS and not ROWWISE:
-                largest = tl.maximum(largest, magnitude)
+                largest = tl.maximum(largest, magnitudes)
         if COLUMNS and not ROWWISE:
-            column_scale = _scale(tl.max(largest, 0), LIMIT, POWER_OF_TWO)
+            column_scale = scale_of(tl.max(largest, 0), LIMIT, POWER_OF_TWO)
     else:
         column_scale = tl.full((BLOCK,), 1.0, tl.float32)
     if COLUMNS:
         if ROWWISE:
             lines = tl.minimum(e, E - 1).to(tl.int64) * D + ds  # past the last group any scale will do
-            column_scale = _scale(tl.load(column_amax + lines, mask=ds < D, other=0), LIMIT, POWER_OF_TWO)
+            column_scale = scale_of(tl.load(column_amax + lines, mask=ds < D, other=0), LIMIT, POWER_OF_TWO)
             if rows_left > 0:  # each block of the group stores the same
                 tl.store(column_scales + lines, column_scale, mask=ds < D)
         else:
             tl.store(column_scales + block.to(tl.int64) * D + ds, column_scale, mask=ds < D)
         _transpose(
             source, x_stride, by_column + (block.to(tl.int64) * D + d) * BLOCK, BLOCK,
-            _inverse(column_scale), rows_left, BLOCK, D - d, LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK,
+            inverse_of(column_scale), rows_left, BLOCK, D - d, LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK,
         )  # fmt: skip
 
 
@@ -391,15 +373,15 @@ def _quantize_tiles(
 def _weight_amax(
     w, line_amax, column_amax, R, C, w_stride_e, w_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The largest `_magnitude` of each line (E, R) and each column (E, C) of each matrix; zero before."""
+    """The largest `scaling.magnitude` of each line (E, R) and each column (E, C) of each matrix; zero before."""
     c_blocks = tl.cdiv(C, BLOCK)
     e = tl.program_id(1).to(tl.int64)
     rs = tl.program_id(0) // c_blocks * BLOCK + tl.arange(0, BLOCK)
     cs = tl.program_id(0) % c_blocks * BLOCK + tl.arange(0, BLOCK)
     sources = w + e * w_stride_e + rs.to(tl.int64)[:, None] * w_stride + cs[None, :]
-    magnitude = _magnitude(tl.load(sources, mask=(rs < R)[:, None] & (cs < C)[None, :], other=0))
-    tl.atomic_max(line_amax + e * R + rs, tl.max(magnitude, 1), mask=rs < R, sem="relaxed")
-    tl.atomic_max(column_amax + e * C + cs, tl.max(magnitude, 0), mask=cs < C, sem="relaxed")
+    magnitudes = magnitude(tl.load(sources, mask=(rs < R)[:, None] & (cs < C)[None, :], other=0))
+    tl.atomic_max(line_amax + e * R + rs, tl.max(magnitudes, 1), mask=rs < R, sem="relaxed")
+    tl.atomic_max(column_amax + e * C + cs, tl.max(magnitudes, 0), mask=cs < C, sem="relaxed")
 
 
 @triton.jit
@@ -424,22 +406,22 @@ def _quantize_weights(
     source = w + e * w_stride_e + r_block.to(tl.int64) * BLOCK * w_stride + c_block * BLOCK
     if ROWWISE:
         if STRAIGHT and c_block == 0:
-            scale = _scale(tl.load(line_amax + e * R + rs, mask=rs < R, other=0), LIMIT, POWER_OF_TWO)
+            scale = scale_of(tl.load(line_amax + e * R + rs, mask=rs < R, other=0), LIMIT, POWER_OF_TWO)
             tl.store(line_scales + e * R + rs, scale, mask=rs < R)
         if TRANSPOSED:
-            scale = _scale(tl.load(column_amax + e * C + cs, mask=cs < C, other=0), LIMIT, POWER_OF_TWO)
+            scale = scale_of(tl.load(column_amax + e * C + cs, mask=cs < C, other=0), LIMIT, POWER_OF_TWO)
             if r_block == 0:
                 tl.store(column_scales + e * C + cs, scale, mask=cs < C)
-            inverses = _inverse(scale)
+            inverses = inverse_of(scale)
     else:
         largest = tl.zeros((BLOCK // 4, BLOCK), tl.int32)
         for i in tl.static_range(4):
             values = _load_quarter(source, w_stride, i, lines_left, columns_left, BLOCK, BLOCK)
-            largest = tl.maximum(largest, _magnitude(values))
-        scale = _scale(tl.max(tl.max(largest, 1), 0, keep_dims=True), LIMIT, POWER_OF_TWO)
+            largest = tl.maximum(largest, magnitude(values))
+        scale = scale_of(tl.max(tl.max(largest, 1), 0, keep_dims=True), LIMIT, POWER_OF_TWO)
         target = line_scales + e * scale_stride_e + r_block * scale_stride_r + c_block * scale_stride_c
         tl.store(target + tl.zeros((1,), tl.int32), scale)
-        inverses = _inverse(scale)
+        inverses = inverse_of(scale)
     if STRAIGHT:
         target = straight + e * straight_stride_e + r_block.to(tl.int64) * BLOCK * straight_stride + c_block * BLOCK
         for i in tl.static_range(4):
@@ -447,10 +429,10 @@ def _quantize_weights(
             if ROWWISE:
                 lines = 4 * tl.arange(0, BLOCK // 4) + i
                 amax = tl.load(line_amax + e * R + r_block * BLOCK + lines, mask=lines < lines_left, other=0)
-                inverse = _inverse(_scale(amax, LIMIT, POWER_OF_TWO))
+                inverse = inverse_of(scale_of(amax, LIMIT, POWER_OF_TWO))
             else:
                 inverse = inverses
-            data = _to_fp8(values, inverse[:, None], LIMIT, straight.dtype.element_ty, NVIDIA)
+            data = to_fp8(values, inverse[:, None], LIMIT, straight.dtype.element_ty, NVIDIA)
             _store_quarter(target, straight_stride, i, lines_left, columns_left, data)
     if TRANSPOSED:
         target = transposed + e * transposed_stride_e + c_block.to(tl.int64) * BLOCK * transposed_stride

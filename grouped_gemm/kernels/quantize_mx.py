@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from grouped_gemm.kernels.groups import groups_in_blocks, pick
-from grouped_gemm.kernels.launch import on_device, packed
-from grouped_gemm.kernels.layouts import TOKEN_BLOCK
-from grouped_gemm.kernels.quantize import Operands, _inverse, _magnitude, _scale, _to_fp8
+from grouped_gemm.kernels.launch import launch, on_device, packed
+from grouped_gemm.kernels.layouts import TOKEN_BLOCK, Operands
+from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
 
 
 def quantize_activations(x_MD: Tensor, offs: Tensor, out: Operands) -> None:
@@ -39,11 +39,15 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, out: Operands) -> None:
     if blocks == 0:
         return
     with on_device(x_MD):
-        _quantize_tiles[(blocks * triton.cdiv(features, 128),)](
+        launch(
+            _quantize_tiles, (blocks * triton.cdiv(features, 128),),
             x_MD, offs, by_row, packed(row_scale), by_column, packed(column_scale),
             num_rows, num_groups, features, x_MD.stride(0), by_row.stride(0),
-            ROWS=rows, COLUMNS=columns, LIMIT=torch.finfo((by_row if rows else by_column).dtype).max,
-            E_PADDED=triton.next_power_of_2(num_groups + 1), TOKEN_BLOCK=TOKEN_BLOCK, num_warps=8,
+            constants={
+                "ROWS": rows, "COLUMNS": columns, "LIMIT": torch.finfo((by_row if rows else by_column).dtype).max,
+                "E_PADDED": triton.next_power_of_2(num_groups + 1), "TOKEN_BLOCK": TOKEN_BLOCK,
+            },
+            num_warps=8,
         )  # fmt: skip
 
 
@@ -63,13 +67,16 @@ def quantize_weights(b_EKN: Tensor, out: Operands) -> None:
     num_groups, lines, columns = w_ERC.shape
     fp8 = forward.dtype if forward.dim() == 3 else dgrad.dtype
     with on_device(b_EKN):
-        _quantize_weights[(triton.cdiv(lines, 128) * triton.cdiv(columns, 128), num_groups)](
+        launch(
+            _quantize_weights, (triton.cdiv(lines, 128) * triton.cdiv(columns, 128), num_groups),
             w_ERC, straight, packed(straight_scale), transposed, packed(transposed_scale),
             lines, columns, w_ERC.stride(0), w_ERC.stride(1),
             straight.stride(0), straight.stride(-2) if straight.dim() == 3 else 0,
             transposed.stride(0), transposed.stride(-2) if transposed.dim() == 3 else 0,
-            STRAIGHT=straight.dim() == 3, TRANSPOSED=transposed.dim() == 3,
-            LIMIT=torch.finfo(fp8).max, num_warps=8,
+            constants={
+                "STRAIGHT": straight.dim() == 3, "TRANSPOSED": transposed.dim() == 3, "LIMIT": torch.finfo(fp8).max,
+            },
+            num_warps=8,
         )  # fmt: skip
 
 
@@ -98,16 +105,16 @@ def _quantize_tile(
         values = tl.load(x + rs.to(tl.int64)[:, None] * x_stride + cs[None, :], mask=mask, other=0)
         if STRAIGHT:
             blocks = values.reshape(32, 4, 32)
-            scale = _scale(tl.max(_magnitude(blocks), 2), LIMIT, True)
+            scale = scale_of(tl.max(magnitude(blocks), 2), LIMIT, True)
             codes = _e8m0(scale, (places * 32 < width)[None, :]) << (places * 8)[None, :]
             tl.store(straight_scales + rs, tl.sum(codes, 1), mask=rs < height)
-            data = _to_fp8(blocks, _inverse(scale)[:, :, None], LIMIT, straight.dtype.element_ty).reshape(32, 128)
+            data = to_fp8(blocks, inverse_of(scale)[:, :, None], LIMIT, straight.dtype.element_ty).reshape(32, 128)
             tl.store(straight + rs.to(tl.int64)[:, None] * straight_stride + cs[None, :], data, mask=mask)
         if TRANSPOSED:
             values = tl.where((rs < summed)[:, None], values, tl.zeros_like(values))
-            scale = _scale(tl.max(_magnitude(values), 0), LIMIT, True)
+            scale = scale_of(tl.max(magnitude(values), 0), LIMIT, True)
             transposed_codes |= _e8m0(scale, step < summed) << (step // 4)
-            data = _to_fp8(values, _inverse(scale)[None, :], LIMIT, transposed.dtype.element_ty)
+            data = to_fp8(values, inverse_of(scale)[None, :], LIMIT, transposed.dtype.element_ty)
             targets = transposed + cs.to(tl.int64)[None, :] * transposed_stride + rs[:, None]
             tl.store(targets, data, mask=(rs < stored)[:, None] & (cs < width)[None, :])
     if TRANSPOSED:

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
-from grouped_gemm.kernels.launch import can_use_tma, kind_of, on_device, packed
+from grouped_gemm.kernels.launch import can_use_tma, kind_of, launch, on_device, packed
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 from grouped_gemm.kernels.mx import ONES, add_mx_product
 from grouped_gemm.kernels.tuning import wgrad_tile
@@ -85,7 +85,9 @@ def wgrad(
     tiles = num_groups * triton.cdiv(p, tile.rows) * triton.cdiv(q, tile.columns)
     with on_device(lhs):
         # Groups differ in length, so tiles are not shared out beforehand: a free multiprocessor takes the next one.
-        _wgrad[(tiles,)](
+        launch(
+            _wgrad,
+            (tiles,),
             lhs_arg,
             lhs_scale,
             rhs_arg,
@@ -98,15 +100,17 @@ def wgrad(
             q,
             lhs.stride(0),
             rhs.stride(0),
-            KIND=kind,
-            TMA=tma,
-            TOKEN_BLOCK=TOKEN_BLOCK,
-            E_PADDED=triton.next_power_of_2(num_groups + 1),
-            BLOCK_P=tile.rows,
-            BLOCK_Q=tile.columns,
-            BLOCK_T=tile.depth,
-            BAND=tile.band,
-            ACCUMULATE=accumulate,
+            constants={
+                "KIND": kind,
+                "TMA": tma,
+                "TOKEN_BLOCK": TOKEN_BLOCK,
+                "E_PADDED": triton.next_power_of_2(num_groups + 1),
+                "BLOCK_P": tile.rows,
+                "BLOCK_Q": tile.columns,
+                "BLOCK_T": tile.depth,
+                "BAND": tile.band,
+                "ACCUMULATE": accumulate,
+            },
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
@@ -221,9 +225,13 @@ def group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
     (num_rows, columns), num_groups = x_MN.shape, offs.shape[0]
     out_EN = torch.empty(num_groups, columns, dtype=out_dtype, device=x_MN.device)
     with on_device(x_MN):
-        _group_sums[(num_groups, triton.cdiv(columns, 64))](
+        launch(
+            _group_sums, (num_groups, triton.cdiv(columns, 64)),
             x_MN, offs, out_EN, num_rows, num_groups, columns, x_MN.stride(0),
-            TOKEN_BLOCK=TOKEN_BLOCK, E_PADDED=triton.next_power_of_2(num_groups + 1), BLOCK_M=128, BLOCK_N=64,
+            constants={
+                "TOKEN_BLOCK": TOKEN_BLOCK, "E_PADDED": triton.next_power_of_2(num_groups + 1),
+                "BLOCK_M": 128, "BLOCK_N": 64,
+            },
         )  # fmt: skip
     return out_EN
 

@@ -18,19 +18,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from grouped_gemm.kernels.hopper import (
     PRODUCER_REGISTERS,
-    SCALES,
     HopperTile,
     before,
+    describe_scales,
+    describe_tile,
     load,
-    operand_layout,
     place,
     store_tile,
 )
-from grouped_gemm.kernels.launch import num_processors
+from grouped_gemm.kernels.launch import launch, num_processors
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 
 # H200, triton 3.6.0, 2026-11-21.
@@ -57,24 +56,23 @@ def wgrad(
     """Fills or adds to ``out_EPQ``; arguments as of `wgrad.wgrad`, of which `can_run` is true."""
     tile = TILES[kind]
     num_groups, p, q = out_EPQ.shape
-    layout = operand_layout(1)
-    lhs_desc = TensorDescriptor(lhs, [lhs.shape[0] * p, TOKEN_BLOCK], [TOKEN_BLOCK, 1], [64, TOKEN_BLOCK], layout)
-    rhs_desc = TensorDescriptor(
-        rhs, [rhs.shape[0] * q, TOKEN_BLOCK], [TOKEN_BLOCK, 1], [tile.columns, TOKEN_BLOCK], layout
-    )
-    lhs_scale_desc = rhs_scale_desc = out_desc = lhs_desc
+    lhs_desc = describe_tile(lhs, [lhs.shape[0] * p, TOKEN_BLOCK], TOKEN_BLOCK, [64, TOKEN_BLOCK])
+    rhs_desc = describe_tile(rhs, [rhs.shape[0] * q, TOKEN_BLOCK], TOKEN_BLOCK, [tile.columns, TOKEN_BLOCK])
+    lhs_scale_desc = rhs_scale_desc = out_desc = None
     if kind == "blockwise":
-        lhs_scale_desc = TensorDescriptor(lhs_scale, list(lhs_scale.shape), [p, 1], [1, 64], SCALES)
-        rhs_scale_desc = TensorDescriptor(rhs_scale, list(rhs_scale.shape), [q, 1], [1, tile.columns], SCALES)
-    tma_store = out_EPQ.element_size() == 2 and not accumulate
-    if tma_store:
-        out_desc = TensorDescriptor(out_EPQ, [num_groups * p, q], [q, 1], [64, 128], operand_layout(2))
+        lhs_scale_desc, rhs_scale_desc = describe_scales(lhs_scale, 64), describe_scales(rhs_scale, tile.columns)
+    if out_EPQ.element_size() == 2 and not accumulate:
+        out_desc = describe_tile(out_EPQ, [num_groups * p, q], q, [64, 128])
     tiles = num_groups * triton.cdiv(p, 64 * tile.consumers) * triton.cdiv(q, tile.columns)
-    _kernel[(min(tiles, num_processors(lhs.device)),)](
+    launch(
+        _kernel, (min(tiles, num_processors(lhs.device)),),
         lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale, offs, out_EPQ,
         num_rows, num_groups, p, q,
-        KIND=kind, TMA_STORE=tma_store, ACCUMULATE=accumulate, CONSUMERS=tile.consumers, BLOCK_Q=tile.columns,
-        BLOCK_T=TOKEN_BLOCK, STAGES=tile.stages, BAND=tile.band, REGISTERS=tile.registers, num_warps=4,
+        constants={
+            "KIND": kind, "ACCUMULATE": accumulate, "CONSUMERS": tile.consumers, "BLOCK_Q": tile.columns,
+            "BLOCK_T": TOKEN_BLOCK, "STAGES": tile.stages, "BAND": tile.band, "REGISTERS": tile.registers,
+            "num_warps": 4,
+        },
     )  # fmt: skip
 
 
@@ -235,10 +233,17 @@ def _finish(
 @gluon.jit(do_not_specialize=["M", "E"])
 def _kernel(
     lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale, offs, out, M, E, P, Q,
-    KIND: gl.constexpr, TMA_STORE: gl.constexpr, ACCUMULATE: gl.constexpr, CONSUMERS: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
-    REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    KIND: gl.constexpr, ACCUMULATE: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr,
+    STAGES: gl.constexpr, BAND: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
+    # A warpgroup's arguments are values: what is not there has a stand-in, which nothing reads.
+    TMA_STORE: gl.constexpr = out_desc is not None
+    if lhs_scale_desc is None:
+        lhs_scale_desc = lhs_desc
+    if rhs_scale_desc is None:
+        rhs_scale_desc = lhs_desc
+    if out_desc is None:
+        out_desc = lhs_desc
     lhs_bufs = gl.allocate_shared_memory(lhs_desc.dtype, [STAGES * CONSUMERS, 64, BLOCK_T], lhs_desc.layout)
     rhs_bufs = gl.allocate_shared_memory(rhs_desc.dtype, [STAGES, BLOCK_Q, BLOCK_T], rhs_desc.layout)
     lhs_scale_bufs = lhs_bufs
