@@ -63,9 +63,9 @@ _HERE = nullcontext()
 
 
 def describe(
-    form: type, base: Tensor, shape: list[int], strides: list[int], block_shape: list[int], **more: Any
+    form: type, base: Tensor, shape: Sequence[int], strides: Sequence[int], block_shape: list[int], **more: Any
 ) -> Any:
-    """A tensor descriptor, of Triton or of Gluon, of operands that `can_use_tma`: without its constructor's own checks."""
+    """A descriptor, Triton's or Gluon's, of a tensor that `can_use_tma`: without its constructor's own slow checks."""
     described = form.__new__(form)
     described.__dict__.update(base=base, shape=shape, strides=strides, block_shape=block_shape, padding="zero", **more)
     return described
