@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -63,7 +64,7 @@ _HERE = nullcontext()
 
 
 def describe(
-    form: type, base: Tensor, shape: Sequence[int], strides: Sequence[int], block_shape: list[int], **more: Any
+    form: Any, base: Tensor, shape: Sequence[int], strides: Sequence[int], block_shape: list[int], **more: Any
 ) -> Any:
     """A descriptor, Triton's or Gluon's, of a tensor that `can_use_tma`: without its constructor's own slow checks."""
     described = form.__new__(form)
