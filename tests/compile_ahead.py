@@ -156,6 +156,10 @@ def compile_hopper() -> dict[str, Any]:
     return compiled
 
 
+def ragged_descriptor(rows: int, columns: int) -> str:
+    return f"tensordesc<bf16[1, 1, {rows}, {columns}],{hopper.RAGGED_IN_SHARED!r}>"
+
+
 def descriptor(dtype: str, rows: int, columns: int) -> str:
     layout = hopper.SCALES_IN_SHARED if dtype == "fp32" else hopper.TILES_IN_SHARED[2 if dtype == "bf16" else 1]
     return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
@@ -182,16 +186,19 @@ def compile_gemm_hopper(kind: str, tile: Any, c_contiguous: bool, whole: bool) -
 
 def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
     """``whole``: tiles leave through shared memory, bf16; else they are added to fp32."""
-    lhs = descriptor("fp8e4nv", 64, 128)
+    lhs, rhs = descriptor("fp8e4nv", 64, 128), descriptor("fp8e4nv", tile.columns, 128)
+    if kind == "16 bit":
+        lhs, rhs = ragged_descriptor(tile.depth, 64), ragged_descriptor(tile.depth, tile.columns)
     types = dict.fromkeys(("lhs_scale", "rhs_scale"), "*fp32") | {"offs": "*i32", "lhs_desc": lhs}
-    types |= {"out": "*bf16" if whole else "*fp32", "rhs_desc": descriptor("fp8e4nv", tile.columns, 128)}
+    types |= {"out": "*bf16" if whole else "*fp32", "rhs_desc": rhs}
     types |= {"lhs_scale_desc": descriptor("fp32", 1, 64), "rhs_scale_desc": descriptor("fp32", 1, tile.columns)}
     types["out_desc"] = descriptor("bf16", 64, 128)
     constants = {} if whole else {"out_desc": None}
+    constants |= {"lhs_scale": None, "rhs_scale": None} if kind == "16 bit" else {}
     constants |= {} if kind == "blockwise" else {"lhs_scale_desc": None, "rhs_scale_desc": None}
     constants |= {
         "KIND": kind, "ACCUMULATE": not whole, "CONSUMERS": tile.consumers,
-        "BLOCK_Q": tile.columns, "BLOCK_T": 128, "STAGES": tile.stages, "BAND": tile.band,
+        "BLOCK_Q": tile.columns, "BLOCK_T": tile.depth, "STAGES": tile.stages, "BAND": tile.band,
         "REGISTERS": tile.registers, "num_warps": 4,
     }  # fmt: skip
     return compile_kernel(wgrad_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)

@@ -24,12 +24,24 @@ PRODUCER_REGISTERS = gl.constexpr(40)
 TILES_IN_SHARED = {
     size: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * size, rank=2) for size in (1, 2)
 }
+RAGGED_IN_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 SCALES_IN_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 
 def describe_tile(x: Tensor, shape: list[int], stride: int, box: list[int]) -> Any:
     """A descriptor of ``x``, seen as lines of ``shape`` that are ``stride`` apart, for copies of a ``box``."""
     return describe(TensorDescriptor, x, shape, [stride, 1], box, layout=TILES_IN_SHARED[x.element_size()])
+
+
+def describe_ragged(x: Tensor, box: list[int]) -> Any:
+    """A descriptor of 16-bit lines (M, D), for copies of a ``box`` that end with a group.
+
+    As `triton.tools.ragged_tma` does it: addresses wrap around at 2^64, so that coordinates (2^30, end of the group,
+    2^30 - its size + row in it, column) are that row and column, and rows past the group's end are out of bounds: zero.
+    """
+    line = x.stride(0)
+    shape, strides = [0x7FFF0000, 0x7FFF0000, 1 << 30, x.shape[1]], [2**34 - line, line, line, 1]
+    return describe(TensorDescriptor, x, shape, strides, [1, 1, *box], layout=RAGGED_IN_SHARED)
 
 
 def describe_scales(scale: Tensor, count: int) -> Any:

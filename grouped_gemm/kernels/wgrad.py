@@ -27,6 +27,8 @@ from grouped_gemm.kernels.mx import ONES, add_mx_product
 from grouped_gemm.kernels.tuning import wgrad_tile
 from grouped_gemm.recipes import Recipe
 
+_MOST_RAGGED_ROWS = 1 << 30  # that a ragged descriptor addresses
+
 
 def wgrad(
     lhs: Tensor,
@@ -66,8 +68,8 @@ def wgrad(
     machine = machine_of(lhs.device)
     kind = kind_of(lhs, recipe)
     lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
-    tma = can_use_tma(lhs, rhs)
-    if tma and machine.arch == "sm_90" and lhs_scale is not None and rhs_scale is not None:
+    tma = can_use_tma(lhs, rhs) and num_rows <= _MOST_RAGGED_ROWS
+    if tma and machine.arch == "sm_90":
         from grouped_gemm.kernels import wgrad_hopper
 
         if wgrad_hopper.can_run(lhs, rhs, kind):
