@@ -14,8 +14,8 @@ from grouped_gemm.backends.base import OffsetPlan
 
 def check_small() -> None:
     """Forward, dgrad, wgrad and bias on ragged groups with rows past the last one, against `reference` in fp64."""
-    cases = [(1000, 704, 2880, True), (1000, 2880, 704, False), (300, 100, 50, True), (300, 16, 200, False)]
-    for recipe in (*RECIPES, Recipe.FP8_ROWWISE_POW2, Recipe.FP8_BLOCKWISE_POW2):
+    cases = [(4000, 704, 2880, True), (4000, 2880, 704, False), (300, 100, 50, True), (300, 16, 200, False)]
+    for recipe in Recipe:
         for num_rows, k, n, k_contiguous in cases:
             name = f"{recipe.value} M={num_rows} K={k} N={n} {'k' if k_contiguous else 'n'} contiguous"
             attempt(name, lambda: check_case(name, recipe, num_rows, k, n, k_contiguous))  # noqa: B023
@@ -58,14 +58,17 @@ def check_quantizers(recipe: Recipe) -> None:
     rows, columns = TRITON.quantize_activations(x.to(DEVICE), plan, recipe, rows=True, columns=True)
     same = []
     data, scale = reference.quantize(x[:700], reference.row_blocks(recipe), recipe, FP8)
-    found = rows.scale.cpu()
-    same += [is_same(rows.data[:700], data), is_same(found.t()[:700] if found.dim() == 2 else found[:700, None], scale)]
+    found = rows.scale[:, None]
+    if recipe.block is not None:  # the scales of a group begin at a multiple of four
+        found = torch.cat([rows.scale[:, :130], rows.scale[:, 132:265], rows.scale[:, 268:705]], 1).t()
+    same += [is_same(rows.data[:700], data), is_same(found[:700], scale)]
     data, scale = reference.quantize_columns(x, ends, recipe, FP8)
     same += [is_same(columns.scale, scale)]
+    by_token = columns.data.transpose(1, 2).flatten(0, 1)
     block = 0
     for group in reference.group_slices(ends):
         length = group.stop - group.start
-        same += [is_same(columns.data[:, block * 128 : block * 128 + length].t(), data[group])]
+        same += [is_same(by_token[block * 128 : block * 128 + length], data[group])]
         block += -(-length // 128)
     w = torch.randn(3, 300, 200, dtype=torch.bfloat16)
     for b in (w, w.transpose(1, 2)):

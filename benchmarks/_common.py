@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +45,27 @@ def milliseconds(what: str, function: Callable[[], Any]) -> float | None:
     from triton.testing import do_bench
 
     return attempt(what, lambda: do_bench(function, warmup=20, rep=80, return_mode="median"))
+
+
+def milliseconds_by_turns(what: str, functions: dict[str, Callable[[], Any]]) -> dict[str, float | None]:
+    """The medians of all, taken by turns: a GPU that warms up, and slows down, does so for all. None where it fails.
+
+    The first is ours; a peer that fails is printed, and no failure of the run.
+    """
+    from triton.testing import do_bench
+
+    rounds: dict[str, list[float]] = {name: [] for name in functions}
+    ours = next(iter(functions))
+    for _ in range(3):
+        for name, function in list(functions.items()):
+            try:
+                rounds[name].append(do_bench(function, warmup=8, rep=25, return_mode="median"))
+            except Exception as error:
+                text = f"{what} {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                print(f"FAILED {text}", flush=True)
+                failures.extend([text] if name == ours else [])
+                functions = {other: call for other, call in functions.items() if other != name}
+    return {name: statistics.median(times) if len(times) == 3 else None for name, times in rounds.items()}
 
 
 def ends_of(num_rows: int, num_groups: int, kind: str) -> torch.Tensor:

@@ -65,7 +65,7 @@ def add_deep_gemm(peers: Any, recipe: Recipe, a: Any, w: Any, dy: Any, offs: Any
 
     def quantized(x: Any) -> Any:  # DeepGEMM reads these scales, too: contiguous along rows
         rows, _ = TRITON.quantize_activations(x, whole, recipe, rows=True, columns=False)
-        return rows.data, rows.scale.t()
+        return rows.data, rows.scale[:, :num_rows].contiguous().t()
 
     forward, dgrad = TRITON.quantize_weights(w.transpose(1, 2), recipe, forward=True, dgrad=True)
     qa, qdy = quantized(a), quantized(dy)

@@ -6,7 +6,7 @@
 
 First everything is compared with `reference` on small ragged cases, then each product of the timed shapes on some of
 its groups, in memory poisoned with NaN; what is wrong makes the exit code 1. Times are medians of CUDA events with a
-cold L2; only ratios within a run are to be trusted. Peers: torch's grouped GEMMs, and DeepGEMM where it is installed
+cold L2, ours and the peers' by turns; only ratios within a run are to be trusted. Peers: torch's grouped GEMMs, and DeepGEMM where it is installed
 (ragged: on groups padded to 128 beforehand, which it needs and which is not timed). Ceilings: one matmul of 8192^3 in
 bf16 and in fp8 with rowwise scales, and a copy. The end says which goals this run has reached.
 """
@@ -25,7 +25,18 @@ from typing import Any
 import _chart
 import torch
 from _checks import check_small, sampled_error
-from _common import DEVICE, FP8, RECIPES, SHAPES, TRITON, attempt, ends_of, failures, milliseconds
+from _common import (
+    DEVICE,
+    FP8,
+    RECIPES,
+    SHAPES,
+    TRITON,
+    attempt,
+    ends_of,
+    failures,
+    milliseconds,
+    milliseconds_by_turns,
+)
 from _peers import make_peers
 from _report import check_form, describe, print_run
 
@@ -83,11 +94,9 @@ def time_products(shape: str, kind: str, recipe: Recipe) -> None:
         error = attempt(name, lambda: sampled_error(recipe, pass_, function, a, w, dy, offs))  # noqa: B023
         if error is not None and not error < ERROR:
             failures.append(f"{name}: error {error}")
-        ms = None if error is None else milliseconds(name, function)
+        times = milliseconds_by_turns(name, ({} if error is None else {"": function}) | peers.get(pass_, {}))
         row = {"shape": shape, "kind": kind, "recipe": recipe.value, "pass": pass_, "flops": flops}
-        row |= {"error": error, "ms": ms}
-        row["peers"] = {peer: milliseconds(f"{name} {peer}", call) for peer, call in peers.get(pass_, {}).items()}
-        record(row)
+        record(row | {"error": error, "ms": times.pop("", None), "peers": times})
 
 
 def time_quantizers(shape: str, kind: str) -> None:

@@ -38,7 +38,7 @@ from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 
 # H200, triton 3.6.0, 2026-11-21.
 TILES = {
-    "16 bit": HopperTile(2, 256, 64, 4, 232, 4),
+    "16 bit": HopperTile(2, 256, 64, 4, 232, 2),
     "rowwise": HopperTile(2, 256, 128, 4, 232, 4),
     "blockwise": HopperTile(2, 128, 128, 5, 216, 4),
 }
