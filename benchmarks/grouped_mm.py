@@ -6,9 +6,10 @@
 
 First everything is compared with `reference` on small ragged cases, then each product of the timed shapes on some of
 its groups, in memory poisoned with NaN; what is wrong makes the exit code 1. Times are medians of CUDA events with a
-cold L2, ours and the peers' by turns; only ratios within a run are to be trusted. Peers: torch's grouped GEMMs, and DeepGEMM where it is installed
-(ragged: on groups padded to 128 beforehand, which it needs and which is not timed). Ceilings: one matmul of 8192^3 in
-bf16 and in fp8 with rowwise scales, and a copy. The end says which goals this run has reached.
+cold L2, ours and the peers' by turns; only ratios within a run are to be trusted. Peers: torch's grouped GEMMs, and
+DeepGEMM where it is installed (ragged: on groups padded to 128 beforehand, which it needs and which is not timed).
+Ceilings: one matmul of 8192^3 in bf16 and in fp8 with rowwise scales, and a copy. The end says which goals this run has
+reached.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from grouped_gemm.backends.base import OffsetPlan
 from grouped_gemm.device import machine_of
 from grouped_gemm.operand import Quantized
 
-ERROR = 6e-3  # of a product, with its quantization in the truth
+ERROR = 1e-2  # of a product, with its quantization in the truth: Hopper sums up fp8 products with 13 bits
 SIDE = 8192  # of the matmuls that are ceilings
 results: list[dict[str, Any]] = []
 ceilings: dict[str, float | None] = {}
