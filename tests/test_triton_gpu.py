@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -44,13 +45,15 @@ class Started:
                 env=variables | {"PYTHONPATH": str(TESTS.parent)} | environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
         self.limit, self.deadline = limit, time.monotonic() + limit
 
     def stop(self) -> None:
-        """Ends it, if it has not ended."""
-        self.process.kill()
-        self.process.wait()
+        """Ends it and what it has started, if it has not ended."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
     def output(self) -> str:
         """What it printed, once it has ended, as it should."""
