@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_checks import assert_same_bits
+from large import RAGGED, layer, train, training, with_sizes
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from grouped_gemm import KernelPreference, Recipe, grouped_mm, prefer, quantize_weights
+from grouped_gemm import KernelPreference, Pass, Recipe, grouped_mm, prefer, quantize_weights
+from grouped_gemm.testing import make_inputs
 
 NUM_GROUPS, K, N = 4, 32, 64
 # three sizes of each row class; none is 0 or 1, which Dynamo never makes symbolic
@@ -48,6 +51,18 @@ def test_compiles_once_per_row_class_and_agrees_with_eager_bit_for_bit(recipe):
         for ours, eager in zip(gradients(compiled, *case), gradients(layer, *case)):
             assert torch.equal(ours, eager)
     assert counter.frame_count == 3  # decode, small, large
+
+
+@pytest.mark.gpu
+@training(recipes=(Recipe.NONE, Recipe.FP8_BLOCKWISE))
+def test_triton_compiles_once_for_a_row_class_and_agrees_with_eager_bit_for_bit(case, device):
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer(case), fullgraph=True, dynamic=True, backend=counter)
+    for tail in (70, 471):
+        inputs = make_inputs(with_sizes(case, RAGGED.sizes, tail), device)
+        for pass_, ours, eager in zip(Pass, train(compiled, inputs), train(layer(case), inputs)):
+            assert_same_bits(ours, eager, f"{pass_.value}, M = {len(inputs.a)}")
+    assert counter.frame_count == 1, "compiled again for another M of the same row class"
 
 
 def test_inductor_agrees_with_eager():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import triton
+from kernel_checks import check_accumulation
 from packaging.version import Version
 
 from grouped_gemm import Recipe, grouped_mm, quantize_weights, reference
@@ -161,3 +162,12 @@ def test_a_checkpoints_weights(recipe):
     assert_near(found[0], expected[0], 3e-3)
     # rowwise and MX scales run along K: for dgrad the Triton backend quantizes once more, Emulated need not
     assert_near(found[1], expected[1], 3e-3 if recipe.weight_lines > 1 else 5e-2)
+
+
+@pytest.mark.parametrize("k, n, tma", ((144, 40, True), (50, 37, False)), indirect=("tma",), ids=str)
+@pytest.mark.parametrize(
+    "recipe", (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8), ids=lambda r: r.value
+)
+def test_wgrad_adds_to_a_gradient(recipe, k, n, tma):
+    a, _, _, dy, offs = case([5, 5, 140, 150], 160, k, n, torch.bfloat16, "k")
+    check_accumulation(a.detach(), dy, offs, recipe, bound=1e-6)

@@ -1,0 +1,121 @@
+"""Calls of the large row class on the Triton backend, for the tests on a GPU: few shapes, whose kernels all share.
+
+Kernels are specialized on dtypes, on whether sizes and strides are multiples of 16, and on E rounded up: so there is
+one K and N, and always 6 groups. `compile_at_once` compiles beforehand, on many cores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+from torch import Tensor
+
+from grouped_gemm import KernelPreference, Pass, Recipe, grouped_mm
+from grouped_gemm.backends import get_backend
+from grouped_gemm.testing import TRAINING, Case, Inputs, Shape
+
+TRITON = KernelPreference.TRITON
+RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
+# Whole and short tiles of every kernel, empty groups, a group of one row, rows of nobody. K and N are no multiples of
+# 128: the last blocks of both are half.
+RAGGED = Shape("ragged", (0, 700, 1, 333, 0, 1500), tail=70, k=2880, n=704)
+# K is no multiple of 16 either, and of 8, so that TMA still reads it.
+K1000 = Shape("k1000", RAGGED.sizes, tail=70, k=1000, n=704)
+
+
+def training(shape: Shape = RAGGED, recipes: Iterable[Recipe] = RECIPES) -> pytest.MarkDecorator:
+    """Parametrizes a test with ``case``: a call with all its gradients in bf16, for each recipe."""
+    cases = [Case(TRITON, recipe, passes=TRAINING, shape=shape) for recipe in recipes]
+    return pytest.mark.parametrize("case", cases, ids=str)
+
+
+def layer(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The call of ``case``, of ``a``, ``b`` and ``offs``."""
+
+    def call(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+        return grouped_mm(a, b, offs, recipe=case.recipe, out_dtype=case.out_dtype, kernel_preference=case.backend)
+
+    return call
+
+
+def train(call: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
+    """The output, dA and dB of a `layer`: as of `testing.run`, but in memory as it comes, which threads can share."""
+    a, b = inputs.a.detach().requires_grad_(), inputs.b.detach().requires_grad_()
+    y = call(a, b, inputs.offs)
+    return (y.detach(), *torch.autograd.grad(y, (a, b), inputs.dy))
+
+
+@contextmanager
+def plain_kernels() -> Iterator[None]:
+    """Without the kernels that are written for Hopper."""
+    from grouped_gemm.kernels import gemm_hopper, wgrad_hopper
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (gemm_hopper, wgrad_hopper):
+            patch.setattr(module, "can_run", lambda *operands: False)
+        yield
+
+
+def of_module(request: pytest.FixtureRequest) -> list[pytest.Item]:
+    """The tests of this module that were selected."""
+    return [item for item in request.session.items if getattr(item, "module", None) is request.module]
+
+
+def cases_of(items: Iterable[pytest.Item]) -> list[Case]:
+    """Their cases, each once."""
+    parameters = [item.callspec.params for item in items if hasattr(item, "callspec")]
+    return list(dict.fromkeys(found["case"] for found in parameters if "case" in found))
+
+
+def compile_at_once(jobs: Iterable[Callable[[], object]]) -> None:
+    """Runs ``jobs`` in threads, so that what they need is compiled in parallel; what fails, fails again in its test."""
+
+    def attempt(job: Callable[[], object]) -> None:
+        with suppress(Exception):
+            job()
+
+    with ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:
+        list(pool.map(attempt, jobs))
+
+
+class Passes:
+    """The passes of a call, to be run in any order and by any thread, once it is quantized.
+
+    Not through autograd, which has one thread for all that happens on a device in backward.
+    """
+
+    def __init__(self, case: Case, inputs: Inputs) -> None:
+        self.case, self.inputs, self.backend = case, inputs, get_backend(TRITON)
+        self.plan = self.backend.plan(inputs.offs, len(inputs.a))
+
+    def quantize(self) -> None:
+        """Writes the layouts that the passes need."""
+        case, inputs = self.case, self.inputs
+        columns, dgrad = Pass.WGRAD in case.passes, Pass.DGRAD in case.passes
+        self.a, self.dy = (
+            self.backend.quantize_activations(x.to(case.dtype), self.plan, case.recipe, rows=True, columns=columns)
+            for x in (inputs.a, inputs.dy)
+        )
+        self.b = self.backend.quantize_weights(inputs.b, case.recipe, forward=True, dgrad=dgrad)
+
+    def products(self) -> list[Callable[[], object]]:
+        """Each of the passes."""
+        case, run, contiguous = self.case, self.backend, self.case.b_contiguous
+        out_dtype, bias = case.out_dtype or case.dtype, self.inputs.bias
+        products = {
+            Pass.FORWARD: lambda: run.grouped_mm(self.a[0], self.b[0], self.plan, out_dtype, bias),
+            Pass.DGRAD: lambda: run.grouped_mm(self.dy[0], self.b[1], self.plan, case.dtype),
+            Pass.WGRAD: lambda: run.wgrad(self.a[1], self.dy[1], self.plan, case.dtype, contiguous=contiguous),
+        }
+        return [products[pass_] for pass_ in case.passes]
+
+
+def with_sizes(case: Case, sizes: tuple[int, ...], tail: int = 0) -> Case:
+    """``case`` with other groups."""
+    return dataclasses.replace(case, shape=dataclasses.replace(case.shape, sizes=sizes, tail=tail))

@@ -1,0 +1,75 @@
+"""Every Triton kernel once, on small operands: `test_triton_gpu` runs it under compute-sanitizer, which slows all down.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitized.py
+
+Prints a line before each call: what the sanitizer reports after it is of that call. The report names the kernel.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from kernel_checks import BACKEND
+from large import plain_kernels
+
+from grouped_gemm import Recipe, grouped_mm
+from grouped_gemm.device import machine_of
+from grouped_gemm.kernels import wgrad
+
+# of 6 groups, as in `large`, whose kernels these are where K and N are multiples of 16: the large row class, and decode
+LARGE = (0, 300, 1, 700, 0, 600)
+DECODE = (0, 5, 1, 30, 0, 8)
+
+
+def call(recipe: Recipe, sizes: Sequence[int], k: int, n: int, device: str) -> None:
+    """Without gradients, with all of them, and wgrad alone, added to a sum: that is each use of the quantizers.
+
+    Rows past the last group are NaN.
+    """
+    num_rows, num_groups = sum(sizes) + 7, len(sizes)
+    a, dy = (torch.randn(num_rows, d, device=device, dtype=torch.bfloat16) for d in (k, n))
+    a[-7:] = dy[-7:] = torch.nan
+    b = torch.randn(num_groups, n, k, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    bias = torch.randn(num_groups, n, device=device, dtype=torch.bfloat16)
+    offs = torch.tensor(sizes, device=device).cumsum(0).int()
+    alone = grouped_mm(a, b, offs, recipe=recipe, kernel_preference="triton")
+    leaves = [x.requires_grad_() for x in (a, b, bias)]
+    y = grouped_mm(a, b, offs, recipe=recipe, bias=bias, kernel_preference="triton")
+    gradients = torch.autograd.grad(y, leaves, dy)
+    plan = BACKEND.plan(offs, num_rows)
+    (_, lhs), (_, rhs) = (
+        BACKEND.quantize_activations(x, plan, recipe, rows=False, columns=True) for x in (a.detach(), dy)
+    )
+    sums = torch.zeros(num_groups, k, n, device=device)
+    wgrad.wgrad(lhs.data, lhs.scale, rhs.data, rhs.scale, offs, num_rows, recipe, torch.float32, sums)
+    if not all(x.isfinite().all() for x in (alone, y, *gradients, sums)):
+        raise SystemExit("a result is not finite")
+
+
+def main(device: str, large: Sequence[int], k: int, n: int) -> None:
+    """``k`` and ``n`` are multiples of 16; odd sizes, which TMA cannot read, are beside them."""
+    torch.manual_seed(0)
+    print(f"{device}: {machine_of(device)}", flush=True)
+
+    for recipe in Recipe:
+        print(f"shipped kernels, {recipe.value}, large", flush=True)
+        call(recipe, large, k, n, device)
+    with plain_kernels():
+        for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE):  # the others multiply with the same
+            print(f"plain kernels, {recipe.value}, large", flush=True)
+            call(recipe, large, k, n, device)
+    for recipe in (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8):
+        print(f"odd sizes, {recipe.value}, decode", flush=True)
+        call(recipe, DECODE, k + 2, n - 3, device)
+    if device != "cpu":
+        torch.cuda.synchronize()
+    print("done", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["cpu"]:  # with TRITON_INTERPRET=1: to try the script itself
+        main("cpu", DECODE, 48, 32)
+    else:
+        main("cuda", LARGE, 256, 256)

@@ -1,0 +1,285 @@
+"""The kernels that are written for Hopper, which run where groups are large: beside the plain ones, and alone.
+
+`test_backends` has the same promises on small shapes, for all backends; no call there is of the large row class, but
+for one of 16 columns. Guarantees are numbered as in docs/design.md.
+
+If a test fails: differences of a few in a thousand values by one unit in the last place are another order of operations
+(a multiplication and an addition that the compiler joined in one of the two kernels); whole tiles, the last rows of
+groups or NaN are a wrong address or a missing barrier. `TILES` of the kernel says what a tile is.
+
+M, E, K, N: rows, groups, in and out features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from kernel_checks import assert_same_bits, check_accumulation
+from large import (
+    K1000,
+    RAGGED,
+    TRITON,
+    Passes,
+    cases_of,
+    compile_at_once,
+    layer,
+    of_module,
+    plain_kernels,
+    train,
+    training,
+    with_sizes,
+)
+
+from grouped_gemm import Pass, Recipe, reference
+from grouped_gemm.device import machine_of
+from grouped_gemm.problem import RowClass, row_class
+from grouped_gemm.testing import (
+    DGRAD,
+    FORWARD,
+    TRAINING,
+    Case,
+    Inputs,
+    Shape,
+    expected,
+    make_inputs,
+    relative_error,
+    rounding_tolerance,
+    run,
+    worst_row_error,
+)
+
+pytestmark = pytest.mark.gpu
+
+NONE, ROWWISE, BLOCKWISE = Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE
+BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
+CASES = (
+    Case(TRITON, NONE, BFLOAT16, TRAINING, RAGGED),
+    Case(TRITON, NONE, BFLOAT16, TRAINING, RAGGED, b_contiguous="n"),
+    Case(TRITON, NONE, FLOAT16, DGRAD, RAGGED),
+    Case(TRITON, NONE, BFLOAT16, DGRAD, K1000),
+    Case(TRITON, NONE, BFLOAT16, FORWARD, RAGGED, out_dtype=FLOAT16, has_bias=True),
+    Case(TRITON, NONE, BFLOAT16, FORWARD, RAGGED, out_dtype=FLOAT32),
+    Case(TRITON, ROWWISE, BFLOAT16, TRAINING, RAGGED),
+    Case(TRITON, ROWWISE, BFLOAT16, TRAINING, RAGGED, b_contiguous="n"),
+    Case(TRITON, ROWWISE, BFLOAT16, TRAINING, K1000),
+    Case(TRITON, ROWWISE, BFLOAT16, FORWARD, RAGGED, out_dtype=FLOAT32, has_bias=True),
+    Case(TRITON, BLOCKWISE, BFLOAT16, TRAINING, RAGGED),
+    Case(TRITON, BLOCKWISE, BFLOAT16, TRAINING, RAGGED, b_contiguous="n"),
+    Case(TRITON, BLOCKWISE, BFLOAT16, FORWARD, K1000),
+    Case(TRITON, BLOCKWISE, BFLOAT16, FORWARD, RAGGED, out_dtype=FLOAT32, has_bias=True),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(request, device):
+    """Compiles in parallel what the tests of this module would compile one after the other."""
+    items = of_module(request)
+    passes = {case: Passes(case, make_inputs(case, device)) for case in map(of_a_common_shape, cases_of(items))}
+    compile_at_once(one.quantize for one in passes.values())
+
+    def jobs(name: str) -> list[Callable[[], object]]:
+        about = map(of_a_common_shape, cases_of([item for item in items if name in item.originalname]))
+        return [product for case in dict.fromkeys(about) for product in passes[case].products()]
+
+    def accumulations(name: str) -> list[Callable[[], object]]:
+        about = cases_of([item for item in items if name in item.originalname])
+        return [partial(accumulate, case, passes[of_a_common_shape(case)].inputs, device) for case in about]
+
+    compile_at_once([*jobs("test_"), *accumulations("test_wgrad_adds")])
+    with plain_kernels():
+        compile_at_once([*jobs("test_a_kernel_for_hopper"), *accumulations("test_the_plain_wgrad_adds")])
+    torch.cuda.synchronize()
+
+
+def of_a_common_shape(case: Case) -> Case:
+    """The kernels of ``case`` serve all M of its row class, and this case has them, too."""
+    return dataclasses.replace(case, shape=RAGGED if case.shape.k == RAGGED.k else case.shape)
+
+
+def tolerance(dtype: torch.dtype, case: Case, device: torch.device) -> float:
+    """`rounding_tolerance`. Rowwise, all of the contraction is summed up in the 13 bits of the tensor cores: thousands
+    of products, each cut off where the sum's last bit is, a multiple of what the 128 of a block lose."""
+    return rounding_tolerance(dtype, case, device) + (2.0**-8 if case.recipe is ROWWISE else 0)
+
+
+def needs_hopper(device: torch.device) -> None:
+    if machine_of(device).arch != "sm_90":
+        pytest.skip(f"the kernels for Hopper need sm_90; found {machine_of(device).arch}")
+
+
+@pytest.fixture
+def launched(device, monkeypatch) -> list[str]:
+    """The kernels for Hopper that have been launched."""
+    needs_hopper(device)
+    from grouped_gemm.kernels import gemm_hopper, wgrad_hopper
+
+    names = []
+
+    def record(name: str, original: Callable[..., None], *args, **options) -> None:
+        names.append(name)
+        original(*args, **options)
+
+    for module, name in ((gemm_hopper, "grouped_mm"), (wgrad_hopper, "wgrad")):
+        monkeypatch.setattr(module, name, partial(record, name, getattr(module, name)))
+    return names
+
+
+# Memory is poisoned with NaN in all calls of `run`, and rows past the last group are NaN in the operands.
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_kernel_for_hopper_gives_the_bits_of_the_plain_one(case, device, launched):
+    inputs = make_inputs(case, device)
+    found = run(case, inputs)
+    kernels = {Pass.FORWARD: "grouped_mm", Pass.DGRAD: "grouped_mm", Pass.WGRAD: "wgrad"}
+    is_wgrad_plain = case.recipe is NONE
+    assert launched == [kernels[p] for p in case.passes if not (p is Pass.WGRAD and is_wgrad_plain)], "did not run"
+    launched.clear()
+    with plain_kernels():
+        wanted = run(case, inputs)
+    assert not launched
+    for pass_ in case.passes:
+        if pass_ is Pass.WGRAD and case.recipe is BLOCKWISE:  # there, the order of the multiplications differs
+            assert relative_error(found.db, wanted.db) <= 1e-4, "wgrad"
+        else:
+            assert_same_bits(found.of(pass_), wanted.of(pass_), pass_.value)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_large_call_agrees_with_the_reference(case, device):
+    inputs = make_inputs(case, device)
+    outcome, end = run(case, inputs), inputs.ends[-1]
+    for pass_ in case.passes:
+        found = outcome.of(pass_)
+        error, allowed = (
+            worst_row_error(found, expected(pass_, inputs, case.recipe)),
+            tolerance(found.dtype, case, device),
+        )
+        assert error <= allowed, f"{pass_.value}: {error:.3g} of {allowed:.3g}; infinite if a row of zeros is not zero"
+        if pass_ is not Pass.WGRAD:
+            assert torch.count_nonzero(found[end:]) == 0, f"{pass_.value}: rows past the last group"
+
+
+# 5. Sizes over 2^31 elements address correctly: in `a`, in dA and, with scales, in the columns of `a`.
+OVER_2_31 = Shape("over_2_31_elements", (0, 400_000, 1, 346_000, 0, 513), tail=70, k=2880, n=704)
+
+
+@training(OVER_2_31)
+def test_the_last_group_of_operands_over_2_31_elements_is_right(case, device):
+    assert (sum(OVER_2_31.sizes) - 513) * OVER_2_31.k > 2**31
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0]
+    if free < 2**36:
+        pytest.skip(f"needs 64 GiB of device memory; found {free / 2**30:.0f} GiB that are free")
+    try:
+        check_last_group(case, make_inputs(case, device), device)
+    finally:
+        torch.cuda.empty_cache()
+
+
+def check_last_group(case: Case, inputs: Inputs, device: torch.device) -> None:
+    """Against the same group alone: no scale of an operand depends on another group."""
+    outcome = run(case, inputs)
+    start, end = inputs.ends[-2:]
+    rows = slice(start, end)
+    alone = dataclasses.replace(inputs, a=inputs.a[rows], b=inputs.b[-1:], dy=inputs.dy[rows], ends=(end - start,))
+    for pass_ in Pass:
+        found = outcome.of(pass_)
+        last = found[-1:] if pass_ is Pass.WGRAD else found[rows]
+        error, allowed = worst_row_error(last, expected(pass_, alone, case.recipe)), tolerance(last.dtype, case, device)
+        assert error <= allowed, f"{pass_.value}: {error:.3g} of {allowed:.3g}"
+        if pass_ is not Pass.WGRAD:
+            assert torch.count_nonzero(found[end:]) == 0, f"{pass_.value}: rows past the last group"
+
+
+# 6. Results repeat bit for bit, and a row's result does not depend on the other groups' sizes.
+AMONG = {  # 700 rows of the third group, from rows that are multiples of 64, of 4, of nothing
+    "alone": ((0, 0, 700, 0, 0, 900), 0),
+    "after_301": ((1, 300, 700, 129, 0, 1000), 5),
+    "after_903": ((900, 3, 700, 0, 64, 1), 0),
+    "after_703": ((63, 640, 700, 7, 2000, 500), 70),
+}
+
+
+@training()
+def test_a_row_of_a_large_group_does_not_depend_on_the_sizes_of_others(case, device):
+    group, wanted = make_inputs(with_sizes(case, (0, 0, 700, 0, 0, 0)), device), None
+    for name, (sizes, tail) in AMONG.items():
+        among = with_sizes(case, sizes, tail)
+        assert row_class(among.shape.num_rows, len(sizes)) is RowClass.LARGE
+        rows = slice(sum(sizes[:2]), sum(sizes[:3]))
+        inputs = dataclasses.replace(make_inputs(among, device, seed=1), b=group.b)
+        inputs.a[rows], inputs.dy[rows] = group.a, group.dy
+        outcome = run(among, inputs)
+        found = (outcome.y[rows], outcome.da[rows], outcome.db[2])
+        wanted = found if wanted is None else wanted
+        for pass_, x, truth in zip(Pass, found, wanted):
+            assert_same_bits(x, truth, f"{pass_.value}, {name}: {sizes}")
+
+
+@training()
+def test_large_calls_repeat_bit_for_bit(case, device):
+    inputs = make_inputs(case, device)
+    first = train(layer(case), inputs)
+    for _ in range(5):
+        for pass_, x, truth in zip(Pass, train(layer(case), inputs), first):
+            assert_same_bits(x, truth, pass_.value)
+
+
+# 10. offs outside [0, M] or out of order never touches memory out of bounds.
+HOSTILE = {
+    "out_of_order": (800, 300, 900, 100, 1500, 1200),
+    "descending": (1500, 1200, 900, 600, 300, 0),
+    "negative": (-50, 700, -1, 1300, 1400, 1400),
+    "all_negative": (-6, -5, -4, -3, -2, -1),
+    "past_m": (300, 1601, 5000, 10**6, 0, 2**31 - 1),
+    "far": (-(2**31), 2**31 - 1, -(2**31), 2**31 - 1, -1, 2**31 - 1),
+}
+
+
+@training(Shape("1600_rows", (400, 300, 200, 400, 100, 200), k=RAGGED.k, n=RAGGED.n))
+@pytest.mark.parametrize("ends", HOSTILE.values(), ids=HOSTILE)
+def test_offs_of_any_values_are_those_moved_inside(case, ends, device):
+    inputs = make_inputs(case, device)
+    num_rows = len(inputs.a)
+    inside = reference.group_ends(torch.tensor(ends), num_rows)
+    # NaN before and after the operands in memory
+    a, dy = (
+        torch.nn.functional.pad(x, (0, 0, num_rows, num_rows), value=math.nan)[num_rows:-num_rows]
+        for x in (inputs.a, inputs.dy)
+    )
+    found, wanted = (
+        run(case, dataclasses.replace(inputs, a=a, dy=dy, offs=torch.tensor(e, dtype=torch.int32, device=device)))
+        for e in (ends, inside)
+    )
+    for pass_ in Pass:
+        x = found.of(pass_)
+        assert x.isfinite().all(), f"{pass_.value}: read outside of the operands, or wrote nothing"
+        assert_same_bits(x, wanted.of(pass_), f"{pass_.value}, beside that of {inside}")
+    assert torch.count_nonzero(found.y[inside[-1] :]) == torch.count_nonzero(found.da[inside[-1] :]) == 0
+    for e, group in enumerate(reference.group_slices(inside)):
+        assert group.start < group.stop or torch.count_nonzero(found.db[e]) == 0, f"wgrad of group {e}, which is empty"
+
+
+# A gradient that wgrad's product is added to.
+
+
+def accumulate(case: Case, inputs: Inputs, device: torch.device) -> None:
+    check_accumulation(inputs.a, inputs.dy, inputs.offs, case.recipe, tolerance(torch.float32, case, device))
+
+
+@training()
+def test_wgrad_adds_to_a_gradient(case, device):
+    accumulate(case, make_inputs(case, device), device)
+
+
+@training(recipes=(ROWWISE, BLOCKWISE))
+def test_the_plain_wgrad_adds_to_a_gradient(case, device):
+    needs_hopper(device)
+    with plain_kernels():
+        accumulate(case, make_inputs(case, device), device)
