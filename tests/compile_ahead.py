@@ -38,7 +38,15 @@ from grouped_gemm.problem import RowClass
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TMA = ("sm_90", "sm_100")
 # Arguments that the host specializes: pointers and strides are multiples of 16.
-_PLAIN = ("M", "E", "rhs_scale_stride_e", "rhs_scale_stride_c", "rhs_scale_stride_o")
+_PLAIN = (
+    "M",
+    "E",
+    "lhs_scale_stride",
+    "row_scale_stride",
+    "rhs_scale_stride_e",
+    "rhs_scale_stride_c",
+    "rhs_scale_stride_o",
+)
 
 
 def target_of(arch: str) -> GPUTarget:

@@ -118,7 +118,7 @@ def grouped_mm(
     return out_MO
 
 
-@triton.jit(do_not_specialize=["M", "E"])
+@triton.jit(do_not_specialize=["M", "E", "lhs_scale_stride"])
 def _grouped_mm(
     lhs,
     lhs_scale,

@@ -307,7 +307,7 @@ def _amax(x, blocks, row_amax, column_amax, D, x_stride, BLOCK: tl.constexpr, BA
         tl.atomic_max(columns, tl.max(largest, 0), mask=ds < D, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["E"])
+@triton.jit(do_not_specialize=["E", "row_scale_stride"])
 def _quantize_tiles(
     x, blocks, by_row, row_scales, by_column, column_scales, row_amax, column_amax,
     E, D, x_stride, row_stride, row_scale_stride,

@@ -121,7 +121,7 @@ def _store_rows(target, stride, first, rows_left, words_left, values, inverse, B
     tl.store(target + rows.to(tl.int64)[:, None] * stride + words[None, :], data, mask=mask)
 
 
-@triton.jit(do_not_specialize=["E"])
+@triton.jit(do_not_specialize=["E", "row_scale_stride"])
 def _quantize_tiles(
     x, blocks, by_row, row_scales, by_column, column_scales, row_amax, column_amax,
     E, D, x_stride, row_stride, row_scale_stride,
