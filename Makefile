@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test gpu lint format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(INSTALLED) ## train a small mixture-of-experts model in bf16 and FP8
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
+
+gpu: $(INSTALLED) ## run the tests on a GPU, in parts at once
+	.ci/gpu
 
 lint: $(INSTALLED) ## check style, format and types
 	$(BIN)/ruff check .

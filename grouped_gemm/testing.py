@@ -302,21 +302,24 @@ def _columns_as_quantized(x_MD: Tensor, ends: Sequence[int], recipe: Recipe) -> 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
     """``|found - truth| / |truth|`` in Frobenius norms, in fp64; infinite where something is not finite."""
-    return _relative(found.double().flatten(), truth.double().flatten())
+    found, truth = found.double().flatten(), truth.double().flatten()
+    return _relative(found, truth, truth)
 
 
-def worst_row_error(found: Tensor, truth: Tensor) -> float:
+def worst_row_error(found: Tensor, truth: Tensor, terms: Tensor | None = None) -> float:
     """The largest `relative_error` of a row, along the last axis: one wrong row is not lost among many right ones.
 
-    A row whose truth is zero must be exactly zero.
+    A row whose truth is zero must be exactly zero. ``terms``: what errors are held against, where not the truth:
+    `expected` of the operands' magnitudes, which does not shrink where terms cancel out.
     """
-    return _relative(found.double().flatten(0, -2), truth.double().flatten(0, -2))
+    against = truth if terms is None else terms
+    return _relative(*(x.double().flatten(0, -2) for x in (found, truth, against)))
 
 
-def _relative(found: Tensor, truth: Tensor) -> float:
+def _relative(found: Tensor, truth: Tensor, against: Tensor) -> float:
     if found.shape != truth.shape:
         raise ValueError(f"found: expected shape {tuple(truth.shape)}; found {tuple(found.shape)}")
-    difference, size = (found - truth).norm(dim=-1), truth.norm(dim=-1)
+    difference, size = (found - truth).norm(dim=-1), against.norm(dim=-1)
     error = torch.where(difference == 0, 0.0, difference / size)
     return error.nan_to_num(nan=math.inf, posinf=math.inf).max().item() if error.numel() else 0.0
 
@@ -329,11 +332,14 @@ def rounding_tolerance(dtype: torch.dtype, case: Case | None = None, device: tor
     fp32, which for standard normal data and up to a few thousand terms stays below 2^-18; where ``case`` sums up fp8
     products in the tensor cores of ``device``, and these are Ada's or Hopper's, with 13 bits: below 2^-11.
     """
-    sums = 2.0**-18
-    if case is not None and device is not None and case.backend is not KernelPreference.EMULATED:
-        in_fp8 = case.recipe.is_scaled and case.recipe is not Recipe.MXFP8
-        sums = 2.0**-11 if in_fp8 and machine_of(device).arch in ("sm_89", "sm_90") else sums
-    return torch.finfo(dtype).eps / 2 + sums
+    coarse = case is not None and device is not None and sums_coarsely(case, device)
+    return torch.finfo(dtype).eps / 2 + (2.0**-11 if coarse else 2.0**-18)
+
+
+def sums_coarsely(case: Case, device: torch.device) -> bool:
+    """Whether tensor cores sum up with 13 bits only: products of fp8, on Ada and Hopper, which widen MX operands."""
+    in_fp8 = case.recipe.is_scaled and case.recipe is not Recipe.MXFP8
+    return in_fp8 and case.backend is not KernelPreference.EMULATED and machine_of(device).arch in ("sm_89", "sm_90")
 
 
 def quantization_tolerance(recipe: Recipe, dtype: torch.dtype) -> float:

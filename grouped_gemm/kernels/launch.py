@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -56,10 +57,22 @@ def num_processors(device: torch.device) -> int:
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of ``x`` the current one, which Triton launches on."""
-    return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.current_device() != x.get_device() else _HERE
+    """Makes the device of ``x`` the current one, which Triton launches on, in a thread that has a context there."""
+    if not x.is_cuda:
+        return _HERE
+    if not _thread.has_context:
+        # Triton encodes descriptors by a call of the driver, which unlike the runtime's makes no context current: and a
+        # thread of autograd's may have none yet.
+        torch.cuda.mem_get_info(x.device)
+        _thread.has_context = True
+    return torch.cuda.device(x.device) if torch.cuda.current_device() != x.get_device() else _HERE
 
 
+class _Thread(threading.local):
+    has_context = False
+
+
+_thread = _Thread()
 _HERE = nullcontext()
 
 
