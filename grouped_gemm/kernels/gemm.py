@@ -12,6 +12,8 @@ dgrad; the kernels, which see one product at a time, call it N.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -20,10 +22,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import group_end, tile_position
-from grouped_gemm.kernels.launch import can_use_tma, describe, kind_of, launch, num_processors, on_device, packed
+from grouped_gemm.kernels.launch import can_use_tma, cdiv, describe, kind_of, launch, num_processors, on_device, packed
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT
 from grouped_gemm.kernels.mx import ONES, add_mx_product
+from grouped_gemm.kernels.tiles import Tile
 from grouped_gemm.kernels.tuning import gemm_tile
+from grouped_gemm.preference import AUTOTUNE
 from grouped_gemm.problem import RowClass, row_class
 from grouped_gemm.recipes import Recipe
 
@@ -60,28 +64,29 @@ def grouped_mm(
     out_MO = torch.empty(num_rows, columns, dtype=out_dtype, device=lhs_MC.device)
     if num_rows == 0:
         return out_MO
-    machine = machine_of(lhs_MC.device)
-    kind = kind_of(lhs_MC, recipe)
-    lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
-    c_contiguous = rhs_ECO.stride(1) == 1
-    rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO  # as it lies in memory
-    tma = can_use_tma(lhs_MC, rhs)
     rows = row_class(num_rows, num_groups)
-    if tma and machine.arch == "sm_90" and rows is RowClass.LARGE:
+    places = (lhs_MC.data_ptr() | rhs_ECO.data_ptr()) & 15
+    strides = lhs_MC.stride(0), rhs_ECO.stride()
+    key = (lhs_MC.dtype, strides, rhs_ECO.shape, recipe, out_dtype, rows, lhs_MC.device, places)
+    form = None if AUTOTUNE.is_on() else _forms.get(key)
+    if form is None:
+        form = _forms[key] = _form(lhs_MC, rhs_ECO, recipe, out_dtype, rows)
+    kind, c_contiguous, tma, tile = form
+    lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
+    if tile is None:
         from grouped_gemm.kernels import gemm_hopper
 
-        if gemm_hopper.can_run(lhs_MC, rhs_ECO, out_dtype, kind):
-            with on_device(lhs_MC):
-                gemm_hopper.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, out_MO, kind)
-            return out_MO
-    tile = gemm_tile(machine, kind, rows, depth, columns, c_contiguous, tma)
+        with on_device(lhs_MC):
+            gemm_hopper.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, out_MO, kind)
+        return out_MO
+    rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO  # as it lies in memory
     if tma:
         sides = (tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)
         lhs_arg = describe(TensorDescriptor, lhs_MC, lhs_MC.shape, lhs_MC.stride(), [tile.rows, tile.depth])
         rhs_arg = describe(TensorDescriptor, rhs, rhs.shape, rhs.stride(), [1, *sides])
     else:
         lhs_arg, rhs_arg = lhs_MC, rhs
-    most_tiles = (triton.cdiv(num_rows, tile.rows) + num_groups) * triton.cdiv(columns, tile.columns)
+    most_tiles = (cdiv(num_rows, tile.rows) + num_groups) * cdiv(columns, tile.columns)
     with on_device(lhs_MC):
         launch(
             _grouped_mm,
@@ -116,6 +121,32 @@ def grouped_mm(
             num_stages=tile.stages,
         )
     return out_MO
+
+
+class _Form(NamedTuple):
+    """How a product is run, which M has no part in but for its row class."""
+
+    kind: str
+    c_contiguous: bool
+    tma: bool
+    tile: Tile | None  # None: by `gemm_hopper`
+
+
+_forms: dict[tuple[Any, ...], _Form] = {}  # by all that `_form` looks at
+
+
+def _form(lhs_MC: Tensor, rhs_ECO: Tensor, recipe: Recipe, out_dtype: torch.dtype, rows: RowClass) -> _Form:
+    machine = machine_of(lhs_MC.device)
+    kind = kind_of(lhs_MC, recipe)
+    c_contiguous = rhs_ECO.stride(1) == 1
+    tma = can_use_tma(lhs_MC, rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO)
+    if tma and machine.arch == "sm_90" and rows is RowClass.LARGE:
+        from grouped_gemm.kernels import gemm_hopper
+
+        if gemm_hopper.can_run(lhs_MC, rhs_ECO, out_dtype, kind):
+            return _Form(kind, c_contiguous, tma, None)
+    _, depth, columns = rhs_ECO.shape
+    return _Form(kind, c_contiguous, tma, gemm_tile(machine, kind, rows, depth, columns, c_contiguous, tma))
 
 
 @triton.jit(do_not_specialize=["M", "E", "lhs_scale_stride"])

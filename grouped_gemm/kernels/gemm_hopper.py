@@ -13,7 +13,6 @@ M, E: rows, groups. C: the contraction. N: columns of the result.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -35,7 +34,7 @@ from grouped_gemm.kernels.hopper import (
     place,
     store_tile,
 )
-from grouped_gemm.kernels.launch import launch, num_processors
+from grouped_gemm.kernels.launch import cdiv, launch, num_processors
 
 # H200, triton 3.6.0, 2026-11-21.
 TILES = {
@@ -88,7 +87,7 @@ def grouped_mm(
         scale_desc = describe_scales(lhs_scale, 64)
     if out_MO.element_size() == 2:
         out_desc = describe_tile(out_MO, [num_rows, columns], columns, [64, 128])
-    most_tiles = (triton.cdiv(num_rows, 64 * tile.consumers) + num_groups) * triton.cdiv(columns, tile.columns)
+    most_tiles = (cdiv(num_rows, 64 * tile.consumers) + num_groups) * cdiv(columns, tile.columns)
     strides = rhs_scale.stride() if rhs_scale is not None and rhs_scale.dim() == 3 else (0, 0, 0)
     launch(
         _kernel, (min(most_tiles, num_processors(lhs_MC.device)),),

@@ -50,6 +50,16 @@ def packed(scale: Tensor | None) -> Tensor | None:
     return scale.view(torch.int32).squeeze(-1)
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up; Triton's own is made for kernels, and takes microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is no smaller than ``n``, which is positive."""
+    return 1 << (n - 1).bit_length()
+
+
 @functools.cache
 def num_processors(device: torch.device) -> int:
     """Multiprocessors or compute units of ``device``: how many programs a persistent kernel has."""
@@ -104,14 +114,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: dict[str, 
     values = tuple(constants.values())
     facts: list[Any] = [kernel, values, tuple(options.values())]
     for arg in args:
-        if arg is None:
-            facts.append(None)
-        elif isinstance(arg, int):
-            facts.append(1 if arg == 1 else (arg & 15 == 0, -(2**31) <= arg < 2**31))
+        if type(arg) is int:
+            # What Triton looks at: whether it is 1, a multiple of 16, and fits 32 bits.
+            facts.append(arg if arg == 1 else -(arg & 15 == 0) if -(2**31) <= arg < 2**31 else -2 - (arg & 15 == 0))
         elif isinstance(arg, Tensor):
-            facts.append((arg.dtype, arg.data_ptr() & 15 == 0, arg.get_device()))
+            facts += (arg.dtype, arg.data_ptr() & 15 == 0, arg.get_device())
+        elif arg is None:
+            facts.append(None)
         else:
-            facts.append((arg.base.dtype, *arg.block_shape, arg.base.get_device()))
+            facts += (arg.base.dtype, *arg.block_shape, arg.base.get_device())
     key = tuple(facts)
     compiled = _compiled.get(key)
     if compiled is None:

@@ -41,7 +41,6 @@ def activations(
         T is ``(M // 128 + E) * 128``, which is enough for any ``offs``.
     """
     num_rows, features = x_MD.shape
-    row_data, row_scale, column_data, column_scale = (x_MD.new_empty(0) for _ in range(4))
     each = (MX_SCALES,) if recipe is Recipe.MXFP8 else ()
     if rows:
         row_data = _empty_fp8(x_MD, (num_rows, features))
@@ -52,11 +51,15 @@ def activations(
             padded_rows = num_rows + (SCALE_ALIGNMENT - 1) * num_groups
             scale_shape = -(-features // recipe.block), -(-padded_rows // SCALE_ALIGNMENT) * SCALE_ALIGNMENT
         row_scale = x_MD.new_empty(scale_shape, dtype=recipe.scale_dtype)
+    else:
+        row_data, row_scale = x_MD.new_empty(0), x_MD.new_empty(0)
     if columns:
         token_blocks = num_rows // TOKEN_BLOCK + num_groups
         column_data = _empty_fp8(x_MD, (token_blocks, features, TOKEN_BLOCK))
         scale_rows = num_groups if recipe.block is None else token_blocks
         column_scale = x_MD.new_empty(scale_rows, features, *each, dtype=recipe.scale_dtype)
+    else:
+        column_data, column_scale = x_MD.new_empty(0), x_MD.new_empty(0)
     return row_data, row_scale, column_data, column_scale
 
 
@@ -69,16 +72,14 @@ def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> tup
         MX (E, ceil(K/128), N, 4) and (E, ceil(N/128), K, 4).
     """
     num_groups, k, n = b_EKN.shape
-    forward_data, dgrad_data, forward_scale, dgrad_scale = (b_EKN.new_empty(0) for _ in range(4))
-    if forward:
-        forward_data = _empty_fp8(b_EKN, (num_groups, n, k))
-        forward_scale = _empty_line_scales(b_EKN, k, n, recipe)
-    if dgrad:
-        dgrad_data = _empty_fp8(b_EKN, (num_groups, k, n))
-        dgrad_scale = _empty_line_scales(b_EKN, n, k, recipe)
+    forward_data = _empty_fp8(b_EKN, (num_groups, n, k)) if forward else b_EKN.new_empty(0)
+    dgrad_data = _empty_fp8(b_EKN, (num_groups, k, n)) if dgrad else b_EKN.new_empty(0)
     if recipe.weight_lines > 1:
         blocks = num_groups, -(-k // recipe.weight_lines), -(-n // recipe.weight_lines)
         forward_scale, dgrad_scale = b_EKN.new_empty(blocks, dtype=torch.float32), b_EKN.new_empty(0)
+    else:
+        forward_scale = _empty_line_scales(b_EKN, k, n, recipe) if forward else b_EKN.new_empty(0)
+        dgrad_scale = _empty_line_scales(b_EKN, n, k, recipe) if dgrad else b_EKN.new_empty(0)
     return forward_data, dgrad_data, forward_scale, dgrad_scale
 
 

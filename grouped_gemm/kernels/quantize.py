@@ -25,7 +25,7 @@ from torch import Tensor
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import quantize_packed
 from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
-from grouped_gemm.kernels.launch import launch, on_device
+from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK, Operands
 from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
 from grouped_gemm.recipes import Recipe
@@ -56,12 +56,12 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
     with on_device(x_MD):
         if rowwise and not columns:
             if num_rows:
-                width = triton.next_power_of_2(features)
+                width = next_power_of_2(features)
                 whole = width <= _MOST_IN_REGISTERS
                 width = max(width, 128) if whole else 4096
                 height = max(1, 8192 // width)
                 launch(
-                    _quantize_rows, (triton.cdiv(num_rows, height),),
+                    _quantize_rows, (cdiv(num_rows, height),),
                     x_MD, by_row, row_scale, num_rows, features, x_MD.stride(0), by_row.stride(0),
                     constants=constants | {"BLOCK_M": height, "BLOCK_D": width, "WHOLE": whole}, num_warps=8,
                 )  # fmt: skip
@@ -69,14 +69,14 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
         num_blocks = num_rows // TOKEN_BLOCK + num_groups
         blocks = offs.new_empty(num_blocks, 4)
         launch(
-            _find_blocks, (triton.cdiv(num_blocks, 32),),
+            _find_blocks, (cdiv(num_blocks, 32),),
             offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
             constants={
-                "E_PADDED": triton.next_power_of_2(num_groups + 1), "BLOCK": TOKEN_BLOCK,
+                "E_PADDED": next_power_of_2(num_groups + 1), "BLOCK": TOKEN_BLOCK,
                 "SCALE_ALIGNMENT": SCALE_ALIGNMENT, "AT_ONCE": 32,
             },
         )  # fmt: skip
-        grid = (num_blocks * triton.cdiv(features, TOKEN_BLOCK),)
+        grid = (num_blocks * cdiv(features, TOKEN_BLOCK),)
         find_amax, quantize_tiles = _amax, _quantize_tiles
         if columns and quantize_packed.can_run(x_MD):
             find_amax, quantize_tiles = quantize_packed._amax, quantize_packed._quantize_tiles
@@ -120,7 +120,7 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
     num_groups, lines, columns = w_ERC.shape
     fp8 = forward.dtype if forward.dim() == 3 else dgrad.dtype
     shape = lines, columns, w_ERC.stride(0), w_ERC.stride(1)
-    grid = (triton.cdiv(lines, 128) * triton.cdiv(columns, 128), num_groups)
+    grid = (cdiv(lines, 128) * cdiv(columns, 128), num_groups)
     with on_device(b_EKN):
         line_amax = column_amax = None
         if rowwise:

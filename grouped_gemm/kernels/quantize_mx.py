@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grouped_gemm.kernels.groups import groups_in_blocks, pick
-from grouped_gemm.kernels.launch import launch, on_device, packed
+from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device, packed
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK, Operands
 from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
 
@@ -35,17 +35,17 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, out: Operands) -> None:
     (num_rows, features), num_groups = x_MD.shape, offs.shape[0]
     rows, columns = by_row.dim() == 2, by_column.dim() == 3
     # In blocks of groups, rows past the last group may need one more than the column layout has.
-    blocks = num_rows // TOKEN_BLOCK + num_groups + 1 if columns else triton.cdiv(num_rows, TOKEN_BLOCK)
+    blocks = num_rows // TOKEN_BLOCK + num_groups + 1 if columns else cdiv(num_rows, TOKEN_BLOCK)
     if blocks == 0:
         return
     with on_device(x_MD):
         launch(
-            _quantize_tiles, (blocks * triton.cdiv(features, 128),),
+            _quantize_tiles, (blocks * cdiv(features, 128),),
             x_MD, offs, by_row, packed(row_scale), by_column, packed(column_scale),
             num_rows, num_groups, features, x_MD.stride(0), by_row.stride(0),
             constants={
                 "ROWS": rows, "COLUMNS": columns, "LIMIT": torch.finfo((by_row if rows else by_column).dtype).max,
-                "E_PADDED": triton.next_power_of_2(num_groups + 1), "TOKEN_BLOCK": TOKEN_BLOCK,
+                "E_PADDED": next_power_of_2(num_groups + 1), "TOKEN_BLOCK": TOKEN_BLOCK,
             },
             num_warps=8,
         )  # fmt: skip
@@ -68,7 +68,7 @@ def quantize_weights(b_EKN: Tensor, out: Operands) -> None:
     fp8 = forward.dtype if forward.dim() == 3 else dgrad.dtype
     with on_device(b_EKN):
         launch(
-            _quantize_weights, (triton.cdiv(lines, 128) * triton.cdiv(columns, 128), num_groups),
+            _quantize_weights, (cdiv(lines, 128) * cdiv(columns, 128), num_groups),
             w_ERC, straight, packed(straight_scale), transposed, packed(transposed_scale),
             lines, columns, w_ERC.stride(0), w_ERC.stride(1),
             straight.stride(0), straight.stride(-2) if straight.dim() == 3 else 0,

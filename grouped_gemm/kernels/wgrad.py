@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
-from grouped_gemm.kernels.launch import can_use_tma, kind_of, launch, on_device, packed
+from grouped_gemm.kernels.launch import can_use_tma, cdiv, kind_of, launch, next_power_of_2, on_device, packed
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 from grouped_gemm.kernels.mx import ONES, add_mx_product
 from grouped_gemm.kernels.tuning import wgrad_tile
@@ -84,7 +84,7 @@ def wgrad(
     elif tma:
         lhs_arg = TensorDescriptor.from_tensor(lhs.view(-1, TOKEN_BLOCK), [tile.rows, tile.depth])
         rhs_arg = TensorDescriptor.from_tensor(rhs.view(-1, TOKEN_BLOCK), [tile.columns, tile.depth])
-    tiles = num_groups * triton.cdiv(p, tile.rows) * triton.cdiv(q, tile.columns)
+    tiles = num_groups * cdiv(p, tile.rows) * cdiv(q, tile.columns)
     with on_device(lhs):
         # Groups differ in length, so tiles are not shared out beforehand: a free multiprocessor takes the next one.
         launch(
@@ -106,7 +106,7 @@ def wgrad(
                 "KIND": kind,
                 "TMA": tma,
                 "TOKEN_BLOCK": TOKEN_BLOCK,
-                "E_PADDED": triton.next_power_of_2(num_groups + 1),
+                "E_PADDED": next_power_of_2(num_groups + 1),
                 "BLOCK_P": tile.rows,
                 "BLOCK_Q": tile.columns,
                 "BLOCK_T": tile.depth,
@@ -228,10 +228,10 @@ def group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
     out_EN = torch.empty(num_groups, columns, dtype=out_dtype, device=x_MN.device)
     with on_device(x_MN):
         launch(
-            _group_sums, (num_groups, triton.cdiv(columns, 64)),
+            _group_sums, (num_groups, cdiv(columns, 64)),
             x_MN, offs, out_EN, num_rows, num_groups, columns, x_MN.stride(0),
             constants={
-                "TOKEN_BLOCK": TOKEN_BLOCK, "E_PADDED": triton.next_power_of_2(num_groups + 1),
+                "TOKEN_BLOCK": TOKEN_BLOCK, "E_PADDED": next_power_of_2(num_groups + 1),
                 "BLOCK_M": 128, "BLOCK_N": 64,
             },
         )  # fmt: skip

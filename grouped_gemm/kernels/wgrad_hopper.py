@@ -10,7 +10,6 @@ M, T, E: rows, rows in padded blocks, groups. P, Q: features of the first and th
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,7 +32,7 @@ from grouped_gemm.kernels.hopper import (
     place,
     store_tile,
 )
-from grouped_gemm.kernels.launch import launch, num_processors
+from grouped_gemm.kernels.launch import cdiv, launch, num_processors
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 
 # H200, triton 3.6.0, 2026-11-21.
@@ -75,7 +74,7 @@ def wgrad(
         lhs_scale_desc, rhs_scale_desc = describe_scales(lhs_scale, 64), describe_scales(rhs_scale, tile.columns)
     if out_EPQ.element_size() == 2 and not accumulate:
         out_desc = describe_tile(out_EPQ, [num_groups * p, q], q, [64, 128])
-    tiles = num_groups * triton.cdiv(p, 64 * tile.consumers) * triton.cdiv(q, tile.columns)
+    tiles = num_groups * cdiv(p, 64 * tile.consumers) * cdiv(q, tile.columns)
     launch(
         _kernel, (min(tiles, num_processors(lhs.device)),),
         lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale, offs, out_EPQ,
