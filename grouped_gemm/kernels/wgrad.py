@@ -167,8 +167,8 @@ def _wgrad(
         length = pick(ends, e) - start
     if not TMA:
         if SCALED:
-            lhs_tiles = lhs + ps.to(tl.int64)[:, None] * TOKEN_BLOCK + ts[None, :]
-            rhs_tiles = rhs + qs.to(tl.int64)[:, None] * TOKEN_BLOCK + ts[None, :]
+            lhs_tiles = ps[:, None] * TOKEN_BLOCK + ts[None, :]  # in a block of tokens, which 32 bits address
+            rhs_tiles = qs[:, None] * TOKEN_BLOCK + ts[None, :]
         else:
             lhs_tiles = lhs + (start + ts).to(tl.int64)[:, None] * lhs_stride + ps[None, :]
             rhs_tiles = rhs + (start + ts).to(tl.int64)[:, None] * rhs_stride + qs[None, :]
@@ -190,8 +190,8 @@ def _wgrad(
                 rhs_QT = rhs.load([block * Q + first_q, t % TOKEN_BLOCK])
             else:
                 lines = tl.cast(block, tl.int64) * TOKEN_BLOCK
-                lhs_PT = tl.load(lhs_tiles + lines * P + t % TOKEN_BLOCK, mask=(ps < P)[:, None], other=0.0)
-                rhs_QT = tl.load(rhs_tiles + lines * Q + t % TOKEN_BLOCK, mask=(qs < Q)[:, None], other=0.0)
+                lhs_PT = tl.load(lhs + (lines * P + t % TOKEN_BLOCK) + lhs_tiles, mask=(ps < P)[:, None], other=0.0)
+                rhs_QT = tl.load(rhs + (lines * Q + t % TOKEN_BLOCK) + rhs_tiles, mask=(qs < Q)[:, None], other=0.0)
             lhs_tile = lhs_PT
             rhs_tile = rhs_QT.T
         else:

@@ -1,0 +1,102 @@
+"""A launch like an earlier one goes straight to what was compiled; one that Triton would compile anew does not."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from grouped_gemm.kernels import launch as launching
+
+
+class Kernel:
+    """Stands in for a function of Triton: records who was asked to launch what."""
+
+    def __init__(self):
+        self.arg_names = ["x", "y", "n", "BLOCK"]
+        self.compilations, self.launches = [], []
+
+    def __getitem__(self, grid):
+        def compile_and_launch(*args, **constants_and_options):
+            self.compilations.append((grid, args, constants_and_options))
+            return self.Compiled(self)
+
+        return compile_and_launch
+
+    class Compiled:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args: self.kernel.launches.append((grid, args))
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(launching, "_compiled", {})
+    return Kernel()
+
+
+def run(kernel, x, y=None, n=32, block=64, grid=(5,), **options):
+    launching.launch(kernel, grid, x, y, n, constants={"BLOCK": block}, **options)
+
+
+def test_the_second_launch_passes_all_values_in_the_order_of_the_signature(kernel):
+    x = torch.zeros(8)
+    run(kernel, x, num_warps=4)
+    run(kernel, x, num_warps=4, grid=(7, 2))
+    assert kernel.compilations == [((5,), (x, None, 32), {"BLOCK": 64, "num_warps": 4})]
+    assert kernel.launches == [((7, 2, 1), (x, None, 32, 64))]
+
+
+X = torch.zeros(64)
+DESCRIBED = SimpleNamespace(base=X, block_shape=[8, 16])
+OTHERS = {
+    "dtype": {"x": X.half()},
+    "start": {"x": X[1:]},
+    "absent": {"x": X, "y": X},
+    "one": {"x": X, "n": 1},
+    "no multiple of 16": {"x": X, "n": 33},
+    "64 bits": {"x": X, "n": 2**31},
+    "64 bits, no multiple of 16": {"x": X, "n": 2**31 + 1},
+    "constant": {"x": X, "block": 128},
+    "option": {"x": X, "num_warps": 8},
+    "descriptor": {"x": DESCRIBED},
+    "box": {"x": SimpleNamespace(base=X, block_shape=[16, 8])},
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_what_is_compiled_for_is_told_apart(kernel, other):
+    for arguments in ({"x": X}, other, {"x": X}, other):
+        run(kernel, **arguments)
+    assert len(kernel.compilations) == 2 and len(kernel.launches) == 2
+
+
+@pytest.mark.parametrize("n", (0, 48, -16))
+def test_sizes_that_compile_to_the_same_are_not_told_apart(kernel, n):
+    run(kernel, X)
+    run(kernel, X, n=n)
+    assert len(kernel.compilations) == 1 and kernel.launches[0][1][2] == n
+
+
+def test_constants_in_another_order_are_refused(kernel):
+    with pytest.raises(ValueError, match="constants: expected"):
+        launching.launch(kernel, (1,), X, None, constants={"BLOCK": 64, "n": 32})
+
+
+def test_nothing_is_kept_of_a_kernel_that_is_interpreted(monkeypatch, kernel):
+    monkeypatch.setattr(Kernel, "Compiled", lambda *_: None)
+    run(kernel, X)
+    run(kernel, X)
+    assert len(kernel.compilations) == 2
+
+
+@pytest.mark.parametrize("n", (1, 2, 3, 4, 5, 128, 129))
+def test_whole_numbers_are_rounded_up_as_triton_rounds_them(n):
+    import triton
+
+    assert launching.next_power_of_2(n) == triton.next_power_of_2(n)
+    assert [launching.cdiv(n, b) for b in (1, 3, 128)] == [triton.cdiv(n, b) for b in (1, 3, 128)]
