@@ -1,11 +1,9 @@
 """Quantizers: they write what `gemm` and `wgrad` read, with the numbers of `reference`, bit for bit.
 
-A program has a tile of 128 by 128 in registers, from one read, and writes each layout that is wanted. It holds the
-tile as four, of every fourth row: what is contiguous along rows is packed into words of four rows before it crosses
-between threads, since single bytes cross slowly, and wrongly in Triton 3.6.0 where one tile is stored both ways.
-
-Magnitudes are compared as the integers that their bits are, an order in which NaN is above Inf and Inf above the rest:
-so a NaN reaches the scale of its block, as it does in torch. Divisions are rounded correctly (``div_rn``).
+A program has a tile of 128 by 128. It reads it once from memory, and looks at it a second time in L1, for the layout
+that is contiguous along rows: holding it meanwhile would take registers, and so other programs' place. It takes every
+fourth row at a time: fp8 of four rows is packed into a word before it crosses between threads, since single bytes
+cross slowly.
 
 M, E, K, N: rows, groups, in and out features. D: K or N. T: tokens in blocks of 128 that start anew with each group.
 R, C: lines and columns of a weight matrix as it lies in memory, C contiguous.
