@@ -164,6 +164,16 @@ def test_a_large_call_agrees_with_the_reference(case, device):
             assert torch.count_nonzero(found[end:]) == 0, f"{pass_.value}: rows past the last group"
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.passes == FORWARD], ids=str)
+def test_a_nan_in_the_weights_of_the_last_group_leaves_rows_past_it_zero(case, device):
+    inputs = make_inputs(case, device)
+    b = inputs.b.clone()
+    b[-1] = math.nan
+    y, end = run(case, dataclasses.replace(inputs, b=b)).y, inputs.ends[-1]
+    assert end < y.shape[0] and torch.count_nonzero(y[end:]) == 0
+    assert y[inputs.ends[-2] : end].isnan().all()
+
+
 # 5. Sizes over 2^31 elements address correctly: in `a`, in dA and, with scales, in the columns of `a`.
 OVER_2_31 = Shape("over_2_31_elements", (0, 400_000, 1, 346_000, 0, 513), tail=70, k=2880, n=704)
 

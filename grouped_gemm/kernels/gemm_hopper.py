@@ -261,10 +261,10 @@ def _finish(
     else:
         rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
         ns = column + gl.arange(0, 128, layout=gl.SliceLayout(0, acc.type.layout))
-        e64 = gl.minimum(e, E - 1).to(gl.int64)  # past the last group the sum is zero, whatever the scale
+        e64 = gl.minimum(e, E - 1).to(gl.int64)  # past the last group nothing is loaded, lest zeros become NaN
         if KIND == "rowwise":
             row_scales = gl.load(lhs_scale + rows, mask=(rows < end) & (e < E), other=0)
-            column_scales = gl.load(rhs_scale + e64 * N + ns, mask=ns < N, other=0)
+            column_scales = gl.load(rhs_scale + e64 * N + ns, mask=(ns < N) & (e < E), other=0)
             acc = acc * gl.expand_dims(row_scales, 1) * gl.expand_dims(column_scales, 0)
         if HAS_BIAS:
             biases = gl.load(bias + e64 * N + ns, mask=(ns < N) & (e < E), other=0)
