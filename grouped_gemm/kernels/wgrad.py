@@ -56,6 +56,9 @@ def wgrad(
 
     Returns:
         (E, P, Q), contiguous; exactly zero for an empty group. Or ``accumulate_into``.
+
+    Raises:
+        ValueError: ``accumulate_into`` has another dtype, shape or memory order.
     """
     num_groups, p, q = offs.shape[0], lhs.shape[1], rhs.shape[1]
     accumulate = accumulate_into is not None
@@ -63,6 +66,9 @@ def wgrad(
         out_EPQ = torch.empty(num_groups, p, q, dtype=out_dtype, device=lhs.device)
     else:
         out_EPQ = accumulate_into
+        form = out_EPQ.dtype, out_EPQ.shape, out_EPQ.is_contiguous()
+        if form != (torch.float32, (num_groups, p, q), True):
+            raise ValueError(f"accumulate_into: expected float32, {(num_groups, p, q)}, contiguous; found {form}")
     if num_rows == 0:
         return out_EPQ if accumulate else out_EPQ.zero_()
     machine = machine_of(lhs.device)

@@ -172,3 +172,10 @@ def test_a_checkpoints_weights(recipe):
 def test_wgrad_adds_to_a_gradient(recipe, k, n, tma):
     a, _, _, dy, offs = case([5, 5, 140, 150], 160, k, n, torch.bfloat16, "k")
     check_accumulation(a.detach(), dy, offs, recipe, bound=1e-6)
+
+
+def test_a_gradient_to_add_to_is_float32_and_as_large_as_the_product():
+    x, offs = torch.randn(8, 16), torch.tensor([3, 8], dtype=torch.int32)
+    for wrong in (torch.zeros(2, 16, 16, dtype=torch.bfloat16), torch.zeros(2, 16, 8), torch.zeros(2, 16, 16).mT):
+        with pytest.raises(ValueError, match="accumulate_into: expected float32"):
+            wgrad.wgrad(x, None, x, None, offs, 8, Recipe.NONE, torch.float32, accumulate_into=wrong)
