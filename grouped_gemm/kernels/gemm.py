@@ -68,9 +68,10 @@ def grouped_mm(
     places = (lhs_MC.data_ptr() | rhs_ECO.data_ptr()) & 15
     strides = lhs_MC.stride(0), rhs_ECO.stride()
     key = (lhs_MC.dtype, strides, rhs_ECO.shape, recipe, out_dtype, rows, lhs_MC.device, places)
-    form = None if AUTOTUNE.is_on() else _forms.get(key)
-    if form is None:
-        form = _forms[key] = _form(lhs_MC, rhs_ECO, recipe, out_dtype, rows)
+    if AUTOTUNE.is_on():  # tiles that were found, or are on trial, are not remembered for calls without the switch
+        form = _form(lhs_MC, rhs_ECO, recipe, out_dtype, rows)
+    else:
+        form = _forms.get(key) or _forms.setdefault(key, _form(lhs_MC, rhs_ECO, recipe, out_dtype, rows))
     kind, c_contiguous, tma, tile = form
     lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     if tile is None:

@@ -1,4 +1,6 @@
-"""The M-grouped product on Hopper, warp-specialized, in Gluon: the large row class of `gemm`, about twice as fast.
+"""The M-grouped product on Hopper, warp-specialized, in Gluon: the large row class of `gemm`.
+
+Blockwise it is about twice as fast as that, otherwise by up to a third (docs/performance.md).
 
 One warp copies tiles of both operands, and blockwise the scales of the rows, into a ring of shared memory; two or three
 warpgroups multiply, each 64 rows of the tile. Blockwise, a warpgroup multiplies 128 of C into fresh registers and adds
@@ -70,10 +72,9 @@ def grouped_mm(
     offs: Tensor,
     out_MO: Tensor,
     kind: str,
-    tile: HopperTile | None = None,
 ) -> None:
     """Fills ``out_MO``; arguments as of `gemm.grouped_mm`, of which `can_run` is true."""
-    tile = TILES[kind] if tile is None else tile
+    tile = TILES[kind]
     (num_rows, depth), (num_groups, _, columns) = lhs_MC.shape, rhs_ECO.shape
     c_contiguous = rhs_ECO.stride(1) == 1
     rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO

@@ -25,7 +25,7 @@ from grouped_gemm.kernels import quantize_packed
 from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
 from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK, Operands
-from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
+from grouped_gemm.kernels.scaling import four_to_fp8, inverse_of, magnitude, scale_of, to_fp8
 from grouped_gemm.recipes import Recipe
 
 _WARPS = 4
@@ -176,23 +176,11 @@ def _pack(v0, v1, v2, v3, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVI
     it takes a converted byte for a whole register, and its neighbour slips in.
     """
     if NVIDIA:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-            mov.b32 $0, {low, high};
-            }""",
-            "=r,f,f,f,f",
-            [
-                v0.to(tl.float32) * inverse,
-                v1.to(tl.float32) * inverse,
-                v2.to(tl.float32) * inverse,
-                v3.to(tl.float32) * inverse,
-            ],
-            dtype=tl.uint32,
-            is_pure=True,
-            pack=1,
+        return four_to_fp8(
+            v0.to(tl.float32) * inverse,
+            v1.to(tl.float32) * inverse,
+            v2.to(tl.float32) * inverse,
+            v3.to(tl.float32) * inverse,
         )
     else:
         return (

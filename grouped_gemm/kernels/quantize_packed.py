@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import tile_position
-from grouped_gemm.kernels.scaling import inverse_of, scale_of
+from grouped_gemm.kernels.scaling import four_to_fp8, inverse_of, scale_of
 
 _ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")  # max.u16x2
 
@@ -55,24 +55,6 @@ def _pair(low, high):
     """Two fp32 values as fp8, saturated, the first in the low byte."""
     return tl.inline_asm_elementwise(
         "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", "=h,f,f", [low, high], dtype=tl.int16, is_pure=True, pack=1
-    )
-
-
-@triton.jit
-def _quad(v0, v1, v2, v3):
-    """Four fp32 values as fp8, saturated, the first in the lowest byte."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,f,f,f,f",
-        [v0, v1, v2, v3],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
     )
 
 
@@ -190,12 +172,14 @@ def _quantize_tiles(
         high = high_inverse[None, :]
         words = tl.arange(0, BLOCK // 2)
         quads = tl.arange(0, BLOCK // 4)
-        lines = (by_column + (block.to(tl.int64) * D + d) * BLOCK).to(tl.pointer_type(tl.int32))
+        lines = (by_column + (block.to(tl.int64) * D + d) * BLOCK).to(tl.pointer_type(tl.uint32))
         targets = lines + words[None, :] * (BLOCK // 2) + quads[:, None]
-        mask = (words < words_left)[None, :] & (quads >= 0)[:, None]
-        tl.store(targets, _quad(_low(v0) * low, _low(v1) * low, _low(v2) * low, _low(v3) * low), mask=mask)
+        mask = (words < words_left)[None, :] & (quads >= 0)[:, None]  # of the whole tile, as it was measured
+        tl.store(targets, four_to_fp8(_low(v0) * low, _low(v1) * low, _low(v2) * low, _low(v3) * low), mask=mask)
         targets += BLOCK // 4
-        tl.store(targets, _quad(_high(v0) * high, _high(v1) * high, _high(v2) * high, _high(v3) * high), mask=mask)
+        tl.store(
+            targets, four_to_fp8(_high(v0) * high, _high(v1) * high, _high(v2) * high, _high(v3) * high), mask=mask
+        )
 
 
 @triton.jit

@@ -44,3 +44,21 @@ def to_fp8(x, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.cons
     if not NVIDIA:
         scaled = tl.clamp(scaled, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     return scaled.to(DTYPE)
+
+
+@triton.jit
+def four_to_fp8(v0, v1, v2, v3):
+    """Four fp32 values as e4m3fn in one word, saturated, the first in the lowest byte. On NVIDIA GPUs only."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,f,f,f,f",
+        [v0, v1, v2, v3],
+        dtype=tl.uint32,
+        is_pure=True,
+        pack=1,
+    )
