@@ -267,7 +267,7 @@ def _tune(b: Tensor | QuantizedWeights, bias: Tensor | None, decision: Decision)
     _fill(a, dy)
     a, dy = a.to(problem.dtype), dy.to(problem.dtype)
     forward, dgrad, wgrad = map(decision.backend, (Pass.FORWARD, Pass.DGRAD, Pass.WGRAD))
-    plans = {kind: get_backend(kind).plan(offs, len(a)) for kind in decision.backends}
+    plans = {kind: get_backend(kind).plan(offs, len(a), problem.group_alignment) for kind in decision.backends}
 
     def quantized(x: Tensor, by_row: KernelPreference | None) -> tuple[Quantized | None, Quantized | None]:
         return layouts(

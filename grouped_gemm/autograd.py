@@ -36,6 +36,7 @@ class Route(NamedTuple):
     out_dtype: torch.dtype
     b_contiguous: str
     backends: tuple[KernelPreference, ...]  # every one that runs a pass, once
+    group_alignment: int = 1  # what every group's size is a multiple of
 
 
 def dense_rows(x: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def _contraction(
 
 def _plan(route: Route, offs: Tensor, num_rows: int) -> _Plans:
     """The plan of each backend that runs a pass."""
-    return {kind: get_backend(kind).plan(offs, num_rows) for kind in route.backends}
+    return {kind: get_backend(kind).plan(offs, num_rows, route.group_alignment) for kind in route.backends}
 
 
 def _save(ctx: Any, route: Route, plans: _Plans, *operands: Quantized | None) -> None:

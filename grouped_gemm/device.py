@@ -7,6 +7,7 @@ a machine that it does not have.
 from __future__ import annotations
 
 import functools
+import importlib.util
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -16,6 +17,7 @@ from packaging.version import Version
 # The distributions that may provide an import; which versions of it are installed decides what works.
 _DISTRIBUTIONS = {
     "triton": ("triton", "pytorch-triton", "pytorch-triton-rocm"),
+    "deep_gemm": ("sgl-deep-gemm", "deep-gemm"),
 }
 
 
@@ -27,7 +29,7 @@ class Machine:
         vendor: "nvidia", "amd", "cpu", or torch's device type for anything else.
         arch: the exact architecture, "sm_90" or "gfx942"; equal to ``vendor`` where there is none.
         name: the device's own name, for people.
-        versions: (name, version) of torch, triton, cuda and rocm, as far as they are there.
+        versions: (name, version) of torch, triton, deep_gemm, cuda and rocm, as far as they are there.
     """
 
     vendor: str
@@ -79,7 +81,8 @@ def _probe(device_type: str, index: int | None) -> Machine:
 def _versions() -> tuple[tuple[str, str], ...]:
     found = [("torch", str(torch.__version__)), ("cuda", torch.version.cuda), ("rocm", torch.version.hip)]
     for package, distributions in _DISTRIBUTIONS.items():
-        found.append((package, next(filter(None, map(_distribution_version, distributions)), None)))
+        version = next(filter(None, map(_distribution_version, distributions)), None)
+        found.append((package, version or _provider_version(package)))
     return tuple((package, version) for package, version in found if version is not None)
 
 
@@ -88,3 +91,14 @@ def _distribution_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _provider_version(package: str) -> str | None:
+    """The version of whatever else provides ``package``; "0" where it came without one."""
+    try:
+        if importlib.util.find_spec(package) is None:
+            return None
+    except ValueError:  # it was put into sys.modules by hand
+        return "0"
+    distributions = metadata.packages_distributions().get(package, ())
+    return next(filter(None, map(_distribution_version, distributions)), "0")

@@ -350,7 +350,8 @@ def _route(facts: dict[str, Any]) -> Route:
         if kind is not None and kind not in backends:
             backends += (kind,)
     recipe, dtype, out_dtype, b_contiguous = (facts[f] for f in ("recipe", "dtype", "out_dtype", "b_contiguous"))
-    return Route(forward, dgrad, wgrad, recipe, dtype, out_dtype, b_contiguous, backends)
+    group_alignment = facts.get("group_alignment", 1)
+    return Route(forward, dgrad, wgrad, recipe, dtype, out_dtype, b_contiguous, backends, group_alignment)
 
 
 def _chosen(**facts: Any) -> str:

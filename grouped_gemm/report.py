@@ -35,7 +35,8 @@ class Explanation:
         """By backend, when a call waits for the host; empty where it never does, as always on a CPU."""
         if not self.decision.problem.machine.is_gpu:
             return {}
-        return {b.value: get_backend(b).host_syncs for b in self.decision.backends if get_backend(b).host_syncs}
+        waiting = (b for p, b in self.decision.chosen if p in get_backend(b).host_sync_passes)
+        return {b.value: get_backend(b).host_syncs for b in waiting if get_backend(b).host_syncs}
 
     @property
     def padding(self) -> dict[str, int]:

@@ -4,7 +4,7 @@
 
 1. A backend refuses a pass when one of its requirements for it does not hold, or when its tiny run fails.
 2. A preference that names a backend gets that backend for every pass, or an error; nothing takes its place.
-3. AUTO takes, for each pass, the first backend of the vendor's `AUTO_ORDER` that does not refuse it.
+3. AUTO takes, for each pass, the first backend of its `auto_order` that does not refuse it.
 4. On a GPU, AUTO takes Emulated only where `strict` is off, and `Decision.falls_back` says so.
 5. Weights that were quantized beforehand are read by the backend that wrote them, and by no other.
 """
@@ -18,12 +18,14 @@ from grouped_gemm.backends import Candidate
 from grouped_gemm.backends.base import Requirement
 from grouped_gemm.preference import STRICT, KernelPreference
 from grouped_gemm.problem import Pass, Problem
+from grouped_gemm.recipes import Recipe
 
 # In which order AUTO tries, by vendor; "" is every other device. Each backend has a place, so that each has its say.
+# `auto_order` has the exception.
 AUTO_ORDER: dict[str, tuple[KernelPreference, ...]] = {
     "nvidia": (
-        KernelPreference.DEEPGEMM,
         KernelPreference.TRITON,
+        KernelPreference.DEEPGEMM,
         KernelPreference.TORCH,
         KernelPreference.HIPBLASLT,
         KernelPreference.EMULATED,
@@ -43,6 +45,20 @@ AUTO_ORDER: dict[str, tuple[KernelPreference, ...]] = {
         KernelPreference.HIPBLASLT,
     ),
 }
+
+
+def auto_order(problem: Problem, pass_: Pass) -> tuple[KernelPreference, ...]:
+    """In which order AUTO tries: the vendor's, but DeepGEMM first where its groups need no padding.
+
+    On an H200 (2026-11-21) its blockwise forward and dgrad are 1.03 to 1.18 times as fast as Triton's on groups of
+    whole blocks. Padding others costs up to 12% more rows and a copy of the result, and its wgrad is mostly slower.
+    """
+    order = AUTO_ORDER.get(problem.machine.vendor, AUTO_ORDER[""])
+    first = KernelPreference.DEEPGEMM
+    is_blockwise = problem.recipe in (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
+    if problem.machine.vendor != "nvidia" or not is_blockwise or pass_ is Pass.WGRAD or problem.group_alignment % 128:
+        return order
+    return (first, *(kind for kind in order if kind is not first))
 
 
 class NoBackendError(RuntimeError):
@@ -180,15 +196,19 @@ def decide(
         return Decision(problem, preference, asked_by, (), tuple(refusals), alternatives)
 
     chosen: dict[Pass, KernelPreference] = {}
-    for kind in order:
-        missing = [p for p in problem.passes if p not in chosen]
-        if not missing:
-            break
-        if kind is KernelPreference.EMULATED and problem.machine.is_gpu and strict:
-            fix = "Ask for it with KernelPreference.EMULATED."
-            refusals.append(Refusal(kind, problem.passes, f"is not tried while {STRICT.name}=1", fix))
-            continue
-        chosen |= {p: kind for p in try_passes(kind) if p in missing}
+    tried: dict[KernelPreference, list[Pass]] = {}
+    for pass_ in problem.passes:
+        for kind in auto_order(problem, pass_):
+            if kind not in tried:
+                if kind is KernelPreference.EMULATED and problem.machine.is_gpu and strict:
+                    fix = "Ask for it with KernelPreference.EMULATED."
+                    refusals.append(Refusal(kind, problem.passes, f"is not tried while {STRICT.name}=1", fix))
+                    tried[kind] = []
+                else:
+                    tried[kind] = try_passes(kind)
+            if pass_ in tried[kind]:
+                chosen[pass_] = kind
+                break
     in_order = tuple((p, chosen[p]) for p in problem.passes if p in chosen)
     return Decision(problem, preference, asked_by, in_order, tuple(refusals))
 

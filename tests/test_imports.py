@@ -31,7 +31,8 @@ LAYERS = (
     ("select",),
     ("backends",),
     ("backends.*",),
-    ("kernels.quantize_mx",),
+    ("backends._deep_gemm",),
+    ("kernels.quantize_deepgemm", "kernels.quantize_mx"),
     ("backends.base", "kernels.gemm", "kernels.quantize", "kernels.wgrad"),
     ("kernels.tuning",),
     ("kernels.gemm_hopper", "kernels.wgrad_hopper", "kernels.quantize_packed"),
@@ -45,7 +46,7 @@ LAYERS = (
 EVERYWHERE = {"torch", "packaging"}
 AT_ONCE = {"kernels.*": {"triton"}}
 WHEN_USED = {
-    "backends.deepgemm": {"deep_gemm"},
+    "backends._deep_gemm": {"deep_gemm"},
     "backends.triton": {"triton"},
     "demo": {"matplotlib", "tqdm"},
     "integrations.*": {"torchao", "torchtitan", "transformers"},

@@ -40,7 +40,7 @@ from grouped_gemm.backends.base import (
     requires_recipe,
 )
 from grouped_gemm.problem import RowClass, row_class
-from grouped_gemm.select import AUTO_ORDER, Decision, decide
+from grouped_gemm.select import Decision, auto_order, decide
 
 AUTO, EMULATED, TORCH, TRITON, DEEPGEMM, HIPBLASLT = KernelPreference
 FORWARD, DGRAD, WGRAD = Pass
@@ -183,12 +183,12 @@ def runs(kind: KernelPreference, asked: Problem, pass_: Pass, states: Mapping[Ke
     (
         ("H100", Recipe.NONE, {}, (TRITON, TRITON, TRITON)),
         ("H100", Recipe.FP8_ROWWISE, {}, (TRITON, TRITON, TRITON)),
-        ("H100", Recipe.FP8_BLOCKWISE, {}, (DEEPGEMM, DEEPGEMM, DEEPGEMM)),
+        ("H100", Recipe.FP8_BLOCKWISE, {}, (TRITON, TRITON, TRITON)),
         ("H100", Recipe.MXFP8, {}, (TRITON, TRITON, TRITON)),
-        ("H200", Recipe.FP8_BLOCKWISE, {}, (DEEPGEMM, DEEPGEMM, DEEPGEMM)),
-        ("H200", Recipe.FP8_BLOCKWISE, {DEEPGEMM: "broken"}, (TRITON, TRITON, TRITON)),
+        ("H200", Recipe.FP8_BLOCKWISE, {}, (TRITON, TRITON, TRITON)),
+        ("H200", Recipe.FP8_BLOCKWISE, {TRITON: "broken"}, (DEEPGEMM, DEEPGEMM, DEEPGEMM)),
         ("H200", Recipe.NONE, {TRITON: "absent"}, (TORCH, TORCH, TORCH)),
-        ("B200", Recipe.FP8_BLOCKWISE, {}, (DEEPGEMM, DEEPGEMM, TRITON)),
+        ("B200", Recipe.FP8_BLOCKWISE, {}, (TRITON, TRITON, TRITON)),
         ("B200", Recipe.FP8_BLOCKWISE, {TRITON: "absent"}, (DEEPGEMM, DEEPGEMM, EMULATED)),
         ("B200", Recipe.MXFP8, {}, (TRITON, TRITON, TRITON)),
         ("RTX 4090", Recipe.FP8_BLOCKWISE, {}, (TRITON, TRITON, TRITON)),
@@ -214,11 +214,33 @@ def test_a_promise_of_alignment_opens_a_backend():
     assert choice(auto(promised, {TRITON: "absent"})) == (TORCH, TORCH, TORCH)
 
 
+@pytest.mark.parametrize(
+    ("machine", "recipe", "alignment", "states", "expected"),
+    (
+        ("H200", Recipe.FP8_BLOCKWISE, 128, {}, (DEEPGEMM, DEEPGEMM, TRITON)),
+        ("H200", Recipe.FP8_BLOCKWISE, 256, {}, (DEEPGEMM, DEEPGEMM, TRITON)),
+        ("H200", Recipe.FP8_BLOCKWISE, 64, {}, (TRITON, TRITON, TRITON)),
+        ("H200", Recipe.FP8_BLOCKWISE, 128, {DEEPGEMM: "broken"}, (TRITON, TRITON, TRITON)),
+        ("H200", Recipe.FP8_BLOCKWISE, 128, {TRITON: "broken"}, (DEEPGEMM, DEEPGEMM, DEEPGEMM)),
+        ("H200", Recipe.FP8_ROWWISE, 128, {}, (TRITON, TRITON, TRITON)),
+        ("H200", Recipe.NONE, 128, {}, (TRITON, TRITON, TRITON)),
+        ("B200", Recipe.FP8_BLOCKWISE, 128, {}, (DEEPGEMM, DEEPGEMM, TRITON)),
+        ("MI300X", Recipe.FP8_BLOCKWISE, 128, {}, (TRITON, TRITON, TRITON)),
+    ),
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "value", ""),
+)
+def test_a_promise_of_whole_blocks_puts_deepgemm_first_for_forward_and_dgrad(
+    machine, recipe, alignment, states, expected
+):
+    assert choice(auto(problem(machine, recipe, group_alignment=alignment), states)) == expected
+
+
 @every_machine
 def test_auto_takes_the_first_of_its_order_whatever_is_there(machine):
-    order = AUTO_ORDER.get(MACHINES[machine].vendor, AUTO_ORDER[""])
     for asked, states, decision in sweep(machine):
-        expected = tuple(next((k for k in order if runs(k, asked, p, states)), None) for p in asked.passes)
+        expected = tuple(
+            next((k for k in auto_order(asked, p) if runs(k, asked, p, states)), None) for p in asked.passes
+        )
         assert choice(decision) == expected
 
 

@@ -19,6 +19,7 @@ from grouped_gemm.preference import KernelPreference
 _MODULES = {
     KernelPreference.EMULATED: "grouped_gemm.backends.emulated",
     KernelPreference.TRITON: "grouped_gemm.backends.triton",
+    KernelPreference.DEEPGEMM: "grouped_gemm.backends.deepgemm",
 }
 
 

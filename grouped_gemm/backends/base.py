@@ -118,6 +118,7 @@ class _GroupedMMBackend(ABC):
     summary: ClassVar[str]  # one sentence for doctor and docs/backends.md
     requirements: ClassVar[tuple[Requirement, ...]]
     host_syncs: ClassVar[str] = ""  # when a call waits for the host, as a phrase; empty: never
+    host_sync_passes: ClassVar[tuple[Pass, ...]] = ALL_PASSES  # the passes that do, where any does
     compiles: ClassVar[bool] = True  # whether kernels are compiled or loaded at first use, which `warmup` does ahead
 
     def padded_to(self, problem: Problem) -> int:
@@ -129,8 +130,8 @@ class _GroupedMMBackend(ABC):
         return Health()
 
     @abstractmethod
-    def plan(self, offs: Tensor, num_rows: int) -> OffsetPlan:
-        """The plan of groups that end at rows ``offs``, (E,) int32."""
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
+        """The plan of groups that end at rows ``offs``, (E,) int32, in multiples of ``group_alignment``."""
 
     @abstractmethod
     def quantize_activations(

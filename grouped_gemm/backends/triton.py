@@ -102,7 +102,7 @@ class Backend(_GroupedMMBackend):
             return Health()
         return Health("a tiny product is wrong", "Install the triton that this torch was built with.")
 
-    def plan(self, offs: Tensor, num_rows: int) -> OffsetPlan:
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
         return OffsetPlan(offs, num_rows)  # the kernels find the groups themselves
 
     def quantize_activations(

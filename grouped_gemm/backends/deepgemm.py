@@ -1,0 +1,358 @@
+"""DeepGEMM: the vendor's kernels, fed by quantizers that write their exact layout.
+
+Any package that provides `deep_gemm` will do. What it wants, and what of it is refused and why: docs/deepgemm.md.
+
+M, E, K, N: rows, groups, in and out features. D: K or N. O, C: the weights' output axis and the one summed over.
+R: rows as DeepGEMM sees them, each group padded to a multiple of 128.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouped_gemm import reference
+from grouped_gemm.backends import _deep_gemm
+from grouped_gemm.backends.base import (
+    Health,
+    OffsetPlan,
+    Requirement,
+    _GroupedMMBackend,
+    requires_arch,
+    requires_dtype,
+    requires_recipe,
+)
+from grouped_gemm.device import machine_of
+from grouped_gemm.kernels import layouts, layouts_deepgemm
+from grouped_gemm.kernels.layouts_deepgemm import BLOCK
+from grouped_gemm.operand import Quantized
+from grouped_gemm.ops import define_op
+from grouped_gemm.preference import KernelPreference
+from grouped_gemm.problem import Pass, Problem, dtype_name
+from grouped_gemm.recipes import Recipe
+
+_SCALED = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
+_ROWS = "deepgemm rows"
+_COLUMNS = "deepgemm columns"
+_WEIGHTS = "deepgemm weights"
+_PRODUCTS = (Pass.FORWARD, Pass.DGRAD)
+_ops = torch.ops.grouped_gemm
+
+
+def _multiple(problem: Problem) -> int:
+    """What K and N are multiples of: whole blocks of scales; a swizzled line of shared memory without scales."""
+    return BLOCK if problem.recipe.is_scaled else 64
+
+
+class Backend(_GroupedMMBackend):
+    """Kernels of the package deep_gemm."""
+
+    kind = KernelPreference.DEEPGEMM
+    summary = "The vendor's kernels from the package deep_gemm, on groups padded to multiples of 128 rows."
+    requirements = (
+        requires_arch(("sm_90", "sm_100"), fix="Use another backend."),
+        Requirement(
+            what="a package that provides deep_gemm",
+            holds=lambda p: p.machine.version("deep_gemm") is not None,
+            found=lambda p: "none",
+            fix=f"{_deep_gemm.INSTALL}.",
+        ),
+        requires_recipe((*_SCALED, Recipe.NONE)),
+        requires_recipe(_SCALED, passes=(Pass.WGRAD,)),
+        Requirement(
+            what="power-of-two scales on sm_100",
+            holds=lambda p: p.machine.arch != "sm_100" or p.recipe is not Recipe.FP8_BLOCKWISE,
+            found=lambda p: f"any fp32 scales of {p.recipe.value}",
+            fix="Use fp8_blockwise_pow2, whose data are quantized with such scales, or another backend.",
+        ),
+        requires_arch(("sm_90",), fix="Use Recipe.MXFP8 or another backend.", passes=(Pass.WGRAD,)),
+        Requirement(
+            what="sm_90 without scales",
+            holds=lambda p: p.recipe.is_scaled or p.machine.arch == "sm_90",
+            found=lambda p: p.machine.arch,
+            fix="Use another backend.",
+        ),
+        requires_dtype((torch.bfloat16,)),
+        Requirement(
+            what="output in bfloat16",
+            holds=lambda p: p.out_dtype is torch.bfloat16,
+            found=lambda p: dtype_name(p.out_dtype),
+            fix="Leave out_dtype out, or use another backend.",
+            passes=(Pass.FORWARD,),
+        ),
+        Requirement(
+            what="no bias",
+            holds=lambda p: not p.has_bias,
+            found=lambda p: "a bias",
+            fix="Add the bias to the result, or use another backend.",
+            passes=(Pass.FORWARD,),
+        ),
+        Requirement(
+            what="K and N in multiples of 128, or of 64 without scales",
+            holds=lambda p: p.k % _multiple(p) == 0 and p.n % _multiple(p) == 0 and p.k > 0 and p.n > 0,
+            found=lambda p: f"K = {p.k}, N = {p.n}",
+            fix="Pad the weights or use another backend.",
+        ),
+        Requirement(
+            what="leave to wait for the device",
+            holds=lambda p: p.host_sync,
+            found=lambda p: "CUDA graph capture or prefer(host_sync=False)",
+            fix="Call it elsewhere or use another backend.",
+            passes=(Pass.WGRAD,),
+        ),
+    )
+    host_syncs = "the padded sizes of the groups are read at wgrad"
+    host_sync_passes = (Pass.WGRAD,)
+
+    def padded_to(self, problem: Problem) -> int:
+        return BLOCK
+
+    def health(self, device: torch.device) -> Health:
+        """Package, compiler and symbols, then a small padded product, and its wgrad, beside `reference`."""
+        health = _deep_gemm.look(machine_of(device))
+        if not health.is_good:
+            return health
+        try:
+            return self._tiny_run(device)
+        except Exception as error:
+            return _deep_gemm.explain(error, machine_of(device))
+
+    def _tiny_run(self, device: torch.device) -> Health:
+        ends, k, n = [130, 130, 200], 256, 128
+        machine = machine_of(device)
+        recipe = Recipe.FP8_BLOCKWISE_POW2
+        a = torch.linspace(-1, 1, 210 * k, device=device).view(210, k).bfloat16()
+        b = torch.linspace(-2, 1, 3 * k * n, device=device).view(3, k, n).bfloat16()
+        plan = self.plan(torch.tensor(ends, dtype=torch.int32, device=device), 210)
+        lhs, a_columns = self.quantize_activations(a, plan, recipe, rows=True, columns=True)
+        rhs, _ = self.quantize_weights(b, recipe, forward=True, dgrad=False)
+        assert lhs is not None and a_columns is not None and rhs is not None, "all of them are asked for"
+        y = self.grouped_mm(lhs, rhs, plan, torch.bfloat16)
+        found = [(y, reference.grouped_mm(a, b, ends))]
+        if machine.arch == "sm_90":
+            _, y_columns = self.quantize_activations(y, plan, recipe, rows=False, columns=True)
+            assert y_columns is not None, "it is asked for"
+            db = self.wgrad(a_columns, y_columns, plan, torch.float32, contiguous="n")
+            found.append((db, reference.wgrad(a, y, ends)))
+        for result, truth in found:
+            # quantization alone is 0.04 off; a wrong layout, or a group that was left out, by far more
+            if not (result.double() - truth).norm() <= 0.1 * truth.norm():
+                return Health("a tiny product is wrong", f"{_deep_gemm.INSTALL}.")
+        return Health()
+
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
+        is_aligned = group_alignment % BLOCK == 0
+        return OffsetPlan(offs, num_rows, tuple(_ops.deepgemm_plan(offs, num_rows, is_aligned)))
+
+    def quantize_activations(
+        self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        row_data, row_scale, column_data, column_scale = x_MD, None, x_MD, None
+        if recipe.is_scaled:
+            row_map, blocks, _ = plan.derived
+            row_data, row_scale, column_data, column_scale = _ops.deepgemm_quantize_activations(
+                x_MD, row_map, blocks, recipe.value, rows, columns
+            )
+        return (
+            Quantized(row_data, row_scale, recipe, 1, _ROWS) if rows else None,
+            Quantized(column_data, column_scale, recipe, 0, _COLUMNS) if columns else None,
+        )
+
+    def quantize_weights(
+        self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        forward_data, dgrad_data, scale = b_EKN, b_EKN, None
+        if recipe.is_scaled:
+            by_n, dgrad_data, scale = _ops.deepgemm_quantize_weights(b_EKN, recipe.value, forward, dgrad)
+            forward_data, scale = by_n.transpose(1, 2) if forward else by_n, scale.transpose(1, 2)
+        return (
+            Quantized(forward_data, scale, recipe, 1, _WEIGHTS) if forward else None,
+            Quantized(dgrad_data, scale, recipe, 2, _WEIGHTS) if dgrad else None,
+        )
+
+    def adopt_weights(
+        self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        scale = _dense(scale)
+        by_n = data_EKN.transpose(1, 2).contiguous().transpose(1, 2) if forward else data_EKN
+        return (
+            Quantized(by_n, scale, recipe, 1, _WEIGHTS) if forward else None,
+            Quantized(data_EKN.contiguous(), scale, recipe, 2, _WEIGHTS) if dgrad else None,
+        )
+
+    def grouped_mm(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        row_map, blocks, _ = plan.derived
+        rhs_EOC, scale = rhs.data, rhs.scale
+        if rhs.axis == 1:
+            rhs_EOC = rhs_EOC.transpose(1, 2)
+            scale = None if scale is None else scale.transpose(1, 2)
+        return _ops.deepgemm_grouped_mm(lhs.data, lhs.scale, rhs_EOC, scale, row_map, blocks, plan.num_rows)
+
+    def wgrad(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
+    ) -> Tensor:
+        first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
+        _, _, sizes = plan.derived
+        product = _ops.deepgemm_wgrad(first.data, first.scale, second.data, second.scale, sizes, out_dtype)
+        return product.transpose(1, 2) if contiguous == "k" else product
+
+    def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        return _ops.deepgemm_group_sums(dy_MN, plan.offs, out_dtype)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` with one of its last two axes contiguous and nothing between its matrices: itself where it is so."""
+    is_dense = x.is_contiguous() or x.transpose(-2, -1).is_contiguous()
+    return x if is_dense else x.contiguous()
+
+
+def _for_tma(x: Tensor) -> Tensor:
+    """``x`` with rows that start at multiples of 16 bytes: itself where they do."""
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+@define_op(
+    "deepgemm_plan(Tensor offs, SymInt num_rows, bool is_aligned) -> (Tensor, Tensor, Tensor)",
+    fake=layouts_deepgemm.plan,
+)
+def _plan(offs: Tensor, num_rows: int, is_aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from grouped_gemm.kernels import quantize_deepgemm
+
+    out = layouts_deepgemm.plan(offs, num_rows, is_aligned)
+    quantize_deepgemm.fill_plan(offs, num_rows, out)
+    return out
+
+
+def _empty_activations(
+    x_MD: Tensor, row_map: Tensor, blocks: Tensor, recipe: str, rows: bool, columns: bool
+) -> tuple[Tensor, ...]:
+    return layouts_deepgemm.activations(x_MD, blocks, row_map.shape[0], rows=rows, columns=columns)
+
+
+@define_op(
+    "deepgemm_quantize_activations(Tensor x, Tensor row_map, Tensor blocks, str recipe, bool rows, bool columns) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_activations,
+)
+def _quantize_activations(
+    x_MD: Tensor, row_map: Tensor, blocks: Tensor, recipe: str, rows: bool, columns: bool
+) -> tuple[Tensor, ...]:
+    from grouped_gemm.kernels import quantize_deepgemm
+
+    out = _empty_activations(x_MD, row_map, blocks, recipe, rows, columns)
+    quantize_deepgemm.quantize_activations(x_MD, blocks, Recipe(recipe), out)
+    return out
+
+
+def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    forward_data, dgrad_data, _, _ = layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+    num_groups, k, n = b_EKN.shape
+    return forward_data, dgrad_data, b_EKN.new_empty(num_groups, n // BLOCK, k // BLOCK, dtype=torch.float32)
+
+
+@define_op(
+    "deepgemm_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor)",
+    fake=_empty_weights,
+)
+def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from grouped_gemm.kernels import quantize
+
+    forward_data, dgrad_data, scale = out = _empty_weights(b_EKN, recipe, forward, dgrad)
+    quantize.quantize_weights(b_EKN, Recipe(recipe), (forward_data, dgrad_data, scale.transpose(1, 2), scale[:0, 0, 0]))
+    return out
+
+
+def _fake_grouped_mm(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs_EOC: Tensor,
+    rhs_scale: Tensor | None,
+    row_map: Tensor,
+    blocks: Tensor,
+    num_rows: int,
+) -> Tensor:
+    return lhs.new_empty(num_rows, rhs_EOC.shape[1], dtype=torch.bfloat16)
+
+
+@define_op(
+    "deepgemm_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor row_map, Tensor blocks, "
+    "SymInt num_rows) -> Tensor",
+    fake=_fake_grouped_mm,
+)
+def _grouped_mm(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs_EOC: Tensor,
+    rhs_scale: Tensor | None,
+    row_map: Tensor,
+    blocks: Tensor,
+    num_rows: int,
+) -> Tensor:
+    from grouped_gemm.kernels import quantize_deepgemm
+    from grouped_gemm.kernels.launch import on_device
+
+    is_padded = row_map.shape[0] != num_rows
+    out_RO = lhs.new_empty(row_map.shape[0], rhs_EOC.shape[1], dtype=torch.bfloat16)
+    if num_rows == 0:
+        return out_RO
+    product = _deep_gemm.functions()
+    with on_device(lhs):
+        if lhs_scale is None:
+            lhs = quantize_deepgemm.pad(lhs, blocks) if is_padded else _for_tma(lhs)
+            product.grouped_mm(lhs, _dense(rhs_EOC), out_RO, row_map)
+        else:
+            product.scaled_grouped_mm((lhs, lhs_scale), (rhs_EOC, rhs_scale), out_RO, row_map, recipe=(1, BLOCK, BLOCK))
+        if is_padded:
+            return quantize_deepgemm.unpad(out_RO, blocks, num_rows)
+        # Hopper's scaled kernel skips blocks of no group and stores zeros; the others multiply them by some group's b.
+        if lhs_scale is None or machine_of(lhs.device).arch != "sm_90":
+            quantize_deepgemm.zero_tail(out_RO, blocks)
+        return out_RO
+
+
+def _fake_wgrad(
+    lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, sizes: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    return lhs_scale.new_empty(sizes.shape[0], lhs_scale.shape[1], rhs_scale.shape[1], dtype=out_dtype)
+
+
+@define_op(
+    "deepgemm_wgrad(Tensor lhs, Tensor lhs_scale, Tensor rhs, Tensor rhs_scale, Tensor sizes, ScalarType out_dtype) "
+    "-> Tensor",
+    fake=_fake_wgrad,
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def _wgrad(
+    lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, sizes: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    from grouped_gemm.kernels.launch import on_device
+
+    p, q = lhs_scale.shape[1], rhs_scale.shape[1]
+    out_EPQ = lhs_scale.new_zeros(sizes.shape[0], p, q)  # to which the kernel adds
+    on_host: list[int] = sizes.tolist()
+    tokens = sum(on_host)
+    if tokens:
+        # Scales with D contiguous are what DeepGEMM's own transform would make. That one needs shared memory for all
+        # blocks of 64 lines at once, and cannot be launched from 908 blocks on: CUDA_ERROR_INVALID_VALUE.
+        operands: list[Any] = [
+            (data[: tokens * scale.shape[1]], scale[: tokens // BLOCK].t())
+            for data, scale in ((lhs, lhs_scale), (rhs, rhs_scale))
+        ]
+        with on_device(lhs):
+            _deep_gemm.functions().scaled_wgrad(*operands, out_EPQ, on_host, sizes, out_EPQ)
+    return out_EPQ.to(out_dtype)
+
+
+@define_op(
+    "deepgemm_group_sums(Tensor x, Tensor offs, ScalarType out_dtype) -> Tensor",
+    fake=lambda x_MN, offs, out_dtype: x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype),
+)
+def _group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+    from grouped_gemm.kernels import wgrad
+
+    return wgrad.group_sums(x_MN, offs, out_dtype)

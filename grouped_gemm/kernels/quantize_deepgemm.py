@@ -1,0 +1,213 @@
+"""The offset plan and the quantizers for DeepGEMM: padding is part of the one pass that quantizes.
+
+Numbers are those of `reference`, bit for bit. Every row and scale of the padding is written, 0 and 1: DeepGEMM
+multiplies it with the rest of its block.
+
+M, E, D: rows, groups, features. B: blocks of 128 rows. R: rows as DeepGEMM sees them. See `layouts_deepgemm`.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grouped_gemm.device import machine_of
+from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
+from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device
+from grouped_gemm.kernels.layouts_deepgemm import BLOCK, FIELDS
+from grouped_gemm.kernels.quantize import _load_quarter, _store_quarter, _transpose
+from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
+from grouped_gemm.recipes import Recipe
+
+_AT_ONCE = 8  # blocks that a program of the plan lays out
+_ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 32, 256  # a tile that is copied
+
+
+def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Fills ``out``, from `layouts_deepgemm.plan`. Any values of ``offs`` (E,) int32 are safe."""
+    row_map, blocks, sizes = out
+    num_blocks, num_groups = blocks.shape[0], offs.shape[0]
+    with on_device(offs):
+        launch(
+            _lay_out, (cdiv(num_blocks + 1, _AT_ONCE),),
+            offs, row_map, blocks, sizes, num_rows, num_groups, num_blocks,
+            constants={
+                "E_PADDED": next_power_of_2(num_groups + 1), "BLOCK": BLOCK, "FIELDS": FIELDS, "AT_ONCE": _AT_ONCE,
+            },
+        )  # fmt: skip
+
+
+def quantize_activations(x_MD: Tensor, blocks: Tensor, recipe: Recipe, out: tuple[Tensor, ...]) -> None:
+    """Fills ``out``, from `layouts_deepgemm.activations`, by one read: what has no elements is not wanted.
+
+    Args:
+        x_MD: (M, D), contiguous D, a multiple of 128; bfloat16, float16 or float32.
+        blocks: (B, 5), from `fill_plan`.
+        recipe: blockwise.
+        out: data and scales by rows, data and scales by columns. Columns past the last group are left as they are.
+    """
+    by_row, row_scale, by_column, column_scale = out
+    features = x_MD.shape[1]
+    rows, columns = by_row.dim() == 2, column_scale.dim() == 2
+    if blocks.shape[0] == 0:
+        return
+    with on_device(x_MD):
+        launch(
+            _quantize_tiles, (blocks.shape[0] * (features // BLOCK),),
+            x_MD, blocks, by_row, row_scale, by_column, column_scale,
+            by_row.shape[0], features, x_MD.stride(0), row_scale.stride(1) if rows else 0,
+            constants={
+                "ROWS": rows, "COLUMNS": columns,
+                "LIMIT": torch.finfo((by_row if rows else by_column).dtype).max,
+                "POWER_OF_TWO": recipe.power_of_two_scales, "NVIDIA": machine_of(x_MD.device).vendor == "nvidia",
+                "BLOCK": BLOCK, "FIELDS": FIELDS, "BAND": 8,
+            }, num_warps=4,
+        )  # fmt: skip
+
+
+def pad(x_MD: Tensor, blocks: Tensor) -> Tensor:
+    """(128 B, D): each group from a multiple of 128 on, zeros between them."""
+    out = x_MD.new_empty(blocks.shape[0] * BLOCK, x_MD.shape[1])
+    _move("pad", x_MD, out, blocks)
+    return out
+
+
+def unpad(x_RD: Tensor, blocks: Tensor, num_rows: int) -> Tensor:
+    """(M, D) of what `pad` padded; zeros past the last group."""
+    out = x_RD.new_empty(num_rows, x_RD.shape[1])
+    _move("unpad", x_RD, out, blocks)
+    return out
+
+
+def zero_tail(x_MD: Tensor, blocks: Tensor) -> None:
+    """Makes rows past the last group 0, in place."""
+    _move("zero tail", x_MD, x_MD, blocks)
+
+
+def _move(mode: str, source: Tensor, target: Tensor, blocks: Tensor) -> None:
+    features = source.shape[1]
+    grid = (blocks.shape[0] * (BLOCK // _ROWS_AT_ONCE), cdiv(features, _COLUMNS_AT_ONCE))
+    with on_device(source):
+        launch(
+            _move_rows, grid, source, target, blocks, features, source.stride(0), target.stride(0),
+            constants={
+                "MODE": mode, "BLOCK": BLOCK, "FIELDS": FIELDS, "ROWS": _ROWS_AT_ONCE, "COLUMNS": _COLUMNS_AT_ONCE,
+            },
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "E", "B"])
+def _lay_out(
+    offs, row_map, blocks, sizes, M, E, B,
+    E_PADDED: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Fields of each block; the group of each row, also of the block past the last one, which has none; sizes."""
+    starts, ends, first_blocks, last_blocks = groups_in_blocks(offs, M, E, BLOCK, E_PADDED)
+    groups = tl.arange(0, E_PADDED)
+    if tl.program_id(0) == 0:
+        tl.store(sizes + groups, (last_blocks - first_blocks) * BLOCK, mask=groups < E)
+    block = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
+    e = tl.minimum(tl.sum((last_blocks[None, :] <= block[:, None]).to(tl.int32), 1), E)
+    is_own = groups[None, :] == e[:, None]
+    first = tl.sum(tl.where(is_own, first_blocks[None, :], 0), 1)
+    last = tl.sum(tl.where(is_own, last_blocks[None, :], 0), 1)
+    start = tl.sum(tl.where(is_own, starts[None, :], 0), 1)
+    end = tl.sum(tl.where(is_own, ends[None, :], 0), 1)
+    row = tl.minimum(start + (block - first) * BLOCK, M)
+    left = tl.maximum(end - row, 0)
+    own = tl.where(e < E, left, 0)
+    target = blocks + FIELDS * block
+    mask = block < B
+    tl.store(target, row, mask=mask)
+    tl.store(target + 1, own, mask=mask)
+    tl.store(target + 2, left, mask=mask)
+    tl.store(target + 3, first, mask=mask)
+    tl.store(target + 4, last - first, mask=mask)
+    rows = tl.arange(0, BLOCK)
+    of_group = tl.where(rows[None, :] < own[:, None], e[:, None], -1)
+    tl.store(
+        row_map + block[:, None] * BLOCK + rows[None, :], of_group, mask=(block <= B)[:, None] & (rows >= 0)[None, :]
+    )
+
+
+@triton.jit(do_not_specialize=["R", "row_scale_stride"])
+def _quantize_tiles(
+    x, blocks, by_row, row_scales, by_column, column_scales, R, D, x_stride, row_scale_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """A block of rows by BLOCK features: one read, and each layout that is wanted, the rows at their padded place."""
+    d_blocks = D // BLOCK
+    block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
+    d = d_block * BLOCK
+    row = tl.load(blocks + FIELDS * block)
+    rows_left = tl.load(blocks + FIELDS * block + 1)
+    source = x + row.to(tl.int64) * x_stride + d
+    padded_row = block.to(tl.int64) * BLOCK
+    room = R - block * BLOCK
+    largest = tl.zeros((BLOCK // 4, BLOCK), tl.int32)
+    for i in tl.static_range(4):
+        values = _load_quarter(source, x_stride, i, rows_left, D - d, BLOCK, BLOCK)
+        magnitudes = magnitude(values)
+        if ROWS:
+            rows = 4 * tl.arange(0, BLOCK // 4) + i
+            scale = tl.where(rows < rows_left, scale_of(tl.max(magnitudes, 1), LIMIT, POWER_OF_TWO), 1.0)
+            data = to_fp8(values, inverse_of(scale)[:, None], LIMIT, by_row.dtype.element_ty, NVIDIA)
+            _store_quarter(by_row + padded_row * D + d, D, i, room, D - d, data)
+            scales = row_scales + d_block.to(tl.int64) * row_scale_stride + padded_row
+            tl.store(scales + rows, scale, mask=rows < room)
+        if COLUMNS:
+            largest = tl.maximum(largest, magnitudes)
+    if COLUMNS:
+        scale = tl.where(rows_left > 0, scale_of(tl.max(largest, 0), LIMIT, POWER_OF_TWO), 1.0)
+        tl.store(column_scales + block.to(tl.int64) * D + d + tl.arange(0, BLOCK), scale)
+        if rows_left > 0:
+            first = tl.load(blocks + FIELDS * block + 3)
+            length = tl.load(blocks + FIELDS * block + 4) * BLOCK
+            target = by_column + first.to(tl.int64) * BLOCK * D + d.to(tl.int64) * length + (block - first) * BLOCK
+            _transpose(
+                source, x_stride, target, length, inverse_of(scale), rows_left, BLOCK, D - d,
+                LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK,
+            )  # fmt: skip
+
+
+@triton.jit
+def _move_rows(
+    source, target, blocks, D, source_stride, target_stride,
+    MODE: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows of a block to their padded place, zeros after them; or back; or zeros to those past the last group."""
+    block = tl.program_id(0) // (BLOCK // ROWS)
+    row = tl.load(blocks + FIELDS * block).to(tl.int64)
+    own = tl.load(blocks + FIELDS * block + 1)
+    left = tl.load(blocks + FIELDS * block + 2)
+    rows = tl.program_id(0) % (BLOCK // ROWS) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    padded = block.to(tl.int64) * BLOCK + rows
+    inside = (columns < D)[None, :]
+    if MODE == "pad":
+        values = tl.load(
+            source + (row + rows)[:, None] * source_stride + columns[None, :],
+            mask=(rows < own)[:, None] & inside,
+            other=0,
+        )
+        tl.store(
+            target + padded[:, None] * target_stride + columns[None, :], values, mask=inside & (rows >= 0)[:, None]
+        )
+    elif MODE == "unpad":
+        values = tl.load(
+            source + padded[:, None] * source_stride + columns[None, :], mask=(rows < own)[:, None] & inside, other=0
+        )
+        tl.store(
+            target + (row + rows)[:, None] * target_stride + columns[None, :],
+            values,
+            mask=(rows < left)[:, None] & inside,
+        )
+    else:
+        zeros = tl.zeros((ROWS, COLUMNS), target.dtype.element_ty)
+        mask = (rows < tl.where(own == 0, left, 0))[:, None] & inside
+        tl.store(target + (row + rows)[:, None] * target_stride + columns[None, :], zeros, mask=mask)

@@ -1,0 +1,212 @@
+"""DeepGEMM's layouts bit for bit against torch twins, and whole calls on a package that checks what it is given."""
+
+from __future__ import annotations
+
+import sys
+
+import fake_deep_gemm
+import pytest
+import torch
+
+from grouped_gemm import Pass, Recipe, functional, grouped_mm, quantize_weights, reference, testing
+from grouped_gemm.backends import _deep_gemm, candidates, deepgemm, get_backend
+from grouped_gemm.backends.base import Health
+from grouped_gemm.preference import KernelPreference
+from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
+
+FP8 = torch.float8_e4m3fn
+BACKEND = get_backend(KernelPreference.DEEPGEMM)
+BLOCKWISE = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
+# ends of groups, M, alignment: ragged, with empty groups and rows past the last one; ends out of order and range; none
+# of them; one row; whole blocks, with a tail that is none
+GROUPS = (
+    ([0, 130, 130, 131, 300], 310, 1),
+    ([-5, 200, 40, 999], 263, 1),
+    ([0, 0], 20, 1),
+    ([1], 1, 1),
+    (list(range(1, 41)), 50, 1),
+    ([128, 128, 384], 384, 128),
+    ([256, 512], 555, 256),
+    ([0, 0], 130, 128),
+)
+groups = pytest.mark.parametrize("ends, num_rows, alignment", GROUPS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch):
+    """The fake in place of the package, and a backend that asks for nothing."""
+    monkeypatch.setitem(sys.modules, "deep_gemm", fake_deep_gemm)
+    monkeypatch.setattr(deepgemm.Backend, "requirements", ())
+    monkeypatch.setattr(deepgemm.Backend, "health", lambda self, device: Health())
+    _deep_gemm.functions.cache_clear()
+    candidates.cache_clear()
+    fake_deep_gemm.calls.clear()
+    yield
+    _deep_gemm.functions.cache_clear()
+    candidates.cache_clear()
+
+
+def placed(ends: list[int], num_rows: int) -> list[tuple[slice, int, int]]:
+    """Of each group, its rows, where they begin when padded, and how many they are then."""
+    first, found = 0, []
+    for rows in reference.group_slices(ends):
+        size = -(-(rows.stop - rows.start) // 128) * 128
+        found.append((rows, first, size))
+        first += size
+    return found
+
+
+@groups
+def test_the_plan(ends, num_rows, alignment):
+    offs = torch.tensor(ends, dtype=torch.int32)
+    with testing.poisoned_memory():
+        plan = BACKEND.plan(offs, num_rows, alignment)
+    row_map, _, sizes = plan.derived
+    ends = reference.group_ends(offs, num_rows)
+    if alignment % 128:
+        assert len(row_map) == min(num_rows // 128 + len(ends) + 1, num_rows) * 128
+    else:
+        assert len(row_map) == num_rows
+    expected = torch.full((len(row_map),), -1, dtype=torch.int32)
+    for e, (rows, first, _) in enumerate(placed(ends, num_rows)):
+        expected[first : first + rows.stop - rows.start] = e
+    assert torch.equal(row_map, expected)
+    assert sizes.tolist() == [size for _, _, size in placed(ends, num_rows)]
+    beyond = torch.as_strided(row_map, (len(row_map) + 128,), (1,))
+    assert (beyond[len(row_map) :] == -1).all()
+
+
+@groups
+@pytest.mark.parametrize("recipe", BLOCKWISE, ids=lambda r: r.value)
+def test_activations(ends, num_rows, alignment, recipe):
+    torch.manual_seed(0)
+    offs = torch.tensor(ends, dtype=torch.int32)
+    ends = reference.group_ends(offs, num_rows)
+    x = torch.randn(num_rows, 256) * torch.randn(num_rows, 1).mul(4).exp()
+    x[ends[-1] :] = torch.nan
+    if ends[-1] > 11:
+        x[3, 5], x[7, 1], x[9] = torch.nan, torch.inf, 0
+    x = torch.cat([torch.ones(num_rows, 8), x], 1).bfloat16()[:, 8:]  # a slice
+    with testing.poisoned_memory():
+        plan = BACKEND.plan(offs, num_rows, alignment)
+        rows, columns = BACKEND.quantize_activations(x, plan, recipe, rows=True, columns=True)
+    length = len(plan.derived[0])
+    data, scale = torch.zeros(length, 256), torch.ones(length, 2)
+    blocks = sum(size for _, _, size in placed(ends, num_rows)) // 128
+    flat, column_scale = torch.zeros(blocks * 128 * 256), torch.ones(len(columns.scale), 256)
+    for group, first, size in placed(ends, num_rows):
+        if group.start == group.stop:
+            continue
+        here = slice(first, first + group.stop - group.start)
+        found = reference.quantize(x[group], reference.row_blocks(recipe), recipe, FP8)
+        data[here], scale[here] = found[0].float(), found[1]
+        found = reference.quantize(x[group], reference.column_blocks(recipe), recipe, FP8)
+        by_token = torch.zeros(size, 256)
+        by_token[: len(found[0])] = found[0].float()
+        # what is past the end of a group is 0 times the inverse scale, NaN where that is
+        column_scale[first // 128 : (first + size) // 128] = found[1]
+        by_token[len(found[0]) :] = by_token[len(found[0]) :] * found[1][-1].reciprocal()
+        flat[first * 256 : (first + size) * 256] = by_token.t().flatten()
+    assert_equal(rows.data.float(), data)
+    assert_equal(rows.scale, scale)
+    assert rows.scale.stride() == (1, -(-length // 4) * 4) or length < 2
+    assert_equal(columns.data[: len(flat)].float(), flat)
+    assert_equal(columns.scale, column_scale)
+    alone, _ = BACKEND.quantize_activations(x, plan, recipe, rows=True, columns=False)
+    assert_equal(alone.data.float(), data)
+    _, alone = BACKEND.quantize_activations(x, plan, recipe, rows=False, columns=True)
+    assert_equal(alone.scale, column_scale)
+
+
+def assert_equal(found, expected):
+    assert found.shape == expected.shape
+    assert torch.equal(found.nan_to_num(1e38), expected.nan_to_num(1e38))
+
+
+@pytest.mark.parametrize("contiguous", "kn")
+@pytest.mark.parametrize("recipe", BLOCKWISE, ids=lambda r: r.value)
+def test_weights_from_one_read(recipe, contiguous):
+    torch.manual_seed(0)
+    b = torch.randn(3, 384, 256, dtype=torch.bfloat16)
+    b = b.transpose(1, 2) if contiguous == "k" else b.transpose(1, 2).contiguous()
+    data, scale = reference.quantize(b, reference.weight_blocks(recipe, 1), recipe, FP8)
+    forward, dgrad = BACKEND.quantize_weights(b, recipe, forward=True, dgrad=True)
+    for operand in (forward, dgrad):
+        assert torch.equal(operand.data.float(), data.float()) and torch.equal(operand.scale, scale)
+    assert forward.data.stride(1) == 1 and dgrad.data.stride(2) == 1
+    assert forward.scale.transpose(1, 2).is_contiguous()
+
+
+MIXED = Shape("mixed", (0, 37, 1, 130, 0), tail=5, k=256, n=128)
+SHAPES = (
+    MIXED,
+    Shape("aligned", (128, 0, 256), tail=7, k=128, n=256, alignment=128),
+    Shape("all_empty", (0, 0), tail=4, k=128, n=128),
+    Shape("no_rows", (0, 0), k=128, n=128),
+    Shape("one_row", (1,), k=128, n=128),
+    Shape("many_groups", tuple(i % 4 for i in range(40)), k=128, n=128),
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("b_contiguous", "kn")
+@pytest.mark.parametrize("recipe", (*BLOCKWISE, Recipe.NONE), ids=lambda r: r.value)
+def test_calls(recipe, b_contiguous, shape):
+    passes = TRAINING if recipe.is_scaled else DGRAD
+    case = Case(KernelPreference.DEEPGEMM, recipe, passes=passes, shape=shape, b_contiguous=b_contiguous)
+    inputs = testing.make_inputs(case, torch.device("cpu"))
+    found = testing.run(case, inputs)
+    for pass_ in passes:
+        result = found.of(pass_)
+        error = testing.worst_row_error(result, testing.expected(pass_, inputs, recipe))
+        assert error <= testing.rounding_tolerance(torch.bfloat16), pass_
+        if pass_ is not Pass.WGRAD:
+            assert not result[sum(shape.sizes) :].any()
+    if Pass.WGRAD in passes:
+        assert found.db.stride() == inputs.b.stride()
+    if not sum(shape.sizes):
+        assert not any(name == "scaled_wgrad" for name, _ in fake_deep_gemm.calls)
+
+
+def test_groups_of_whole_blocks_are_not_copied():
+    case = Case(KernelPreference.DEEPGEMM, Recipe.NONE, shape=SHAPES[1])
+    inputs = testing.make_inputs(case, torch.device("cpu"))
+    testing.run(case, inputs)
+    ((_, (a, b, out, _)),) = fake_deep_gemm.calls
+    assert a.data_ptr() == inputs.a.data_ptr() and b.data_ptr() == inputs.b.data_ptr()
+    assert len(out) == len(inputs.a)
+
+
+def test_weights_of_a_checkpoint():
+    torch.manual_seed(0)
+    w, scale = torch.randn(2, 128, 256).to(FP8), torch.rand(2, 1, 2) + 0.5  # (E, N, K), (E, N/128, K/128)
+    weights = quantize_weights(
+        w.transpose(1, 2), "fp8_blockwise", scale=scale.transpose(1, 2), dgrad=True, kernel_preference="deepgemm"
+    )
+    a = torch.randn(150, 256).bfloat16().requires_grad_()
+    y = grouped_mm(a, weights, torch.tensor([20, 150], dtype=torch.int32), kernel_preference="deepgemm")
+    y.sum().backward()
+    forward, dgrad = (arguments for _, arguments in fake_deep_gemm.calls)
+    assert forward[2].data_ptr() == w.data_ptr() and torch.equal(forward[3], scale)
+    assert torch.equal(dgrad[3], scale.transpose(1, 2))
+
+
+def test_each_pass_may_run_on_a_backend_of_its_own(monkeypatch):
+    """Forward and dgrad here, wgrad on this package's own kernels, as AUTO has it for groups of whole blocks."""
+    chosen = "deepgemm,deepgemm,triton"
+    monkeypatch.setattr(functional, "_chosen", lambda **facts: chosen)
+    case = Case(KernelPreference.DEEPGEMM, Recipe.FP8_BLOCKWISE_POW2, passes=TRAINING, shape=SHAPES[1])
+    inputs = testing.make_inputs(case, torch.device("cpu"))
+    found = testing.run(case, inputs)
+    assert [name for name, _ in fake_deep_gemm.calls] == ["scaled_grouped_mm"] * 2
+    for pass_ in TRAINING:
+        error = testing.worst_row_error(found.of(pass_), testing.expected(pass_, inputs, case.recipe))
+        assert error <= testing.rounding_tolerance(torch.bfloat16), pass_
+
+
+def test_health_compares_with_the_reference(monkeypatch):
+    device = torch.device("cpu")
+    assert BACKEND._tiny_run(device).is_good
+    monkeypatch.setattr(fake_deep_gemm, "m_grouped_fp8_fp4_gemm_nt_contiguous", lambda *args, **rest: args[2].zero_())
+    _deep_gemm.functions.cache_clear()
+    assert BACKEND._tiny_run(device).problem == "a tiny product is wrong"
