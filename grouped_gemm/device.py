@@ -82,7 +82,9 @@ def _versions() -> tuple[tuple[str, str], ...]:
     found = [("torch", str(torch.__version__)), ("cuda", torch.version.cuda), ("rocm", torch.version.hip)]
     for package, distributions in _DISTRIBUTIONS.items():
         version = next(filter(None, map(_distribution_version, distributions)), None)
-        found.append((package, version or _provider_version(package)))
+        if version is None and package == "deep_gemm":  # anybody may have built one
+            version = _provider_version(package)
+        found.append((package, version))
     return tuple((package, version) for package, version in found if version is not None)
 
 
@@ -98,6 +100,8 @@ def _provider_version(package: str) -> str | None:
     try:
         if importlib.util.find_spec(package) is None:
             return None
+    except ImportError:
+        return None
     except ValueError:  # it was put into sys.modules by hand
         return "0"
     distributions = metadata.packages_distributions().get(package, ())

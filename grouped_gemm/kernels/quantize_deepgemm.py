@@ -31,6 +31,9 @@ def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor, Tensor]) -
     """Fills ``out``, from `layouts_deepgemm.plan`. Any values of ``offs`` (E,) int32 are safe."""
     row_map, blocks, sizes = out
     num_blocks, num_groups = blocks.shape[0], offs.shape[0]
+    if num_rows == 0:
+        sizes.zero_()
+        return
     with on_device(offs):
         launch(
             _lay_out, (cdiv(num_blocks + 1, _AT_ONCE),),

@@ -1,0 +1,332 @@
+"""The DeepGEMM backend: what it requires on which machine, what is found out of a package, and, on a GPU, the real one.
+
+Its layouts, and whole calls on a package that checks what it is given, are in tests/interpreter/test_deepgemm.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from grouped_gemm import (
+    Explanation,
+    Machine,
+    NoBackendError,
+    Pass,
+    Problem,
+    Recipe,
+    explain,
+    grouped_mm,
+    prefer,
+    testing,
+)
+from grouped_gemm.backends import Candidate, _deep_gemm, get_backend
+from grouped_gemm.backends.base import Health
+from grouped_gemm.preference import KernelPreference
+from grouped_gemm.problem import RowClass
+from grouped_gemm.select import decide
+from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
+
+AUTO, DEEPGEMM, TRITON, EMULATED = (KernelPreference[name] for name in ("AUTO", "DEEPGEMM", "TRITON", "EMULATED"))
+FORWARD, BACKWARD, WGRAD = Pass
+BACKENDS = {kind: get_backend(kind) for kind in (DEEPGEMM, TRITON, EMULATED)}
+VERSIONS = (("deep_gemm", "0.1.5"), ("triton", "3.6.0"))
+H200 = Machine("nvidia", "sm_90", "NVIDIA H200", VERSIONS)
+B200 = Machine("nvidia", "sm_100", "NVIDIA B200", VERSIONS)
+B300 = Machine("nvidia", "sm_103", "NVIDIA B300", VERSIONS)
+BARE = Machine("nvidia", "sm_90", "NVIDIA H200", VERSIONS[1:])
+BLOCKWISE, POW2 = Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2
+
+
+def problem(machine: Machine = H200, recipe: Recipe = BLOCKWISE, **facts) -> Problem:
+    facts = {"num_groups": 8, "k": 4096, "n": 2048, "passes": TRAINING} | facts
+    return Problem(machine, rows=RowClass.LARGE, recipe=recipe, **facts)
+
+
+def decision(asked: Problem, preference: KernelPreference = DEEPGEMM, broken: str = ""):
+    healths = {DEEPGEMM: lambda: Health(broken, broken and "Mend it.")}
+    found = [Candidate(backend, healths.get(kind, Health)) for kind, backend in BACKENDS.items()]
+    return decide(asked, preference, found)
+
+
+def refused(asked: Problem) -> dict[Pass, str]:
+    """By pass that is refused, the reasons."""
+    found = [r for r in decision(asked).refusals if r.backend is DEEPGEMM]
+    passes = {p: "; ".join(f"{r.reason}. {r.fix}" for r in found if p in r.passes) for p in asked.passes}
+    return {p: reason for p, reason in passes.items() if reason}
+
+
+@pytest.mark.parametrize(
+    "facts, passes, text",
+    (
+        ({}, (), ""),
+        ({"recipe": POW2}, (), ""),
+        ({"recipe": Recipe.NONE}, (WGRAD,), "recipe fp8_blockwise or fp8_blockwise_pow2"),
+        ({"recipe": Recipe.MXFP8}, TRAINING, "mxfp8"),
+        ({"recipe": Recipe.FP8_ROWWISE}, TRAINING, "fp8_rowwise"),
+        ({"machine": B200}, TRAINING, "Use fp8_blockwise_pow2"),
+        ({"machine": B200, "recipe": POW2}, (WGRAD,), "requires sm_90; found sm_100"),
+        ({"machine": B200, "recipe": Recipe.NONE}, TRAINING, "sm_90 without scales"),
+        ({"machine": B300, "recipe": POW2}, TRAINING, "sm_103"),
+        ({"machine": BARE}, TRAINING, "sgl-deep-gemm==0.1.5"),
+        ({"host_sync": False}, (WGRAD,), "CUDA graph capture"),
+        ({"k": 2880}, TRAINING, "K = 2880"),
+        ({"n": 704}, TRAINING, "N = 704"),
+        ({"recipe": Recipe.NONE, "n": 704, "passes": DGRAD}, (), ""),
+        ({"recipe": Recipe.NONE, "n": 720, "passes": DGRAD}, DGRAD, "N = 720"),
+        ({"dtype": torch.float16}, TRAINING, "float16"),
+        ({"out_dtype": torch.float32}, (FORWARD,), "float32"),
+        ({"has_bias": True}, (FORWARD,), "a bias"),
+        ({"num_groups": 384}, (), ""),
+    ),
+    ids=str,
+)
+def test_what_it_refuses(facts, passes, text):
+    found = refused(problem(**facts))
+    assert tuple(found) == tuple(passes)
+    assert all(text in reason for reason in found.values())
+
+
+@pytest.mark.parametrize(
+    "facts, broken, chosen",
+    (
+        ({}, "", (TRITON, TRITON, TRITON)),
+        ({"group_alignment": 128}, "", (DEEPGEMM, DEEPGEMM, TRITON)),
+        ({"group_alignment": 128, "machine": B200}, "", (TRITON, TRITON, TRITON)),
+        ({"group_alignment": 128, "machine": B200, "recipe": POW2}, "", (DEEPGEMM, DEEPGEMM, TRITON)),
+        ({"group_alignment": 128, "k": 2880}, "", (TRITON, TRITON, TRITON)),
+        ({"group_alignment": 128, "has_bias": True}, "", (TRITON, DEEPGEMM, TRITON)),
+        ({"group_alignment": 128, "host_sync": False}, "", (DEEPGEMM, DEEPGEMM, TRITON)),
+        ({"group_alignment": 128}, "broken", (TRITON, TRITON, TRITON)),
+        ({"group_alignment": 128, "recipe": Recipe.NONE}, "", (TRITON, TRITON, TRITON)),
+    ),
+    ids=str,
+)
+def test_what_auto_takes(facts, broken, chosen):
+    found = decision(problem(**facts), AUTO, broken)
+    assert tuple(found.backend(p) for p in TRAINING) == chosen
+    assert not Explanation(found).host_syncs
+
+
+def test_only_wgrad_waits_for_the_host():
+    assert Explanation(decision(problem())).host_syncs == {"deepgemm": BACKENDS[DEEPGEMM].host_syncs}
+    assert Explanation(decision(problem(passes=DGRAD))).host_syncs == {}
+    assert Explanation(decision(problem(passes=DGRAD))).padding == {"deepgemm": 8 * 127}
+    assert Explanation(decision(problem(passes=DGRAD, group_alignment=128))).padding == {}
+
+
+# What is found out of a package
+
+
+@pytest.fixture
+def package(monkeypatch, tmp_path):
+    """Puts a package in place that has the named functions, and an nvcc of some release, or none."""
+
+    def put(*names: str, release: str = "12.9", alignment: int = 128) -> None:
+        functions = {name: lambda *args, **options: None for name in names}
+        functions |= {"get_mk_alignment_for_contiguous_layout": lambda: alignment}
+        monkeypatch.setitem(sys.modules, "deep_gemm", SimpleNamespace(**functions))
+        nvcc = tmp_path / "bin" / "nvcc"
+        if release:
+            nvcc.parent.mkdir(exist_ok=True)
+            nvcc.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n")
+            nvcc.chmod(0o755)
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+
+    for name in ("DG_JIT_USE_NVRTC", "DG_JIT_NVCC_COMPILER"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "cache"))
+    _deep_gemm.functions.cache_clear()
+    yield put
+    _deep_gemm.functions.cache_clear()
+
+
+OTHERS = ("m_grouped_bf16_gemm_nt_contiguous", "k_grouped_fp8_gemm_nt_contiguous")
+ALL = ("m_grouped_fp8_gemm_nt_contiguous", *OTHERS)
+
+
+@pytest.mark.parametrize("name", ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_fp4_gemm_nt_contiguous"))
+def test_either_name_of_a_function_will_do(package, name):
+    package(name, *OTHERS)
+    assert _deep_gemm.look(H200).is_good
+
+
+@pytest.mark.parametrize(
+    "names, options, machine, problem, fix",
+    (
+        (ALL[:2], {}, H200, "has no k_grouped_fp8_gemm_nt_contiguous", "pip install"),
+        (OTHERS, {}, H200, "m_grouped_fp8_gemm_nt_contiguous or m_grouped_fp8_fp4_gemm_nt_contiguous", "pip install"),
+        (ALL, {"release": "12.2"}, H200, "nvcc is 12.2", "nvcc 12.3 or later"),
+        (ALL, {"release": "12.8"}, B200, "nvcc is 12.8", "nvcc 12.9 or later"),
+        (ALL, {"release": ""}, H200, "of which there is none", "set CUDA_HOME"),
+        (ALL, {"alignment": 256}, H200, "in 256 rows", "set_mk_alignment_for_contiguous_layout(128)"),
+    ),
+    ids=str,
+)
+def test_what_is_wrong_is_named_with_its_remedy(package, names, options, machine, problem, fix):
+    package(*names, **options)
+    found = _deep_gemm.look(machine)
+    assert problem in found.problem
+    assert fix in found.fix
+
+
+def test_nvrtc_needs_no_nvcc(package, monkeypatch):
+    package(*ALL, release="")
+    monkeypatch.setenv("DG_JIT_USE_NVRTC", "1")
+    assert _deep_gemm.look(H200).is_good
+
+
+@pytest.mark.parametrize(
+    "error, text",
+    (
+        (RuntimeError("Assertion error (csrc/utils/layout.hpp:18): dim == 2 or dim == 3"), "0.1.5.post3 to 0.2.1"),
+        (OSError("/deep_gemm/_C.so: undefined symbol: _ZN3c104impl"), "0.2.3 and later"),
+        (RuntimeError("CUDA driver error: CUDA_ERROR_INVALID_HANDLE"), "another device"),
+        (RuntimeError("something else"), "RuntimeError: something else"),
+    ),
+    ids=str,
+)
+def test_broken_builds_are_named(error, text):
+    found = _deep_gemm.explain(error, H200)
+    assert text in found.problem
+    assert found.fix
+
+
+def test_a_package_that_cannot_be_imported_is_no_error(package, monkeypatch):
+    package(*ALL)
+    monkeypatch.setitem(sys.modules, "deep_gemm", None)
+    assert not _deep_gemm.look(H200).is_good
+
+
+def test_the_directory_of_compiled_kernels_is_ours_alone_and_can_be_named(package, monkeypatch, tmp_path):
+    package(*ALL)
+    _deep_gemm.functions()
+    assert os.environ["DG_JIT_CACHE_DIR"] == str(tmp_path / "cache")
+    monkeypatch.delenv("DG_JIT_CACHE_DIR")
+    monkeypatch.setattr(_deep_gemm.tempfile, "gettempdir", lambda: str(tmp_path))
+    directory = _deep_gemm._cache_directory()
+    assert directory is not None and directory.parent == tmp_path and directory.stat().st_mode & 0o777 == 0o700
+    directory.chmod(0o777)  # anybody could put kernels there
+    assert _deep_gemm._cache_directory() is None
+
+
+# The real package, on a GPU
+
+GPU_SHAPES = (
+    Shape("one_group", (300,), tail=5, k=512, n=256),
+    Shape("ragged", (0, 37, 1, 130, 0, 700), tail=5, k=512, n=384),
+    Shape("aligned", (128, 0, 256, 1024), tail=7, k=256, n=512, alignment=128),
+    Shape("skewed", (4000, 3, 0, 1, 250), k=1024, n=256),
+    Shape("all_empty", (0, 0, 0), tail=4, k=256, n=256),
+    Shape("no_rows", (0, 0), k=256, n=256),
+    Shape("128_groups", tuple(i * 7 % 300 for i in range(128)), k=256, n=128),
+    Shape("384_groups", tuple(i * 5 % 200 for i in range(384)), k=128, n=256),
+    # 1024 blocks of 128 rows: DeepGEMM's own transform of scales cannot be launched from 908 on
+    Shape("many_blocks", (1024,) * 128, k=256, n=128, alignment=128),
+)
+gpu_shapes = pytest.mark.parametrize("shape", GPU_SHAPES, ids=lambda shape: shape.name)
+
+
+def gpu_case(recipe: Recipe, shape: Shape, device: torch.device, b_contiguous: str = "k") -> Case:
+    passes = TRAINING if recipe.is_scaled else DGRAD
+    case = Case(DEEPGEMM, recipe, passes=passes, shape=shape, b_contiguous=b_contiguous)
+    if reason := testing.refusal(case, device):
+        pytest.skip(reason)
+    return case
+
+
+@pytest.mark.gpu
+@gpu_shapes
+@pytest.mark.parametrize("b_contiguous", "kn")
+@pytest.mark.parametrize("recipe", (BLOCKWISE, POW2, Recipe.NONE), ids=lambda r: r.value)
+def test_every_pass_against_the_reference(recipe, b_contiguous, shape, device):
+    case = gpu_case(recipe, shape, device, b_contiguous)
+    inputs = testing.make_inputs(case, device)
+    found = testing.run(case, inputs)
+    bound = testing.rounding_tolerance(torch.bfloat16, case, device)
+    for pass_ in case.passes:
+        truth = testing.expected(pass_, inputs, recipe)
+        result = found.of(pass_)
+        assert testing.worst_row_error(result, truth) <= 2 * bound, pass_
+        if pass_ is not WGRAD:
+            assert not result[sum(shape.sizes) :].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", GPU_SHAPES[1:3], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("recipe", (BLOCKWISE, Recipe.NONE), ids=lambda r: r.value)
+def test_forward_and_dgrad_never_wait(recipe, shape, device):
+    case = gpu_case(recipe, shape, device)
+    case = Case(DEEPGEMM, recipe, passes=DGRAD, shape=shape)
+    inputs = testing.make_inputs(case, device)
+
+    def call() -> None:
+        a = inputs.a.detach().requires_grad_()
+        y = grouped_mm(
+            a, inputs.b, inputs.offs, recipe=recipe, group_alignment=shape.alignment, kernel_preference=DEEPGEMM
+        )
+        torch.autograd.grad(y, a, inputs.dy)
+
+    call()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with prefer(host_sync=False):
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_wgrad_is_refused_where_nothing_may_wait(device):
+    case = gpu_case(BLOCKWISE, GPU_SHAPES[1], device)
+    inputs = testing.make_inputs(case, device)
+    a, b = inputs.a.requires_grad_(), inputs.b.detach().requires_grad_()
+    with prefer(host_sync=False):
+        with pytest.raises(NoBackendError, match="wait"):
+            grouped_mm(a, b, inputs.offs, recipe=BLOCKWISE, kernel_preference=DEEPGEMM)
+        assert explain(a, b, inputs.offs, recipe=BLOCKWISE, group_alignment=128).decision.backend(WGRAD) is TRITON
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", GPU_SHAPES[1:3], ids=lambda shape: shape.name)
+def test_nothing_runs_between_quantizer_and_product(shape, device):
+    """Plan, quantizers, product, and the one kernel that unpads: no copy, transpose or transform of scales."""
+    case = gpu_case(BLOCKWISE, shape, device)
+    backend = get_backend(DEEPGEMM)
+    inputs = testing.make_inputs(case, device)
+
+    def forward() -> torch.Tensor:
+        plan = backend.plan(inputs.offs, len(inputs.a), shape.alignment)
+        lhs, _ = backend.quantize_activations(inputs.a, plan, BLOCKWISE, rows=True, columns=False)
+        rhs, _ = backend.quantize_weights(inputs.b, BLOCKWISE, forward=True, dgrad=False)
+        return backend.grouped_mm(lhs, rhs, plan, torch.bfloat16)
+
+    forward()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        forward()
+        torch.cuda.synchronize()
+    events = sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
+    kernels = [event.name for event in events]
+    ours = ["_lay_out", "_quantize_tiles", "_quantize_weights"]
+    assert [name for name in kernels if name in ours] == ours, kernels
+    expected = len(ours) + 1 + (0 if shape.alignment % 128 == 0 else 1)
+    assert len(kernels) == expected, kernels
+    assert "fp8_gemm" in kernels[3], kernels
+
+
+@pytest.mark.gpu
+def test_a_second_device_works_or_is_refused_with_the_reason(device):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    for index in (0, 1):
+        here = torch.device("cuda", index)
+        case = gpu_case(BLOCKWISE, GPU_SHAPES[1], here)  # skips with the reason where it is refused
+        inputs = testing.make_inputs(case, here)
+        found, truth = testing.run(case, inputs).y, testing.expected(FORWARD, inputs, BLOCKWISE)
+        assert testing.worst_row_error(found, truth) <= 2 * testing.rounding_tolerance(torch.bfloat16, case, here)
