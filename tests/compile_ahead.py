@@ -26,6 +26,7 @@ from grouped_gemm.kernels import (
     hopper,
     launch,
     quantize,
+    quantize_deepgemm,
     quantize_mx,
     quantize_packed,
     tiles,
@@ -43,6 +44,8 @@ _PLAIN = (
     "E",
     "lhs_scale_stride",
     "row_scale_stride",
+    "B",
+    "R",
     "rhs_scale_stride_e",
     "rhs_scale_stride_c",
     "rhs_scale_stride_o",
@@ -148,6 +151,23 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
         "weights rowwise": build(quantize._quantize_weights, weights | {"ROWWISE": True}, 8),
         "weights blockwise": build(quantize._quantize_weights, weights | no_amax | {"ROWWISE": False}, 8),
     }
+
+
+def compile_deepgemm_quantizers(arch: str) -> dict[str, Any]:
+    types = {"x": "*bf16", "source": "*bf16", "target": "*bf16"} | dict.fromkeys(("by_row", "by_column"), "*fp8e4nv")
+    types |= dict.fromkeys(("row_scales", "column_scales"), "*fp32")
+    types |= dict.fromkeys(("offs", "row_map", "blocks", "sizes"), "*i32")
+    sides = {"BLOCK": 128, "FIELDS": 5}
+    tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, **sides, "BAND": 8}
+    kernels = {
+        "deepgemm plan": (quantize_deepgemm._lay_out, {"E_PADDED": 512, **sides, "AT_ONCE": 8}),
+        "deepgemm rows": (quantize_deepgemm._quantize_tiles, {"ROWS": True, "COLUMNS": False, **tile}),
+        "deepgemm both": (quantize_deepgemm._quantize_tiles, {"ROWS": True, "COLUMNS": True, **tile}),
+    }
+    for mode in ("pad", "unpad", "zero tail"):
+        constants = {"MODE": mode, **sides, "ROWS": 32, "COLUMNS": 256}
+        kernels[f"deepgemm {mode}"] = quantize_deepgemm._move_rows, constants
+    return {name: compile_kernel(kernel, arch, types, constants) for name, (kernel, constants) in kernels.items()}
 
 
 def compile_hopper() -> dict[str, Any]:
@@ -263,6 +283,7 @@ def main(arch: str) -> None:
     print(json.dumps(facts_of(f"gemm 16 bit {tuple(tile)}, N contiguous", compile_gemm(arch, "16 bit", tile, False))))
     quantizers = compile_quantizers(arch) if arch in ("sm_90", "gfx942") else {}
     quantizers |= compile_mx_quantizers(arch) if has_fp8 else {}
+    quantizers |= compile_deepgemm_quantizers(arch) if arch in ("sm_90", "sm_100") else {}
     for name, compiled in quantizers.items():
         print(json.dumps(facts_of(f"quantize {name}", compiled)), flush=True)
     for name, compiled in compile_hopper().items() if arch == "sm_90" else ():

@@ -65,7 +65,7 @@ def refused(asked: Problem) -> dict[Pass, str]:
     (
         ({}, (), ""),
         ({"recipe": POW2}, (), ""),
-        ({"recipe": Recipe.NONE}, (WGRAD,), "recipe fp8_blockwise or fp8_blockwise_pow2"),
+        ({"recipe": Recipe.NONE}, (WGRAD,), "a recipe that scales"),
         ({"recipe": Recipe.MXFP8}, TRAINING, "mxfp8"),
         ({"recipe": Recipe.FP8_ROWWISE}, TRAINING, "fp8_rowwise"),
         ({"machine": B200}, TRAINING, "Use fp8_blockwise_pow2"),

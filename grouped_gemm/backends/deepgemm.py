@@ -37,7 +37,6 @@ _SCALED = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 _ROWS = "deepgemm rows"
 _COLUMNS = "deepgemm columns"
 _WEIGHTS = "deepgemm weights"
-_PRODUCTS = (Pass.FORWARD, Pass.DGRAD)
 _ops = torch.ops.grouped_gemm
 
 
@@ -54,13 +53,19 @@ class Backend(_GroupedMMBackend):
     requirements = (
         requires_arch(("sm_90", "sm_100"), fix="Use another backend."),
         Requirement(
-            what="a package that provides deep_gemm",
+            what="deep_gemm",
             holds=lambda p: p.machine.version("deep_gemm") is not None,
             found=lambda p: "none",
             fix=f"{_deep_gemm.INSTALL}.",
         ),
         requires_recipe((*_SCALED, Recipe.NONE)),
-        requires_recipe(_SCALED, passes=(Pass.WGRAD,)),
+        Requirement(
+            what="a recipe that scales",
+            holds=lambda p: p.recipe.is_scaled,
+            found=lambda p: p.recipe.value,
+            fix="Use one, or another backend.",
+            passes=(Pass.WGRAD,),
+        ),
         Requirement(
             what="power-of-two scales on sm_100",
             holds=lambda p: p.machine.arch != "sm_100" or p.recipe is not Recipe.FP8_BLOCKWISE,

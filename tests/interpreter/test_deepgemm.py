@@ -7,10 +7,12 @@ import sys
 import fake_deep_gemm
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from grouped_gemm import Pass, Recipe, functional, grouped_mm, quantize_weights, reference, testing
 from grouped_gemm.backends import _deep_gemm, candidates, deepgemm, get_backend
 from grouped_gemm.backends.base import Health
+from grouped_gemm.ops import NAMES
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 
@@ -202,6 +204,59 @@ def test_each_pass_may_run_on_a_backend_of_its_own(monkeypatch):
     for pass_ in TRAINING:
         error = testing.worst_row_error(found.of(pass_), testing.expected(pass_, inputs, case.recipe))
         assert error <= testing.rounding_tolerance(torch.bfloat16), pass_
+
+
+def samples():
+    offs = torch.tensor([3, 3, 140], dtype=torch.int32)
+    x, dy = torch.randn(150, 256).bfloat16(), torch.randn(150, 128).bfloat16()
+    b = torch.randn(3, 256, 128, dtype=torch.bfloat16)
+    for alignment in (1, 128):
+        plan = BACKEND.plan(offs, 150, alignment)
+        yield "deepgemm_plan", (offs, 150, alignment == 128)
+        yield "deepgemm_quantize_activations", (x, *plan.derived[:2], "fp8_blockwise", True, True)
+    plan = BACKEND.plan(offs, 150)
+    lhs, columns = BACKEND.quantize_activations(x, plan, Recipe.FP8_BLOCKWISE, rows=True, columns=True)
+    _, dy_columns = BACKEND.quantize_activations(dy, plan, Recipe.FP8_BLOCKWISE, rows=False, columns=True)
+    rhs, _ = BACKEND.quantize_weights(b, Recipe.FP8_BLOCKWISE, forward=True, dgrad=True)
+    yield "deepgemm_quantize_weights", (b, "fp8_blockwise", True, True)
+    scales = lhs.scale, rhs.data.transpose(1, 2), rhs.scale.transpose(1, 2)
+    yield "deepgemm_grouped_mm", (lhs.data, *scales, *plan.derived[:2], 150)
+    yield "deepgemm_grouped_mm", (x, None, b.transpose(1, 2), None, *plan.derived[:2], 150)
+    operands = columns.data, columns.scale, dy_columns.data, dy_columns.scale
+    yield "deepgemm_wgrad", (*operands, plan.derived[2], torch.bfloat16)
+    yield "deepgemm_wgrad", (*operands, plan.derived[2], torch.float32)
+    yield "deepgemm_group_sums", (dy, offs, torch.float32)
+
+
+def test_ops():
+    found = set()
+    for name, arguments in samples():
+        found.add(name)
+        tests = ("test_schema", "test_faketensor")
+        if any(isinstance(x, torch.Tensor) and x.dtype.itemsize == 1 for x in arguments):
+            tests = ("test_faketensor",)  # the other compares arguments with torch.allclose, which has no fp8
+        torch.library.opcheck(getattr(torch.ops.grouped_gemm, name).default, arguments, test_utils=tests)
+    assert found == {name for name in NAMES if name.startswith("deepgemm_")}
+
+
+def test_compiled_once_whatever_the_number_of_rows():
+    """The plan's sizes follow M, and are no reason to compile again."""
+    counter = CompileCounterWithBackend("eager")
+    b = torch.randn(3, 128, 128, dtype=torch.bfloat16, requires_grad=True)
+
+    def layer(a, offs):
+        return grouped_mm(a, b.transpose(1, 2), offs, recipe="fp8_blockwise", kernel_preference="deepgemm")
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for num_rows in (100, 130, 200, 300):
+        a = torch.randn(num_rows, 128).bfloat16().requires_grad_()
+        offs = torch.tensor([5, 5, num_rows - 3], dtype=torch.int32)
+        results = [compiled(a, offs), layer(a, offs)]
+        assert torch.equal(*results)
+        gradients = [torch.autograd.grad(y.float().square().sum(), (a, b)) for y in results]
+        assert all(map(torch.equal, *gradients))
+    assert counter.frame_count == 1
 
 
 def test_health_compares_with_the_reference(monkeypatch):
