@@ -1,4 +1,4 @@
-"""The DeepGEMM backend on one CUDA GPU: beside DeepGEMM called by hand, beside a copy, and in a training step.
+"""The DeepGEMM backend on one CUDA GPU, beside DeepGEMM called by hand, a copy, and in a training step.
 
     python -m grouped_gemm bench deepgemm --shapes seed qwen3_gateup --json run.json
 

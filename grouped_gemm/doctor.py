@@ -171,6 +171,9 @@ def backends_markdown() -> str:
             "For each pass, the first of the device's vendor that does not refuse it:",
             "",
             *_table(("vendor", "order"), order),
+            "",
+            "One exception: on NVIDIA GPUs, blockwise forward and dgrad try deepgemm first where `group_alignment`",
+            "is a multiple of 128, so that no group needs padding ([deepgemm.md](deepgemm.md#when-auto-takes-it)).",
             *(line for backend in backends for line in _backend_page(backend)),
             "",
         ]

@@ -271,7 +271,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bench_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("bench --list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("emulated        Emulated on the CPU")
+    assert lines[0].startswith("deepgemm        The DeepGEMM backend on one CUDA GPU")
+    assert lines[1].startswith("emulated        Emulated on the CPU")
     assert not [line for line in lines if line.startswith("_")]  # parts of a benchmark
 
 
