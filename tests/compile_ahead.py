@@ -163,6 +163,8 @@ def compile_deepgemm_quantizers(arch: str) -> dict[str, Any]:
         "deepgemm plan": (quantize_deepgemm._lay_out, {"E_PADDED": 512, **sides, "AT_ONCE": 8}),
         "deepgemm rows": (quantize_deepgemm._quantize_tiles, {"ROWS": True, "COLUMNS": False, **tile}),
         "deepgemm both": (quantize_deepgemm._quantize_tiles, {"ROWS": True, "COLUMNS": True, **tile}),
+        "deepgemm both packed": (quantize_deepgemm._quantize_packed, {"ROWS": True, "COLUMNS": True, **tile}),
+        "deepgemm columns packed": (quantize_deepgemm._quantize_packed, {"ROWS": False, "COLUMNS": True, **tile}),
     }
     for mode in ("pad", "unpad", "zero tail"):
         constants = {"MODE": mode, **sides, "ROWS": 32, "COLUMNS": 256}

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepgemm_checks import GROUPS, check_activations, check_plan
 
 from grouped_gemm import (
     Explanation,
@@ -26,6 +27,7 @@ from grouped_gemm import (
 )
 from grouped_gemm.backends import Candidate, _deep_gemm, get_backend
 from grouped_gemm.backends.base import Health
+from grouped_gemm.device import machine_of
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.problem import RowClass
 from grouped_gemm.select import decide
@@ -237,6 +239,16 @@ def gpu_case(recipe: Recipe, shape: Shape, device: torch.device, b_contiguous: s
     if reason := testing.refusal(case, device):
         pytest.skip(reason)
     return case
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ends, num_rows, alignment", GROUPS, ids=str)
+@pytest.mark.parametrize("recipe", (BLOCKWISE, POW2), ids=lambda r: r.value)
+def test_plan_and_quantizer_bit_for_bit(ends, num_rows, alignment, recipe, device):
+    if machine_of(device).arch not in ("sm_90", "sm_100"):
+        pytest.skip("no other GPU has a use for them")
+    check_plan(ends, num_rows, alignment, device)
+    check_activations(ends, num_rows, alignment, recipe, device)
 
 
 @pytest.mark.gpu

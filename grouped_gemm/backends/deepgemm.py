@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grouped_gemm import reference
@@ -221,6 +222,14 @@ def _for_tma(x: Tensor) -> Tensor:
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
+def _with_next_block(row_map: Tensor) -> Tensor:
+    """``row_map`` as `layouts_deepgemm.plan` has it, with a block of -1 behind it: offloading has cut that off."""
+    end = row_map.storage_offset() + row_map.shape[0] + BLOCK
+    if row_map.untyped_storage().nbytes() >= end * row_map.element_size():
+        return row_map
+    return F.pad(row_map, (0, BLOCK), value=-1)[: row_map.shape[0]]
+
+
 @define_op(
     "deepgemm_plan(Tensor offs, SymInt num_rows, bool is_aligned) -> (Tensor, Tensor, Tensor)",
     fake=layouts_deepgemm.plan,
@@ -305,7 +314,7 @@ def _grouped_mm(
     out_RO = lhs.new_empty(row_map.shape[0], rhs_EOC.shape[1], dtype=torch.bfloat16)
     if num_rows == 0:
         return out_RO
-    product = _deep_gemm.functions()
+    product, row_map = _deep_gemm.functions(), _with_next_block(row_map)
     with on_device(lhs):
         if lhs_scale is None:
             lhs = quantize_deepgemm.pad(lhs, blocks) if is_padded else _for_tma(lhs)

@@ -16,10 +16,21 @@ import triton.language as tl
 from torch import Tensor
 
 from grouped_gemm.device import machine_of
+from grouped_gemm.kernels import quantize_packed
 from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
 from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device
 from grouped_gemm.kernels.layouts_deepgemm import BLOCK, FIELDS
 from grouped_gemm.kernels.quantize import _load_quarter, _store_quarter, _transpose
+from grouped_gemm.kernels.quantize_packed import (
+    _high,
+    _larger,
+    _load,
+    _low,
+    _quad,
+    _quarters,
+    _row_magnitudes,
+    _store_rows,
+)
 from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
 from grouped_gemm.recipes import Recipe
 
@@ -58,9 +69,10 @@ def quantize_activations(x_MD: Tensor, blocks: Tensor, recipe: Recipe, out: tupl
     rows, columns = by_row.dim() == 2, column_scale.dim() == 2
     if blocks.shape[0] == 0:
         return
+    quantize_tiles = _quantize_packed if columns and quantize_packed.can_run(x_MD) else _quantize_tiles
     with on_device(x_MD):
         launch(
-            _quantize_tiles, (blocks.shape[0] * (features // BLOCK),),
+            quantize_tiles, (blocks.shape[0] * (features // BLOCK),),
             x_MD, blocks, by_row, row_scale, by_column, column_scale,
             by_row.shape[0], features, x_MD.stride(0), row_scale.stride(1) if rows else 0,
             constants={
@@ -176,6 +188,64 @@ def _quantize_tiles(
                 source, x_stride, target, length, inverse_of(scale), rows_left, BLOCK, D - d,
                 LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK,
             )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["R", "row_scale_stride"])
+def _quantize_packed(
+    x, blocks, by_row, row_scales, by_column, column_scales, R, D, x_stride, row_scale_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """As `_quantize_tiles`, where `quantize_packed.can_run`: two values of bfloat16 in a register."""
+    d_blocks = D // BLOCK
+    block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
+    d = d_block * BLOCK
+    row = tl.load(blocks + FIELDS * block)
+    rows_left = tl.load(blocks + FIELDS * block + 1)
+    source = (x + row.to(tl.int64) * x_stride + d).to(tl.pointer_type(tl.int32))
+    stride = x_stride // 2
+    padded_row = block.to(tl.int64) * BLOCK
+    room = R - block * BLOCK
+    steps = tl.arange(0, BLOCK)
+    v0 = _load(source, stride, 0, rows_left, BLOCK // 2, BLOCK) & 0x7FFF7FFF
+    v1 = _load(source, stride, 1, rows_left, BLOCK // 2, BLOCK) & 0x7FFF7FFF
+    v2 = _load(source, stride, 2, rows_left, BLOCK // 2, BLOCK) & 0x7FFF7FFF
+    v3 = _load(source, stride, 3, rows_left, BLOCK // 2, BLOCK) & 0x7FFF7FFF
+    if ROWS:
+        scale = scale_of(_row_magnitudes(v0, v1, v2, v3, BLOCK), LIMIT, POWER_OF_TWO)
+        scale = tl.where(steps < rows_left, scale, 1.0)
+        tl.store(row_scales + d_block.to(tl.int64) * row_scale_stride + padded_row + steps, scale, mask=steps < room)
+        i0, i1, i2, i3 = _quarters(inverse_of(scale))
+    if COLUMNS:
+        largest = _larger(_larger(v0, v1), _larger(v2, v3))
+        amax = tl.join(tl.max(largest & 0xFFFF, 0) << 16, tl.max(largest & 0x7FFF0000, 0)).reshape(BLOCK)
+        scale = tl.where(rows_left > 0, scale_of(amax, LIMIT, POWER_OF_TWO), 1.0)
+        tl.store(column_scales + block.to(tl.int64) * D + d + steps, scale)
+        low_inverse, high_inverse = inverse_of(scale).reshape(BLOCK // 2, 2).split()
+    v0 = _load(source, stride, 0, rows_left, BLOCK // 2, BLOCK)
+    v1 = _load(source, stride, 1, rows_left, BLOCK // 2, BLOCK)
+    v2 = _load(source, stride, 2, rows_left, BLOCK // 2, BLOCK)
+    v3 = _load(source, stride, 3, rows_left, BLOCK // 2, BLOCK)
+    if ROWS:
+        target = (by_row + padded_row * D + d).to(tl.pointer_type(tl.int16))
+        _store_rows(target, D // 2, 0, room, BLOCK // 2, v0, i0, BLOCK)
+        _store_rows(target, D // 2, 1, room, BLOCK // 2, v1, i1, BLOCK)
+        _store_rows(target, D // 2, 2, room, BLOCK // 2, v2, i2, BLOCK)
+        _store_rows(target, D // 2, 3, room, BLOCK // 2, v3, i3, BLOCK)
+    if COLUMNS:
+        low = low_inverse[None, :]
+        high = high_inverse[None, :]
+        first = tl.load(blocks + FIELDS * block + 3)
+        length = tl.load(blocks + FIELDS * block + 4) * BLOCK  # of a line, all tokens of the group
+        begin = first.to(tl.int64) * BLOCK * D + d.to(tl.int64) * length + (block - first) * BLOCK
+        words = tl.arange(0, BLOCK // 2)
+        quads = tl.arange(0, BLOCK // 4)
+        lines = (by_column + begin).to(tl.pointer_type(tl.int32))
+        targets = lines + 2 * words.to(tl.int64)[None, :] * (length // 4) + quads[:, None]
+        mask = (words >= 0)[None, :] & (quads < tl.where(rows_left > 0, BLOCK, 0))[:, None]
+        tl.store(targets, _quad(_low(v0) * low, _low(v1) * low, _low(v2) * low, _low(v3) * low), mask=mask)
+        targets += length // 4
+        tl.store(targets, _quad(_high(v0) * high, _high(v1) * high, _high(v2) * high, _high(v3) * high), mask=mask)
 
 
 @triton.jit

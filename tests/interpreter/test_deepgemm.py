@@ -7,6 +7,7 @@ import sys
 import fake_deep_gemm
 import pytest
 import torch
+from deepgemm_checks import GROUPS, check_activations, check_plan
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from grouped_gemm import Pass, Recipe, functional, grouped_mm, quantize_weights, reference, testing
@@ -19,18 +20,6 @@ from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 FP8 = torch.float8_e4m3fn
 BACKEND = get_backend(KernelPreference.DEEPGEMM)
 BLOCKWISE = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
-# ends of groups, M, alignment: ragged, with empty groups and rows past the last one; ends out of order and range; none
-# of them; one row; whole blocks, with a tail that is none
-GROUPS = (
-    ([0, 130, 130, 131, 300], 310, 1),
-    ([-5, 200, 40, 999], 263, 1),
-    ([0, 0], 20, 1),
-    ([1], 1, 1),
-    (list(range(1, 41)), 50, 1),
-    ([128, 128, 384], 384, 128),
-    ([256, 512], 555, 256),
-    ([0, 0], 130, 128),
-)
 groups = pytest.mark.parametrize("ends, num_rows, alignment", GROUPS, ids=str)
 
 
@@ -48,81 +37,15 @@ def package(monkeypatch):
     candidates.cache_clear()
 
 
-def placed(ends: list[int], num_rows: int) -> list[tuple[slice, int, int]]:
-    """Of each group, its rows, where they begin when padded, and how many they are then."""
-    first, found = 0, []
-    for rows in reference.group_slices(ends):
-        size = -(-(rows.stop - rows.start) // 128) * 128
-        found.append((rows, first, size))
-        first += size
-    return found
-
-
 @groups
 def test_the_plan(ends, num_rows, alignment):
-    offs = torch.tensor(ends, dtype=torch.int32)
-    with testing.poisoned_memory():
-        plan = BACKEND.plan(offs, num_rows, alignment)
-    row_map, _, sizes = plan.derived
-    ends = reference.group_ends(offs, num_rows)
-    if alignment % 128:
-        assert len(row_map) == min(num_rows // 128 + len(ends) + 1, num_rows) * 128
-    else:
-        assert len(row_map) == num_rows
-    expected = torch.full((len(row_map),), -1, dtype=torch.int32)
-    for e, (rows, first, _) in enumerate(placed(ends, num_rows)):
-        expected[first : first + rows.stop - rows.start] = e
-    assert torch.equal(row_map, expected)
-    assert sizes.tolist() == [size for _, _, size in placed(ends, num_rows)]
-    beyond = torch.as_strided(row_map, (len(row_map) + 128,), (1,))
-    assert (beyond[len(row_map) :] == -1).all()
+    check_plan(ends, num_rows, alignment)
 
 
 @groups
 @pytest.mark.parametrize("recipe", BLOCKWISE, ids=lambda r: r.value)
 def test_activations(ends, num_rows, alignment, recipe):
-    torch.manual_seed(0)
-    offs = torch.tensor(ends, dtype=torch.int32)
-    ends = reference.group_ends(offs, num_rows)
-    x = torch.randn(num_rows, 256) * torch.randn(num_rows, 1).mul(4).exp()
-    x[ends[-1] :] = torch.nan
-    if ends[-1] > 11:
-        x[3, 5], x[7, 1], x[9] = torch.nan, torch.inf, 0
-    x = torch.cat([torch.ones(num_rows, 8), x], 1).bfloat16()[:, 8:]  # a slice
-    with testing.poisoned_memory():
-        plan = BACKEND.plan(offs, num_rows, alignment)
-        rows, columns = BACKEND.quantize_activations(x, plan, recipe, rows=True, columns=True)
-    length = len(plan.derived[0])
-    data, scale = torch.zeros(length, 256), torch.ones(length, 2)
-    blocks = sum(size for _, _, size in placed(ends, num_rows)) // 128
-    flat, column_scale = torch.zeros(blocks * 128 * 256), torch.ones(len(columns.scale), 256)
-    for group, first, size in placed(ends, num_rows):
-        if group.start == group.stop:
-            continue
-        here = slice(first, first + group.stop - group.start)
-        found = reference.quantize(x[group], reference.row_blocks(recipe), recipe, FP8)
-        data[here], scale[here] = found[0].float(), found[1]
-        found = reference.quantize(x[group], reference.column_blocks(recipe), recipe, FP8)
-        by_token = torch.zeros(size, 256)
-        by_token[: len(found[0])] = found[0].float()
-        # what is past the end of a group is 0 times the inverse scale, NaN where that is
-        column_scale[first // 128 : (first + size) // 128] = found[1]
-        by_token[len(found[0]) :] = by_token[len(found[0]) :] * found[1][-1].reciprocal()
-        flat[first * 256 : (first + size) * 256] = by_token.t().flatten()
-    assert_equal(rows.data.float(), data)
-    assert_equal(rows.scale, scale)
-    assert rows.scale.stride() == (1, -(-length // 4) * 4) or length < 2
-    assert_equal(columns.data[: len(flat)].float(), flat)
-    assert_equal(columns.scale, column_scale)
-    alone, _ = BACKEND.quantize_activations(x, plan, recipe, rows=True, columns=False)
-    assert_equal(alone.data.float(), data)
-    _, alone = BACKEND.quantize_activations(x, plan, recipe, rows=False, columns=True)
-    assert_equal(alone.scale, column_scale)
-
-
-def assert_equal(found, expected):
-    assert found.shape == expected.shape
-    assert torch.equal(found.nan_to_num(1e38), expected.nan_to_num(1e38))
+    check_activations(ends, num_rows, alignment, recipe)
 
 
 @pytest.mark.parametrize("contiguous", "kn")
@@ -177,6 +100,20 @@ def test_groups_of_whole_blocks_are_not_copied():
     ((_, (a, b, out, _)),) = fake_deep_gemm.calls
     assert a.data_ptr() == inputs.a.data_ptr() and b.data_ptr() == inputs.b.data_ptr()
     assert len(out) == len(inputs.a)
+
+
+def test_what_was_saved_may_have_been_offloaded():
+    case = Case(KernelPreference.DEEPGEMM, Recipe.FP8_BLOCKWISE, passes=TRAINING, shape=SHAPES[1])
+    inputs = testing.make_inputs(case, torch.device("cpu"))
+    expected = testing.run(case, inputs)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
+        found = testing.run(case, inputs)
+    assert torch.equal(found.da, expected.da) and torch.equal(found.db, expected.db)
+    for _, arguments in fake_deep_gemm.calls:
+        if len(arguments) == 6:  # a product of forward or dgrad; kernels look at the block past the last one
+            row_map = arguments[5]
+            beyond = torch.as_strided(row_map, (128,), (1,), row_map.storage_offset() + len(row_map))
+            assert (beyond == -1).all()
 
 
 def test_weights_of_a_checkpoint():
