@@ -102,6 +102,8 @@ def explain(error: Exception, machine: Machine) -> Health:
     for sign, meaning in _BROKEN_BUILDS:
         if sign in text:
             return Health(f"deep_gemm {version} is {meaning}: {text}", f"{INSTALL}.")
+    if isinstance(error, AssertionError) and not text:  # its own search for one
+        return Health("deep_gemm finds no CUDA toolkit, whose headers it needs", "Set CUDA_HOME to one.")
     if isinstance(error, AttributeError):
         return Health(f"{text} (version {version})", f"{INSTALL}, or an upstream build that has it.")
     if "INVALID_HANDLE" in text or "INVALID_CONTEXT" in text or "invalid resource handle" in text:
