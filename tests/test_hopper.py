@@ -119,7 +119,8 @@ def launched(device, monkeypatch) -> list[str]:
     needs_hopper(device)
     from grouped_gemm.kernels import gemm_hopper, wgrad_hopper
 
-    next(c for c in candidates(device) if c.backend.kind is TRITON).health()  # runs once in a process
+    here = torch.empty(0, device=device).device
+    next(c for c in candidates(here) if c.backend.kind is TRITON).health()  # launches too, once in a process
     names = []
 
     def record(name: str, original: Callable[..., None], *args, **options) -> None:

@@ -26,12 +26,11 @@ from grouped_gemm.kernels.quantize_packed import (
     _larger,
     _load,
     _low,
-    _quad,
     _quarters,
     _row_magnitudes,
     _store_rows,
 )
-from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
+from grouped_gemm.kernels.scaling import four_to_fp8, inverse_of, magnitude, scale_of, to_fp8
 from grouped_gemm.recipes import Recipe
 
 _AT_ONCE = 8  # blocks that a program of the plan lays out
@@ -240,12 +239,14 @@ def _quantize_packed(
         begin = first.to(tl.int64) * BLOCK * D + d.to(tl.int64) * length + (block - first) * BLOCK
         words = tl.arange(0, BLOCK // 2)
         quads = tl.arange(0, BLOCK // 4)
-        lines = (by_column + begin).to(tl.pointer_type(tl.int32))
+        lines = (by_column + begin).to(tl.pointer_type(tl.uint32))
         targets = lines + 2 * words.to(tl.int64)[None, :] * (length // 4) + quads[:, None]
         mask = (words >= 0)[None, :] & (quads < tl.where(rows_left > 0, BLOCK, 0))[:, None]
-        tl.store(targets, _quad(_low(v0) * low, _low(v1) * low, _low(v2) * low, _low(v3) * low), mask=mask)
+        tl.store(targets, four_to_fp8(_low(v0) * low, _low(v1) * low, _low(v2) * low, _low(v3) * low), mask=mask)
         targets += length // 4
-        tl.store(targets, _quad(_high(v0) * high, _high(v1) * high, _high(v2) * high, _high(v3) * high), mask=mask)
+        tl.store(
+            targets, four_to_fp8(_high(v0) * high, _high(v1) * high, _high(v2) * high, _high(v3) * high), mask=mask
+        )
 
 
 @triton.jit
