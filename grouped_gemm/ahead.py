@@ -8,6 +8,7 @@ M, E, K, N: rows, groups, in and out features.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm import arguments
+from grouped_gemm import arguments, contests, costs
 from grouped_gemm.autograd import dense_weights, layouts, weights_for
-from grouped_gemm.backends import get_backend
-from grouped_gemm.functional import explain, grouped_mm
+from grouped_gemm.backends import candidates, get_backend
+from grouped_gemm.functional import explain, forget, grouped_mm
 from grouped_gemm.kernels import tuning
 from grouped_gemm.operand import Quantized, QuantizedWeights
 from grouped_gemm.preference import AUTOTUNE, KernelPreference
-from grouped_gemm.problem import Pass, RowClass
+from grouped_gemm.problem import Pass, Problem, RowClass
 from grouped_gemm.recipes import Recipe
-from grouped_gemm.select import Decision
+from grouped_gemm.select import Decision, able, decide
 
 # Rows of a group: the fewest of each class; and for times, what is usual. The latter of LARGE depend on E.
 _FEWEST = {RowClass.DECODE: 1, RowClass.SMALL: 17, RowClass.LARGE: 257}
@@ -57,17 +58,45 @@ class WarmedUp:
 
 
 @dataclass(frozen=True)
+class Contest:
+    """One measurement of the backends that can run a kind of call.
+
+    Attributes:
+        decision: what AUTO takes from now on.
+        failed: backends that failed, and why.
+    """
+
+    decision: Decision
+    failed: tuple[tuple[str, str], ...]
+
+    @property
+    def alone(self) -> tuple[tuple[KernelPreference, float], ...]:
+        """Microseconds of whole calls on one backend, the fastest first."""
+        return self.decision.expected.others if self.decision.expected else ()
+
+    def __str__(self) -> str:
+        problem = self.decision.problem
+        times = [f"{kind.value} alone {time:.0f} us" for kind, time in self.alone]
+        chosen = ", ".join(f"{pass_.value} {backend.value}" for pass_, backend in self.decision.chosen)
+        failed = [f"{kind} failed: {reason}" for kind, reason in self.failed]
+        what = f"{problem.rows.value}{' in CUDA graphs' if problem.captured else ''}"
+        return f"{what}: {chosen} ({'; '.join([*times, *failed])})"
+
+
+@dataclass(frozen=True)
 class Warmup:
     """What `warmup` did. ``print`` it, or take `to_dict`.
 
     Attributes:
         classes: the row classes, in the order that was asked for.
+        contests: measurements of backends that compete for one kind of call of which nothing was known.
         searches: searches of tiles, one for each use of a kernel of which nothing was known.
         seconds: how long all of it took.
         tunes: whether GROUPED_GEMM_AUTOTUNE is on.
     """
 
     classes: tuple[WarmedUp, ...]
+    contests: tuple[Contest, ...]
     searches: tuple[tuning.Search, ...]
     seconds: float
     tunes: bool
@@ -96,6 +125,16 @@ class Warmup:
                 }
                 for warmed in self.classes
             ],
+            "contests": [
+                {
+                    "rows": contest.decision.problem.rows.value,
+                    "captured": contest.decision.problem.captured,
+                    "chosen": {pass_.value: backend.value for pass_, backend in contest.decision.chosen},
+                    "on_one_backend_us": {kind.value: time for kind, time in contest.alone},
+                    "failed": dict(contest.failed),
+                }
+                for contest in self.contests
+            ],
             "searches": [
                 {
                     "use": str(search.site),
@@ -115,6 +154,7 @@ class Warmup:
     def __str__(self) -> str:
         lines = [str(self.classes[0].decision.problem)] if self.classes else []
         lines += map(str, self.classes)
+        lines += [f"  {'backends':12}{contest}" for contest in self.contests]
         lines += [f"  {'tiles':12}{search}" for search in self.searches]
         if self.tunes and not self.searches:
             lines.append(f"  {'tiles':12}nothing to search: known from earlier, or no kernel has tiles")
@@ -146,9 +186,10 @@ def warmup(
 
     Call it once for each kind of expert weights, with the arguments that the model's calls have, under the same
     `prefer` and autocast. It makes a few small calls for each row class, on random rows, and waits for the device.
-    Weights and their ``grad`` stay as they are. Where GROUPED_GEMM_AUTOTUNE=1, it then searches a tile for each kernel
-    of which the file of tiles knows nothing (docs/env.md); that takes minutes, and as much memory as a training step of
-    up to 65536 rows, or 512 for each group, does with random weights beside yours.
+    Weights and their ``grad`` stay as they are. Where GROUPED_GEMM_AUTOTUNE=1, it first times the backends that AUTO
+    could take, and then searches a tile for each kernel, unless the files of earlier runs know (docs/env.md). That
+    takes minutes, and as much memory as a training step of up to 65536 rows, or 512 for each group, does with random
+    weights beside yours.
 
     Args:
         b: (E, K, N), as `grouped_mm` takes it: only shape, strides, dtype and device matter; or weights from
@@ -183,13 +224,18 @@ def warmup(
     tunes = AUTOTUNE.is_on()
     begin = time.perf_counter()
     with torch.inference_mode(False), _current(b.device):
+        held = [
+            contest
+            for row_class in (row_classes if tunes else ())
+            for contest in _compete(b, bias, row_class, training, options)
+        ]
         classes = tuple(_warm_up(b, bias, row_class, training, options) for row_class in row_classes)
         searches: list[tuning.Search] = []
         if tunes:
             # The most rows first: wgrad has one tile for all classes.
             for warmed in sorted(classes, key=lambda warmed: -warmed.num_rows):
                 searches += _tune(b, bias, warmed.decision)
-    return Warmup(classes, tuple(searches), time.perf_counter() - begin, tunes)
+    return Warmup(classes, tuple(held), tuple(searches), time.perf_counter() - begin, tunes)
 
 
 @contextmanager
@@ -215,9 +261,7 @@ def _groups(b: Tensor | QuantizedWeights, rows: int, alignment: int) -> tuple[Te
     """Memory of (E * ``rows``, K) activations, and the ends of uneven groups: half of ``rows`` to one and a half."""
     num_groups, k, _ = b.shape
     a = torch.empty(num_groups * rows, k, dtype=b.dtype, device=b.device)
-    parts = [(e + 1) / num_groups for e in range(num_groups)]
-    ends = [round(len(a) * (part + part * part) / 2) // alignment * alignment for part in parts]
-    return a, torch.tensor(ends, dtype=torch.int32, device=b.device)
+    return a, contests.uneven_ends(len(a), num_groups, alignment, b.device)
 
 
 def _fill(*tensors: Tensor) -> None:
@@ -255,12 +299,42 @@ def _warm_up(
     return WarmedUp(decision, len(a), calls, time.perf_counter() - begin)
 
 
+def _compete(
+    b: Tensor | QuantizedWeights, bias: Tensor | None, rows: RowClass, training: bool, options: dict[str, Any]
+) -> Iterator[Contest]:
+    """Measures the backends that AUTO could take for one row class, where nothing is known; calls of few rows are
+    measured in CUDA graphs as well. Weights that are quantized have a backend already."""
+    if isinstance(b, QuantizedWeights):
+        return
+    a = torch.empty(b.shape[0] * _FEWEST[rows], b.shape[1], dtype=b.dtype, device=b.device).requires_grad_(training)
+    offs = torch.zeros(b.shape[0], dtype=torch.int32, device=b.device)
+    with torch.set_grad_enabled(training):
+        eager = explain(a, b.detach().requires_grad_(training), offs, bias=bias, **options).decision
+    machine = eager.problem.machine
+    if eager.preference is not KernelPreference.AUTO or not machine.is_gpu or eager.problem.dtype != torch.bfloat16:
+        return
+    captured = dataclasses.replace(eager.problem, captured=True, host_sync=False)
+    for problem in (eager.problem,) if rows is RowClass.LARGE else (eager.problem, captured):
+        here = candidates(b.device)
+        if len(able(problem, here)) < 2 or costs.estimate(problem, [contests.known(machine)]) is not None:
+            continue
+        case, failed = contests.measure(problem, b.shape[0] * _usual(problem), b.device, here)
+        contests.store(machine, [case])
+        forget()
+        decision = decide(problem, KernelPreference.AUTO, here, tables=contests.tables(machine, True))
+        yield Contest(decision, tuple((kind.value, reason) for kind, reason in failed.items()))
+
+
+def _usual(problem: Problem) -> int:
+    """Rows of a group in what is timed."""
+    return _USUAL.get(problem.rows, max(512, min(4096, 65536 // problem.num_groups)))
+
+
 @torch.no_grad()
 def _tune(b: Tensor | QuantizedWeights, bias: Tensor | None, decision: Decision) -> list[tuning.Search]:
     """Searches tiles for the products of one row class, each alone, on operands that are quantized already."""
     problem = decision.problem
-    rows = _USUAL.get(problem.rows, max(512, min(4096, 65536 // problem.num_groups)))
-    a, offs = _groups(b, rows, problem.group_alignment)
+    a, offs = _groups(b, _usual(problem), problem.group_alignment)
     if not any(get_backend(kind).compiles for kind in decision.backends) or offs[-1] == 0:
         return []  # there are no tiles; or the promised alignment leaves no rows in this class
     dy = a.new_empty(len(a), problem.n)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm import arguments, reference
+from grouped_gemm import arguments, contests, reference
 from grouped_gemm.autograd import (
     Contraction,
     GroupedMM,
@@ -30,6 +30,7 @@ from grouped_gemm.backends import candidates
 from grouped_gemm.device import machine_of
 from grouped_gemm.operand import QuantizedWeights
 from grouped_gemm.preference import (
+    AUTOTUNE,
     LOG,
     STRICT,
     VALIDATE,
@@ -232,7 +233,8 @@ def _recall(
             type(options[2]),  # group_alignment=True equals 1, and is an error
             torch.is_grad_enabled(),
             surrounding.kernel_preference,
-            surrounding.host_sync and not _is_capturing(a),
+            surrounding.host_sync,
+            _is_capturing(a),
             environment(),
         )
         return key, _routes.get(key)
@@ -305,6 +307,7 @@ def _prepare(
         arguments.fail("recipe", f"{b.recipe.value}, as the weights were quantized", recipe.value)
     if VALIDATE.is_on():
         offs = torch.ops.grouped_gemm.checked_offs(offs, a.shape[0], group_alignment)
+    is_captured = _is_capturing(a)
     facts = {
         "device": a.device,
         "shape": tuple(map(operator.index, shape)),  # under Dynamo, constants of the graph; M stays symbolic
@@ -317,7 +320,8 @@ def _prepare(
         "has_bias": bias is not None,
         "group_alignment": group_alignment,
         "is_aligned": _is_aligned(a) and (isinstance(b, QuantizedWeights) or _is_aligned(b)),
-        "host_sync": surrounding.host_sync and not _is_capturing(a),
+        "host_sync": surrounding.host_sync and not is_captured,
+        "captured": is_captured,
         "weights": weights,
         "preference": preference,
         "context": surrounding.kernel_preference,
@@ -372,12 +376,18 @@ def _chosen(**facts: Any) -> str:
 _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def forget() -> None:
+    """Forgets what was decided: something that decisions rest on has changed."""
+    _routes.clear()
+    _decide_once.cache_clear()
+
+
 def _decision(
     *, device: torch.device, preference: KernelPreference, context: KernelPreference | None, **facts: Any
 ) -> Decision:
     """The decision, complete or not, under the switches of now."""
     preference, asked_by = resolve(preference, context)
-    return _decide_once(device, preference, asked_by, STRICT.is_on(), **facts)
+    return _decide_once(device, preference, asked_by, STRICT.is_on(), AUTOTUNE.is_on(), **facts)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -386,12 +396,14 @@ def _decide_once(
     preference: KernelPreference,
     asked_by: str,
     strict: bool,
+    tunes: bool,
     shape: tuple[int, int, int],
     **facts: Any,
 ) -> Decision:
     num_groups, k, n = shape
     problem = Problem(machine_of(device), num_groups, k, n, **facts)
-    return decide(problem, preference, candidates(device), asked_by=asked_by, strict=strict)
+    tables = contests.tables(problem.machine, tunes)
+    return decide(problem, preference, candidates(device), asked_by=asked_by, strict=strict, tables=tables)
 
 
 _logged: set[Decision] = set()

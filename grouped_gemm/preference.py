@@ -94,7 +94,7 @@ AUTOTUNE = Switch(
     "GROUPED_GEMM_AUTOTUNE",
     ("0", "1"),
     "0",
-    "1: warmup searches tiles for the Triton kernels and keeps them in a file, and products use what it holds.",
+    "1: warmup times backends and searches tiles for the Triton kernels; calls use what the files of both hold.",
 )
 SWITCHES = (BACKEND, STRICT, LOG, VALIDATE, AUTOTUNE)
 

@@ -57,6 +57,7 @@ class Problem:
         is_aligned: strides of ``a`` and ``b`` are multiples of 16 bytes, as TMA wants them. Where a tensor starts is
             known at the launch only.
         host_sync: whether a pass may wait for the device.
+        captured: whether a CUDA graph is being captured; then it may not, and no replay waits for the host.
         weights: whose layouts for forward and dgrad ``b`` was quantized to beforehand; None: it was not.
     """
 
@@ -74,6 +75,7 @@ class Problem:
     group_alignment: int = 1
     is_aligned: bool = True
     host_sync: bool = True
+    captured: bool = False
     weights: tuple[KernelPreference, KernelPreference | None] | None = None
 
     def __str__(self) -> str:

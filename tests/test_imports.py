@@ -27,10 +27,11 @@ LAYERS = (
     ("__init__",),
     ("ahead",),
     ("functional",),
-    ("arguments", "autograd", "report"),
+    ("arguments", "autograd", "contests", "report"),
     ("select",),
     ("backends",),
     ("backends.*",),
+    ("costs",),
     ("backends._deep_gemm",),
     ("kernels.quantize_deepgemm", "kernels.quantize_mx"),
     ("backends.base", "kernels.gemm", "kernels.quantize", "kernels.wgrad"),
@@ -40,6 +41,7 @@ LAYERS = (
     ("kernels", "kernels.*"),
     ("operand", "ops", "problem", "reference"),
     ("device", "preference", "recipes"),
+    ("files",),
 )
 
 # What may be imported besides the standard library: whenever the module is, or inside a function.

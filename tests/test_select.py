@@ -40,7 +40,7 @@ from grouped_gemm.backends.base import (
     requires_recipe,
 )
 from grouped_gemm.problem import RowClass, row_class
-from grouped_gemm.select import Decision, auto_order, decide
+from grouped_gemm.select import AUTO_ORDER, Decision, decide
 
 AUTO, EMULATED, TORCH, TRITON, DEEPGEMM, HIPBLASLT = KernelPreference
 FORWARD, DGRAD, WGRAD = Pass
@@ -214,33 +214,11 @@ def test_a_promise_of_alignment_opens_a_backend():
     assert choice(auto(promised, {TRITON: "absent"})) == (TORCH, TORCH, TORCH)
 
 
-@pytest.mark.parametrize(
-    ("machine", "recipe", "alignment", "states", "expected"),
-    (
-        ("H200", Recipe.FP8_BLOCKWISE, 128, {}, (DEEPGEMM, DEEPGEMM, TRITON)),
-        ("H200", Recipe.FP8_BLOCKWISE, 256, {}, (DEEPGEMM, DEEPGEMM, TRITON)),
-        ("H200", Recipe.FP8_BLOCKWISE, 64, {}, (TRITON, TRITON, TRITON)),
-        ("H200", Recipe.FP8_BLOCKWISE, 128, {DEEPGEMM: "broken"}, (TRITON, TRITON, TRITON)),
-        ("H200", Recipe.FP8_BLOCKWISE, 128, {TRITON: "broken"}, (DEEPGEMM, DEEPGEMM, DEEPGEMM)),
-        ("H200", Recipe.FP8_ROWWISE, 128, {}, (TRITON, TRITON, TRITON)),
-        ("H200", Recipe.NONE, 128, {}, (TRITON, TRITON, TRITON)),
-        ("B200", Recipe.FP8_BLOCKWISE, 128, {}, (DEEPGEMM, DEEPGEMM, TRITON)),
-        ("MI300X", Recipe.FP8_BLOCKWISE, 128, {}, (TRITON, TRITON, TRITON)),
-    ),
-    ids=lambda value: value if isinstance(value, str) else getattr(value, "value", ""),
-)
-def test_a_promise_of_whole_blocks_puts_deepgemm_first_for_forward_and_dgrad(
-    machine, recipe, alignment, states, expected
-):
-    assert choice(auto(problem(machine, recipe, group_alignment=alignment), states)) == expected
-
-
 @every_machine
 def test_auto_takes_the_first_of_its_order_whatever_is_there(machine):
+    order = AUTO_ORDER.get(MACHINES[machine].vendor, AUTO_ORDER[""])
     for asked, states, decision in sweep(machine):
-        expected = tuple(
-            next((k for k in auto_order(asked, p) if runs(k, asked, p, states)), None) for p in asked.passes
-        )
+        expected = tuple(next((k for k in order if runs(k, asked, p, states)), None) for p in asked.passes)
         assert choice(decision) == expected
 
 
@@ -361,7 +339,7 @@ def test_the_error_under_strict_names_the_switch_every_reason_and_every_remedy()
 
 
 def test_a_reason_against_some_passes_names_them():
-    decision = auto(problem("B200", group_alignment=128))
+    decision = auto(problem("B200"), {TRITON: "absent"})
     (line,) = (line for line in decision.refusal_lines() if line.startswith("deepgemm"))
     assert line == "deepgemm  wgrad requires sm_90; found sm_100. Use Recipe.MXFP8 or another backend."
 
@@ -381,7 +359,7 @@ def test_health_is_asked_only_where_every_requirement_of_a_pass_holds(machine):
 
 
 def test_health_is_asked_where_a_requirement_fails_for_another_pass_only():
-    decision = auto(problem("B200", group_alignment=128), {DEEPGEMM: "broken"})
+    decision = auto(problem("B200"), {TRITON: "absent", DEEPGEMM: "broken"})
     assert [r.passes for r in decision.refusals if "broken" in r.reason] == [TRAINING]
 
 
@@ -404,11 +382,11 @@ def test_health_is_found_out_once(monkeypatch):
 
 
 def test_only_the_backend_that_wrote_the_weights_reads_them():
-    asked = problem("H100", passes=(FORWARD, DGRAD), weights=(TRITON, TRITON), group_alignment=128)
+    asked = problem("H100", passes=(FORWARD, DGRAD), weights=(DEEPGEMM, DEEPGEMM))
     decision = auto(asked)
-    assert choice(decision) == (TRITON, TRITON)
+    assert choice(decision) == (DEEPGEMM, DEEPGEMM)
     assert decision.refusal_lines()[0] == (
-        "deepgemm  forward requires quantized weights in its layout for forward; found triton's. "
+        "triton    forward requires quantized weights in its layout for forward; found deepgemm's. "
         "Quantize them with the kernel_preference that the call has."
     )
 
@@ -590,15 +568,15 @@ def table(explanation: Explanation) -> list[list[str]]:
 
 
 def test_an_explanation_tells_who_runs_why_and_who_refused(explained):
-    lines = table(explained(auto(problem("B200", group_alignment=128))))
-    why = "AUTO: the first in its order that can run it"
+    lines = table(explained(auto(problem("B200"), {TRITON: "absent"})))
     assert lines[0] == ["grouped_mm(E=8, K=4096, N=2048, fp8_blockwise, bfloat16, sm_100, forward+dgrad+wgrad)"]
     for line in (
-        ["forward", "deepgemm", why],
-        ["dgrad", "deepgemm", why],
-        ["wgrad", "triton", why],
-        ["host syncs", "none"],
-        ["padding", "none"],
+        ["forward", "deepgemm"],
+        ["dgrad", "deepgemm"],
+        ["wgrad", "emulated"],
+        ["why", "AUTO: the first in its order that can run it"],
+        ["quantized", "648 MB, read and written"],
+        ["padding", "deepgemm: at most 1016 rows (20%)"],
         ["refused", "deepgemm", "wgrad requires sm_90; found sm_100. Use Recipe.MXFP8 or another backend."],
     ):
         assert line in lines
@@ -638,7 +616,8 @@ def test_an_explanation_of_what_no_backend_runs_says_so(explained):
 def test_an_explanation_of_a_named_backend_that_refuses_names_those_that_would_run(explained):
     explanation = explained(decide(problem("B200"), DEEPGEMM, candidates({}), asked_by="context"))
     lines = table(explanation)
-    assert ["forward", "no backend", "deepgemm refuses, asked for by prefer(...)"] in lines
+    assert ["forward", "no backend", "deepgemm refuses"] in lines
+    assert ["why", "asked for by prefer(...)"] in lines
     assert ["instead", "triton, emulated would run it"] in lines
     assert explanation.to_dict()["alternatives"] == ["triton", "emulated"]
 
@@ -650,7 +629,7 @@ def test_an_explanation_survives_json(explained, machine):
 
 
 def test_an_explanation_as_data_has_the_whole_decision(explained):
-    data = explained(auto(problem("B200", group_alignment=128))).to_dict()
+    data = explained(auto(problem("B200", group_alignment=128), {TRITON: "absent"})).to_dict()
     assert data == {
         "problem": {
             "M": 5000,
@@ -668,14 +647,20 @@ def test_an_explanation_as_data_has_the_whole_decision(explained):
         "preference": "auto",
         "asked_by": "default",
         "runs": True,
-        "chosen": {"forward": "deepgemm", "dgrad": "deepgemm", "wgrad": "triton"},
+        "chosen": {"forward": "deepgemm", "dgrad": "deepgemm", "wgrad": "emulated"},
         "refusals": [
+            {
+                "backend": "triton",
+                "passes": ["forward", "dgrad", "wgrad"],
+                "reason": "is not part of this version",
+                "fix": "Use another backend.",
+            },
             {
                 "backend": "deepgemm",
                 "passes": ["wgrad"],
                 "reason": "requires sm_90; found sm_100",
                 "fix": "Use Recipe.MXFP8 or another backend.",
-            }
+            },
         ],
         "alternatives": [],
         "host_syncs": {},

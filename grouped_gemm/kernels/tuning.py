@@ -10,12 +10,9 @@ C, O, P, Q: the contraction and the columns of `gemm`, the features of `wgrad`'s
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
-import tempfile
 import threading
 import typing
 import warnings
@@ -28,6 +25,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm.device import Machine, machine_of
+from grouped_gemm.files import locked, replace
 from grouped_gemm.kernels import tiles
 from grouped_gemm.kernels.tiles import Tile
 from grouped_gemm.preference import AUTOTUNE, cache_directory
@@ -211,7 +209,7 @@ def _entries() -> list[dict[str, Any]]:
 
 
 def _is_current(entry: dict[str, Any]) -> bool:
-    return all(entry[name] == version for name, version in _versions().items())
+    return all(entry[name] == version for name, version in versions().items())
 
 
 def _site(entry: dict[str, Any]) -> Site:
@@ -238,7 +236,7 @@ def _check(entry: dict[str, Any]) -> None:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """What a tile was found with. The sources of the kernels are part of it: what was found with others is not used."""
     sources = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
@@ -256,14 +254,14 @@ def store(found: dict[Site, Found]) -> None:
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file.with_suffix(".lock")):
+        with locked(file.with_suffix(".lock")):
             try:
                 before = _entries()
             except _DAMAGE:  # `known` has warned of it
                 before = []
             kept = [entry for entry in before if not (_is_current(entry) and _site(entry) in found)]
             new = [_entry(site, result) for site, result in found.items()]
-            _replace(file, json.dumps({"schema": SCHEMA, "tiles": kept + new}, indent=1))
+            replace(file, json.dumps({"schema": SCHEMA, "tiles": kept + new}, indent=1))
     except OSError as error:
         warnings.warn(
             f"{file.parent}: expected a directory to keep tiles in; found {error}. This process uses what it found, "
@@ -273,30 +271,7 @@ def store(found: dict[Site, Found]) -> None:
 
 
 def _entry(site: Site, found: Found) -> dict[str, Any]:
-    return {**site._asdict(), **_versions(), "tile": found.tile._asdict(), "speedup": round(found.speedup, 4)}
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Alone among the processes that do this; where the file system has no locks, as it comes."""
-    import fcntl  # not on Windows, where there is no Triton
-
-    with file.open("w") as lock:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file gives it up
-        yield
-
-
-def _replace(file: Path, text: str) -> None:
-    """Writes ``file`` as a whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as temporary:
-            temporary.write(text)
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise
+    return {**site._asdict(), **versions(), "tile": found.tile._asdict(), "speedup": round(found.speedup, 4)}
 
 
 # -- searching

@@ -1,0 +1,143 @@
+"""The regret of AUTO on one CUDA GPU: its time over that of the best backend, for the same call.
+
+    python -m grouped_gemm bench auto --json regret.json
+
+Whole calls: a forward call without gradients, and forward with backward, for each shape of `SHAPES`, balanced groups
+(in whole blocks of 128 rows, which is promised), ragged ones, and few rows: 64 in all. Times include the host where it
+is what a call waits for; the backends are timed by turns. A call that AUTO gives to one backend alone is that very
+call, so what its ratio differs from 1 by is noise. A regret over 1.03 makes the exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import DEVICE, SHAPES, ends_of, failures
+
+from grouped_gemm import NoBackendError, Recipe, explain, grouped_mm
+from grouped_gemm.contests import eager_microseconds
+from grouped_gemm.device import machine_of
+from grouped_gemm.preference import KernelPreference
+
+GOAL = 1.03
+CASES = {  # recipe and dtype
+    "bf16": (Recipe.NONE, torch.bfloat16),
+    "fp16": (Recipe.NONE, torch.float16),
+    "fp8_rowwise": (Recipe.FP8_ROWWISE, torch.bfloat16),
+    "fp8_blockwise": (Recipe.FP8_BLOCKWISE, torch.bfloat16),
+    "mxfp8": (Recipe.MXFP8, torch.bfloat16),
+}
+KINDS = ("balanced", "ragged", "tiny")
+TINY = 64  # rows
+CONTESTANTS = tuple(kind for kind in KernelPreference if kind not in (KernelPreference.AUTO, KernelPreference.EMULATED))
+results: list[dict[str, Any]] = []
+
+
+def by_turns(calls: dict[str, Callable[[], Any]], turns: int = 3) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns):
+        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
+            times[name].append(eager_microseconds(calls[name]))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def measure(shape: str, kind: str, name: str) -> None:
+    recipe, dtype = CASES[name]
+    num_rows, num_groups, n, k = SHAPES[shape]
+    num_rows = TINY if kind == "tiny" else num_rows
+    torch.manual_seed(0)
+    a = torch.randn(num_rows, k, device=DEVICE, dtype=dtype).requires_grad_()
+    w = (torch.randn(num_groups, n, k, device=DEVICE, dtype=dtype) * 0.02).requires_grad_()
+    dy = torch.randn(num_rows, n, device=DEVICE, dtype=dtype)
+    if kind == "tiny":
+        offs = torch.arange(1, num_groups + 1, device=DEVICE).mul(num_rows).div(num_groups).int()
+    else:
+        offs = ends_of(num_rows, num_groups, kind)
+    options = {"recipe": recipe, "group_alignment": 128 if kind == "balanced" else 1}
+
+    def forward(backend: str) -> Callable[[], Any]:
+        def call() -> torch.Tensor:
+            with torch.no_grad():
+                return grouped_mm(a, w.transpose(1, 2), offs, **options, kernel_preference=backend)
+
+        return call
+
+    def step(backend: str) -> Callable[[], Any]:
+        def call() -> tuple[torch.Tensor, ...]:
+            y = grouped_mm(a, w.transpose(1, 2), offs, **options, kernel_preference=backend)
+            return torch.autograd.grad(y, (a, w), dy)
+
+        return call
+
+    for what, make, grad in (("forward", forward, False), ("step", step, True)):
+        calls = {}
+        for backend in ("auto", *(contestant.value for contestant in CONTESTANTS)):
+            try:
+                make(backend)()  # compiles
+                calls[backend] = make(backend)
+            except NoBackendError:
+                continue
+            except Exception as error:
+                failures.append(f"{shape} {kind} {name} {what} {backend}: {type(error).__name__}: {str(error)[:200]}")
+                torch.cuda.empty_cache()
+        with torch.set_grad_enabled(grad):
+            chosen = explain(a, w.transpose(1, 2), offs, **options).decision
+        times = by_turns(calls)
+        auto = times.pop("auto")
+        best = min(times, key=times.__getitem__)
+        regret = auto / times[best]
+        alone = len(chosen.backends) == 1
+        noise = auto / times[chosen.backends[0].value] if alone and chosen.backends[0].value in times else None
+        row = {"shape": shape, "kind": kind, "case": name, "call": what, "auto_us": auto, "us": times, "best": best}
+        row |= {"regret": regret, "noise": noise, "chosen": {p.value: b.value for p, b in chosen.chosen}}
+        row |= {"expected_us": chosen.expected and chosen.expected.total}
+        results.append(row)
+        picked = "+".join(dict.fromkeys(b.value for _, b in chosen.chosen))
+        others = ", ".join(f"{backend} {us:.0f}" for backend, us in times.items())
+        mark = "" if regret <= GOAL else "  OVER"
+        print(
+            f"{shape:13}{kind:9}{name:14}{what:8}{regret:6.3f}  {picked:16}{auto:8.0f} us  ({others}){mark}", flush=True
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m grouped_gemm bench auto",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("This benchmark needs a CUDA GPU, which torch does not see here.", file=sys.stderr)
+        return 1
+    machine, begin = machine_of(DEVICE), time.time()
+    print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions), flush=True)
+    for shape in args.shapes:
+        for name in args.cases:
+            for kind in args.kinds:
+                measure(shape, kind, name)
+                torch.cuda.empty_cache()
+    over = [row for row in results if row["regret"] > GOAL]
+    worst = max(results, key=lambda row: row["regret"])
+    print(f"{len(results)} calls, {len(over)} over {GOAL}, worst {worst['regret']:.3f}, {time.time() - begin:.0f} s")
+    print("\n".join(failures))
+    if args.json:
+        run = {"device": machine.name, "versions": dict(machine.versions), "rows": results, "failures": failures}
+        args.json.write_text(json.dumps(run, indent=1))
+    return 1 if over or failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""Contests: the parts of a call, measured on each backend that could run it. `costs` says what follows from them.
+
+The cases that come with this package were measured so. With GROUPED_GEMM_AUTOTUNE=1, `warmup` measures those of a model
+on the user's own GPU, keeps them in a file, and AUTO believes them before all others. No call measures anything.
+
+M, E, K, N: rows, groups, in and out features. D: K or N.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouped_gemm import costs
+from grouped_gemm.backends import Candidate, get_backend
+from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
+from grouped_gemm.costs import Case, Table, Times
+from grouped_gemm.device import Machine
+from grouped_gemm.files import locked, replace
+from grouped_gemm.kernels import tuning
+from grouped_gemm.preference import KernelPreference, cache_directory
+from grouped_gemm.problem import Pass, Problem
+from grouped_gemm.select import able
+
+SCHEMA = 1  # of the file; another number is another file
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def tables(machine: Machine, tunes: bool) -> tuple[Table, ...]:
+    """The measurements that decisions on ``machine`` rest on, those that count most first.
+
+    Args:
+        machine: where.
+        tunes: whether those of this GPU's own file are among them.
+    """
+    own = (known(machine),) if tunes and machine.is_gpu else ()
+    shipped = costs.shipped(machine.vendor)
+    return own if shipped is None else (*own, shipped)
+
+
+# -- measuring
+
+
+def measure(
+    problem: Problem, num_rows: int, device: torch.device, contestants: Sequence[Candidate], timer: Timer | None = None
+) -> tuple[Case, dict[KernelPreference, str]]:
+    """Times the parts of a call on random operands, for each of ``contestants`` that is able to run a pass.
+
+    Takes about half a second for each, and as much memory as a training step; waits for the device.
+
+    Args:
+        problem: what kind of call; its passes say which parts.
+        num_rows: M.
+        device: where.
+        contestants: the backends on that device.
+        timer: microseconds of a function; None: `eager_microseconds`, or where the problem is of a captured call,
+            `captured_microseconds`.
+
+    Returns:
+        The case, and why those that failed did.
+    """
+    timer = timer or (captured_microseconds if problem.captured else eager_microseconds)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=device).normal_(generator=generator).to(problem.dtype)
+
+    a_MK, g_MN = normal(num_rows, problem.k), normal(num_rows, problem.n)
+    by_n = normal(problem.num_groups, problem.n, problem.k) * problem.k**-0.5
+    b_EKN = by_n.transpose(1, 2) if problem.b_contiguous == "k" else by_n.transpose(1, 2).contiguous()
+    del by_n
+    offs = uneven_ends(num_rows, problem.num_groups, problem.group_alignment, device)
+    times: dict[KernelPreference, Times] = {}
+    failures: dict[KernelPreference, str] = {}
+    for kind, passes in able(problem, contestants).items():
+        try:
+            times[kind] = _parts(get_backend(kind), problem, passes, a_MK, g_MN, b_EKN, offs, timer)
+        except Exception as error:  # of a compiler or a launch: it is out of this contest
+            failures[kind] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    recipe = problem.recipe.value.removesuffix("_pow2")
+    facts = problem.rows.value, problem.group_alignment % 128 == 0, problem.captured
+    return Case(recipe, *facts, problem.num_groups, problem.k, problem.n, num_rows, times), failures
+
+
+def uneven_ends(num_rows: int, num_groups: int, alignment: int, device: torch.device) -> Tensor:
+    """End rows (E,) int32 of groups of half to one and a half of the average, in multiples of ``alignment``."""
+    parts = [(e + 1) / num_groups for e in range(num_groups)]
+    ends = [round(num_rows * (part + part * part) / 2) // alignment * alignment for part in parts]
+    return torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+def _parts(
+    backend: _GroupedMMBackend,
+    problem: Problem,
+    passes: Sequence[Pass],
+    a_MK: Tensor,
+    g_MN: Tensor,
+    b_EKN: Tensor,
+    offs: Tensor,
+    timer: Timer,
+) -> Times:
+    """Microseconds of each of `costs.PARTS` that has to do with ``passes``."""
+    forward, dgrad, wgrad = (p in passes for p in Pass)
+    recipe, num_rows, dtype = problem.recipe, len(a_MK), problem.dtype
+    times: dict[str, float] = {}
+
+    def timed(part: str, run: Callable[[], Any]) -> Any:
+        times[part] = timer(run)
+        return run()
+
+    plan: OffsetPlan = timed("plan", lambda: backend.plan(offs, num_rows, problem.group_alignment))
+
+    def quantized(
+        name: str, first: tuple[str, bool], second: tuple[str, bool], quantize: Callable[[bool, bool], Any]
+    ) -> tuple[Any, Any]:
+        """Both layouts, after each that is wanted has been timed alone."""
+        for (part, wanted), which in ((first, (True, False)), (second, (False, True))):
+            if wanted:
+                timed(f"{name}_{part}", functools.partial(quantize, *which))
+        if first[1] and second[1]:
+            timed(f"{name}_both", functools.partial(quantize, True, True))
+        found = quantize(first[1], second[1])
+        if not recipe.is_scaled:  # nothing was done
+            times.update(dict.fromkeys((part for part in times if part.startswith(f"{name}_")), 0.0))
+        return found
+
+    def activations(x: Tensor) -> Callable[[bool, bool], Any]:
+        return lambda rows, columns: backend.quantize_activations(x, plan, recipe, rows=rows, columns=columns)
+
+    a_rows, a_columns = quantized("a", ("rows", forward), ("columns", wgrad), activations(a_MK))
+    g_rows, g_columns = quantized("g", ("rows", dgrad), ("columns", wgrad), activations(g_MN))
+    b_forward, b_dgrad = quantized(
+        "b",
+        ("forward", forward),
+        ("dgrad", dgrad),
+        lambda one, two: backend.quantize_weights(b_EKN, recipe, forward=one, dgrad=two),
+    )
+    if forward:
+        timed("forward", lambda: backend.grouped_mm(a_rows, b_forward, plan, problem.out_dtype))
+    if dgrad:
+        timed("dgrad", lambda: backend.grouped_mm(g_rows, b_dgrad, plan, dtype))
+    if wgrad:
+        timed("wgrad", lambda: backend.wgrad(a_columns, g_columns, plan, dtype, contiguous=problem.b_contiguous))
+    return times
+
+
+def eager_microseconds(run: Callable[[], Any]) -> float:
+    """Of a call among many: what the device takes with a cold L2, or the host, whichever takes longer."""
+    from triton.testing import do_bench
+
+    on_device = 1e3 * float(do_bench(run, warmup=10, rep=30, return_mode="median"))
+    calls = max(5, min(50, int(5e3 / max(on_device, 1))))
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        run()
+    torch.cuda.synchronize()
+    return max(on_device, 1e6 * (time.perf_counter() - begin) / calls)
+
+
+def captured_microseconds(run: Callable[[], Any]) -> float:
+    """Of a call that is replayed as a part of a CUDA graph."""
+    from triton.testing import do_bench_cudagraph
+
+    return 1e3 * float(do_bench_cudagraph(run, rep=20, return_mode="median"))
+
+
+# -- the file
+
+
+def path() -> Path:
+    """The file, in `preference.cache_directory`."""
+    return cache_directory() / f"contests-{SCHEMA}.json"
+
+
+@functools.cache
+def known(machine: Machine) -> Table:
+    """What was measured on this GPU with these versions, here or in an earlier process: the file, read once.
+
+    A damaged file is ignored with a warning.
+    """
+    try:
+        entries = _entries()
+    except _DAMAGE as error:
+        warnings.warn(
+            f"{path()}: expected measurements of backends; found {type(error).__name__}: {error}. The file is ignored. "
+            "Delete it; grouped_gemm.warmup then measures again.",
+            stacklevel=2,
+        )
+        entries = []
+    here = [entry for entry in entries if entry["setting"] == _setting(machine)]
+    day = max((entry["date"] for entry in here), default="")
+    return Table(machine.name, machine.arch, day, "this process", tuple(_case(entry) for entry in here), is_exact=True)
+
+
+_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
+def store(machine: Machine, cases: Sequence[Case]) -> None:
+    """Uses ``cases`` from now on, in this process, and adds them to the file, as `tuning.store` does with tiles."""
+    new = [{"setting": _setting(machine), "date": date.today().isoformat(), **_entry(case)} for case in cases]
+    file = path()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file.with_suffix(".lock")):
+            try:
+                before = _entries()
+            except _DAMAGE:  # `known` has warned of it
+                before = []
+            kept = [entry for entry in before if not any(_is_same(entry, other) for other in new)]
+            replace(file, json.dumps({"schema": SCHEMA, "cases": kept + new}, indent=1))
+    except OSError as error:
+        warnings.warn(
+            f"{file.parent}: expected a directory to keep measurements in; found {error}. Nothing was kept. "
+            "Set GROUPED_GEMM_CACHE_DIR to a directory that can be written.",
+            stacklevel=2,
+        )
+    known.cache_clear()
+
+
+def _setting(machine: Machine) -> dict[str, str]:
+    """What a measurement holds for: the GPU, and all that runs on it."""
+    versions = {package: version for package, version in machine.versions if package in ("torch", "deep_gemm")}
+    return {"gpu": machine.name, **tuning.versions(), **versions}
+
+
+_FACTS = ("recipe", "rows", "is_aligned", "captured", "num_groups", "k", "n")
+
+
+def _entry(case: Case) -> dict[str, Any]:
+    facts = {name: getattr(case, name) for name in (*_FACTS, "num_rows")}
+    return facts | {"times": {kind.value: dict(times) for kind, times in case.times.items()}}
+
+
+def _is_same(entry: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(entry[name] == other[name] for name in ("setting", *_FACTS))
+
+
+def _case(entry: dict[str, Any]) -> Case:
+    times = {
+        KernelPreference.parse(kind): {part: float(parts[part]) for part in costs.PARTS if part in parts}
+        for kind, parts in entry["times"].items()
+    }
+    return Case(**{name: entry[name] for name in (*_FACTS, "num_rows")}, times=times)
+
+
+def _entries() -> list[dict[str, Any]]:
+    """The entries of the file, those of other machines too; none where there is no file.
+
+    Raises:
+        One of _DAMAGE: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    if content["schema"] != SCHEMA:
+        raise ValueError(f"schema {content['schema']!r} and not {SCHEMA}")
+    entries: list[dict[str, Any]] = content["cases"]
+    for entry in entries:
+        case = _case(entry)
+        sizes = case.num_groups, case.k, case.n, case.num_rows
+        if not all(isinstance(size, int) for size in sizes) or not all(
+            isinstance(entry[name], str) for name in ("recipe", "rows", "date")
+        ):
+            raise TypeError(f"a case that is none: {entry!r}")
+    return entries

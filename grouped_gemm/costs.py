@@ -1,0 +1,222 @@
+"""What a pass costs on each backend, as measured: what AUTO compares.
+
+A measured case takes a training call apart: the plan, the quantizers (each layout alone, and both from one read) and
+the three products. From these parts follows what any choice of backends for its passes would take, also where two of
+them quantize one operand. A problem like no case gets the times of the nearest one, scaled by the work.
+
+Times of small cases include the host, which is what an eager call waits for; for CUDA graphs, which are replayed
+without it, there are cases of their own.
+
+M, E, K, N: rows, groups, in and out features.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from grouped_gemm.preference import KernelPreference
+from grouped_gemm.problem import Pass, Problem
+
+# Microseconds of each part. a: (M, K); g: dY, (M, N); b: the weights. rows, columns: the layouts of forward or dgrad,
+# and of wgrad. both: two layouts from one read. A backend that does not run a pass lacks its parts.
+PARTS = (
+    "plan",
+    *("a_rows", "a_columns", "a_both"),
+    *("g_rows", "g_columns", "g_both"),
+    *("b_forward", "b_dgrad", "b_both"),
+    *(p.value for p in Pass),
+)
+Times = Mapping[str, float]
+_SIZES = {"num_groups": "E", "k": "K", "n": "N", "num_rows": "M"}  # columns of a table
+_SHIPPED = {"nvidia": "measured_h200.csv"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        recipe: name of the recipe, without "_pow2", which takes the same time.
+        rows: value of the row class.
+        is_aligned: whether groups were whole blocks of 128 rows, and that was promised.
+        captured: whether parts were replayed as CUDA graphs; otherwise they are those of eager calls.
+        num_groups: E.
+        k: K.
+        n: N.
+        num_rows: M.
+        times: microseconds of the parts of each backend.
+    """
+
+    recipe: str
+    rows: str
+    is_aligned: bool
+    captured: bool
+    num_groups: int
+    k: int
+    n: int
+    num_rows: int
+    times: Mapping[KernelPreference, Times] = field(hash=False)
+
+    def covers(self, problem: Problem) -> bool:
+        """Whether each pass of ``problem`` was measured, on one backend at least."""
+        return all(any(p.value in times for times in self.times.values()) for p in problem.passes)
+
+    def distance(self, problem: Problem) -> float:
+        """How far its sizes are from those of ``problem``: the sum of the logarithms of the ratios."""
+        pairs = (self.num_groups, problem.num_groups), (self.k, problem.k), (self.n, problem.n)
+        return sum(abs(math.log(max(x, 1) / max(y, 1))) for x, y in pairs)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cases that were measured on one GPU.
+
+    Attributes:
+        gpu: its name.
+        arch: its architecture.
+        date: when, as "2026-11-21".
+        versions: of what, for people.
+        cases: the measurements.
+        is_exact: whether a case speaks for its own sizes only.
+    """
+
+    gpu: str
+    arch: str
+    date: str
+    versions: str
+    cases: tuple[Case, ...]
+    is_exact: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the parts of a problem are expected to take.
+
+    Attributes:
+        source: where this was measured, as a phrase.
+        num_rows: M of the calls that it speaks of; a problem knows M as a class only.
+        times: microseconds of the parts of each backend that was measured.
+    """
+
+    source: str
+    num_rows: int
+    times: Mapping[KernelPreference, Times]
+
+    def total(self, chosen: Mapping[Pass, KernelPreference]) -> float:
+        """Microseconds of a call whose passes run on ``chosen``; infinite where that was not measured."""
+        forward, dgrad, wgrad = map(chosen.get, Pass)
+        return (
+            sum(self._part(kind, "plan") for kind in set(chosen.values()))
+            + sum(self._part(kind, pass_.value) for pass_, kind in chosen.items())
+            + self._operand(("a_rows", forward), ("a_columns", wgrad), "a_both")
+            + self._operand(("g_rows", dgrad), ("g_columns", wgrad), "g_both")
+            + self._operand(("b_forward", forward), ("b_dgrad", dgrad), "b_both")
+        )
+
+    def of_pass(self, kind: KernelPreference, pass_: Pass, passes: Sequence[Pass]) -> float:
+        """Microseconds that ``pass_`` adds to a call of which ``kind`` runs those of ``passes`` that come before it."""
+        before = dict.fromkeys(passes[: passes.index(pass_)], kind)
+        total = self.total({**before, pass_: kind})
+        return total - (self.total(before) if before and math.isfinite(total) else 0)
+
+    def _operand(
+        self, first: tuple[str, KernelPreference | None], second: tuple[str, KernelPreference | None], both: str
+    ) -> float:
+        if first[1] is second[1] and first[1] is not None:
+            return self._part(first[1], both)
+        return sum(self._part(kind, part) for part, kind in (first, second) if kind is not None)
+
+    def _part(self, kind: KernelPreference, part: str) -> float:
+        return self.times.get(kind, {}).get(part, math.inf)
+
+
+def estimate(problem: Problem, tables: Iterable[Table]) -> Estimate | None:
+    """What the first of ``tables`` that knows cases of this recipe and row class lets expect; None: none does."""
+    if problem.dtype is not torch.bfloat16:
+        return None
+    recipe = problem.recipe.value.removesuffix("_pow2")
+    for table in tables:
+        alike = [case for case in table.cases if (case.recipe, case.rows) == (recipe, problem.rows.value)]
+        for fact, wanted in (("captured", problem.captured), ("is_aligned", problem.group_alignment % 128 == 0)):
+            exactly = [case for case in alike if getattr(case, fact) == wanted]
+            alike = exactly if table.is_exact else exactly or alike
+        if table.is_exact:
+            alike = [case for case in alike if case.distance(problem) == 0 and case.covers(problem)]
+        if alike:
+            nearest = min(alike, key=lambda case: case.distance(problem))
+            return _scaled(nearest, problem, table, alike)
+    return None
+
+
+def _scaled(case: Case, problem: Problem, table: Table, alike: Sequence[Case]) -> Estimate:
+    """The times of ``case`` for the sizes of ``problem``, at as many rows for each group.
+
+    A part that took no longer in any case than a launch does will not take less.
+    """
+    groups, k, n = (y / max(x, 1) for x, y in zip((case.num_groups, case.k, case.n), _sizes(problem)))
+    work = {"plan": 1.0, "a": groups * k, "g": groups * n}
+    times: dict[KernelPreference, dict[str, float]] = {}
+    for kind, parts in case.times.items():
+        times[kind] = {}
+        for part, microseconds in parts.items():
+            least = min(other.times[kind][part] for other in alike if part in other.times.get(kind, {}))
+            ratio = work.get(part.partition("_")[0], groups * k * n)
+            times[kind][part] = least + (microseconds - least) * ratio
+        if problem.weights is not None:
+            times[kind] |= dict.fromkeys(("b_forward", "b_dgrad", "b_both"), 0.0)
+    where = table.gpu if table.gpu == problem.machine.name else f"{table.gpu}, the nearest that is known"
+    sizes = "" if case.distance(problem) == 0 else f" at E={case.num_groups}, K={case.k}, N={case.n}"
+    num_rows = max(1, round(case.num_rows / max(case.num_groups, 1) * problem.num_groups))
+    return Estimate(f"measured on {where}, {table.date}{sizes}", num_rows, times)
+
+
+def _sizes(problem: Problem) -> tuple[int, int, int]:
+    return problem.num_groups, problem.k, problem.n
+
+
+@functools.cache
+def shipped(vendor: str) -> Table | None:
+    """The measurements that come with this package for the GPUs of ``vendor``; None: there are none."""
+    if vendor not in _SHIPPED:
+        return None
+    return parse((Path(__file__).parent / _SHIPPED[vendor]).read_text(encoding="utf-8"))
+
+
+def parse(text: str) -> Table:
+    """The table that `render` wrote.
+
+    Raises:
+        ValueError, KeyError: it is none.
+    """
+    lines = text.splitlines()
+    head = dict(line.removeprefix("# ").split(": ", 1) for line in lines if line.startswith("# "))
+    cases: dict[str, Case] = {}
+    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
+        num_groups, k, n, num_rows = (int(row[column]) for column in _SIZES.values())
+        flags = row["aligned"] == "yes", row["captured"] == "yes"
+        case = Case(row["recipe"], row["rows"], *flags, num_groups, k, n, num_rows, {})
+        times = {part: float(row[part]) for part in PARTS if row[part]}
+        same = cases.setdefault(str(case), case)
+        cases[str(case)] = replace(same, times={**same.times, KernelPreference.parse(row["backend"]): times})
+    return Table(head["gpu"], head["arch"], head["date"], head["versions"], tuple(cases.values()))
+
+
+def render(table: Table) -> str:
+    """``table`` as comma-separated values: a line for each case and backend."""
+    lines = [f"# {name}: {getattr(table, name)}" for name in ("gpu", "arch", "date", "versions")]
+    lines.append("# unit: microseconds, of parts of a call that grouped_gemm/costs.py names")
+    lines.append(",".join(("recipe", "rows", "aligned", "captured", *_SIZES.values(), "backend", *PARTS)))
+    for case in table.cases:
+        flags = ["yes" if flag else "no" for flag in (case.is_aligned, case.captured)]
+        facts = [case.recipe, case.rows, *flags, *(str(getattr(case, name)) for name in _SIZES)]
+        for kind, times in case.times.items():
+            values = [f"{times[part]:.1f}" if part in times else "" for part in PARTS]
+            lines.append(",".join([*facts, kind.value, *values]))
+    return "\n".join(lines) + "\n"

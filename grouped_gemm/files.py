@@ -1,0 +1,32 @@
+"""Files that several processes of a machine change and read: what is found ahead of time is kept in them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Alone among the processes that do this; where the file system has no locks, as it comes."""
+    import fcntl  # not on Windows, where there is no Triton
+
+    with file.open("w") as lock:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file gives it up
+        yield
+
+
+def replace(file: Path, text: str) -> None:
+    """Writes ``file`` as a whole or not at all: a reader sees it as it was before or after."""
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as temporary:
+            temporary.write(text)
+        os.replace(name, file)
+    except BaseException:
+        os.unlink(name)
+        raise
