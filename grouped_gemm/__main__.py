@@ -63,10 +63,10 @@ def _doctor(parser: argparse.ArgumentParser) -> Run:
 
 
 def _explain(parser: argparse.ArgumentParser) -> Run:
-    from grouped_gemm import arguments
+    from grouped_gemm import arguments, contests
     from grouped_gemm.backends import candidates
     from grouped_gemm.device import default_device, machine_of
-    from grouped_gemm.preference import STRICT, KernelPreference, resolve
+    from grouped_gemm.preference import AUTOTUNE, STRICT, KernelPreference, resolve
     from grouped_gemm.problem import Pass, Problem, dtype_name, row_class
     from grouped_gemm.recipes import Recipe
     from grouped_gemm.report import Explanation
@@ -90,10 +90,12 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
         )
         try:
             preference, asked_by = resolve(KernelPreference(args.backend), None)
-            strict = STRICT.is_on()
+            strict, tunes = STRICT.is_on(), AUTOTUNE.is_on()
         except ValueError as error:
             parser.error(str(error))
-        decision = decide(problem, preference, candidates(default_device()), asked_by=asked_by, strict=strict)
+        tables = contests.tables(problem.machine, tunes)
+        found = candidates(default_device())
+        decision = decide(problem, preference, found, asked_by=asked_by, strict=strict, tables=tables)
         explanation = Explanation(decision, args.m)
         print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)
         return 0 if decision.is_complete else 1

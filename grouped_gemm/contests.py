@@ -8,6 +8,7 @@ M, E, K, N: rows, groups, in and out features. D: K or N.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import time
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm import costs
-from grouped_gemm.backends import Candidate, get_backend
+from grouped_gemm.backends import Candidate
 from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
 from grouped_gemm.costs import Case, Table, Times
 from grouped_gemm.device import Machine
@@ -81,9 +82,10 @@ def measure(
     offs = uneven_ends(num_rows, problem.num_groups, problem.group_alignment, device)
     times: dict[KernelPreference, Times] = {}
     failures: dict[KernelPreference, str] = {}
+    backends = {contestant.backend.kind: contestant.backend for contestant in contestants}
     for kind, passes in able(problem, contestants).items():
         try:
-            times[kind] = _parts(get_backend(kind), problem, passes, a_MK, g_MN, b_EKN, offs, timer)
+            times[kind] = _parts(backends[kind], problem, passes, a_MK, g_MN, b_EKN, offs, timer)
         except Exception as error:  # of a compiler or a launch: it is out of this contest
             failures[kind] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     recipe = problem.recipe.value.removesuffix("_pow2")
@@ -182,24 +184,32 @@ def path() -> Path:
     return cache_directory() / f"contests-{SCHEMA}.json"
 
 
-@functools.cache
+_known: dict[Machine, Table] = {}
+
+
 def known(machine: Machine) -> Table:
     """What was measured on this GPU with these versions, here or in an earlier process: the file, read once.
 
     A damaged file is ignored with a warning.
     """
+    if machine not in _known:
+        _known[machine] = _read(machine)
+    return _known[machine]
+
+
+def _read(machine: Machine) -> Table:
     try:
         entries = _entries()
     except _DAMAGE as error:
         warnings.warn(
             f"{path()}: expected measurements of backends; found {type(error).__name__}: {error}. The file is ignored. "
             "Delete it; grouped_gemm.warmup then measures again.",
-            stacklevel=2,
+            stacklevel=3,
         )
         entries = []
     here = [entry for entry in entries if entry["setting"] == _setting(machine)]
     day = max((entry["date"] for entry in here), default="")
-    return Table(machine.name, machine.arch, day, "this process", tuple(_case(entry) for entry in here), is_exact=True)
+    return Table(machine.name, machine.arch, day, "as now", tuple(map(_case, here)), is_exact=True)
 
 
 _DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -207,24 +217,26 @@ _DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionEr
 
 def store(machine: Machine, cases: Sequence[Case]) -> None:
     """Uses ``cases`` from now on, in this process, and adds them to the file, as `tuning.store` does with tiles."""
-    new = [{"setting": _setting(machine), "date": date.today().isoformat(), **_entry(case)} for case in cases]
+    today = date.today().isoformat()
+    new = [{"setting": _setting(machine), "date": today, **_entry(case)} for case in cases]
+    before = [case for case in known(machine).cases if not any(_facts(case) == _facts(other) for other in cases)]
+    _known[machine] = dataclasses.replace(known(machine), date=today, cases=(*before, *cases))
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file.with_suffix(".lock")):
             try:
-                before = _entries()
+                entries = _entries()
             except _DAMAGE:  # `known` has warned of it
-                before = []
-            kept = [entry for entry in before if not any(_is_same(entry, other) for other in new)]
+                entries = []
+            kept = [entry for entry in entries if not any(_is_same(entry, other) for other in new)]
             replace(file, json.dumps({"schema": SCHEMA, "cases": kept + new}, indent=1))
     except OSError as error:
         warnings.warn(
-            f"{file.parent}: expected a directory to keep measurements in; found {error}. Nothing was kept. "
-            "Set GROUPED_GEMM_CACHE_DIR to a directory that can be written.",
+            f"{file.parent}: expected a directory to keep measurements in; found {error}. This process uses them, "
+            "later ones have to measure again. Set GROUPED_GEMM_CACHE_DIR to a directory that can be written.",
             stacklevel=2,
         )
-    known.cache_clear()
 
 
 def _setting(machine: Machine) -> dict[str, str]:
@@ -236,9 +248,13 @@ def _setting(machine: Machine) -> dict[str, str]:
 _FACTS = ("recipe", "rows", "is_aligned", "captured", "num_groups", "k", "n")
 
 
+def _facts(case: Case) -> dict[str, Any]:
+    return {name: getattr(case, name) for name in _FACTS}
+
+
 def _entry(case: Case) -> dict[str, Any]:
-    facts = {name: getattr(case, name) for name in (*_FACTS, "num_rows")}
-    return facts | {"times": {kind.value: dict(times) for kind, times in case.times.items()}}
+    times = {kind.value: dict(times) for kind, times in case.times.items()}
+    return {**_facts(case), "num_rows": case.num_rows, "times": times}
 
 
 def _is_same(entry: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from grouped_gemm import __version__
+from grouped_gemm import __version__, contests
 from grouped_gemm.backends import Candidate, candidates
 from grouped_gemm.backends.base import ALL_PASSES, _GroupedMMBackend
 from grouped_gemm.device import Machine, default_device, machine_of
-from grouped_gemm.preference import STRICT, SWITCHES, KernelPreference, Switch, resolve
+from grouped_gemm.preference import AUTOTUNE, STRICT, SWITCHES, KernelPreference, Switch, resolve
 from grouped_gemm.problem import Pass, Problem, RowClass, dtype_name
 from grouped_gemm.recipes import Recipe
-from grouped_gemm.select import AUTO_ORDER, decide
+from grouped_gemm.select import AUTO_ORDER, MARGIN, decide
 
 
 def gather(machine: Machine | None = None, backends: Sequence[Candidate] | None = None) -> dict[str, Any]:
@@ -102,7 +102,10 @@ def _choices(machine: Machine, backends: Sequence[Candidate], is_broken: bool) -
     preference, asked_by = resolve(KernelPreference.AUTO, None)
     choices = {}
     for recipe in Recipe:
-        decision = decide(_nominal(machine, recipe), preference, backends, asked_by=asked_by, strict=STRICT.is_on())
+        tables = contests.tables(machine, AUTOTUNE.is_on())
+        decision = decide(
+            _nominal(machine, recipe), preference, backends, asked_by=asked_by, strict=STRICT.is_on(), tables=tables
+        )
         chosen = dict(decision.chosen)
         choices[recipe.value] = {p.value: chosen[p].value if p in chosen else None for p in Pass}
     return choices
@@ -172,8 +175,12 @@ def backends_markdown() -> str:
             "",
             *_table(("vendor", "order"), order),
             "",
-            "One exception: on NVIDIA GPUs, blockwise forward and dgrad try deepgemm first where `group_alignment`",
-            "is a multiple of 128, so that no group needs padding ([deepgemm.md](deepgemm.md#when-auto-takes-it)).",
+            "unless others were measured to make the whole call at least "
+            f"{round(100 * (MARGIN - 1))}% faster, with all that they",
+            "quantize, and do not wait for the device. The passes of one call may run on different backends. What was",
+            "measured, where and when, is in the table `grouped_gemm/measured_h200.csv`, and in the file that `warmup`",
+            "writes with `GROUPED_GEMM_AUTOTUNE=1` ([env.md](env.md)), which comes first. A call of another size",
+            "follows the nearest case, another NVIDIA GPU the H200; `explain` says so, with the times.",
             *(line for backend in backends for line in _backend_page(backend)),
             "",
         ]

@@ -50,6 +50,7 @@ AT_ONCE = {"kernels.*": {"triton"}}
 WHEN_USED = {
     "backends._deep_gemm": {"deep_gemm"},
     "backends.triton": {"triton"},
+    "contests": {"triton"},
     "demo": {"matplotlib", "tqdm"},
     "integrations.*": {"torchao", "torchtitan", "transformers"},
 }

@@ -1,0 +1,211 @@
+"""Contests: what is measured of whom, and the file that keeps it. Backends here are Emulated's, times are made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grouped_gemm import KernelPreference, Machine, Pass, Problem, Recipe, contests, costs
+from grouped_gemm.backends import Candidate, emulated
+from grouped_gemm.backends.base import Requirement
+from grouped_gemm.costs import PARTS, Case
+from grouped_gemm.problem import RowClass
+
+TRITON, DEEPGEMM, TORCH = (KernelPreference[name] for name in ("TRITON", "DEEPGEMM", "TORCH"))
+TRAINING = tuple(Pass)
+H200 = Machine("nvidia", "sm_90", "NVIDIA H200", (("torch", "2.11.0"), ("triton", "3.6.0")))
+CPU = torch.device("cpu")
+
+
+class Rival(emulated.Backend):
+    """Emulated under another name."""
+
+    kind = DEEPGEMM
+
+
+class ForwardOnly(emulated.Backend):
+    kind = TRITON
+    requirements = (Requirement("no gradients", lambda p: False, lambda p: "one", "None.", TRAINING[1:]),)
+
+
+class Broken(emulated.Backend):
+    kind = TORCH
+
+    def grouped_mm(self, *args: Any, **options: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel\nfor this")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path / "cache"))
+    contests._known.clear()
+    yield tmp_path / "cache"
+    contests._known.clear()
+
+
+def problem(recipe: Recipe = Recipe.FP8_BLOCKWISE, **facts: Any) -> Problem:
+    return Problem(H200, 3, 32, 48, RowClass.SMALL, recipe, **{"passes": TRAINING} | facts)
+
+
+def held(asked: Problem, *backends: type[emulated.Backend]) -> tuple[Case, dict[KernelPreference, str], int]:
+    """A contest whose parts take 1, 2, 3, ... microseconds; and how many were timed."""
+    timed = []
+
+    def timer(run: Callable[[], Any]) -> float:
+        run()
+        timed.append(run)
+        return float(len(timed))
+
+    case, failed = contests.measure(asked, 60, CPU, [Candidate(backend()) for backend in backends], timer)
+    return case, failed, len(timed)
+
+
+# Measuring
+
+
+def test_every_part_of_every_backend_is_measured():
+    case, failed, count = held(problem(), Rival, ForwardOnly)
+    assert set(case.times[DEEPGEMM]) == set(PARTS)
+    assert set(case.times[TRITON]) == {"plan", "a_rows", "b_forward", "forward"}
+    assert not failed
+    assert count == len(PARTS) + 4
+    times = [time for parts in case.times.values() for time in parts.values()]
+    assert sorted(times) == list(range(1, count + 1)), "each part has a time of its own"
+
+
+@pytest.mark.parametrize(
+    "passes, parts",
+    (
+        (TRAINING[:1], {"plan", "a_rows", "b_forward", "forward"}),
+        (TRAINING[:2], {"plan", "a_rows", "g_rows", "b_forward", "b_dgrad", "b_both", "forward", "dgrad"}),
+        (
+            (Pass.FORWARD, Pass.WGRAD),
+            {"plan", "a_rows", "a_columns", "a_both", "g_columns", "b_forward", "forward", "wgrad"},
+        ),
+    ),
+    ids=lambda value: "+".join(p.value for p in value) if isinstance(value, tuple) else "",
+)
+def test_only_the_parts_of_the_passes_are_measured(passes, parts):
+    case, _, _ = held(problem(passes=passes), Rival)
+    assert set(case.times[DEEPGEMM]) == parts
+
+
+def test_what_is_not_quantized_costs_nothing():
+    case, _, _ = held(problem(Recipe.NONE), Rival)
+    quantizers = {part for part in PARTS if part[:2] in ("a_", "g_", "b_")}
+    assert {part for part, time in case.times[DEEPGEMM].items() if time == 0} == quantizers
+
+
+def test_a_backend_that_fails_is_out_of_the_contest_with_its_reason():
+    case, failed, _ = held(problem(), Broken, Rival)
+    assert set(case.times) == {DEEPGEMM}
+    assert failed == {TORCH: "RuntimeError: no kernel for this"}
+
+
+def test_a_case_knows_what_was_measured():
+    case, _, _ = held(problem(Recipe.FP8_ROWWISE_POW2, group_alignment=256, captured=True), Rival)
+    assert dataclasses.replace(case, times={}) == Case("fp8_rowwise", "small", True, True, 3, 32, 48, 60, {})
+
+
+@pytest.mark.parametrize("rows, groups, alignment", ((60, 3, 1), (1000, 7, 128), (5, 8, 1), (0, 2, 1), (100, 1, 128)))
+def test_uneven_ends_are_ends(rows, groups, alignment):
+    ends = contests.uneven_ends(rows, groups, alignment, CPU)
+    assert ends.dtype == torch.int32 and ends.shape == (groups,)
+    assert (ends.diff() >= 0).all() and ends[0] >= 0 and ends[-1] <= rows
+    assert (ends % alignment == 0).all()
+
+
+# The file
+
+PARTS_OF_TWO = {TRITON: {"plan": 1.0, "forward": 2.0}, DEEPGEMM: {"plan": 1.5, "forward": 1.0}}
+CASE = Case("fp8_blockwise", "large", False, False, 8, 4096, 2048, 8192, PARTS_OF_TWO)
+
+
+def in_a_new_process() -> None:
+    contests._known.clear()
+
+
+def test_without_a_file_nothing_is_known():
+    assert contests.known(H200).cases == ()
+
+
+def test_what_was_measured_serves_this_process_and_later_ones():
+    contests.store(H200, [CASE])
+    assert contests.known(H200).cases == (CASE,)
+    in_a_new_process()
+    assert contests.known(H200).cases == (CASE,)
+    assert contests.known(H200).is_exact
+
+
+def test_a_later_measurement_replaces_an_earlier_one_and_no_other():
+    other, again = dataclasses.replace(CASE, k=128), dataclasses.replace(CASE, num_rows=4096)
+    contests.store(H200, [CASE, other])
+    contests.store(H200, [again])
+    assert set(contests.known(H200).cases) == {other, again}
+
+
+@pytest.mark.parametrize(
+    "machine",
+    (
+        dataclasses.replace(H200, name="NVIDIA H100"),
+        dataclasses.replace(H200, versions=(("torch", "2.13.0"), ("triton", "3.6.0"))),
+        dataclasses.replace(H200, versions=(*H200.versions, ("deep_gemm", "0.1.5"))),
+    ),
+    ids=("gpu", "torch", "deep_gemm"),
+)
+def test_another_machine_knows_nothing_of_it(machine):
+    contests.store(H200, [CASE])
+    assert contests.known(machine).cases == ()
+    contests.store(machine, [CASE])
+    assert contests.known(H200).cases == (CASE,), "nor does it lose what is another's"
+
+
+def test_its_own_measurements_come_first_where_they_are_wanted():
+    contests.store(H200, [CASE])
+    own, shipped = contests.tables(H200, tunes=True)
+    assert own.cases == (CASE,)
+    assert contests.tables(H200, tunes=False) == (shipped,) == (costs.shipped("nvidia"),)
+    assert contests.tables(Machine("cpu", "cpu", "cpu"), tunes=True) == ()
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        "",
+        "{}",
+        '{"schema": 2, "cases": []}',
+        '{"schema": 1, "cases": [{}]}',
+        '{"schema": 1, "cases": [{"times": {"mill": {}}}]}',
+        None,
+    ),
+)
+def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(folder, text):
+    folder.mkdir()
+    if text is None:
+        contests.store(H200, [CASE])
+        content = json.loads(contests.path().read_text())
+        content["cases"][0]["k"] = "4096"
+        text = json.dumps(content)
+    contests.path().write_text(text)
+    in_a_new_process()
+    with pytest.warns(UserWarning, match="The file is ignored"):
+        assert contests.known(H200).cases == ()
+    contests.store(H200, [CASE])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert contests.known(H200).cases == (CASE,)
+
+
+def test_a_directory_that_cannot_be_written_is_named(folder):
+    folder.write_text("a file, where a directory should be")
+    with pytest.warns(UserWarning) as caught:
+        contests.store(H200, [CASE])
+    assert "expected a directory to keep measurements in" in str(caught[-1].message)
+    assert contests.known(H200).cases == (CASE,), "this process knows"
