@@ -19,12 +19,12 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from grouped_gemm import KernelPreference, Recipe, autograd, backends, functional, grouped_mm, quantize_weights, select
 from grouped_gemm.backends import triton
 from grouped_gemm.backends.base import _GroupedMMBackend
 from grouped_gemm.kernels import layouts
+from grouped_gemm.ops import ops
 
 M, E, K, N = 64, 4, 32, 48
 Run = Callable[[], Any]
@@ -61,8 +61,7 @@ def product(lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, *rest: Any) -> T
 
 
 def contraction(lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: Any, offs: Tensor, *rest: Any) -> Tensor:
-    axis = 1 if lhs_scale is None else 0
-    return lhs.new_empty(offs.shape[0], lhs.shape[axis], rhs.shape[axis], dtype=rest[-1])
+    return lhs.new_empty(offs.shape[0], lhs.shape[1], rhs.shape[1], dtype=rest[-1])
 
 
 # The products' outputs are new at each call, since autograd marks them as its own.
@@ -74,26 +73,22 @@ NOTHING = {
 }
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps the ops of this package that are called, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if op.namespace == "grouped_gemm":
-            self.calls.append((op, args))
-        return op(*args, **(kwargs or {}))
-
-
 def best_of_ops(run: Run, repeats: int) -> float:
     """Microseconds of nothing but the ops that ``run`` calls."""
-    with Recorder() as recorder:
+    calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def recorder(op: Any) -> Any:
+        def record(*args: Any) -> Any:
+            calls.append((op, args))
+            return op(*args)
+
+        return record
+
+    with mock.patch.multiple(ops, **{name: recorder(op) for name, op in NOTHING.items()}):
         run()
 
     def replay() -> None:
-        for op, args in recorder.calls:
+        for op, args in calls:
             op(*args)
 
     with torch.no_grad():
@@ -180,10 +175,8 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    library = torch.library.Library("grouped_gemm", "IMPL", "CPU")
-    for name, nothing in NOTHING.items():
-        library.impl(name, nothing)
     with (
+        mock.patch.multiple(ops, **NOTHING),
         mock.patch.dict(backends._instances, {KernelPreference.TRITON: Anywhere()}),
         mock.patch.dict(select.AUTO_ORDER, {"": (KernelPreference.TRITON,)}),
     ):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,8 @@ from grouped_gemm import (
     Pass,
     ahead,
     backends,
+    contests,
+    functional,
     grouped_mm,
     prefer,
     quantize_weights,
@@ -250,3 +255,72 @@ def test_a_call_uses_what_was_found_and_searches_nothing(monkeypatch, weights, t
 def test_weights_that_were_quantized_are_tuned_without_wgrad(weights, tiled):
     done = warmup(quantize_weights(weights, "mxfp8", dgrad=True), rows=("small",))
     assert sorted(s.site.sizes for s in done.searches) == [(K, N), (N, K)]
+
+
+# Backends that compete
+
+
+class Rival(emulated.Backend):
+    """Emulated under the name of another backend, so that an H200 without a GPU has something to choose from."""
+
+    def __init__(self, kind: KernelPreference) -> None:
+        self.kind = kind
+
+
+@pytest.fixture
+def compete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[ahead.Contest]]:
+    """Contests as on an H200 where the TORCH backend takes half of what TRITON does."""
+    monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
+    monkeypatch.setattr(contests, "_known", {})
+    machine = Machine("nvidia", "sm_90", "NVIDIA H200", (("torch", "2.11.0"), ("triton", "3.6.0")))
+    rivals = tuple(backends.Candidate(Rival(kind)) for kind in (KernelPreference.TRITON, KernelPreference.TORCH))
+    monkeypatch.setattr(functional, "machine_of", lambda device: machine)
+    for module in (functional, ahead):
+        monkeypatch.setattr(module, "candidates", lambda device: rivals)
+    original = contests.measure
+
+    def measure(problem, num_rows, device, contestants):
+        case, failed = original(problem, num_rows, device, contestants, lambda run: 1.0)
+        slow = {part: 2.0 for part in case.times[KernelPreference.TRITON]}
+        return dataclasses.replace(case, times={**case.times, KernelPreference.TRITON: slow}), failed
+
+    monkeypatch.setattr(contests, "measure", measure)
+    functional.forget()
+    options = {"recipe": "fp8_rowwise", "out_dtype": None, "group_alignment": 1, "kernel_preference": "auto"}
+    yield lambda b, rows, training=True, **changed: list(ahead._compete(b, None, rows, training, options | changed))
+    functional.forget()
+
+
+def test_a_contest_decides_what_auto_takes_from_then_on(weights, compete):
+    (contest,) = compete(weights, RowClass.LARGE)
+    assert contest.decision.backends == (KernelPreference.TORCH,)
+    assert str(contest).startswith(
+        "large: forward torch, dgrad torch, wgrad torch (torch alone 7 us; triton alone 14 us"
+    )
+    a, offs = torch.zeros(3000, K, dtype=torch.bfloat16), torch.tensor([1000, 2000, 3000], dtype=torch.int32)
+    decided = functional.explain(a, weights, offs, recipe="fp8_rowwise").decision
+    assert decided.backends == (KernelPreference.TORCH,)
+    assert "NVIDIA H200" in decided.expected.source
+
+
+def test_a_contest_is_held_once(weights, compete):
+    assert len(compete(weights, RowClass.LARGE)) == 1
+    assert compete(weights, RowClass.LARGE) == []
+    assert compete(weights, RowClass.LARGE, training=False) == [], "its passes were measured"
+
+
+def test_few_rows_compete_in_cuda_graphs_as_well(weights, compete):
+    assert [c.decision.problem.captured for c in compete(weights, RowClass.DECODE)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    "changed", ({"kernel_preference": "triton"}, {"recipe": "mxfp8", "kernel_preference": "torch"})
+)
+def test_a_named_backend_does_not_compete(weights, compete, changed):
+    assert compete(weights, RowClass.LARGE, **changed) == []
+
+
+def test_on_a_cpu_nothing_competes(weights, monkeypatch):
+    monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
+    assert warmup(weights).contests == ()

@@ -29,7 +29,7 @@ from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts, layouts_deepgemm
 from grouped_gemm.kernels.layouts_deepgemm import BLOCK
 from grouped_gemm.operand import Quantized
-from grouped_gemm.ops import define_op
+from grouped_gemm.ops import define_op, ops
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.problem import Pass, Problem, dtype_name
 from grouped_gemm.recipes import Recipe
@@ -38,7 +38,6 @@ _SCALED = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 _ROWS = "deepgemm rows"
 _COLUMNS = "deepgemm columns"
 _WEIGHTS = "deepgemm weights"
-_ops = torch.ops.grouped_gemm
 
 
 def _multiple(problem: Problem) -> int:
@@ -150,7 +149,7 @@ class Backend(_GroupedMMBackend):
 
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
         is_aligned = group_alignment % BLOCK == 0
-        return OffsetPlan(offs, num_rows, tuple(_ops.deepgemm_plan(offs, num_rows, is_aligned)))
+        return OffsetPlan(offs, num_rows, tuple(ops.deepgemm_plan(offs, num_rows, is_aligned)))
 
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
@@ -158,7 +157,7 @@ class Backend(_GroupedMMBackend):
         row_data, row_scale, column_data, column_scale = x_MD, None, x_MD, None
         if recipe.is_scaled:
             row_map, blocks, _ = plan.derived
-            row_data, row_scale, column_data, column_scale = _ops.deepgemm_quantize_activations(
+            row_data, row_scale, column_data, column_scale = ops.deepgemm_quantize_activations(
                 x_MD, row_map, blocks, recipe.value, rows, columns
             )
         return (
@@ -171,7 +170,7 @@ class Backend(_GroupedMMBackend):
     ) -> tuple[Quantized | None, Quantized | None]:
         forward_data, dgrad_data, scale = b_EKN, b_EKN, None
         if recipe.is_scaled:
-            by_n, dgrad_data, scale = _ops.deepgemm_quantize_weights(b_EKN, recipe.value, forward, dgrad)
+            by_n, dgrad_data, scale = ops.deepgemm_quantize_weights(b_EKN, recipe.value, forward, dgrad)
             forward_data, scale = by_n.transpose(1, 2) if forward else by_n, scale.transpose(1, 2)
         return (
             Quantized(forward_data, scale, recipe, 1, _WEIGHTS) if forward else None,
@@ -196,18 +195,18 @@ class Backend(_GroupedMMBackend):
         if rhs.axis == 1:
             rhs_EOC = rhs_EOC.transpose(1, 2)
             scale = None if scale is None else scale.transpose(1, 2)
-        return _ops.deepgemm_grouped_mm(lhs.data, lhs.scale, rhs_EOC, scale, row_map, blocks, plan.num_rows)
+        return ops.deepgemm_grouped_mm(lhs.data, lhs.scale, rhs_EOC, scale, row_map, blocks, plan.num_rows)
 
     def wgrad(
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
     ) -> Tensor:
         first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
         _, _, sizes = plan.derived
-        product = _ops.deepgemm_wgrad(first.data, first.scale, second.data, second.scale, sizes, out_dtype)
+        product = ops.deepgemm_wgrad(first.data, first.scale, second.data, second.scale, sizes, out_dtype)
         return product.transpose(1, 2) if contiguous == "k" else product
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
-        return _ops.deepgemm_group_sums(dy_MN, plan.offs, out_dtype)
+        return ops.deepgemm_group_sums(dy_MN, plan.offs, out_dtype)
 
 
 def _dense(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from grouped_gemm import reference
 from grouped_gemm.backends.base import OffsetPlan, Requirement, _GroupedMMBackend, requires_dtype, requires_recipe
 from grouped_gemm.device import machine_of
 from grouped_gemm.operand import Quantized
-from grouped_gemm.ops import define_op
+from grouped_gemm.ops import define_op, ops
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.recipes import Recipe
 
@@ -29,7 +29,6 @@ _ROWS = "reference rows"  # activations, scaled along D
 _COLUMNS = "reference columns"  # activations, scaled along the rows of each group
 _ALONG_K = "reference weights along K"
 _ALONG_N = "reference weights along N"
-_ops = torch.ops.grouped_gemm
 
 
 class Backend(_GroupedMMBackend):
@@ -51,7 +50,7 @@ class Backend(_GroupedMMBackend):
     compiles = False
 
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
-        return OffsetPlan(offs, num_rows, (_ops.emulated_host_offs(offs),))
+        return OffsetPlan(offs, num_rows, (ops.emulated_host_offs(offs),))
 
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
@@ -60,12 +59,12 @@ class Backend(_GroupedMMBackend):
         data, scale = x_MD, None
         if rows:
             if recipe.is_scaled:
-                data, scale = _ops.emulated_quantize_rows(x_MD, recipe.value)
+                data, scale = ops.emulated_quantize_rows(x_MD, recipe.value)
             by_rows = Quantized(data, scale, recipe, 1, _ROWS)
         if columns:
             if recipe.is_scaled:
                 (host_offs,) = plan.derived
-                data, scale = _ops.emulated_quantize_columns(x_MD, host_offs, recipe.value)
+                data, scale = ops.emulated_quantize_columns(x_MD, host_offs, recipe.value)
             by_columns = Quantized(data, scale, recipe, 0, _COLUMNS)
         return by_rows, by_columns
 
@@ -75,14 +74,14 @@ class Backend(_GroupedMMBackend):
         if not recipe.is_scaled:
             return self._lay(b_EKN, None, recipe, forward=forward, dgrad=dgrad)
         if recipe.block == recipe.weight_lines:  # square blocks serve both
-            data, scale = _ops.emulated_quantize_weights(b_EKN, recipe.value, 1)
+            data, scale = ops.emulated_quantize_weights(b_EKN, recipe.value, 1)
             return self._lay(data, scale, recipe, forward=forward, dgrad=dgrad)
         along_k = along_n = None
         if forward:
-            data, scale = _ops.emulated_quantize_weights(b_EKN, recipe.value, 1)
+            data, scale = ops.emulated_quantize_weights(b_EKN, recipe.value, 1)
             along_k = Quantized(data, scale, recipe, 1, _ALONG_K)
         if dgrad:
-            data, scale = _ops.emulated_quantize_weights(b_EKN, recipe.value, 2)
+            data, scale = ops.emulated_quantize_weights(b_EKN, recipe.value, 2)
             along_n = Quantized(data, scale, recipe, 2, _ALONG_N)
         return along_k, along_n
 
@@ -105,7 +104,7 @@ class Backend(_GroupedMMBackend):
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
     ) -> Tensor:
         (host_offs,) = plan.derived
-        return _ops.emulated_grouped_mm(
+        return ops.emulated_grouped_mm(
             lhs.data,
             lhs.scale,
             rhs.data,
@@ -123,14 +122,14 @@ class Backend(_GroupedMMBackend):
     ) -> Tensor:
         first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
         (host_offs,) = plan.derived
-        product = _ops.emulated_wgrad(
+        product = ops.emulated_wgrad(
             first.data, first.scale, second.data, second.scale, host_offs, lhs.recipe.value, out_dtype
         )
         return product.transpose(1, 2) if contiguous == "k" else product
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         (host_offs,) = plan.derived
-        return _ops.emulated_group_sums(dy_MN, host_offs, out_dtype)
+        return ops.emulated_group_sums(dy_MN, host_offs, out_dtype)
 
 
 def _op(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:

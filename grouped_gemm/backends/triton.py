@@ -26,7 +26,7 @@ from grouped_gemm.backends.base import (
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts
 from grouped_gemm.operand import Quantized
-from grouped_gemm.ops import define_op
+from grouped_gemm.ops import define_op, ops
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.problem import Problem
 from grouped_gemm.recipes import Recipe
@@ -38,7 +38,6 @@ _FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", *_AMD)  
 _ROWS = "triton rows"
 _COLUMNS = "triton columns"
 _WEIGHTS = "triton weights"
-_ops = torch.ops.grouped_gemm
 
 
 def _runs_interpreted(problem: Problem) -> bool:
@@ -92,8 +91,8 @@ class Backend(_GroupedMMBackend):
         a = torch.linspace(-1, 1, 24 * 16, device=device).view(24, 16).bfloat16()
         b = torch.linspace(-2, 1, 3 * 16 * 16, device=device).view(3, 16, 16).bfloat16()
         try:
-            y = _ops.triton_grouped_mm(a, None, b, None, None, offs, "none", torch.float32)
-            db = _ops.triton_wgrad(a, None, y.bfloat16(), None, offs, 24, "none", torch.float32)
+            y = ops.triton_grouped_mm(a, None, b, None, None, offs, "none", torch.float32)
+            db = ops.triton_wgrad(a, None, y.bfloat16(), None, offs, 24, "none", torch.float32)
         except Exception as error:
             return Health(f"{type(error).__name__}: {error}", "Install the triton that this torch was built with.")
         right_y = reference.grouped_mm(a, b, ends, dtype=torch.float32)
@@ -110,7 +109,7 @@ class Backend(_GroupedMMBackend):
     ) -> tuple[Quantized | None, Quantized | None]:
         row_data, row_scale, column_data, column_scale = x_MD, None, x_MD, None
         if recipe.is_scaled:
-            row_data, row_scale, column_data, column_scale = _ops.triton_quantize_activations(
+            row_data, row_scale, column_data, column_scale = ops.triton_quantize_activations(
                 x_MD, plan.offs, recipe.value, rows, columns
             )
         return (
@@ -123,7 +122,7 @@ class Backend(_GroupedMMBackend):
     ) -> tuple[Quantized | None, Quantized | None]:
         forward_data, dgrad_data, forward_scale, dgrad_scale = b_EKN, b_EKN, None, None
         if recipe.is_scaled:
-            by_n, dgrad_data, forward_scale, dgrad_scale = _ops.triton_quantize_weights(
+            by_n, dgrad_data, forward_scale, dgrad_scale = ops.triton_quantize_weights(
                 b_EKN, recipe.value, forward, dgrad
             )
             forward_data = by_n.transpose(1, 2) if forward else by_n
@@ -158,7 +157,7 @@ class Backend(_GroupedMMBackend):
             data_ECO = data_ECO.transpose(1, 2)
             scale = scale.transpose(1, 2) if scale is not None and scale.dim() == 3 else scale
         bias_EN = None if bias_EN is None else bias_EN.contiguous()
-        return _ops.triton_grouped_mm(
+        return ops.triton_grouped_mm(
             lhs.data, lhs.scale, data_ECO, scale, bias_EN, plan.offs, lhs.recipe.value, out_dtype
         )
 
@@ -166,7 +165,7 @@ class Backend(_GroupedMMBackend):
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
     ) -> Tensor:
         first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
-        product = _ops.triton_wgrad(
+        product = ops.triton_wgrad(
             first.data,
             first.scale,
             second.data,
@@ -179,7 +178,7 @@ class Backend(_GroupedMMBackend):
         return product.transpose(1, 2) if contiguous == "k" else product
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
-        return _ops.triton_group_sums(dy_MN, plan.offs, out_dtype)
+        return ops.triton_group_sums(dy_MN, plan.offs, out_dtype)
 
 
 def _contiguous(data_EKN: Tensor, axis: int) -> Tensor:
