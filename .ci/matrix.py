@@ -67,6 +67,7 @@ def _compiled_ahead(triton: str) -> Row:
 
 ROWS = (
     Row("emulated", ("emulated",), pytest="--backend emulated"),
+    Row("torch", ("torch",), pytest="--backend torch"),
     Row(
         "triton, interpreted",
         ("triton",),

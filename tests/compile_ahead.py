@@ -29,6 +29,7 @@ from grouped_gemm.kernels import (
     quantize_deepgemm,
     quantize_mx,
     quantize_packed,
+    quantize_torch,
     tiles,
     wgrad,
     wgrad_hopper,
@@ -46,6 +47,7 @@ _PLAIN = (
     "row_scale_stride",
     "B",
     "R",
+    "T",
     "rhs_scale_stride_e",
     "rhs_scale_stride_c",
     "rhs_scale_stride_o",
@@ -172,6 +174,22 @@ def compile_deepgemm_quantizers(arch: str) -> dict[str, Any]:
     return {name: compile_kernel(kernel, arch, types, constants) for name, (kernel, constants) in kernels.items()}
 
 
+def compile_torch_quantizers(arch: str) -> dict[str, Any]:
+    types = {"x": "*bf16"} | dict.fromkeys(("by_row", "by_column"), "*fp8e4nv")
+    types |= dict.fromkeys(("row_scales", "column_scales"), "*fp32")
+    types |= dict.fromkeys(("offs", "ends", "token_ends", "blocks", "row_amax", "column_amax"), "*i32")
+    tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, "ALIGNMENT": 16, "BLOCK": 128, "BAND": 8}
+    kernels = {
+        "torch plan": (quantize_torch._lay_out, {"E_PADDED": 512, "ALIGNMENT": 16}),
+        "torch blocks": (quantize_torch._find_blocks, {"E_PADDED": 512, "BLOCK": 128, "AT_ONCE": 32}),
+        "torch both": (quantize_torch._quantize_tiles, {"ROWS": True, **tile}),
+        "torch columns": (quantize_torch._quantize_tiles, {"ROWS": False, "row_amax": None, **tile}),
+        "torch zero tail": (quantize_torch._zero, {"TAIL": True, "BLOCK": 4096}),
+        "torch zero groups": (quantize_torch._zero, {"TAIL": False, "BLOCK": 4096}),
+    }
+    return {name: compile_kernel(kernel, arch, types, constants) for name, (kernel, constants) in kernels.items()}
+
+
 def compile_hopper() -> dict[str, Any]:
     """The kernels that are written for Hopper, each kind and each way that a result leaves."""
     compiled = {}
@@ -286,6 +304,7 @@ def main(arch: str) -> None:
     quantizers = compile_quantizers(arch) if arch in ("sm_90", "gfx942") else {}
     quantizers |= compile_mx_quantizers(arch) if has_fp8 else {}
     quantizers |= compile_deepgemm_quantizers(arch) if arch in ("sm_90", "sm_100") else {}
+    quantizers |= compile_torch_quantizers(arch) if arch in ("sm_90", "sm_100") else {}
     for name, compiled in quantizers.items():
         print(json.dumps(facts_of(f"quantize {name}", compiled)), flush=True)
     for name, compiled in compile_hopper().items() if arch == "sm_90" else ():

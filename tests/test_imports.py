@@ -33,7 +33,7 @@ LAYERS = (
     ("backends.*",),
     ("costs",),
     ("backends._deep_gemm",),
-    ("kernels.quantize_deepgemm", "kernels.quantize_mx"),
+    ("kernels.quantize_deepgemm", "kernels.quantize_mx", "kernels.quantize_torch"),
     ("backends.base", "kernels.gemm", "kernels.quantize", "kernels.wgrad"),
     ("kernels.tuning",),
     ("kernels.gemm_hopper", "kernels.wgrad_hopper", "kernels.quantize_packed"),

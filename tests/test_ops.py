@@ -106,6 +106,22 @@ def emulated_group_sums():
         yield name, (x, host_offs(), torch.bfloat16)
 
 
+def torch_plan():
+    yield "dense", (host_offs(), M)
+    yield "strided", (host_offs().repeat_interleave(2)[::2], M)
+
+
+def torch_grouped_mm():
+    for name, b in weights().items():
+        yield f"forward-{name}", (rows(K)["slice"], None, b, None, host_offs())
+        yield f"dgrad-{name}", (rows(N)["empty"], None, b.transpose(1, 2), None, host_offs())
+
+
+def torch_wgrad():
+    for name, x in rows(K).items():
+        yield name, (x, rows(N)[name], host_offs())
+
+
 # By op, a function that yields names and arguments.
 SAMPLES = {
     sample.__name__: sample
@@ -118,12 +134,16 @@ SAMPLES = {
         emulated_quantize_rows,
         emulated_quantize_weights,
         emulated_wgrad,
+        torch_grouped_mm,
+        torch_plan,
+        torch_wgrad,
     )
 }
 
 
 # Kernels of Triton run interpreted on a CPU: tests/interpreter checks their ops.
-HERE = sorted(name for name in NAMES if not name.startswith(("triton_", "deepgemm_")))
+INTERPRETED = ("triton_", "deepgemm_", "torch_quantize_", "torch_scaled_")
+HERE = sorted(name for name in NAMES if not name.startswith(INTERPRETED))
 
 
 def test_every_op_has_samples():

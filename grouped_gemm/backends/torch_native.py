@@ -1,0 +1,345 @@
+"""Torch: the grouped products that come with torch, and what they leave to the caller.
+
+Rows past the last group, and the weight gradient of an empty one, are what was in memory before: they are made zero
+here. Groups out of order would be read where they are not: ends are put in order first. fp8 operands of wgrad need
+contiguous tokens in groups of multiples of 16: the quantizer pads them. Layouts: docs/layouts.md.
+
+M, E, K, N: rows, groups, in and out features. D: K or N. O, C: the weights' output axis and the one summed over.
+T: tokens, the rows of groups that are padded to multiples of 16.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from packaging.version import Version
+from torch import Tensor
+
+from grouped_gemm import reference
+from grouped_gemm.backends.base import (
+    Health,
+    OffsetPlan,
+    Requirement,
+    _GroupedMMBackend,
+    requires_arch,
+    requires_recipe,
+)
+from grouped_gemm.device import machine_of
+from grouped_gemm.kernels import layouts, layouts_torch
+from grouped_gemm.kernels.layouts_torch import ALIGNMENT
+from grouped_gemm.operand import Quantized
+from grouped_gemm.ops import define_op
+from grouped_gemm.preference import KernelPreference
+from grouped_gemm.problem import Problem, dtype_name
+from grouped_gemm.recipes import Recipe
+
+_ROWWISE = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2)
+_OLDEST_TRITON = "3.6"
+_ROWS = "torch rows"
+_COLUMNS = "torch columns"
+_WEIGHTS = "torch weights"
+_ops = torch.ops.grouped_gemm
+
+
+def _dtypes(problem: Problem) -> tuple[torch.dtype, ...]:
+    """What operands may be: on a GPU, torch multiplies others in a loop that waits for the device."""
+    if problem.recipe.is_scaled or problem.machine.is_gpu:
+        return (torch.bfloat16,)
+    return (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _multiple(problem: Problem) -> int:
+    """What K and N are multiples of: 16 bytes of what is multiplied."""
+    return ALIGNMENT if problem.recipe.is_scaled else ALIGNMENT // problem.dtype.itemsize
+
+
+def _triton_quantizes(problem: Problem) -> bool:
+    version = problem.machine.version("triton")
+    return not problem.recipe.is_scaled or (version is not None and version >= Version(_OLDEST_TRITON))
+
+
+class Backend(_GroupedMMBackend):
+    """torch's own grouped products."""
+
+    kind = KernelPreference.TORCH
+    summary = (
+        "The products of torch itself, `grouped_mm` and `scaled_grouped_mm`, where they do not wait for the device."
+    )
+    requirements = (
+        requires_recipe((Recipe.NONE, *_ROWWISE)),
+        requires_arch(
+            ("sm_90", "sm_100", "cpu"),
+            fix="Use another backend: torch has kernels for few GPUs, and for others a loop that waits for the device.",
+        ),
+        Requirement(
+            what="sm_90 for fp8",
+            holds=lambda p: not p.recipe.is_scaled or p.machine.arch == "sm_90",
+            found=lambda p: p.machine.arch,
+            fix="Use Recipe.NONE or another backend.",
+        ),
+        Requirement(
+            what=f"triton {_OLDEST_TRITON} or later for fp8, which quantizes",
+            holds=_triton_quantizes,
+            found=lambda p: f"triton {p.machine.version('triton')}" if p.machine.version("triton") else "no triton",
+            fix=f"pip install 'triton>={_OLDEST_TRITON}'.",
+        ),
+        Requirement(
+            what="operands in bfloat16, on a CPU also float16 or float32",
+            holds=lambda p: p.dtype in _dtypes(p),
+            found=lambda p: dtype_name(p.dtype),
+            fix="Cast the operands or use another backend.",
+        ),
+        Requirement(
+            what="output in the dtype of the operands",
+            holds=lambda p: p.out_dtype is p.dtype,
+            found=lambda p: dtype_name(p.out_dtype),
+            fix="Leave out_dtype out, or use another backend.",
+        ),
+        Requirement(
+            what="no bias",
+            holds=lambda p: not p.has_bias,
+            found=lambda p: "a bias",
+            fix="Add the bias to the result, or use another backend.",
+        ),
+        Requirement(
+            what="K and N in multiples of 16 bytes, which are 16 values in fp8",
+            holds=lambda p: p.k % _multiple(p) == 0 and p.n % _multiple(p) == 0,
+            found=lambda p: f"K = {p.k}, N = {p.n}",
+            fix="Pad the weights or use another backend.",
+        ),
+        Requirement(
+            what="strides in multiples of 16 bytes without scales",
+            holds=lambda p: p.recipe.is_scaled or p.is_aligned,
+            found=lambda p: "others",
+            fix="Pass contiguous operands or use another backend.",
+        ),
+        Requirement(
+            what="fewer than 1024 groups on a GPU",
+            holds=lambda p: p.num_groups < 1024 or not p.machine.is_gpu,
+            found=lambda p: f"E = {p.num_groups}",
+            fix="Use another backend.",
+        ),
+    )
+
+    def health(self, device: torch.device) -> Health:
+        """A small ragged product and its wgrad, beside `reference`; where fp8 runs, the same in fp8."""
+        ends, num_rows = [3, 3, 20], 24
+        machine = machine_of(device)
+        plan = self.plan(torch.tensor(ends, dtype=torch.int32, device=device), num_rows)
+        a = torch.linspace(-1, 1, num_rows * 16, device=device).view(num_rows, 16).bfloat16()
+        b = torch.linspace(-2, 1, 3 * 16 * 32, device=device).view(3, 16, 32).bfloat16()
+        runs_fp8 = machine.arch == "sm_90" and _has_triton(device)
+        for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE) if runs_fp8 else (Recipe.NONE,):
+            lhs, a_columns = self.quantize_activations(a, plan, recipe, rows=True, columns=True)
+            rhs, _ = self.quantize_weights(b, recipe, forward=True, dgrad=False)
+            assert lhs is not None and rhs is not None and a_columns is not None, "all of them are asked for"
+            y = self.grouped_mm(lhs, rhs, plan, torch.bfloat16)
+            _, y_columns = self.quantize_activations(y, plan, recipe, rows=False, columns=True)
+            assert y_columns is not None, "it is asked for"
+            db = self.wgrad(a_columns, y_columns, plan, torch.bfloat16, contiguous="n")
+            for result, truth in ((y, reference.grouped_mm(a, b, ends)), (db, reference.wgrad(a, y, ends))):
+                # quantization alone is 0.04 off; a wrong layout, or a group that was left out, by far more
+                if not (result.double() - truth).norm() <= 0.1 * truth.norm():
+                    return Health(f"a tiny product of {recipe.value} is wrong", "Use another torch.")
+        return Health()
+
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
+        return OffsetPlan(offs, num_rows, tuple(_ops.torch_plan(offs, num_rows)))
+
+    def quantize_activations(
+        self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        row_data, row_scale, column_data, column_scale = x_MD, None, x_MD, None
+        if recipe.is_scaled:
+            row_data, row_scale, column_data, column_scale = _ops.torch_quantize_activations(
+                x_MD, *plan.derived, recipe.value, rows, columns
+            )
+        return (
+            Quantized(row_data, row_scale, recipe, 1, _ROWS) if rows else None,
+            Quantized(column_data, column_scale, recipe, 0, _COLUMNS) if columns else None,
+        )
+
+    def quantize_weights(
+        self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        forward_data, dgrad_data, forward_scale, dgrad_scale = b_EKN, b_EKN, None, None
+        if recipe.is_scaled:
+            by_n, dgrad_data, forward_scale, dgrad_scale = _ops.torch_quantize_weights(
+                b_EKN, recipe.value, forward, dgrad
+            )
+            forward_data = by_n.transpose(1, 2) if forward else by_n
+        return (
+            Quantized(forward_data, forward_scale, recipe, 1, _WEIGHTS) if forward else None,
+            Quantized(dgrad_data, dgrad_scale, recipe, 2, _WEIGHTS) if dgrad else None,
+        )
+
+    def adopt_weights(
+        self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        by_column = by_line = None
+        if forward:
+            by_n = data_EKN.transpose(1, 2).contiguous()
+            by_column = Quantized(by_n.transpose(1, 2), scale[:, 0].contiguous(), recipe, 1, _WEIGHTS)
+        if dgrad:  # these scales are those of columns, over which dgrad sums: it needs others
+            values = reference.dequantize(data_EKN, scale, reference.weight_blocks(recipe, 1))
+            _, by_line = self.quantize_weights(values, recipe, forward=False, dgrad=True)
+        return by_column, by_line
+
+    def grouped_mm(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        rhs_ECO = rhs.data if rhs.axis == 1 else rhs.data.transpose(1, 2)
+        return _ops.torch_grouped_mm(lhs.data, lhs.scale, rhs_ECO, rhs.scale, plan.derived[0])
+
+    def wgrad(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
+    ) -> Tensor:
+        first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
+        ends, token_ends = plan.derived
+        if lhs.scale is None or rhs.scale is None:
+            product = _ops.torch_wgrad(first.data, second.data, ends)
+        else:
+            product = _ops.torch_scaled_wgrad(first.data, first.scale, second.data, second.scale, token_ends)
+        return product.transpose(1, 2) if contiguous == "k" else product
+
+    def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        # Not asked for, since a bias is refused. As wgrad of ones; as many as make 16 bytes.
+        ones = dy_MN.new_ones(dy_MN.shape[0], ALIGNMENT // dy_MN.element_size())
+        return _ops.torch_wgrad(ones, dy_MN, plan.derived[0])[:, 0].to(out_dtype)
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether there are kernels of ours on ``device``; without them, torch's own take more passes over memory."""
+    return device.type == "cuda" and machine_of(device).version("triton") is not None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A matrix or several, one of the last two axes contiguous, with lines that start at multiples of 16 bytes.
+
+    Itself where they do, as `Problem.is_aligned` says of strides; a slice of something may start anywhere.
+    """
+    lines = x if x.stride(-1) == 1 else x.mT
+    starts = x.data_ptr(), *(stride * x.element_size() for stride in lines.stride()[:-1])
+    if lines.stride(-2) >= lines.shape[-1] and not any(start % ALIGNMENT for start in starts):
+        return x
+    lines = lines.clone(memory_format=torch.contiguous_format)
+    return lines if x.stride(-1) == 1 else lines.mT
+
+
+def _scaled_product(lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, ends: Tensor) -> Tensor:
+    """torch's fp8 product; it adds up in tensor cores, as this package's own rowwise kernels do (docs/numerics.md)."""
+    rowwise = F.ScalingType.RowWise
+    return F.scaled_grouped_mm(  # type: ignore[attr-defined]
+        lhs, rhs, lhs_scale, rowwise, rhs_scale, rowwise, offs=ends, output_dtype=torch.bfloat16, use_fast_accum=True
+    )
+
+
+@define_op("torch_plan(Tensor offs, SymInt num_rows) -> (Tensor, Tensor)", fake=layouts_torch.plan)
+def _plan(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    if _has_triton(offs.device):
+        from grouped_gemm.kernels import quantize_torch
+
+        out = layouts_torch.plan(offs, num_rows)
+        quantize_torch.fill_plan(offs, num_rows, out)
+        return out
+    ends = offs.clamp(0, num_rows).cummax(0).values
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    tokens = (sizes + (ALIGNMENT - 1)).clamp(min=ALIGNMENT) // ALIGNMENT * ALIGNMENT
+    return ends, tokens.cumsum(0, dtype=torch.int32)
+
+
+def _empty_activations(
+    x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return layouts_torch.activations(x_MD, ends.shape[0], Recipe(recipe), rows=rows, columns=columns)
+
+
+@define_op(
+    "torch_quantize_activations(Tensor x, Tensor ends, Tensor token_ends, str recipe, bool rows, bool columns) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_activations,
+)
+def _quantize_activations(
+    x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from grouped_gemm.kernels import quantize_torch
+
+    out = _empty_activations(x_MD, ends, token_ends, recipe, rows, columns)
+    quantize_torch.quantize(x_MD, ends, token_ends, Recipe(recipe), out)
+    return out
+
+
+def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+
+
+@define_op(
+    "torch_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_weights,
+)
+def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from grouped_gemm.kernels import quantize
+
+    out = _empty_weights(b_EKN, recipe, forward, dgrad)
+    quantize.quantize_weights(b_EKN, Recipe(recipe), out)
+    return out
+
+
+def _fake_grouped_mm(
+    lhs_MC: Tensor, lhs_scale: Tensor | None, rhs_ECO: Tensor, rhs_scale: Tensor | None, ends: Tensor
+) -> Tensor:
+    dtype = lhs_MC.dtype if lhs_scale is None else torch.bfloat16
+    return lhs_MC.new_empty(lhs_MC.shape[0], rhs_ECO.shape[2], dtype=dtype)
+
+
+@define_op(
+    "torch_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor ends) -> Tensor",
+    fake=_fake_grouped_mm,
+)
+def _grouped_mm(
+    lhs_MC: Tensor, lhs_scale: Tensor | None, rhs_ECO: Tensor, rhs_scale: Tensor | None, ends: Tensor
+) -> Tensor:
+    if lhs_MC.shape[0] == 0:
+        return _fake_grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, ends)
+    if lhs_scale is None or rhs_scale is None:
+        out_MO = F.grouped_mm(_aligned(lhs_MC), _aligned(rhs_ECO), offs=ends)
+    else:
+        out_MO = _scaled_product(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, ends)
+    if _has_triton(ends.device):
+        from grouped_gemm.kernels import quantize_torch
+
+        quantize_torch.zero_tail(out_MO, ends)
+    else:
+        rows = torch.arange(out_MO.shape[0], device=ends.device)
+        out_MO.masked_fill_((rows >= ends[-1])[:, None], 0)
+    return out_MO
+
+
+@define_op(
+    "torch_wgrad(Tensor lhs, Tensor rhs, Tensor ends) -> Tensor",
+    fake=lambda lhs, rhs, ends: lhs.new_empty(ends.shape[0], lhs.shape[1], rhs.shape[1]),
+)
+def _wgrad(lhs_MP: Tensor, rhs_MQ: Tensor, ends: Tensor) -> Tensor:
+    if lhs_MP.shape[0] == 0:
+        return lhs_MP.new_zeros(ends.shape[0], lhs_MP.shape[1], rhs_MQ.shape[1])
+    out_EPQ = F.grouped_mm(_aligned(lhs_MP).t(), _aligned(rhs_MQ), offs=ends)
+    if _has_triton(ends.device):
+        from grouped_gemm.kernels import quantize_torch
+
+        quantize_torch.zero_empty_groups(out_EPQ, ends)
+    else:
+        out_EPQ.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
+    return out_EPQ
+
+
+@define_op(
+    "torch_scaled_wgrad(Tensor lhs, Tensor lhs_scale, Tensor rhs, Tensor rhs_scale, Tensor token_ends) -> Tensor",
+    fake=lambda lhs, lhs_scale, rhs, rhs_scale, token_ends: lhs.new_empty(
+        token_ends.shape[0], lhs.shape[0], rhs.shape[0], dtype=torch.bfloat16
+    ),
+)
+def _scaled_wgrad(lhs_PT: Tensor, lhs_scale: Tensor, rhs_QT: Tensor, rhs_scale: Tensor, token_ends: Tensor) -> Tensor:
+    return _scaled_product(lhs_PT, lhs_scale.flatten(), rhs_QT.t(), rhs_scale.flatten(), token_ends)
