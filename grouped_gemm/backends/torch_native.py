@@ -30,7 +30,7 @@ from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts, layouts_torch
 from grouped_gemm.kernels.layouts_torch import ALIGNMENT
 from grouped_gemm.operand import Quantized
-from grouped_gemm.ops import define_op
+from grouped_gemm.ops import define_op, ops
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.problem import Problem, dtype_name
 from grouped_gemm.recipes import Recipe
@@ -40,7 +40,6 @@ _OLDEST_TRITON = "3.6"
 _ROWS = "torch rows"
 _COLUMNS = "torch columns"
 _WEIGHTS = "torch weights"
-_ops = torch.ops.grouped_gemm
 
 
 def _dtypes(problem: Problem) -> tuple[torch.dtype, ...]:
@@ -146,14 +145,14 @@ class Backend(_GroupedMMBackend):
         return Health()
 
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
-        return OffsetPlan(offs, num_rows, tuple(_ops.torch_plan(offs, num_rows)))
+        return OffsetPlan(offs, num_rows, tuple(ops.torch_plan(offs, num_rows)))
 
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
         row_data, row_scale, column_data, column_scale = x_MD, None, x_MD, None
         if recipe.is_scaled:
-            row_data, row_scale, column_data, column_scale = _ops.torch_quantize_activations(
+            row_data, row_scale, column_data, column_scale = ops.torch_quantize_activations(
                 x_MD, *plan.derived, recipe.value, rows, columns
             )
         return (
@@ -166,7 +165,7 @@ class Backend(_GroupedMMBackend):
     ) -> tuple[Quantized | None, Quantized | None]:
         forward_data, dgrad_data, forward_scale, dgrad_scale = b_EKN, b_EKN, None, None
         if recipe.is_scaled:
-            by_n, dgrad_data, forward_scale, dgrad_scale = _ops.torch_quantize_weights(
+            by_n, dgrad_data, forward_scale, dgrad_scale = ops.torch_quantize_weights(
                 b_EKN, recipe.value, forward, dgrad
             )
             forward_data = by_n.transpose(1, 2) if forward else by_n
@@ -191,7 +190,7 @@ class Backend(_GroupedMMBackend):
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
     ) -> Tensor:
         rhs_ECO = rhs.data if rhs.axis == 1 else rhs.data.transpose(1, 2)
-        return _ops.torch_grouped_mm(lhs.data, lhs.scale, rhs_ECO, rhs.scale, plan.derived[0])
+        return ops.torch_grouped_mm(lhs.data, lhs.scale, rhs_ECO, rhs.scale, plan.derived[0])
 
     def wgrad(
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
@@ -199,15 +198,15 @@ class Backend(_GroupedMMBackend):
         first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
         ends, token_ends = plan.derived
         if lhs.scale is None or rhs.scale is None:
-            product = _ops.torch_wgrad(first.data, second.data, ends)
+            product = ops.torch_wgrad(first.data, second.data, ends)
         else:
-            product = _ops.torch_scaled_wgrad(first.data, first.scale, second.data, second.scale, token_ends)
+            product = ops.torch_scaled_wgrad(first.data, first.scale, second.data, second.scale, token_ends)
         return product.transpose(1, 2) if contiguous == "k" else product
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         # Not asked for, since a bias is refused. As wgrad of ones; as many as make 16 bytes.
         ones = dy_MN.new_ones(dy_MN.shape[0], ALIGNMENT // dy_MN.element_size())
-        return _ops.torch_wgrad(ones, dy_MN, plan.derived[0])[:, 0].to(out_dtype)
+        return ops.torch_wgrad(ones, dy_MN, plan.derived[0])[:, 0].to(out_dtype)
 
 
 @functools.cache
