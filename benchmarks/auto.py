@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -23,9 +22,9 @@ import torch
 from _common import DEVICE, SHAPES, ends_of, failures
 
 from grouped_gemm import NoBackendError, Recipe, explain, grouped_mm
-from grouped_gemm.contests import eager_microseconds
 from grouped_gemm.device import machine_of
 from grouped_gemm.preference import KernelPreference
+from grouped_gemm.timing import eager_microseconds
 
 GOAL = 1.03
 CASES = {  # recipe and dtype
@@ -39,14 +38,6 @@ KINDS = ("balanced", "ragged", "tiny")
 TINY = 64  # rows
 CONTESTANTS = tuple(kind for kind in KernelPreference if kind not in (KernelPreference.AUTO, KernelPreference.EMULATED))
 results: list[dict[str, Any]] = []
-
-
-def by_turns(calls: dict[str, Callable[[], Any]], turns: int = 3) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns):
-        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
-            times[name].append(eager_microseconds(calls[name]))
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def measure(shape: str, kind: str, name: str) -> None:
@@ -90,7 +81,7 @@ def measure(shape: str, kind: str, name: str) -> None:
                 torch.cuda.empty_cache()
         with torch.set_grad_enabled(grad):
             chosen = explain(a, w.transpose(1, 2), offs, **options).decision
-        times = by_turns(calls)
+        times = eager_microseconds(calls, budget_ms=250)
         auto = times.pop("auto")
         best = min(times, key=times.__getitem__)
         regret = auto / times[best]

@@ -8,12 +8,12 @@ M, E, K, N: rows, groups, in and out features. D: K or N.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,17 @@ from torch import Tensor
 from grouped_gemm import costs
 from grouped_gemm.backends import Candidate
 from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
-from grouped_gemm.costs import Case, Table, Times
+from grouped_gemm.costs import Case, Table
 from grouped_gemm.device import Machine
 from grouped_gemm.files import locked, replace
 from grouped_gemm.kernels import tuning
 from grouped_gemm.preference import KernelPreference, cache_directory
 from grouped_gemm.problem import Pass, Problem
 from grouped_gemm.select import able
+from grouped_gemm.timing import captured_microseconds, eager_microseconds
 
 SCHEMA = 1  # of the file; another number is another file
-Timer = Callable[[Callable[[], Any]], float]
+Timer = Callable[[dict[KernelPreference, Callable[[], Any]]], dict[KernelPreference, float]]
 
 
 def tables(machine: Machine, tunes: bool) -> tuple[Table, ...]:
@@ -63,8 +64,8 @@ def measure(
         num_rows: M.
         device: where.
         contestants: the backends on that device.
-        timer: microseconds of a function; None: `eager_microseconds`, or where the problem is of a captured call,
-            `captured_microseconds`.
+        timer: microseconds of functions that are compared; None: `timing.eager_microseconds`, or where the problem is
+            of a captured call, `timing.captured_microseconds`.
 
     Returns:
         The case, and why those that failed did.
@@ -80,17 +81,49 @@ def measure(
     b_EKN = by_n.transpose(1, 2) if problem.b_contiguous == "k" else by_n.transpose(1, 2).contiguous()
     del by_n
     offs = uneven_ends(num_rows, problem.num_groups, problem.group_alignment, device)
-    times: dict[KernelPreference, Times] = {}
-    failures: dict[KernelPreference, str] = {}
     backends = {contestant.backend.kind: contestant.backend for contestant in contestants}
+    failures: dict[KernelPreference, str] = {}
+    runs: dict[KernelPreference, dict[str, Callable[[], Any]]] = {}
     for kind, passes in able(problem, contestants).items():
-        try:
-            times[kind] = _parts(backends[kind], problem, passes, a_MK, g_MN, b_EKN, offs, timer)
-        except Exception as error:  # of a compiler or a launch: it is out of this contest
-            failures[kind] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        with _noting(failures, kind):
+            runs[kind] = _parts(backends[kind], problem, passes, a_MK, g_MN, b_EKN, offs)
+            for run in runs[kind].values():
+                run()  # compiles
+    times: dict[KernelPreference, dict[str, float]] = {kind: {} for kind in runs if kind not in failures}
+    for part in costs.PARTS:
+        calls = {kind: runs[kind][part] for kind in times if part in runs[kind]}
+        for kind, microseconds in _timed(calls, timer, failures).items():
+            times[kind][part] = microseconds
+    if not problem.recipe.is_scaled:  # nothing is quantized: what was timed is a function that returns its argument
+        for parts in times.values():
+            parts.update((part, 0.0) for part in parts if part[:2] in ("a_", "g_", "b_"))
+    times = {kind: parts for kind, parts in times.items() if kind not in failures}
     recipe = problem.recipe.value.removesuffix("_pow2")
     facts = problem.rows.value, problem.group_alignment % 128 == 0, problem.captured
     return Case(recipe, *facts, problem.num_groups, problem.k, problem.n, num_rows, times), failures
+
+
+@contextlib.contextmanager
+def _noting(failures: dict[KernelPreference, str], kind: KernelPreference) -> Iterator[None]:
+    """What is raised, by a compiler or a launch, is why ``kind`` is out of this contest."""
+    try:
+        yield
+    except Exception as error:
+        failures[kind] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _timed(
+    calls: dict[KernelPreference, Callable[[], Any]], timer: Timer, failures: dict[KernelPreference, str]
+) -> dict[KernelPreference, float]:
+    """By turns; where that fails, each alone, which tells whose fault it is."""
+    try:
+        return timer(calls) if calls else {}
+    except Exception:
+        times: dict[KernelPreference, float] = {}
+        for kind, call in calls.items():
+            with _noting(failures, kind):
+                times |= timer({kind: call})
+        return times
 
 
 def uneven_ends(num_rows: int, num_groups: int, alignment: int, device: torch.device) -> Tensor:
@@ -108,72 +141,37 @@ def _parts(
     g_MN: Tensor,
     b_EKN: Tensor,
     offs: Tensor,
-    timer: Timer,
-) -> Times:
-    """Microseconds of each of `costs.PARTS` that has to do with ``passes``."""
+) -> dict[str, Callable[[], Any]]:
+    """Each of `costs.PARTS` that has to do with ``passes``, as a function without arguments."""
     forward, dgrad, wgrad = (p in passes for p in Pass)
     recipe, num_rows, dtype = problem.recipe, len(a_MK), problem.dtype
-    times: dict[str, float] = {}
-
-    def timed(part: str, run: Callable[[], Any]) -> Any:
-        times[part] = timer(run)
-        return run()
-
-    plan: OffsetPlan = timed("plan", lambda: backend.plan(offs, num_rows, problem.group_alignment))
-
-    def quantized(
-        name: str, first: tuple[str, bool], second: tuple[str, bool], quantize: Callable[[bool, bool], Any]
-    ) -> tuple[Any, Any]:
-        """Both layouts, after each that is wanted has been timed alone."""
-        for (part, wanted), which in ((first, (True, False)), (second, (False, True))):
-            if wanted:
-                timed(f"{name}_{part}", functools.partial(quantize, *which))
-        if first[1] and second[1]:
-            timed(f"{name}_both", functools.partial(quantize, True, True))
-        found = quantize(first[1], second[1])
-        if not recipe.is_scaled:  # nothing was done
-            times.update(dict.fromkeys((part for part in times if part.startswith(f"{name}_")), 0.0))
-        return found
+    plan: OffsetPlan = backend.plan(offs, num_rows, problem.group_alignment)
 
     def activations(x: Tensor) -> Callable[[bool, bool], Any]:
         return lambda rows, columns: backend.quantize_activations(x, plan, recipe, rows=rows, columns=columns)
 
-    a_rows, a_columns = quantized("a", ("rows", forward), ("columns", wgrad), activations(a_MK))
-    g_rows, g_columns = quantized("g", ("rows", dgrad), ("columns", wgrad), activations(g_MN))
-    b_forward, b_dgrad = quantized(
-        "b",
-        ("forward", forward),
-        ("dgrad", dgrad),
-        lambda one, two: backend.quantize_weights(b_EKN, recipe, forward=one, dgrad=two),
-    )
+    def weights(one: bool, two: bool) -> Any:
+        return backend.quantize_weights(b_EKN, recipe, forward=one, dgrad=two)
+
+    parts: dict[str, Callable[[], Any]] = {"plan": lambda: backend.plan(offs, num_rows, problem.group_alignment)}
+    for names, wanted, quantize in (
+        (("a_rows", "a_columns", "a_both"), (forward, wgrad), activations(a_MK)),
+        (("g_rows", "g_columns", "g_both"), (dgrad, wgrad), activations(g_MN)),
+        (("b_forward", "b_dgrad", "b_both"), (forward, dgrad), weights),
+    ):
+        for name, which in zip(names, ((True, False), (False, True), (True, True))):
+            if wanted[0] >= which[0] and wanted[1] >= which[1]:
+                parts[name] = functools.partial(quantize, *which)
+    a_rows, a_columns = activations(a_MK)(forward, wgrad)
+    g_rows, g_columns = activations(g_MN)(dgrad, wgrad)
+    b_forward, b_dgrad = weights(forward, dgrad)
     if forward:
-        timed("forward", lambda: backend.grouped_mm(a_rows, b_forward, plan, problem.out_dtype))
+        parts["forward"] = lambda: backend.grouped_mm(a_rows, b_forward, plan, problem.out_dtype)
     if dgrad:
-        timed("dgrad", lambda: backend.grouped_mm(g_rows, b_dgrad, plan, dtype))
+        parts["dgrad"] = lambda: backend.grouped_mm(g_rows, b_dgrad, plan, dtype)
     if wgrad:
-        timed("wgrad", lambda: backend.wgrad(a_columns, g_columns, plan, dtype, contiguous=problem.b_contiguous))
-    return times
-
-
-def eager_microseconds(run: Callable[[], Any]) -> float:
-    """Of a call among many: what the device takes with a cold L2, or the host, whichever takes longer."""
-    from triton.testing import do_bench
-
-    on_device = 1e3 * float(do_bench(run, warmup=10, rep=30, return_mode="median"))
-    calls = max(5, min(50, int(5e3 / max(on_device, 1))))
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    for _ in range(calls):
-        run()
-    torch.cuda.synchronize()
-    return max(on_device, 1e6 * (time.perf_counter() - begin) / calls)
-
-
-def captured_microseconds(run: Callable[[], Any]) -> float:
-    """Of a call that is replayed as a part of a CUDA graph."""
-    from triton.testing import do_bench_cudagraph
-
-    return 1e3 * float(do_bench_cudagraph(run, rep=20, return_mode="median"))
+        parts["wgrad"] = lambda: backend.wgrad(a_columns, g_columns, plan, dtype, contiguous=problem.b_contiguous)
+    return parts
 
 
 # -- the file

@@ -93,27 +93,6 @@ def test_what_it_refuses(facts, passes, text):
     assert all(text in reason for reason in found.values())
 
 
-@pytest.mark.parametrize(
-    "facts, broken, chosen",
-    (
-        ({}, "", (TRITON, TRITON, TRITON)),
-        ({"group_alignment": 128}, "", (DEEPGEMM, DEEPGEMM, TRITON)),
-        ({"group_alignment": 128, "machine": B200}, "", (TRITON, TRITON, TRITON)),
-        ({"group_alignment": 128, "machine": B200, "recipe": POW2}, "", (DEEPGEMM, DEEPGEMM, TRITON)),
-        ({"group_alignment": 128, "k": 2880}, "", (TRITON, TRITON, TRITON)),
-        ({"group_alignment": 128, "has_bias": True}, "", (TRITON, DEEPGEMM, TRITON)),
-        ({"group_alignment": 128, "host_sync": False}, "", (DEEPGEMM, DEEPGEMM, TRITON)),
-        ({"group_alignment": 128}, "broken", (TRITON, TRITON, TRITON)),
-        ({"group_alignment": 128, "recipe": Recipe.NONE}, "", (TRITON, TRITON, TRITON)),
-    ),
-    ids=str,
-)
-def test_what_auto_takes(facts, broken, chosen):
-    found = decision(problem(**facts), AUTO, broken)
-    assert tuple(found.backend(p) for p in TRAINING) == chosen
-    assert not Explanation(found).host_syncs
-
-
 def test_only_wgrad_waits_for_the_host():
     assert Explanation(decision(problem())).host_syncs == {"deepgemm": BACKENDS[DEEPGEMM].host_syncs}
     assert Explanation(decision(problem(passes=DGRAD))).host_syncs == {}

@@ -41,7 +41,7 @@ LAYERS = (
     ("kernels", "kernels.*"),
     ("operand", "ops", "problem", "reference"),
     ("device", "preference", "recipes"),
-    ("files",),
+    ("files", "timing"),
 )
 
 # What may be imported besides the standard library: whenever the module is, or inside a function.
@@ -50,7 +50,6 @@ AT_ONCE = {"kernels.*": {"triton"}}
 WHEN_USED = {
     "backends._deep_gemm": {"deep_gemm"},
     "backends.triton": {"triton"},
-    "contests": {"triton"},
     "demo": {"matplotlib", "tqdm"},
     "integrations.*": {"torchao", "torchtitan", "transformers"},
 }

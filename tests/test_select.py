@@ -575,7 +575,7 @@ def test_an_explanation_tells_who_runs_why_and_who_refused(explained):
         ["dgrad", "deepgemm"],
         ["wgrad", "emulated"],
         ["why", "AUTO: the first in its order that can run it"],
-        ["quantized", "648 MB, read and written"],
+        ["quantized", "453 MB, read and written"],
         ["padding", "deepgemm: at most 1016 rows (20%)"],
         ["refused", "deepgemm", "wgrad requires sm_90; found sm_100. Use Recipe.MXFP8 or another backend."],
     ):
@@ -629,7 +629,7 @@ def test_an_explanation_survives_json(explained, machine):
 
 
 def test_an_explanation_as_data_has_the_whole_decision(explained):
-    data = explained(auto(problem("B200", group_alignment=128), {TRITON: "absent"})).to_dict()
+    data = explained(auto(problem("MI300X", Recipe.FP8_ROWWISE, group_alignment=128), {TRITON: "broken"})).to_dict()
     assert data == {
         "problem": {
             "M": 5000,
@@ -637,32 +637,29 @@ def test_an_explanation_as_data_has_the_whole_decision(explained):
             "K": 4096,
             "N": 2048,
             "rows": "large",
-            "recipe": "fp8_blockwise",
+            "recipe": "fp8_rowwise",
             "dtype": "bfloat16",
             "out_dtype": "bfloat16",
-            "arch": "sm_100",
+            "arch": "gfx942",
             "passes": ["forward", "dgrad", "wgrad"],
             "group_alignment": 128,
         },
         "preference": "auto",
         "asked_by": "default",
         "runs": True,
-        "chosen": {"forward": "deepgemm", "dgrad": "deepgemm", "wgrad": "emulated"},
+        "chosen": {"forward": "hipblaslt", "dgrad": "hipblaslt", "wgrad": "hipblaslt"},
         "refusals": [
             {
                 "backend": "triton",
                 "passes": ["forward", "dgrad", "wgrad"],
-                "reason": "is not part of this version",
-                "fix": "Use another backend.",
-            },
-            {
-                "backend": "deepgemm",
-                "passes": ["wgrad"],
-                "reason": "requires sm_90; found sm_100",
-                "fix": "Use Recipe.MXFP8 or another backend.",
+                "reason": "is installed but broken: built for another torch",
+                "fix": "Reinstall it.",
             },
         ],
         "alternatives": [],
-        "host_syncs": {},
+        "host_syncs": {"hipblaslt": "offs is read at every pass"},
         "padding_rows_at_most": {},
+        # a and dY: 2 bytes read, and 1 written for each of two layouts; so are the weights
+        "quantized_bytes": 4 * (5000 * 4096 + 5000 * 2048 + 8 * 4096 * 2048),
+        "expected": None,
     }
