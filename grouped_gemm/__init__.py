@@ -7,6 +7,7 @@ from grouped_gemm.ahead import Warmup, warmup
 from grouped_gemm.device import Machine
 from grouped_gemm.functional import explain, grouped_mm, quantize_weights
 from grouped_gemm.operand import Quantized, QuantizedWeights
+from grouped_gemm.override import override_torch
 from grouped_gemm.preference import KernelPreference, prefer
 from grouped_gemm.problem import Pass, Problem
 from grouped_gemm.recipes import Recipe
@@ -28,6 +29,7 @@ __all__ = [
     "Warmup",
     "explain",
     "grouped_mm",
+    "override_torch",
     "prefer",
     "quantize_weights",
     "warmup",

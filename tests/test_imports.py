@@ -25,7 +25,7 @@ LAYERS = (
     ("integrations.*",),
     ("moe", "moe.*"),
     ("__init__",),
-    ("ahead",),
+    ("ahead", "override"),
     ("functional",),
     ("arguments", "autograd", "contests", "report"),
     ("select",),
