@@ -29,7 +29,8 @@ class Machine:
         vendor: "nvidia", "amd", "cpu", or torch's device type for anything else.
         arch: the exact architecture, "sm_90" or "gfx942"; equal to ``vendor`` where there is none.
         name: the device's own name, for people.
-        versions: (name, version) of torch, triton, deep_gemm, cuda and rocm, as far as they are there.
+        versions: (name, version) of torch, triton, deep_gemm, cuda and rocm, as far as they are there. "mslk" are the
+            kernels of that library that torch itself was built with, and have its version.
     """
 
     vendor: str
@@ -79,7 +80,14 @@ def _probe(device_type: str, index: int | None) -> Machine:
 
 @functools.cache
 def _versions() -> tuple[tuple[str, str], ...]:
-    found = [("torch", str(torch.__version__)), ("cuda", torch.version.cuda), ("rocm", torch.version.hip)]
+    own = str(torch.__version__)
+    has_mslk = "USE_MSLK" in torch.__config__.show()
+    found = [
+        ("torch", own),
+        ("cuda", torch.version.cuda),
+        ("rocm", torch.version.hip),
+        ("mslk", own if has_mslk else None),
+    ]
     for package, distributions in _DISTRIBUTIONS.items():
         version = next(filter(None, map(_distribution_version, distributions)), None)
         if version is None and package == "deep_gemm":  # anybody may have built one

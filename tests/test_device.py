@@ -108,6 +108,12 @@ def test_the_machine_knows_the_version_of_torch():
     assert device.machine_of("cpu").version("torch").release == Version(torch.__version__).release
 
 
+@pytest.mark.parametrize("flags, found", (("-DUSE_FBGEMM -DUSE_MSLK", torch.__version__), ("-DUSE_FBGEMM", None)))
+def test_mslk_is_there_where_torch_was_built_with_it(flags, found, monkeypatch):
+    monkeypatch.setattr(torch.__config__, "show", lambda: flags)
+    assert dict(device._versions.__wrapped__()).get("mslk") == found
+
+
 def test_versions_of_what_is_not_there_are_left_out():
     assert all(isinstance(version, str) for _, version in device.machine_of("cpu").versions)
 
