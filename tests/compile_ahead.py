@@ -30,6 +30,7 @@ from grouped_gemm.kernels import (
     quantize_mx,
     quantize_packed,
     quantize_torch,
+    quantize_torch_mx,
     tiles,
     wgrad,
     wgrad_hopper,
@@ -178,9 +179,9 @@ def compile_torch_quantizers(arch: str) -> dict[str, Any]:
     types = {"x": "*bf16"} | dict.fromkeys(("by_row", "by_column"), "*fp8e4nv")
     types |= dict.fromkeys(("row_scales", "column_scales"), "*fp32")
     types |= dict.fromkeys(("offs", "ends", "token_ends", "blocks", "row_amax", "column_amax"), "*i32")
-    tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, "ALIGNMENT": 16, "BLOCK": 128, "BAND": 8}
+    tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, "TOKENS": 32, "BLOCK": 128, "BAND": 8}
     kernels = {
-        "torch plan": (quantize_torch._lay_out, {"E_PADDED": 512, "ALIGNMENT": 16}),
+        "torch plan": (quantize_torch._lay_out, {"E_PADDED": 512, "TOKENS": 32}),
         "torch blocks": (quantize_torch._find_blocks, {"E_PADDED": 512, "BLOCK": 128, "AT_ONCE": 32}),
         "torch both": (quantize_torch._quantize_tiles, {"ROWS": True, **tile}),
         "torch columns": (quantize_torch._quantize_tiles, {"ROWS": False, "row_amax": None, **tile}),
@@ -258,10 +259,18 @@ def compile_mx_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("by_row", "by_column", "straight", "transposed"), fp8)
     types |= dict.fromkeys(("row_scales", "column_scales", "straight_scales", "transposed_scales"), "*i32")
     tokens = {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_PADDED": 256, "TOKEN_BLOCK": 128}
-    weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit}
+    weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit, "SWIZZLED": False}
+    kernels = {"mx": (quantize_mx._quantize_tiles, tokens), "weights mx": (quantize_mx._quantize_weights, weights)}
+    if arch == "sm_100":
+        types |= dict.fromkeys(("ends", "token_ends"), "*i32")
+        tokens = {"LIMIT": limit, "E_PADDED": 512, "TOKENS": 32}
+        for name, rows, columns in (("both", True, True), ("rows", True, False), ("columns", False, True)):
+            constants = {"ROWS": rows, "COLUMNS": columns, **tokens}
+            kernels[f"torch mx {name}"] = quantize_torch_mx._quantize_tiles, constants
+        kernels["torch weights mx"] = quantize_mx._quantize_weights, weights | {"SWIZZLED": True}
     return {
-        "mx": compile_kernel(quantize_mx._quantize_tiles, arch, types, tokens, num_warps=8),
-        "weights mx": compile_kernel(quantize_mx._quantize_weights, arch, types, weights, num_warps=8),
+        name: compile_kernel(kernel, arch, types, constants, num_warps=8)
+        for name, (kernel, constants) in kernels.items()
     }
 
 

@@ -1,31 +1,46 @@
 """The Torch backend: what it requires on which machine, what it makes of torch's products, and, on a GPU, its fp8.
 
-Its layouts, and whole fp8 calls on a CPU, are in tests/interpreter/test_torch_native.py.
+Its layouts, and whole fp8 calls on a CPU, are in tests/interpreter/test_torch_native.py. Products in mxfp8 need sm_100;
+its quantizers do not.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch_checks import BACKEND, GROUPS, check_activations, check_plan, check_zeros
+from torch_checks import (
+    BACKEND,
+    GROUPS,
+    check_activations,
+    check_mx_activations,
+    check_mx_weights,
+    check_plan,
+    check_zeros,
+)
 
 from grouped_gemm import Explanation, KernelPreference, Machine, Pass, Problem, Recipe, grouped_mm, reference, testing
 from grouped_gemm.backends import Candidate, get_backend, torch_native
+from grouped_gemm.device import machine_of
 from grouped_gemm.problem import RowClass
 from grouped_gemm.select import decide
 from grouped_gemm.testing import TRAINING, Case, Shape
 
 TORCH, TRITON, EMULATED = (KernelPreference[name] for name in ("TORCH", "TRITON", "EMULATED"))
 TRITON_36 = (("triton", "3.6.0"),)
+MSLK = (("mslk", "2.11.0"),)
 H200 = Machine("nvidia", "sm_90", "NVIDIA H200", TRITON_36)
 BARE = Machine("nvidia", "sm_90", "NVIDIA H200")
-B200 = Machine("nvidia", "sm_100", "NVIDIA B200", TRITON_36)
-B300 = Machine("nvidia", "sm_103", "NVIDIA B300", TRITON_36)
+B200 = Machine("nvidia", "sm_100", "NVIDIA B200", TRITON_36 + MSLK)
+B200_WITHOUT_MSLK = Machine("nvidia", "sm_100", "NVIDIA B200", (("torch", "2.10.0"), *TRITON_36))
+B200_BARE = Machine("nvidia", "sm_100", "NVIDIA B200", MSLK)
+B300 = Machine("nvidia", "sm_103", "NVIDIA B300", TRITON_36 + MSLK)
 A100 = Machine("nvidia", "sm_80", "NVIDIA A100", TRITON_36)
 MI300X = Machine("amd", "gfx942", "AMD Instinct MI300X", TRITON_36)
 CPU = Machine("cpu", "cpu", "cpu")
-NONE, ROWWISE = Recipe.NONE, Recipe.FP8_ROWWISE
+NONE, ROWWISE, MXFP8 = Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.MXFP8
 ROWWISE_RECIPES = (ROWWISE, Recipe.FP8_ROWWISE_POW2)
 
 
@@ -48,6 +63,9 @@ SHAPES = (
 
 
 def case_on(recipe: Recipe, shape: Shape, device: torch.device, b_contiguous: str = "k") -> Case:
+    """A case that the backend runs on ``device``, its K and N in whole blocks for mxfp8; skips where it runs none."""
+    if recipe is MXFP8:
+        shape = dataclasses.replace(shape, k=-(-shape.k // 32) * 32, n=-(-shape.n // 32) * 32)
     case = Case(TORCH, recipe, passes=TRAINING, shape=shape, b_contiguous=b_contiguous)
     if reason := testing.refusal(case, device):
         pytest.skip(reason)
@@ -61,9 +79,17 @@ def case_on(recipe: Recipe, shape: Shape, device: torch.device, b_contiguous: st
         ({"recipe": ROWWISE}, ""),
         ({"recipe": Recipe.FP8_ROWWISE_POW2}, ""),
         ({"recipe": Recipe.FP8_BLOCKWISE}, "found fp8_blockwise"),
-        ({"recipe": Recipe.MXFP8, "machine": B200}, "found mxfp8"),
+        ({"recipe": MXFP8}, "sm_100 for mxfp8; found sm_90"),
+        ({"recipe": MXFP8, "machine": B200}, ""),
+        ({"recipe": MXFP8, "machine": B200_WITHOUT_MSLK}, "MSLK for mxfp8; found torch 2.10.0, which was not"),
+        ({"recipe": MXFP8, "machine": B200_BARE}, "found no triton"),
+        ({"recipe": MXFP8, "machine": B200, "k": 2880, "n": 704}, ""),
+        ({"recipe": MXFP8, "machine": B200, "k": 2896}, "K = 2896"),
+        ({"recipe": MXFP8, "machine": B200, "n": 720}, "N = 720"),
+        ({"recipe": MXFP8, "machine": B300}, "sm_100 for mxfp8; found sm_103"),
         ({"machine": B200}, ""),
-        ({"machine": B200, "recipe": ROWWISE}, "sm_90 for fp8; found sm_100"),
+        ({"machine": B200_WITHOUT_MSLK}, ""),
+        ({"machine": B200, "recipe": ROWWISE}, "sm_90 for rowwise scales; found sm_100"),
         ({"machine": B300}, "found sm_103"),
         ({"machine": A100}, "a loop that waits for the device"),
         ({"machine": MI300X}, "found gfx942"),
@@ -127,11 +153,11 @@ def test_the_gradient_of_a_bias_is_there_for_forward_passes_of_others():
     assert torch.allclose(found, reference.group_sums(dy, offs.tolist(), torch.float32), atol=1e-6)
 
 
-@pytest.mark.parametrize("recipe", (NONE, ROWWISE), ids=lambda r: r.value)
+@pytest.mark.parametrize("recipe", (NONE, ROWWISE, MXFP8), ids=lambda r: r.value)
 def test_compiled_once_whatever_the_number_of_rows(recipe, device):
     counter = CompileCounterWithBackend("aot_eager")
     case_on(recipe, SHAPES[0], device)
-    b = torch.randn(3, 48, 64, device=device).bfloat16().requires_grad_()
+    b = torch.randn(3, 96, 64, device=device).bfloat16().requires_grad_()
 
     def layer(a: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
         return grouped_mm(a, b.transpose(1, 2), offs, recipe=recipe, kernel_preference=TORCH)
@@ -162,12 +188,33 @@ def test_plan_quantizer_and_zeros_bit_for_bit(ends, num_rows, recipe, device):
     check_zeros(ends, num_rows, device)
 
 
+@pytest.fixture
+def quantizing_device(device):
+    """A GPU that the MX quantizers are for, or Hopper, which runs them as well."""
+    if machine_of(device).arch not in ("sm_90", "sm_100") or not torch_native._has_triton(device):
+        pytest.skip("needs sm_90 or sm_100, and Triton")
+    return device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ends, num_rows", GROUPS, ids=str)
+def test_mx_activations_bit_for_bit(ends, num_rows, quantizing_device):
+    check_mx_activations(ends, num_rows, quantizing_device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("b_contiguous", "kn")
+def test_mx_weights_bit_for_bit(b_contiguous, quantizing_device):
+    check_mx_weights(b_contiguous, quantizing_device)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 @pytest.mark.parametrize("b_contiguous", "kn")
-@pytest.mark.parametrize("recipe", (NONE, *ROWWISE_RECIPES), ids=lambda r: r.value)
+@pytest.mark.parametrize("recipe", (NONE, *ROWWISE_RECIPES, MXFP8), ids=lambda r: r.value)
 def test_every_pass_against_the_reference(recipe, b_contiguous, shape, device):
     case = case_on(recipe, shape, device, b_contiguous)
+    shape = case.shape
     inputs = testing.make_inputs(case, device)
     found = testing.run(case, inputs)
     # Tensor cores add up fp8 with 13 bits, and the error of that grows with the number of terms (docs/numerics.md).
@@ -192,7 +239,7 @@ def test_without_triton_the_results_are_the_same(device, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", (NONE, ROWWISE), ids=lambda r: r.value)
+@pytest.mark.parametrize("recipe", (NONE, ROWWISE, MXFP8), ids=lambda r: r.value)
 def test_a_graph_holds_a_training_step(recipe, device):
     """Captured on the groups of one call and replayed on those of another."""
     case = case_on(recipe, SHAPES[1], device)
@@ -218,12 +265,13 @@ def test_a_graph_holds_a_training_step(recipe, device):
 
 
 @pytest.mark.gpu
-def test_the_fp8_weight_gradient_op_passes_opcheck(device):
-    case_on(ROWWISE, SHAPES[0], device)
+@pytest.mark.parametrize("recipe", (ROWWISE, MXFP8), ids=lambda r: r.value)
+def test_the_fp8_weight_gradient_op_passes_opcheck(recipe, device):
+    case_on(recipe, SHAPES[0], device)
     offs = torch.tensor([3, 3, 140], dtype=torch.int32, device=device)
     plan = BACKEND.plan(offs, 150)
-    a, dy = (torch.randn(150, d, device=device).bfloat16() for d in (48, 32))
-    (_, lhs), (_, rhs) = (BACKEND.quantize_activations(x, plan, ROWWISE, rows=False, columns=True) for x in (a, dy))
+    a, dy = (torch.randn(150, d, device=device).bfloat16() for d in (96, 32))
+    (_, lhs), (_, rhs) = (BACKEND.quantize_activations(x, plan, recipe, rows=False, columns=True) for x in (a, dy))
     arguments = lhs.data, lhs.scale, rhs.data, rhs.scale, plan.derived[1]
     op = torch.ops.grouped_gemm.torch_scaled_wgrad.default
     torch.library.opcheck(op, arguments, test_utils=("test_faketensor",))

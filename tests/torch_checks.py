@@ -1,18 +1,22 @@
-"""What is checked of the Torch backend's layouts both interpreted and on a GPU, and torch's fp8 product for a CPU."""
+"""What is checked of the Torch backend's layouts both interpreted and on a GPU, and torch's fp8 products for a CPU."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from grouped_gemm import Recipe, reference, testing
-from grouped_gemm.backends import get_backend, torch_native
+from grouped_gemm.backends import get_backend
+from grouped_gemm.operand import Quantized
 from grouped_gemm.preference import KernelPreference
 
 FP8 = torch.float8_e4m3fn
 BACKEND = get_backend(KernelPreference.TORCH)
 # ends of groups, M: ragged, with empty groups and rows past the last one; ends out of order and range; none of them;
-# one row; many groups; multiples of 16
+# one row; many groups; multiples of 32
 GROUPS = (
     ([0, 130, 130, 131, 300], 310),
     ([-5, 200, 40, 999], 263),
@@ -25,10 +29,10 @@ GROUPS = (
 
 
 def tokens_of(ends: list[int]) -> list[slice]:
-    """Where each group's tokens lie: from a multiple of 16 on, in multiples of 16, and never none."""
+    """Where each group's tokens lie: from a multiple of 32 on, in multiples of 32, and never none."""
     found, first = [], 0
     for rows in reference.group_slices(ends):
-        size = max(-(-(rows.stop - rows.start) // 16), 1) * 16
+        size = max(-(-(rows.stop - rows.start) // 32), 1) * 32
         found.append(slice(first, first + size))
         first += size
     return found
@@ -41,19 +45,21 @@ def check_plan(ends: list[int], num_rows: int, device: torch.device | str = "cpu
         found, tokens = BACKEND.plan(offs, num_rows).derived
     assert found.tolist() == reference.group_ends(offs, num_rows)
     assert tokens.tolist() == [group.stop for group in tokens_of(found.tolist())]
-    assert tokens[-1] <= (num_rows // 16 + len(ends)) * 16
+    assert tokens[-1] <= (num_rows // 32 + len(ends)) * 32
     assert found.dtype == tokens.dtype == torch.int32
 
 
-def check_activations(ends: list[int], num_rows: int, recipe: Recipe, device: torch.device | str = "cpu") -> None:
-    """Both layouts, padding included, are what `reference` makes of each group, and each alone is the same.
+def make_operand(
+    ends: list[int], num_rows: int, features: int, recipe: Recipe, device: torch.device | str
+) -> tuple[list[int], Tensor, tuple[Quantized, Quantized], tuple[Quantized, Quantized]]:
+    """Ends in order, an operand, and its layouts by rows and by columns, each made with the other and alone.
 
     The rows are a slice of wider ones; past the last group they are NaN.
     """
     torch.manual_seed(0)
     offs = torch.tensor(ends, dtype=torch.int32, device=device)
     ends = reference.group_ends(offs, num_rows)
-    x = torch.randn(num_rows, 144) * torch.randn(num_rows, 1).mul(4).exp()
+    x = torch.randn(num_rows, features) * torch.randn(num_rows, 1).mul(4).exp()
     x[ends[-1] :] = torch.nan
     if ends[-1] > 11:
         x[3, 5], x[7, 1], x[9] = torch.nan, torch.inf, 0
@@ -63,16 +69,22 @@ def check_activations(ends: list[int], num_rows: int, recipe: Recipe, device: to
         rows, columns = BACKEND.quantize_activations(x, plan, recipe, rows=True, columns=True)
         rows_alone, _ = BACKEND.quantize_activations(x, plan, recipe, rows=True, columns=False)
         _, columns_alone = BACKEND.quantize_activations(x, plan, recipe, rows=False, columns=True)
+    return ends, x, (rows, rows_alone), (columns, columns_alone)
+
+
+def check_activations(ends: list[int], num_rows: int, recipe: Recipe, device: torch.device | str = "cpu") -> None:
+    """Both rowwise layouts, padding included, are what `reference` makes of each group."""
+    ends, x, by_row, by_column = make_operand(ends, num_rows, 144, recipe, device)
     inside = slice(0, ends[-1])
     if ends[-1]:
         data, scale = reference.quantize(x[inside], reference.row_blocks(recipe), recipe, FP8)
-        for found in (rows, rows_alone):
+        for found in by_row:
             assert_equal(found.data[inside].float(), data.float())
             assert_equal(found.scale[inside], scale[:, 0])
-    for found in (columns, columns_alone):
+    for found in by_column:
         assert found.data.is_contiguous() and found.scale.shape == (len(ends), 144)
         for e, (group, tokens) in enumerate(zip(reference.group_slices(ends), tokens_of(ends))):
-            data, scale = torch.zeros(16, 144, device=device), torch.ones(1, 144, device=device)
+            data, scale = torch.zeros(32, 144, device=device), torch.ones(1, 144, device=device)
             if group.start < group.stop:
                 quantized, scale = reference.quantize(x[group], reference.column_blocks(recipe), recipe, FP8)
                 # what is past the end of a group is 0 times the inverse scale, NaN where that is
@@ -80,6 +92,68 @@ def check_activations(ends: list[int], num_rows: int, recipe: Recipe, device: to
                 data = torch.cat([quantized.float(), past])
             assert_equal(found.data[:, tokens].float(), data.t())
             assert_equal(found.scale[e], scale[0])
+
+
+def unswizzled(scale: Tensor, lines: int, count: int) -> Tensor:
+    """The codes of ``count`` scales of each of some lines, (lines, count), up to whole atoms of 128 by 4."""
+    line, block = (torch.arange(-(-size // side) * side) for size, side in ((lines, 128), (count, 4)))
+    atom = line[:, None] // 128 * (len(block) // 4) + block // 4
+    place = atom * 512 + (line % 32 * 16 + line % 128 // 32 * 4)[:, None] + block % 4
+    return scale.view(torch.uint8).flatten()[place.to(scale.device)]
+
+
+def assert_scales(found: Tensor, scale: Tensor) -> None:
+    """Swizzled scales are (lines, count) E8M0 ones, and 1 where an atom has no such line or scale."""
+    lines, count = scale.shape
+    padded = F.pad(scale.view(torch.uint8), (0, -count % 4, 0, -lines % 128), value=127)
+    assert_equal(unswizzled(found, lines, count), padded)
+
+
+def check_mx_activations(ends: list[int], num_rows: int, device: torch.device | str = "cpu") -> None:
+    """Both MX layouts, padding included, are what `reference` makes of each group."""
+    mxfp8, features = Recipe.MXFP8, 160
+    ends, x, by_row, by_column = make_operand(ends, num_rows, features, mxfp8, device)
+    blocks = num_rows // 128 + len(ends)
+    for found in by_row:
+        assert found.data.is_contiguous() and found.scale.shape == (128 * blocks, 8)
+        first = 0
+        for group in filter(lambda rows: rows.start < rows.stop, reference.group_slices(ends)):
+            data, scale = reference.quantize(x[group], reference.row_blocks(mxfp8), mxfp8, FP8)
+            last = first + -(-len(data) // 128) * 128
+            assert_equal(found.data[group].float(), data.float())
+            assert_scales(found.scale[first:last], scale)
+            first = last
+    for found in by_column:
+        assert found.data.is_contiguous() and found.scale.shape == (256, 4 * blocks)
+        scales, first = found.scale.flatten(), 0
+        for group, tokens in zip(reference.group_slices(ends), tokens_of(ends)):
+            size = tokens.stop - tokens.start
+            padded = F.pad(x[group], (0, 0, 0, size - (group.stop - group.start)))
+            data, scale = reference.quantize(padded, reference.column_blocks(mxfp8), mxfp8, FP8)
+            if group.start == group.stop:
+                scale = reference.to_e8m0(torch.ones(scale.shape, device=device))
+            last = first + 256 * -(-size // 128) * 4
+            assert_equal(found.data[:, tokens].float(), data.t().float())
+            assert_scales(scales[first:last], scale.t())
+            first = last
+
+
+def check_mx_weights(b_contiguous: str, device: torch.device | str = "cpu") -> None:
+    """Both layouts are what `reference` makes of each matrix, and each alone is the same."""
+    torch.manual_seed(0)
+    b = torch.randn(2, 160, 288, device=device).bfloat16()
+    b = b.transpose(1, 2).contiguous().transpose(1, 2) if b_contiguous == "k" else b
+    with testing.poisoned_memory():
+        forward, dgrad = BACKEND.quantize_weights(b, Recipe.MXFP8, forward=True, dgrad=True)
+        forward_alone, _ = BACKEND.quantize_weights(b, Recipe.MXFP8, forward=True, dgrad=False)
+        _, dgrad_alone = BACKEND.quantize_weights(b, Recipe.MXFP8, forward=False, dgrad=True)
+    for axis, operands in ((1, (forward, forward_alone)), (2, (dgrad, dgrad_alone))):
+        data, scale = reference.quantize(b, reference.weight_blocks(Recipe.MXFP8, axis), Recipe.MXFP8, FP8)
+        for found in operands:
+            assert found.data.stride(axis) == 1 and found.scale.shape == (2, 2 * 3 * 512)
+            assert_equal(found.data.float(), data.float())
+            for e in range(2):
+                assert_scales(found.scale[e], scale[e].t() if axis == 1 else scale[e])
 
 
 def check_zeros(ends: list[int], num_rows: int, device: torch.device | str = "cpu") -> None:
@@ -102,22 +176,27 @@ def assert_equal(found: Tensor, expected: Tensor) -> None:
 
 
 def scaled_grouped_mm(
-    mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, recipe_a: object, scale_b: Tensor, recipe_b: object, *,
-    offs: Tensor, output_dtype: torch.dtype, use_fast_accum: bool,
+    mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, recipe_a: object, scale_b: Tensor, recipe_b: object,
+    swizzle_a: object, swizzle_b: object, offs: Tensor, output_dtype: torch.dtype, use_fast_accum: bool,
 ) -> Tensor:  # fmt: skip
-    """`torch.nn.functional.scaled_grouped_mm`, rowwise, on a CPU: what torch checks on a GPU, and plain products.
+    """`torch.nn.functional.scaled_grouped_mm` on a CPU: what torch checks on a GPU, and plain products.
 
     As there, what belongs to no group keeps what is in memory: NaN.
     """
-    rowwise = torch_native.F.ScalingType.RowWise
-    assert recipe_a == recipe_b == rowwise and output_dtype == torch.bfloat16 and use_fast_accum
-    assert mat_a.dtype == mat_b.dtype == FP8 and scale_a.dtype == scale_b.dtype == torch.float32
+    assert recipe_a == recipe_b and swizzle_a == swizzle_b and output_dtype == torch.bfloat16
+    assert mat_a.dtype == mat_b.dtype == FP8
+    assert mat_a.data_ptr() % 16 == mat_b.data_ptr() % 16 == 0
     assert mat_a.dim() == 2 and mat_a.stride(1) == 1 and mat_a.stride(0) >= max(mat_a.shape[1], 2)
     assert mat_b.stride(-2) == 1 and mat_b.stride(-1) >= max(mat_b.shape[-2], 2)
     assert mat_a.stride(0) % 16 == 0 and mat_b.stride(-1) % 16 == 0
     assert mat_a.shape[1] % 16 == 0 and mat_b.shape[-2] % 16 == 0 and mat_b.shape[-1] % 16 == 0
     assert offs.dtype == torch.int32 and offs.dim() == 1 and len(offs) < 1024
     ends = offs.tolist()
+    if recipe_a == F.ScalingType.BlockWise1x32:
+        assert swizzle_a == F.SwizzleType.SWIZZLE_32_4_4
+        return _mx_product(mat_a, mat_b, scale_a, scale_b, ends)
+    assert recipe_a == F.ScalingType.RowWise and swizzle_a is None and use_fast_accum
+    assert scale_a.dtype == scale_b.dtype == torch.float32
     sizes = [end - start for start, end in zip([0, *ends], ends)]
     a, b = mat_a.double(), mat_b.double()
     if mat_b.dim() == 2:
@@ -136,3 +215,51 @@ def scaled_grouped_mm(
     for e, group in enumerate(reference.group_slices(ends)):
         out[group] = (a[group] @ b[e] * scale_a[group, None] * scale_b[e]).to(output_dtype)
     return out
+
+
+def _mx_product(mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Sequence[int]) -> Tensor:
+    """What torch 2.11 and the kernels of MSLK in it check of MX operands and take for granted, and plain products."""
+    assert scale_a.dtype == scale_b.dtype == torch.float8_e8m0fnu
+    assert mat_a.is_contiguous() and mat_b.mT.is_contiguous()
+    assert scale_a.is_contiguous() and scale_b.is_contiguous()
+    (lines_a, depth), lines_b = mat_a.shape, mat_b.shape[-1]
+    groups = reference.group_slices(ends)
+    assert all(group.start <= group.stop for group in groups)
+    assert scale_a.dim() == scale_b.dim() == 2 and scale_a.shape[0] >= lines_a
+    assert scale_a.numel() < 2**31
+    scales_a, scales_b = scale_a.flatten(), scale_b.flatten()
+    if mat_b.dim() == 2:
+        assert depth == mat_b.shape[0] and ends[-1] <= depth and scale_b.shape[0] >= lines_b
+        out = torch.full((len(ends), lines_a, lines_b), torch.nan, dtype=torch.bfloat16)
+        first = 0
+        for e, group in enumerate(groups):
+            size = group.stop - group.start
+            assert size % 32 == 0
+            last = first + -(-size // 128) * 4
+            if size > 0:
+                lhs = _mx_values(mat_a[:, group], scales_a, first * -(-lines_a // 128) * 128)
+                rhs = _mx_values(mat_b[group].t(), scales_b, first * -(-lines_b // 128) * 128)
+                out[e] = (lhs @ rhs.t()).to(out.dtype)
+            first = last
+        return out
+    assert mat_b.shape[:2] == (len(ends), depth) and ends[-1] <= lines_a
+    count = -(-(depth // 32) // 4) * 4
+    assert scale_b.shape == (len(ends), count * -(-lines_b // 128) * 128)
+    out, first = torch.full((lines_a, lines_b), torch.nan, dtype=torch.bfloat16), 0
+    for e, group in enumerate(groups):
+        lhs = _mx_values(mat_a[group], scales_a, first * count)
+        rhs = _mx_values(mat_b[e].t(), scales_b, e * scale_b.shape[1])
+        out[group] = (lhs @ rhs.t()).to(out.dtype)
+        first += -(-(group.stop - group.start) // 128) * 128
+    return out
+
+
+def _mx_values(data: Tensor, scales: Tensor, first: int) -> Tensor:
+    """Values of (lines, depth) data whose scales begin at ``first``; zeros past the depth are multiplied, too."""
+    lines, depth = data.shape
+    assert depth % 32 == 0
+    end = first + -(-lines // 128) * 128 * -(-depth // 128) * 4
+    assert end <= len(scales)
+    codes = unswizzled(scales[first:end], lines, depth // 32)[:lines]
+    padded = F.pad(data.double(), (0, -depth % 128))
+    return padded * codes.view(torch.float8_e8m0fnu).double().repeat_interleave(32, 1)

@@ -2,10 +2,10 @@
 
 Rows past the last group, and the weight gradient of an empty one, are what was in memory before: they are made zero
 here. Groups out of order would be read where they are not: ends are put in order first. fp8 operands of wgrad need
-contiguous tokens in groups of multiples of 16: the quantizer pads them. Layouts: docs/layouts.md.
+contiguous tokens in groups of multiples of 16 or 32: the quantizers pad them. Layouts: docs/layouts.md.
 
 M, E, K, N: rows, groups, in and out features. D: K or N. O, C: the weights' output axis and the one summed over.
-T: tokens, the rows of groups that are padded to multiples of 16.
+T: tokens, the rows of groups that are padded to multiples of 32.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from grouped_gemm.backends.base import (
     requires_recipe,
 )
 from grouped_gemm.device import machine_of
-from grouped_gemm.kernels import layouts, layouts_torch
-from grouped_gemm.kernels.layouts_torch import ALIGNMENT
+from grouped_gemm.kernels import layouts_torch
+from grouped_gemm.kernels.layouts_torch import ALIGNMENT, TOKENS
 from grouped_gemm.operand import Quantized
 from grouped_gemm.ops import define_op, ops
 from grouped_gemm.preference import KernelPreference
@@ -36,6 +36,7 @@ from grouped_gemm.problem import Problem, dtype_name
 from grouped_gemm.recipes import Recipe
 
 _ROWWISE = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2)
+_MXFP8 = Recipe.MXFP8
 _OLDEST_TRITON = "3.6"
 _ROWS = "torch rows"
 _COLUMNS = "torch columns"
@@ -50,7 +51,9 @@ def _dtypes(problem: Problem) -> tuple[torch.dtype, ...]:
 
 
 def _multiple(problem: Problem) -> int:
-    """What K and N are multiples of: 16 bytes of what is multiplied."""
+    """What K and N are multiples of: 16 bytes of what is multiplied, and whole MX blocks, whose scales torch counts."""
+    if problem.recipe is _MXFP8:
+        return 32
     return ALIGNMENT if problem.recipe.is_scaled else ALIGNMENT // problem.dtype.itemsize
 
 
@@ -67,16 +70,28 @@ class Backend(_GroupedMMBackend):
         "The products of torch itself, `grouped_mm` and `scaled_grouped_mm`, where they do not wait for the device."
     )
     requirements = (
-        requires_recipe((Recipe.NONE, *_ROWWISE)),
+        requires_recipe((Recipe.NONE, *_ROWWISE, _MXFP8)),
         requires_arch(
             ("sm_90", "sm_100", "cpu"),
             fix="Use another backend: torch has kernels for few GPUs, and for others a loop that waits for the device.",
         ),
         Requirement(
-            what="sm_90 for fp8",
-            holds=lambda p: not p.recipe.is_scaled or p.machine.arch == "sm_90",
+            what="sm_90 for rowwise scales",
+            holds=lambda p: p.recipe not in _ROWWISE or p.machine.arch == "sm_90",
             found=lambda p: p.machine.arch,
-            fix="Use Recipe.NONE or another backend.",
+            fix="Use Recipe.NONE, on sm_100 Recipe.MXFP8, or another backend.",
+        ),
+        Requirement(
+            what="sm_100 for mxfp8",
+            holds=lambda p: p.recipe is not _MXFP8 or p.machine.arch == "sm_100",
+            found=lambda p: p.machine.arch,
+            fix="Use Recipe.NONE, on sm_90 a rowwise recipe, or another backend.",
+        ),
+        Requirement(
+            what="a torch that was built with MSLK for mxfp8",
+            holds=lambda p: p.recipe is not _MXFP8 or p.machine.version("mslk") is not None,
+            found=lambda p: f"torch {p.machine.version('torch')}, which was not",
+            fix="Install torch 2.11 or later from its own wheels for CUDA, or use another backend.",
         ),
         Requirement(
             what=f"triton {_OLDEST_TRITON} or later for fp8, which quantizes",
@@ -103,7 +118,7 @@ class Backend(_GroupedMMBackend):
             fix="Add the bias to the result, or use another backend.",
         ),
         Requirement(
-            what="K and N in multiples of 16 bytes, which are 16 values in fp8",
+            what="K and N in multiples of 16 bytes, which are 16 values in fp8, and of 32 values in mxfp8",
             holds=lambda p: p.k % _multiple(p) == 0 and p.n % _multiple(p) == 0,
             found=lambda p: f"K = {p.k}, N = {p.n}",
             fix="Pad the weights or use another backend.",
@@ -123,14 +138,17 @@ class Backend(_GroupedMMBackend):
     )
 
     def health(self, device: torch.device) -> Health:
-        """A small ragged product and its wgrad, beside `reference`; where fp8 runs, the same in fp8."""
+        """A small ragged product and its wgrad, beside `reference`; the same in the kind of fp8 that runs here."""
         ends, num_rows = [3, 3, 20], 24
         machine = machine_of(device)
         plan = self.plan(torch.tensor(ends, dtype=torch.int32, device=device), num_rows)
-        a = torch.linspace(-1, 1, num_rows * 16, device=device).view(num_rows, 16).bfloat16()
-        b = torch.linspace(-2, 1, 3 * 16 * 32, device=device).view(3, 16, 32).bfloat16()
-        runs_fp8 = machine.arch == "sm_90" and _has_triton(device)
-        for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE) if runs_fp8 else (Recipe.NONE,):
+        a = torch.linspace(-1, 1, num_rows * 32, device=device).view(num_rows, 32).bfloat16()
+        b = torch.linspace(-2, 1, 3 * 32 * 64, device=device).view(3, 32, 64).bfloat16()
+        recipes = [Recipe.NONE]
+        if _has_triton(device):
+            recipes += [Recipe.FP8_ROWWISE] if machine.arch == "sm_90" else []
+            recipes += [_MXFP8] if machine.arch == "sm_100" and machine.version("mslk") else []
+        for recipe in recipes:
             lhs, a_columns = self.quantize_activations(a, plan, recipe, rows=True, columns=True)
             rhs, _ = self.quantize_weights(b, recipe, forward=True, dgrad=False)
             assert lhs is not None and rhs is not None and a_columns is not None, "all of them are asked for"
@@ -180,8 +198,9 @@ class Backend(_GroupedMMBackend):
         by_column = by_line = None
         if forward:
             by_n = data_EKN.transpose(1, 2).contiguous()
-            by_column = Quantized(by_n.transpose(1, 2), scale[:, 0].contiguous(), recipe, 1, _WEIGHTS)
-        if dgrad:  # these scales are those of columns, over which dgrad sums: it needs others
+            by_n_scale = layouts_torch.swizzled(scale) if recipe is _MXFP8 else scale[:, 0].contiguous()
+            by_column = Quantized(by_n.transpose(1, 2), by_n_scale, recipe, 1, _WEIGHTS)
+        if dgrad:  # these scales follow K, and dgrad sums over N: it needs others
             values = reference.dequantize(data_EKN, scale, reference.weight_blocks(recipe, 1))
             _, by_line = self.quantize_weights(values, recipe, forward=False, dgrad=True)
         return by_column, by_line
@@ -229,11 +248,20 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _scaled_product(lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, ends: Tensor) -> Tensor:
-    """torch's fp8 product; it adds up in tensor cores, as this package's own rowwise kernels do (docs/numerics.md)."""
-    rowwise = F.ScalingType.RowWise
+    """torch's fp8 product, rowwise or MX as the scales are.
+
+    Rowwise, it adds up in tensor cores, as this package's own kernels do (docs/numerics.md).
+    """
+    if lhs_scale.dtype == torch.float8_e8m0fnu:
+        kind, swizzle, fast = F.ScalingType.BlockWise1x32, F.SwizzleType.SWIZZLE_32_4_4, False
+    else:
+        kind, swizzle, fast = F.ScalingType.RowWise, None, True
+        if rhs.dim() == 2:
+            lhs_scale, rhs_scale = lhs_scale.flatten(), rhs_scale.flatten()
     return F.scaled_grouped_mm(  # type: ignore[attr-defined]
-        lhs, rhs, lhs_scale, rowwise, rhs_scale, rowwise, offs=ends, output_dtype=torch.bfloat16, use_fast_accum=True
-    )
+        lhs, rhs, lhs_scale, kind, rhs_scale, kind, swizzle_a=swizzle, swizzle_b=swizzle, offs=ends,
+        output_dtype=torch.bfloat16, use_fast_accum=fast,
+    )  # fmt: skip
 
 
 @define_op("torch_plan(Tensor offs, SymInt num_rows) -> (Tensor, Tensor)", fake=layouts_torch.plan)
@@ -246,7 +274,7 @@ def _plan(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
         return out
     ends = offs.clamp(0, num_rows).cummax(0).values
     sizes = ends.diff(prepend=ends.new_zeros(1))
-    tokens = (sizes + (ALIGNMENT - 1)).clamp(min=ALIGNMENT) // ALIGNMENT * ALIGNMENT
+    tokens = (sizes + (TOKENS - 1)).clamp(min=TOKENS) // TOKENS * TOKENS
     return ends, tokens.cumsum(0, dtype=torch.int32)
 
 
@@ -264,15 +292,18 @@ def _empty_activations(
 def _quantize_activations(
     x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from grouped_gemm.kernels import quantize_torch
+    from grouped_gemm.kernels import quantize_torch, quantize_torch_mx
 
     out = _empty_activations(x_MD, ends, token_ends, recipe, rows, columns)
-    quantize_torch.quantize(x_MD, ends, token_ends, Recipe(recipe), out)
+    if Recipe(recipe) is _MXFP8:
+        quantize_torch_mx.quantize_activations(x_MD, ends, token_ends, out)
+    else:
+        quantize_torch.quantize(x_MD, ends, token_ends, Recipe(recipe), out)
     return out
 
 
 def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+    return layouts_torch.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
 
 
 @define_op(
@@ -280,10 +311,13 @@ def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tu
     fake=_empty_weights,
 )
 def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from grouped_gemm.kernels import quantize
+    from grouped_gemm.kernels import quantize, quantize_mx
 
     out = _empty_weights(b_EKN, recipe, forward, dgrad)
-    quantize.quantize_weights(b_EKN, Recipe(recipe), out)
+    if Recipe(recipe) is _MXFP8:
+        quantize_mx.quantize_weights(b_EKN, out, swizzled=True)
+    else:
+        quantize.quantize_weights(b_EKN, Recipe(recipe), out)
     return out
 
 
@@ -341,4 +375,4 @@ def _wgrad(lhs_MP: Tensor, rhs_MQ: Tensor, ends: Tensor) -> Tensor:
     ),
 )
 def _scaled_wgrad(lhs_PT: Tensor, lhs_scale: Tensor, rhs_QT: Tensor, rhs_scale: Tensor, token_ends: Tensor) -> Tensor:
-    return _scaled_product(lhs_PT, lhs_scale.flatten(), rhs_QT.t(), rhs_scale.flatten(), token_ends)
+    return _scaled_product(lhs_PT, lhs_scale, rhs_QT.t(), rhs_scale, token_ends)

@@ -20,6 +20,7 @@ from torch import Tensor
 from grouped_gemm.kernels.groups import groups_in_blocks, pick
 from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device, packed
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK, Operands
+from grouped_gemm.kernels.mx import ONES
 from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
 
 
@@ -51,12 +52,13 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, out: Operands) -> None:
         )  # fmt: skip
 
 
-def quantize_weights(b_EKN: Tensor, out: Operands) -> None:
+def quantize_weights(b_EKN: Tensor, out: Operands, *, swizzled: bool = False) -> None:
     """Fills ``out``, from `layouts.weights`: what has no elements is not wanted. One read of ``b`` writes both.
 
     Args:
         b_EKN: (E, K, N), K or N contiguous; bfloat16, float16 or float32.
         out: data for forward and for dgrad, then their scales.
+        swizzled: whether ``out`` is from `layouts_torch.weights`.
     """
     forward, dgrad, forward_scale, dgrad_scale = out
     # Whichever of forward and dgrad sums over the contiguous axis is written straight.
@@ -75,6 +77,7 @@ def quantize_weights(b_EKN: Tensor, out: Operands) -> None:
             transposed.stride(0), transposed.stride(-2) if transposed.dim() == 3 else 0,
             constants={
                 "STRAIGHT": straight.dim() == 3, "TRANSPOSED": transposed.dim() == 3, "LIMIT": torch.finfo(fp8).max,
+                "SWIZZLED": swizzled,
             },
             num_warps=8,
         )  # fmt: skip
@@ -85,7 +88,7 @@ def _quantize_tile(
     x, x_stride, height, width,
     straight, straight_stride, straight_scales,
     transposed, transposed_stride, transposed_scales, summed, stored,
-    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, LIMIT: tl.constexpr,
+    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, LIMIT: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """128 lines by 128 columns, of which ``height`` by ``width`` are there. Pointers are those of its first element.
 
@@ -107,7 +110,7 @@ def _quantize_tile(
             blocks = values.reshape(32, 4, 32)
             scale = scale_of(tl.max(magnitude(blocks), 2), LIMIT, True)
             codes = _e8m0(scale, (places * 32 < width)[None, :]) << (places * 8)[None, :]
-            tl.store(straight_scales + rs, tl.sum(codes, 1), mask=rs < height)
+            _store_scales(straight_scales, rs, tl.sum(codes, 1), height, SWIZZLED)
             data = to_fp8(blocks, inverse_of(scale)[:, :, None], LIMIT, straight.dtype.element_ty).reshape(32, 128)
             tl.store(straight + rs.to(tl.int64)[:, None] * straight_stride + cs[None, :], data, mask=mask)
         if TRANSPOSED:
@@ -118,7 +121,18 @@ def _quantize_tile(
             targets = transposed + cs.to(tl.int64)[None, :] * transposed_stride + rs[:, None]
             tl.store(targets, data, mask=(rs < stored)[:, None] & (cs < width)[None, :])
     if TRANSPOSED:
-        tl.store(transposed_scales + cs, transposed_codes, mask=cs < tl.where(stored > 0, width, 0))
+        _store_scales(transposed_scales, cs, transposed_codes, tl.where(stored > 0, width, 0), SWIZZLED)
+
+
+@triton.jit
+def _store_scales(target, lines, codes, count, SWIZZLED: tl.constexpr):
+    """The scales of some lines of a tile, of which the first ``count`` are there; the others are 1 where it has places
+    for them, which it has as `layouts_torch` swizzles, if it has any."""
+    if SWIZZLED:
+        codes = tl.where(lines < count, codes, ONES)
+        tl.store(target + lines % 32 * 4 + lines // 32, codes, mask=lines < tl.where(count > 0, 128, 0))
+    else:
+        tl.store(target + lines, codes, mask=lines < count)
 
 
 @triton.jit
@@ -159,7 +173,7 @@ def _quantize_tiles(
         by_row + row64 * row_stride + d64, row_stride, row_scales + d_block.to(tl.int64) * M + row64,
         by_column + (block64 * D + d64) * 128, 128, column_scales + block64 * D + d64,
         summed, stored,
-        ROWS, COLUMNS, LIMIT,
+        ROWS, COLUMNS, LIMIT, False,
     )  # fmt: skip
 
 
@@ -167,7 +181,7 @@ def _quantize_tiles(
 def _quantize_weights(
     w, straight, straight_scales, transposed, transposed_scales,
     R, C, w_stride_e, w_stride, straight_stride_e, straight_stride, transposed_stride_e, transposed_stride,
-    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, LIMIT: tl.constexpr,
+    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, LIMIT: tl.constexpr, SWIZZLED: tl.constexpr,
 ):  # fmt: skip
     """A square tile of one matrix."""
     c_blocks = tl.cdiv(C, 128)
@@ -178,12 +192,17 @@ def _quantize_weights(
     r = r_block.to(tl.int64) * 128
     c = c_block.to(tl.int64) * 128
     height = tl.minimum(R - r_block * 128, 128)
+    straight_place = (e * c_blocks + c_block) * R + r
+    transposed_place = (e * r_blocks + r_block) * C + c
+    if SWIZZLED:
+        straight_place = ((e * r_blocks + r_block) * c_blocks + c_block) * 128
+        transposed_place = ((e * c_blocks + c_block) * r_blocks + r_block) * 128
     _quantize_tile(
         w + e * w_stride_e + r * w_stride + c, w_stride, height, C - c_block * 128,
         straight + e * straight_stride_e + r * straight_stride + c, straight_stride,
-        straight_scales + (e * c_blocks + c_block) * R + r,
+        straight_scales + straight_place,
         transposed + e * transposed_stride_e + c * transposed_stride + r, transposed_stride,
-        transposed_scales + (e * r_blocks + r_block) * C + c,
+        transposed_scales + transposed_place,
         height, height,
-        STRAIGHT, TRANSPOSED, LIMIT,
+        STRAIGHT, TRANSPOSED, LIMIT, SWIZZLED,
     )  # fmt: skip

@@ -1,8 +1,9 @@
 """The offset plan and the quantizer of activations for torch's grouped products, and the zeros that those leave out.
 
-Numbers are those of `reference`, bit for bit. Layouts: `layouts_torch`; weights are `quantize`'s.
+Numbers are those of `reference`, bit for bit. Layouts: `layouts_torch`; weights are `quantize`'s. MX activations are
+`quantize_torch_mx`'s.
 
-M, E, D: rows, groups, features. T: tokens, the rows of groups that are padded to multiples of 16.
+M, E, D: rows, groups, features. T: tokens, the rows of groups that are padded to multiples of 32.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,7 +20,7 @@ from grouped_gemm.kernels import quantize_packed
 from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
 from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, num_processors, on_device
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
-from grouped_gemm.kernels.layouts_torch import ALIGNMENT
+from grouped_gemm.kernels.layouts_torch import TOKENS, num_blocks
 from grouped_gemm.kernels.quantize import _amax, _load_quarter, _store_quarter, _transpose, quantize_activations
 from grouped_gemm.kernels.scaling import inverse_of, scale_of, to_fp8
 from grouped_gemm.recipes import Recipe
@@ -34,7 +35,7 @@ def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor]) -> None:
     with on_device(offs):
         launch(
             _lay_out, (1,), offs, *out, num_rows, num_groups,
-            constants={"E_PADDED": next_power_of_2(num_groups + 1), "ALIGNMENT": ALIGNMENT},
+            constants={"E_PADDED": next_power_of_2(num_groups + 1), "TOKENS": TOKENS},
         )  # fmt: skip
 
 
@@ -57,15 +58,15 @@ def quantize(x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: Recipe, out
         quantize_activations(x_MD, ends, recipe, (by_row, row_scale, nothing, nothing))
         return
     (num_rows, features), num_groups, rows = x_MD.shape, ends.shape[0], by_row.dim() == 2
-    num_blocks = num_rows // TOKEN_BLOCK + num_groups
-    blocks = ends.new_empty(num_blocks, 4)
+    block_count = num_blocks(num_rows, num_groups)
+    blocks = ends.new_empty(block_count, 4)
     row_amax = x_MD.new_zeros(num_rows, dtype=torch.int32) if rows else None
     column_amax = x_MD.new_zeros(num_groups, features, dtype=torch.int32)
-    grid, tile = (num_blocks * cdiv(features, TOKEN_BLOCK),), {"BLOCK": TOKEN_BLOCK, "BAND": 8}
+    grid, tile = (block_count * cdiv(features, TOKEN_BLOCK),), {"BLOCK": TOKEN_BLOCK, "BAND": 8}
     with on_device(x_MD):
         launch(
-            _find_blocks, (cdiv(num_blocks, _AT_ONCE),), ends, token_ends, blocks, by_column.shape[1], num_groups,
-            num_blocks,
+            _find_blocks, (cdiv(block_count, _AT_ONCE),), ends, token_ends, blocks, by_column.shape[1], num_groups,
+            block_count,
             constants={"E_PADDED": next_power_of_2(num_groups + 1), "BLOCK": TOKEN_BLOCK, "AT_ONCE": _AT_ONCE},
         )  # fmt: skip
         find_amax = quantize_packed._amax if quantize_packed.can_run(x_MD) else _amax
@@ -78,7 +79,7 @@ def quantize(x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: Recipe, out
             num_groups, features, by_column.shape[1], x_MD.stride(0),
             constants={
                 "ROWS": rows, "LIMIT": torch.finfo(by_column.dtype).max, "POWER_OF_TWO": recipe.power_of_two_scales,
-                "NVIDIA": machine_of(x_MD.device).vendor == "nvidia", "ALIGNMENT": ALIGNMENT, **tile,
+                "NVIDIA": machine_of(x_MD.device).vendor == "nvidia", "TOKENS": TOKENS, **tile,
             }, num_warps=4,
         )  # fmt: skip
 
@@ -101,11 +102,11 @@ def _write_zeros(x: Tensor, ends: Tensor, grid: tuple[int, int], num_rows: int, 
 
 
 @triton.jit(do_not_specialize=["M", "E"])
-def _lay_out(offs, ends, token_ends, M, E, E_PADDED: tl.constexpr, ALIGNMENT: tl.constexpr):
+def _lay_out(offs, ends, token_ends, M, E, E_PADDED: tl.constexpr, TOKENS: tl.constexpr):
     """The end of each group in rows and in tokens."""
-    _, last_rows, first_blocks, last_blocks = groups_in_blocks(offs, M, E, ALIGNMENT, E_PADDED)
+    _, last_rows, first_blocks, last_blocks = groups_in_blocks(offs, M, E, TOKENS, E_PADDED)
     groups = tl.arange(0, E_PADDED)
-    tokens = tl.cumsum(tl.maximum(last_blocks - first_blocks, 1), 0) * ALIGNMENT
+    tokens = tl.cumsum(tl.maximum(last_blocks - first_blocks, 1), 0) * TOKENS
     tl.store(ends + groups, last_rows, mask=groups < E)
     tl.store(token_ends + groups, tokens, mask=groups < E)
 
@@ -135,11 +136,11 @@ def _find_blocks(ends, token_ends, blocks, T, E, B, E_PADDED: tl.constexpr, BLOC
 def _quantize_tiles(
     x, blocks, by_row, row_scales, by_column, column_scales, row_amax, column_amax, E, D, T, x_stride,
     ROWS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
-    ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr, BAND: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
     """BLOCK rows of one group by BLOCK features, with the scales of `quantize._amax`: (M,) of rows, (E, D) of columns.
 
-    Rows are written if wanted, columns always: up to the next multiple of ALIGNMENT, of an empty group ALIGNMENT zeros.
+    Rows are written if wanted, columns always: up to the next multiple of TOKENS, of an empty group TOKENS zeros.
     """
     d_blocks = tl.cdiv(D, BLOCK)
     block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
@@ -166,7 +167,7 @@ def _quantize_tiles(
         amax = tl.load(column_amax + lines, mask=ds < D, other=0)
         scale = tl.where(rows_left > 0, scale_of(amax, LIMIT, POWER_OF_TWO), 1.0)
         tl.store(column_scales + lines, scale, mask=ds < D)  # each block of the group stores the same
-        rows_to_fill = tl.maximum(tl.cdiv(rows_left, ALIGNMENT), 1) * ALIGNMENT
+        rows_to_fill = tl.maximum(tl.cdiv(rows_left, TOKENS), 1) * TOKENS
         _transpose(
             source, x_stride, by_column + d.to(tl.int64) * T + token, T, inverse_of(scale), rows_left, rows_to_fill,
             D - d, LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK,

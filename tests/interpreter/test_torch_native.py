@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch_checks import BACKEND, GROUPS, check_activations, check_plan, check_zeros, scaled_grouped_mm
+from torch.testing._internal.common_quantized import to_blocked
+from torch_checks import (
+    BACKEND,
+    GROUPS,
+    check_activations,
+    check_mx_activations,
+    check_mx_weights,
+    check_plan,
+    check_zeros,
+    scaled_grouped_mm,
+    unswizzled,
+)
 
-from grouped_gemm import KernelPreference, Pass, Recipe, quantize_weights, reference, testing
+from grouped_gemm import KernelPreference, Machine, Pass, Recipe, quantize_weights, reference, testing
 from grouped_gemm.backends import candidates, torch_native
 from grouped_gemm.backends.base import Health
 from grouped_gemm.ops import NAMES
 from grouped_gemm.testing import TRAINING, Case, Shape
 
-ROWWISE = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2)
+ROWWISE, MXFP8 = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2), Recipe.MXFP8
 groups = pytest.mark.parametrize("ends, num_rows", GROUPS, ids=str)
 
 
@@ -40,21 +51,37 @@ def test_activations(ends, num_rows, recipe):
 
 
 @groups
+def test_mx_activations(ends, num_rows):
+    check_mx_activations(ends, num_rows)
+
+
+@pytest.mark.parametrize("b_contiguous", "kn")
+def test_mx_weights(b_contiguous):
+    check_mx_weights(b_contiguous)
+
+
+def test_scales_are_swizzled_as_torch_does_it():
+    torch.manual_seed(0)
+    codes = torch.randint(1, 255, (256, 12), dtype=torch.uint8)
+    assert torch.equal(unswizzled(to_blocked(codes), 256, 12), codes)
+
+
+@groups
 def test_zeros(ends, num_rows):
     check_zeros(ends, num_rows)
 
 
 SHAPES = (
-    Shape("mixed", (0, 37, 1, 130, 0), tail=5, k=144, n=48),
-    Shape("all_empty", (0, 0), tail=4, k=32, n=16),
-    Shape("no_rows", (0, 0), k=32, n=16),
-    Shape("one_row", (1,), k=16, n=32),
+    Shape("mixed", (0, 37, 1, 130, 0), tail=5, k=160, n=288),
+    Shape("all_empty", (0, 0), tail=4, k=32, n=64),
+    Shape("no_rows", (0, 0), k=32, n=64),
+    Shape("one_row", (1,), k=64, n=32),
 )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 @pytest.mark.parametrize("b_contiguous", "kn")
-@pytest.mark.parametrize("recipe", (*ROWWISE, Recipe.NONE), ids=lambda r: r.value)
+@pytest.mark.parametrize("recipe", (*ROWWISE, MXFP8, Recipe.NONE), ids=lambda r: r.value)
 def test_calls(recipe, b_contiguous, shape):
     case = Case(KernelPreference.TORCH, recipe, passes=TRAINING, shape=shape, b_contiguous=b_contiguous)
     inputs = testing.make_inputs(case, torch.device("cpu"))
@@ -68,36 +95,41 @@ def test_calls(recipe, b_contiguous, shape):
     assert found.db.stride() == inputs.b.stride()
 
 
-def test_weights_of_a_checkpoint():
+@pytest.mark.parametrize("recipe", (Recipe.FP8_ROWWISE, MXFP8), ids=lambda r: r.value)
+def test_weights_of_a_checkpoint(recipe):
     torch.manual_seed(0)
-    blocks = reference.weight_blocks(Recipe.FP8_ROWWISE, 1)
-    case = Case(KernelPreference.TORCH, Recipe.FP8_ROWWISE, shape=SHAPES[0])
+    blocks = reference.weight_blocks(recipe, 1)
+    case = Case(KernelPreference.TORCH, recipe, shape=SHAPES[0])
     inputs = testing.make_inputs(case, torch.device("cpu"))
     data, scale = reference.quantize(inputs.b, blocks, case.recipe, torch.float8_e4m3fn)
     weights = quantize_weights(data, case.recipe, scale=scale, dgrad=True, kernel_preference="torch")
     assert torch.equal(weights.forward.data.float(), data.float())
-    assert torch.equal(weights.forward.scale, scale[:, 0])
+    by_column, _ = BACKEND.quantize_weights(inputs.b, recipe, forward=True, dgrad=False)
+    assert torch.equal(weights.forward.scale.float(), by_column.scale.float())
     values = reference.dequantize(data, scale, blocks)
     _, by_line = BACKEND.quantize_weights(values, case.recipe, forward=False, dgrad=True)
     assert torch.equal(weights.dgrad.data.float(), by_line.data.float())
+    assert torch.equal(weights.dgrad.scale.float(), by_line.scale.float())
 
 
 def samples():
     ends = torch.tensor([3, 3, 140], dtype=torch.int32)
-    x, dy = torch.randn(150, 48).bfloat16(), torch.randn(150, 32).bfloat16()
-    b = torch.randn(3, 48, 32, dtype=torch.bfloat16)
+    x, dy = torch.randn(150, 96).bfloat16(), torch.randn(150, 32).bfloat16()
+    b = torch.randn(3, 96, 32, dtype=torch.bfloat16)
     plan = BACKEND.plan(ends, 150)
     yield "torch_plan", (ends, 150)
-    for rows, columns in ((True, True), (True, False), (False, True)):
-        yield "torch_quantize_activations", (x, *plan.derived, "fp8_rowwise", rows, columns)
-    yield "torch_quantize_weights", (b, "fp8_rowwise", True, True)
-    lhs, columns = BACKEND.quantize_activations(x, plan, Recipe.FP8_ROWWISE, rows=True, columns=True)
-    _, dy_columns = BACKEND.quantize_activations(dy, plan, Recipe.FP8_ROWWISE, rows=False, columns=True)
-    rhs, _ = BACKEND.quantize_weights(b, Recipe.FP8_ROWWISE, forward=True, dgrad=False)
-    yield "torch_grouped_mm", (lhs.data, lhs.scale, rhs.data, rhs.scale, plan.derived[0])
     yield "torch_grouped_mm", (x, None, b, None, plan.derived[0])
     yield "torch_wgrad", (x, dy, plan.derived[0])
-    yield "torch_scaled_wgrad", (columns.data, columns.scale, dy_columns.data, dy_columns.scale, plan.derived[1])
+    for recipe in (Recipe.FP8_ROWWISE, MXFP8):
+        for rows, columns in ((True, True), (True, False), (False, True)):
+            yield "torch_quantize_activations", (x, *plan.derived, recipe.value, rows, columns)
+        for forward, dgrad in ((True, True), (True, False), (False, True)):
+            yield "torch_quantize_weights", (b, recipe.value, forward, dgrad)
+        lhs, columns = BACKEND.quantize_activations(x, plan, recipe, rows=True, columns=True)
+        _, dy_columns = BACKEND.quantize_activations(dy, plan, recipe, rows=False, columns=True)
+        rhs, _ = BACKEND.quantize_weights(b, recipe, forward=True, dgrad=False)
+        yield "torch_grouped_mm", (lhs.data, lhs.scale, rhs.data, rhs.scale, plan.derived[0])
+        yield "torch_scaled_wgrad", (columns.data, columns.scale, dy_columns.data, dy_columns.scale, plan.derived[1])
 
 
 def test_ops():
@@ -109,6 +141,20 @@ def test_ops():
             tests = ("test_faketensor",)  # the other compares with torch.allclose, which has no fp8
         torch.library.opcheck(getattr(torch.ops.grouped_gemm, name).default, arguments, test_utils=tests)
     assert found == {name for name in NAMES if name.startswith("torch_")}
+
+
+@pytest.mark.parametrize("arch, recipe", (("sm_90", "fp8_rowwise"), ("sm_100", "mxfp8")))
+def test_health_tries_the_kind_of_fp8_that_runs_there(arch, recipe, monkeypatch):
+    machine = Machine("nvidia", arch, arch, (("mslk", "2.11.0"),))
+    monkeypatch.setattr(torch_native, "machine_of", lambda device: machine)
+    device = torch.device("cpu")
+    assert HEALTH(BACKEND, device).is_good
+
+    def wrong(*operands, **options):
+        return 2 * scaled_grouped_mm(*operands, **options)
+
+    monkeypatch.setattr(torch_native.F, "scaled_grouped_mm", wrong)
+    assert HEALTH(BACKEND, device).problem == f"a tiny product of {recipe} is wrong"
 
 
 def test_health_compares_with_the_reference(monkeypatch):
