@@ -126,8 +126,10 @@ def _quantize_tile(
 
 @triton.jit
 def _store_scales(target, lines, codes, count, SWIZZLED: tl.constexpr):
-    """The scales of some lines of a tile, of which the first ``count`` are there; the others are 1 where it has places
-    for them, which it has as `layouts_torch` swizzles, if it has any."""
+    """Scales of ``lines`` of a tile, the first ``count`` of which are there.
+
+    Swizzled as `layouts_torch` says, lines that are not there have scales too, of 1, unless none is there.
+    """
     if SWIZZLED:
         codes = tl.where(lines < count, codes, ONES)
         tl.store(target + lines % 32 * 4 + lines // 32, codes, mask=lines < tl.where(count > 0, 128, 0))
