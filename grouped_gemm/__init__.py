@@ -12,6 +12,7 @@ from grouped_gemm.problem import Pass, Problem
 from grouped_gemm.recipes import Recipe
 from grouped_gemm.report import Explanation
 from grouped_gemm.select import Decision, NoBackendError
+from grouped_gemm.weight_cache import WeightCache, cache_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "QuantizedWeights",
     "Recipe",
     "Warmup",
+    "WeightCache",
+    "cache_weights",
     "explain",
     "grouped_mm",
     "prefer",

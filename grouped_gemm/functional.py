@@ -27,7 +27,7 @@ from grouped_gemm.autograd import (
     weights_for,
 )
 from grouped_gemm.backends import candidates
-from grouped_gemm.device import machine_of
+from grouped_gemm.device import is_capturing, machine_of
 from grouped_gemm.operand import QuantizedWeights
 from grouped_gemm.preference import (
     LOG,
@@ -232,7 +232,7 @@ def _recall(
             type(options[2]),  # group_alignment=True equals 1, and is an error
             torch.is_grad_enabled(),
             surrounding.kernel_preference,
-            surrounding.host_sync and not _is_capturing(a),
+            surrounding.host_sync and not is_capturing(a),
             environment(),
         )
         return key, _routes.get(key)
@@ -317,7 +317,7 @@ def _prepare(
         "has_bias": bias is not None,
         "group_alignment": group_alignment,
         "is_aligned": _is_aligned(a) and (isinstance(b, QuantizedWeights) or _is_aligned(b)),
-        "host_sync": surrounding.host_sync and not _is_capturing(a),
+        "host_sync": surrounding.host_sync and not is_capturing(a),
         "weights": weights,
         "preference": preference,
         "context": surrounding.kernel_preference,
@@ -332,10 +332,6 @@ def _needs_grad(x: Tensor) -> bool:
 def _is_aligned(x: Tensor) -> bool:
     """Whether all strides but that of the contiguous axis are multiples of 16 bytes."""
     return all(stride == 1 or stride * x.element_size() % 16 == 0 for stride in x.stride())
-
-
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _route(facts: dict[str, Any]) -> Route:

@@ -28,7 +28,7 @@ LAYERS = (
     ("ahead",),
     ("functional",),
     ("arguments", "autograd", "report"),
-    ("select",),
+    ("select", "weight_cache"),
     ("backends",),
     ("backends.*",),
     ("backends._deep_gemm",),
