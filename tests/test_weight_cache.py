@@ -510,3 +510,16 @@ def test_inference_tensors_are_not_kept():
             layer.up.mul_(2)
             assert not torch.equal(layer(layer.a), y)
             assert cache.nbytes == 0
+
+
+def test_weights_that_vmap_holds_for_a_batch_of_them_are_not_kept():
+    layer = Layer(EMULATED, torch.device("cpu"))
+    weights = torch.stack([layer.up.detach(), layer.up.detach() * 2])
+
+    def call(w: Tensor) -> Tensor:
+        return grouped_mm(layer.a, w.transpose(1, 2), layer.offs, recipe="fp8_blockwise")
+
+    wanted = torch.stack([call(w) for w in weights])
+    with cache_weights() as cache:
+        assert torch.equal(torch.func.vmap(call)(weights), wanted)
+        assert cache.nbytes == 0
