@@ -4,6 +4,7 @@
 """
 
 from grouped_gemm.ahead import Warmup, warmup
+from grouped_gemm.backends import product_ops, register_ops
 from grouped_gemm.device import Machine
 from grouped_gemm.functional import explain, grouped_mm, quantize_weights
 from grouped_gemm.operand import Quantized, QuantizedWeights
@@ -32,6 +33,8 @@ __all__ = [
     "explain",
     "grouped_mm",
     "prefer",
+    "product_ops",
     "quantize_weights",
+    "register_ops",
     "warmup",
 ]

@@ -27,7 +27,8 @@ from grouped_gemm.autograd import (
     weights_for,
 )
 from grouped_gemm.backends import candidates
-from grouped_gemm.device import is_capturing, machine_of
+from grouped_gemm.device import is_capturing as _is_capturing
+from grouped_gemm.device import machine_of
 from grouped_gemm.operand import QuantizedWeights
 from grouped_gemm.preference import (
     LOG,
@@ -232,7 +233,7 @@ def _recall(
             type(options[2]),  # group_alignment=True equals 1, and is an error
             torch.is_grad_enabled(),
             surrounding.kernel_preference,
-            surrounding.host_sync and not is_capturing(a),
+            surrounding.host_sync and not _is_capturing(a),
             environment(),
         )
         return key, _routes.get(key)
@@ -308,7 +309,7 @@ def _prepare(
     facts = {
         "device": a.device,
         "shape": tuple(map(operator.index, shape)),  # under Dynamo, constants of the graph; M stays symbolic
-        "rows": row_class(a.shape[0], shape[0]),
+        "rows": _rows(a.shape[0], shape[0]),
         "recipe": recipe,
         "dtype": a.dtype,
         "out_dtype": a.dtype if out_dtype is None else out_dtype,
@@ -317,12 +318,17 @@ def _prepare(
         "has_bias": bias is not None,
         "group_alignment": group_alignment,
         "is_aligned": _is_aligned(a) and (isinstance(b, QuantizedWeights) or _is_aligned(b)),
-        "host_sync": surrounding.host_sync and not is_capturing(a),
+        "host_sync": surrounding.host_sync and not _is_capturing(a),
         "weights": weights,
         "preference": preference,
         "context": surrounding.kernel_preference,
     }
     return _Call(a, b, offs.contiguous(), facts)
+
+
+def _rows(num_rows: int, num_groups: int) -> RowClass:
+    """The row class; LARGE in an exported program, which would otherwise be one of a single class."""
+    return RowClass.LARGE if torch.compiler.is_exporting() else row_class(num_rows, num_groups)
 
 
 def _needs_grad(x: Tensor) -> bool:

@@ -544,7 +544,7 @@ def test_strict_holds_from_the_call_that_follows(on, monkeypatch):
 def test_a_capture_that_begins_after_a_call_refuses_what_waits_for_the_host(on, monkeypatch):
     on("H100", NOTHING_ELSE)
     texts_of_warnings(call)
-    monkeypatch.setattr(functional, "is_capturing", lambda x: True)
+    monkeypatch.setattr(functional, "_is_capturing", lambda x: True)
     with pytest.raises(NoBackendError, match="emulated  requires leave to wait for the device"):
         call()
 
