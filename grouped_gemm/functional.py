@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm import arguments, reference
+from grouped_gemm import arguments, reference, shards
 from grouped_gemm.autograd import (
     Contraction,
     GroupedMM,
@@ -62,7 +62,7 @@ def grouped_mm(
     Rows ``offs[e-1]`` to ``offs[e]`` of ``a`` are multiplied by ``b[e]``, as `torch.nn.functional.grouped_mm` does;
     rows at and past ``offs[-1]`` give zeros, whatever they hold. Where ``b`` has 2 dimensions, ``offs`` splits the
     contraction instead: ``out[e] = a[:, group] @ b[group]``. The host never waits for the device unless `explain`
-    says so.
+    says so. A DTensor stands for its local shard (docs/training.md), and the result is a plain tensor.
 
     Args:
         a: (M, K); bfloat16, float16 or float32. Columns (M, M') of a weight gradient where ``b`` has 2 dimensions.
@@ -87,6 +87,9 @@ def grouped_mm(
     a, b, bias = _cast(a, b, bias)
     options = (recipe, out_dtype, group_alignment, kernel_preference)
     key, route = _recall(a, b, offs, bias, options)
+    if route is None and any(map(shards.is_dtensor, (a, b, offs, bias))):
+        a, b, offs, bias = shards.local(a=a, b=b, offs=offs, bias=bias)
+        key, route = _recall(a, b, offs, bias, options)
     if route is None:
         call = _prepare(a, b, offs, bias, *options)
         route = _route(call.facts)
@@ -119,6 +122,7 @@ def explain(
     Raises:
         TypeError, ValueError: as `grouped_mm`.
     """
+    a, b, offs, bias = shards.local(a=a, b=b, offs=offs, bias=bias)
     a, b, bias = _cast(a, b, bias)
     call = _prepare(a, b, offs, bias, recipe, out_dtype, group_alignment, kernel_preference)
     return Explanation(_decision(**call.facts), call.a.shape[0])
@@ -157,6 +161,7 @@ def quantize_weights(
     recipe = Recipe.parse(recipe)
     if not recipe.is_scaled:
         arguments.fail("recipe", "one that scales", recipe.value)
+    b, scale = shards.local(b=b, scale=scale)
     arguments.check_weights(b, scale, recipe, dtype)
     b, b_contiguous = dense_weights(b.detach())
     if dtype is None:
