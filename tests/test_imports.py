@@ -27,8 +27,9 @@ LAYERS = (
     ("__init__",),
     ("ahead", "override"),
     ("functional",),
+    ("shards",),
     ("arguments", "autograd", "contests", "report"),
-    ("select",),
+    ("select", "weight_cache"),
     ("backends",),
     ("backends.*",),
     ("costs",),
@@ -159,6 +160,10 @@ def test_importing_the_package_imports_no_other_but_packaging(imported):
 def test_importing_the_package_does_not_wake_the_compiler(imported):
     compiler = ("torch._dynamo", "torch._inductor", "torch._functorch")
     assert not [module for module in imported["modules"] if module.startswith(compiler)]
+
+
+def test_importing_the_package_does_not_import_dtensor(imported):
+    assert "torch.distributed.tensor" not in imported["modules"]
 
 
 def test_importing_the_package_imports_no_backend(imported):

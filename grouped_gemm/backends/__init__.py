@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from grouped_gemm.backends.base import Health, _GroupedMMBackend
+from grouped_gemm.ops import NAMES
 from grouped_gemm.preference import KernelPreference
 
 # Each module has one subclass of _GroupedMMBackend, named Backend.
@@ -49,6 +50,28 @@ def get_backend(kind: KernelPreference) -> _GroupedMMBackend:
     if kind not in _instances:
         _instances[kind] = importlib.import_module(_MODULES[kind]).Backend()
     return _instances[kind]
+
+
+def register_ops() -> None:
+    """Defines every op of this version under ``torch.ops.grouped_gemm``: a backend's are there once it is looked at.
+
+    Call it before `torch.export.load` of a program that calls `grouped_mm`.
+    """
+    for kind in _MODULES:
+        get_backend(kind)
+
+
+def product_ops() -> list[torch._ops.OpOverload]:
+    """The ops that multiply, of every backend: what a policy of selective activation checkpointing would save.
+
+    They are those that `grouped_mm` calls in forward: ``<backend>_grouped_mm``, and ``<backend>_wgrad`` where both
+    operands have 2 dimensions.
+
+    >>> create_selective_checkpoint_contexts([*product_ops(), torch.ops.aten.mm.default])
+    """
+    register_ops()
+    names = sorted(name for name in NAMES if name.endswith(("_grouped_mm", "_wgrad")))
+    return [getattr(torch.ops.grouped_gemm, name).default for name in names]
 
 
 @functools.cache
