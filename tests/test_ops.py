@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grouped_gemm import Recipe, reference, testing
+from grouped_gemm import KernelPreference, Recipe, reference, testing
+from grouped_gemm.backends import get_backend
 from grouped_gemm.ops import NAMES
 
 RECIPES = tuple(Recipe)
@@ -106,6 +107,58 @@ def emulated_group_sums():
         yield name, (x, host_offs(), torch.bfloat16)
 
 
+def hipblaslt_host_offs():
+    yield from emulated_host_offs()
+
+
+ALIGNED = torch.tensor([0, 16, 48], dtype=torch.int32)
+HIPBLASLT = get_backend(KernelPreference.HIPBLASLT)
+
+
+def hipblaslt_operands(recipe: Recipe):
+    """Plan and operands of all passes; K = 32, N = 48, two rows past the last group."""
+    plan = HIPBLASLT.plan(ALIGNED, M, 16)
+    a, dy = (torch.randn(M, features).bfloat16() for features in (32, 48))
+    b = torch.randn(3, 48, 32).bfloat16().transpose(1, 2)
+    left, right = (HIPBLASLT.quantize_activations(x, plan, recipe, rows=True, columns=True) for x in (a, dy))
+    return plan.derived[0], left, right, HIPBLASLT.quantize_weights(b, recipe, forward=True, dgrad=True)
+
+
+def hipblaslt_quantize_activations():
+    offs = ALIGNED[1:]  # what is of no group is not written, and opcheck compares all
+    for name, x in rows(48).items():
+        for wanted in ((True, True), (True, False), (False, True)):
+            if len(x):
+                yield f"{name}-{wanted}", (x[:48], offs, offs.clone(), "fp8_rowwise", *wanted)
+    yield "empty", (x, offs, offs.clone(), "fp8_rowwise", True, False)
+
+
+def hipblaslt_quantize_weights():
+    for name, b in weights().items():
+        for wanted in ((True, True), (True, False), (False, True)):
+            yield f"{name}-{wanted}", (b, "fp8_rowwise", *wanted)
+
+
+def hipblaslt_grouped_mm():
+    for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE):
+        host_offs, (a, _), (dy, _), (forward, dgrad) = hipblaslt_operands(recipe)
+        for name, lhs, data, scale in (
+            ("forward", a, forward.data, forward.scale),
+            ("dgrad", dy, dgrad.data.transpose(1, 2), dgrad.scale),
+        ):
+            yield f"{recipe.value}-{name}", (lhs.data, lhs.scale, data, scale, ALIGNED, host_offs, M, recipe.value)
+
+
+def hipblaslt_wgrad():
+    for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE):
+        host_offs, (_, a), (_, dy), _ = hipblaslt_operands(recipe)
+        yield recipe.value, (a.data, a.scale, dy.data, dy.scale, host_offs, M, recipe.value)
+
+
+def hipblaslt_group_sums():
+    yield from emulated_group_sums()
+
+
 # By op, a function that yields names and arguments.
 SAMPLES = {
     sample.__name__: sample
@@ -118,11 +171,18 @@ SAMPLES = {
         emulated_quantize_rows,
         emulated_quantize_weights,
         emulated_wgrad,
+        hipblaslt_group_sums,
+        hipblaslt_grouped_mm,
+        hipblaslt_host_offs,
+        hipblaslt_quantize_activations,
+        hipblaslt_quantize_weights,
+        hipblaslt_wgrad,
     )
 }
 
 
-# Kernels of Triton run interpreted on a CPU: tests/interpreter checks their ops.
+# Kernels of Triton run interpreted on a CPU: tests/interpreter checks their ops. MX ones of hipBLASLt need a build that
+# takes them: tests/test_hipblaslt.py.
 HERE = sorted(name for name in NAMES if not name.startswith(("triton_", "deepgemm_")))
 
 

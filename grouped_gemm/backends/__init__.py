@@ -20,6 +20,7 @@ _MODULES = {
     KernelPreference.EMULATED: "grouped_gemm.backends.emulated",
     KernelPreference.TRITON: "grouped_gemm.backends.triton",
     KernelPreference.DEEPGEMM: "grouped_gemm.backends.deepgemm",
+    KernelPreference.HIPBLASLT: "grouped_gemm.backends.hipblaslt",
 }
 
 
