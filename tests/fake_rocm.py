@@ -9,17 +9,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from grouped_gemm.device import Machine
 
-scaled_mm_on_cpu, mm_on_cpu = torch._scaled_mm, torch.mm
+mm_on_cpu = torch.mm
 
 
 def machine(arch: str, rocm: str) -> Machine:
     name = {"gfx942": "AMD Instinct MI300X", "gfx950": "AMD Instinct MI355X"}[arch]
-    return Machine("amd", arch, name, (("torch", torch.__version__), ("rocm", f"{rocm}.43484-123f8eb5")))
+    return Machine("amd", arch, name, (("torch", torch.__version__), ("rocm", f"{rocm}-123f8eb5")))
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -35,7 +36,7 @@ class Build:
     """
 
     def __init__(self, arch: str, rocm: str, grouped: bool = False):
-        self.arch, self.rocm, self.grouped = arch, tuple(map(int, rocm.split("."))), grouped
+        self.arch, self.rocm, self.grouped = arch, Version(rocm).release, grouped
         self.fp8 = torch.float8_e4m3fnuz if arch == "gfx942" else torch.float8_e4m3fn
         self.calls: list[tuple[str, tuple[Tensor, ...]]] = []
         self.reads: list[int] = []
@@ -77,7 +78,11 @@ class Build:
         assert scale_b.shape == (1, b.shape[1]) and scale_b.t().is_contiguous()
         assert a.dtype == b.dtype == self.fp8
         assert out.dtype == torch.bfloat16
-        return scaled_mm_on_cpu(a, b, scale_a, scale_b, out_dtype=out.dtype, out=out)
+        return self.rowwise_product(a, b, scale_a, scale_b, out)
+
+    def rowwise_product(self, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: Tensor) -> Tensor:
+        with _disable_current_modes():  # what is computed here is no part of the call
+            return out.copy_((a.double() * scale_a) @ (b.double() * scale_b))
 
     def _mx(self, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: Tensor) -> Tensor:
         (m, k), n = a.shape, b.shape[1]
@@ -89,7 +94,7 @@ class Build:
         assert a.dtype == b.dtype == self.fp8
         assert m % 16 == 0 and k % 128 == 0 and n % 16 == 0
         assert out.dtype in (torch.bfloat16, torch.float16)
-        with _disable_current_modes():  # what is computed here is no part of the call
+        with _disable_current_modes():
             lhs, rhs = (
                 x.double() * scale.view(-1, blocks)[: len(x)].double().repeat_interleave(32, 1)
                 for x, scale in ((a, scale_a), (b.t(), scale_b))

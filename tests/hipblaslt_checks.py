@@ -13,12 +13,12 @@ from grouped_gemm.kernels import quantize_hipblaslt
 # ends of groups, M, what groups are multiples of: ragged; ends out of order and range; all empty; aligned to 16 with a
 # tail, whole blocks with one and without
 GROUPS = (
-    ((0, 37, 37, 38, 170), 175, 1),
-    ((-5, 200, 40, 999), 263, 1),
+    ((0, 37, 37, 38, 130), 135, 1),
+    ((-5, 100, 40, 999), 133, 1),
     ((0, 0), 20, 1),
-    ((16, 16, 144, 160), 165, 16),
-    ((128, 64, 512), 512, 128),
-    ((0, 256, 256), 300, 128),
+    ((16, 16, 160), 165, 16),
+    ((128, 64, 384), 384, 128),
+    ((0, 128, 128), 140, 128),
 )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -18,11 +19,11 @@ import torch
 from fake_rocm import Build
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from grouped_gemm import Explanation, Pass, Problem, Recipe, device, grouped_mm, quantize_weights, reference, testing
 from grouped_gemm.backends import Candidate, candidates, get_backend, hipblaslt
 from grouped_gemm.backends.base import Health
-from grouped_gemm.ops import NAMES
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.problem import RowClass
 from grouped_gemm.select import decide
@@ -107,6 +108,7 @@ def decision(asked: Problem, preference: KernelPreference = HIPBLASLT, *broken: 
         ({"recipe": MX, "machine": on("MI355X", "7.0")}, (), ""),
         ({"recipe": MX, "machine": on("MI355X", "7.13")}, (), ""),
         ({"recipe": MX, "machine": on("MI355X", "7.14")}, TRAINING, "found ROCm 7.14"),
+        ({"recipe": MX, "machine": on("MI355X", "7.14.0a2")}, TRAINING, "found ROCm 7.14.0a2"),
         ({"machine": on("MI355X", "6.4")}, TRAINING, "ROCm 6.5 or later for fp8 on gfx950; found ROCm 6.4"),
         ({"machine": on("MI355X", "6.5")}, (), ""),
         ({"machine": on("MI355X", "6.4"), "recipe": NONE}, (), ""),
@@ -156,7 +158,7 @@ def test_a_tiny_run_that_is_wrong_is_its_health(install, monkeypatch):
     right = build.scaled_mm
 
     def without_scales(a, b, scale_a, scale_b, *, out_dtype, out):
-        return right(a, b, scale_a.fill_(1), scale_b, out_dtype=out_dtype, out=out)
+        return right(a, b, torch.ones_like(scale_a), scale_b, out_dtype=out_dtype, out=out)
 
     monkeypatch.setattr(torch, "_scaled_mm", without_scales)
     assert BACKEND.health(CPU).problem == "a tiny product is wrong, fp8_rowwise"
@@ -177,27 +179,26 @@ SHAPES = (
 )
 ON_EACH = [(name, recipe) for name in BUILDS for recipe in (NONE, ROWWISE, POW2)] + [("MI355X", MX)]
 AT_ONCE = [(name, recipe, True) for name, recipe in ON_EACH if recipe in (ROWWISE, POW2)]
+CALLS = [
+    (shape, name, recipe, grouped)
+    for shape in SHAPES
+    for name, recipe, grouped in [*((*each, False) for each in ON_EACH), *AT_ONCE]
+    if recipe is not MX or shape.k % 128 == 0
+]
 
 
-def case_of(shape: Shape, recipe: Recipe, b_contiguous: str = "k", dtype: torch.dtype = torch.bfloat16) -> Case | None:
-    """All passes that run on this machine, forward at least; None where not even that does."""
-    for passes in (TRAINING, DGRAD):
-        case = Case(HIPBLASLT, recipe, dtype, passes, shape, b_contiguous)
-        if not testing.refusal(case, CPU):
-            return case
-    return None
+def case_of(shape: Shape, recipe: Recipe, b_contiguous: str = "k", dtype: torch.dtype = torch.bfloat16) -> Case:
+    """All passes; without wgrad, where the groups of ``shape`` are no multiples of what that needs."""
+    multiple = {NONE: 1, MX: 128}.get(recipe, 16)
+    passes = DGRAD if shape.alignment % multiple else TRAINING
+    return Case(HIPBLASLT, recipe, dtype, passes, shape, b_contiguous)
 
 
 @pytest.mark.parametrize("b_contiguous", "kn")
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-@pytest.mark.parametrize("name, recipe, grouped", [(*each, False) for each in ON_EACH] + AT_ONCE, ids=str)
-def test_every_pass_against_the_reference(name, recipe, grouped, shape, b_contiguous, install):
+@pytest.mark.parametrize("shape, name, recipe, grouped", CALLS, ids=lambda x: getattr(x, "name", str(x)))
+def test_every_pass_against_the_reference(shape, name, recipe, grouped, b_contiguous, install):
     install(name, grouped=grouped)
-    case = case_of(shape, recipe, b_contiguous)
-    if case is None:
-        assert recipe is MX and shape.k % 128, "nothing else is refused here"
-        return
-    check_passes(case, CPU)
+    check_passes(case_of(shape, recipe, b_contiguous), CPU)
 
 
 def check_passes(case: Case, device: torch.device) -> None:
@@ -211,6 +212,28 @@ def check_passes(case: Case, device: torch.device) -> None:
     if WGRAD in case.passes:
         assert found.db.stride() == inputs.b.stride()
         assert not any(found.db[e].any() for e, size in enumerate(case.shape.sizes) if size == 0)
+
+
+scaled_mm_on_cpu = torch._scaled_mm
+
+
+def rowwise_on_cpu(a, b, scale_a, scale_b, out):
+    with torch.backends.mkldnn.flags(enabled=False):  # which has no e4m3fnuz
+        return scaled_mm_on_cpu(a, b, scale_a, scale_b, out_dtype=out.dtype, out=out)
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+@pytest.mark.parametrize("shape", SHAPES[1:4], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_cpus_own_scaled_mm_agrees(name, shape, install, monkeypatch):
+    build = install(name)
+    x, out = torch.ones(16, 16).to(build.fp8), torch.empty(16, 16, dtype=torch.bfloat16)
+    try:
+        rowwise_on_cpu(x, x.t(), torch.ones(16, 1), torch.ones(1, 16), out)
+    except RuntimeError as error:
+        pytest.skip(f"this torch has no rowwise product on a CPU: {error}")
+    monkeypatch.setattr(build, "rowwise_product", rowwise_on_cpu)
+    check_passes(case_of(shape, ROWWISE), CPU)
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32), ids=str)
@@ -308,9 +331,7 @@ def test_offs_is_read_once_under_checkpointing_and_offloading(install):
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
         train(a, w, offs)
     w = w.requires_grad_()
-    y = torch.utils.checkpoint.checkpoint(
-        lambda: grouped_mm(a, w.transpose(1, 2), offs, kernel_preference=HIPBLASLT), use_reentrant=False
-    )
+    y = checkpoint(lambda: grouped_mm(a, w.transpose(1, 2), offs, kernel_preference=HIPBLASLT), use_reentrant=False)
     y.sum().backward()
     assert len(build.reads) == 1
 
@@ -534,24 +555,57 @@ def test_a_gradient_whose_rows_share_memory_is_copied_once(install):
 
 
 def samples():
-    """All but those of MX operands run on a plain CPU as well: tests/test_ops.py has them."""
-    case = Case(HIPBLASLT, MX, passes=TRAINING, shape=SHAPES[3])
-    inputs = testing.make_inputs(case, CPU)
-    plan, a, dy, b = operands_of(case, inputs)
-    (host_offs,) = plan.derived
-    yield "hipblaslt_quantize_activations", (inputs.a, inputs.offs, host_offs, "mxfp8", True, True)
-    yield "hipblaslt_quantize_weights", (inputs.b, "mxfp8", True, True)
-    rhs = b[0].data, b[0].scale
-    yield "hipblaslt_grouped_mm", (a[0].data, a[0].scale, *rhs, inputs.offs, host_offs, len(inputs.a), "mxfp8")
-    columns = a[1].data, a[1].scale, dy[1].data, dy[1].scale
-    yield "hipblaslt_wgrad", (*columns, host_offs, len(inputs.a), "mxfp8")
+    """What needs a build that takes scales; tests/test_ops.py has the rest."""
+    for recipe in (ROWWISE, MX):
+        case = Case(HIPBLASLT, recipe, passes=TRAINING, shape=SHAPES[3])
+        inputs = testing.make_inputs(case, CPU)
+        plan, a, dy, b = operands_of(case, inputs)
+        shared = *plan.derived, len(inputs.a), recipe.value
+        if recipe is MX:
+            yield "hipblaslt_quantize_activations", (inputs.a, inputs.offs, *plan.derived, "mxfp8", True, True)
+            yield "hipblaslt_quantize_weights", (inputs.b, "mxfp8", True, True)
+        yield "hipblaslt_grouped_mm", (a[0].data, a[0].scale, b[0].data, b[0].scale, inputs.offs, *shared)
+        yield "hipblaslt_wgrad", (a[1].data, a[1].scale, dy[1].data, dy[1].scale, *shared)
 
 
-def test_ops_of_mx_operands(install):
+def test_ops_with_scales(install):
     install("MI355X")
     for name, tensors in samples():
-        torch.library.opcheck(getattr(torch.ops.grouped_gemm, name).default, tensors, test_utils=("test_faketensor",))
-    assert {name for name, _ in samples()} <= set(NAMES)
+        op = getattr(torch.ops.grouped_gemm, name).default
+        torch.library.opcheck(op, tensors, test_utils=("test_faketensor",))
+
+
+# What a GPU of any vendor shows
+
+
+@pytest.mark.gpu
+def test_quantizers_are_their_twins_bit_for_bit(device):
+    from hipblaslt_checks import GROUPS, check_activations, check_weights
+
+    for recipe, group in itertools.product((ROWWISE, POW2, MX), GROUPS):
+        check_activations(*group, recipe, device)
+    for recipe, contiguous in itertools.product((ROWWISE, POW2, MX), "kn"):
+        check_weights(recipe, contiguous, device)
+
+
+def count_waits(function: Callable[[], object]) -> int:
+    """How often ``function`` makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(warning.message) for warning in found)
+
+
+@pytest.mark.gpu
+def test_plans_of_a_tensor_wait_once(device):
+    offs = torch.tensor([16, 16, 96], dtype=torch.int32, device=device)
+    assert count_waits(lambda: [BACKEND.plan(offs, 100) for _ in range(3)]) == 1
+    offs += 1
+    assert count_waits(lambda: BACKEND.plan(offs, 100)) == 1
 
 
 # The real library, on an AMD GPU
@@ -565,42 +619,35 @@ def amd(device: torch.device) -> torch.device:
 
 
 @pytest.mark.rocm
+def test_the_real_library_is_healthy(amd):
+    assert BACKEND.health(amd) == Health()
+
+
+@pytest.mark.rocm
 @pytest.mark.parametrize("b_contiguous", "kn")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 @pytest.mark.parametrize("recipe", (NONE, ROWWISE, POW2, MX), ids=lambda r: r.value)
 def test_real_products_against_the_reference(recipe, shape, b_contiguous, amd):
-    found = [Case(HIPBLASLT, recipe, passes=p, shape=shape, b_contiguous=b_contiguous) for p in (TRAINING, DGRAD)]
-    reasons = [testing.refusal(case, amd) for case in found]
-    if all(reasons):
-        pytest.skip(reasons[-1])
-    check_passes(found[reasons.index("")], amd)
+    wanted = case_of(shape, recipe, b_contiguous)
+    if reason := testing.refusal(wanted, amd):
+        pytest.skip(reason)
+    check_passes(wanted, amd)
 
 
 @pytest.mark.rocm
-def test_real_quantizers_are_their_twins_bit_for_bit(amd):
-    from hipblaslt_checks import GROUPS, check_activations, check_weights
-
-    for recipe, (ends, num_rows, multiple) in itertools.product((ROWWISE, POW2, MX), GROUPS):
-        check_activations(ends, num_rows, multiple, recipe, amd)
-    for recipe, contiguous in itertools.product((ROWWISE, POW2, MX), "kn"):
-        check_weights(recipe, contiguous, amd)
+def test_products_group_by_group_and_at_once_agree(amd, monkeypatch):
+    if not hipblaslt._multiplies_all_groups_at_once(amd):
+        pytest.skip("this build of torch has no grouped rowwise product")
+    inputs = testing.make_inputs(case := Case(HIPBLASLT, ROWWISE, shape=SHAPES[1]), amd)
+    at_once = testing.run(case, inputs).y
+    monkeypatch.setattr(hipblaslt, "_multiplies_all_groups_at_once", lambda device: False)
+    assert testing.relative_error(at_once, testing.run(case, inputs).y) <= 2 * testing.rounding_tolerance(at_once.dtype)
 
 
 @pytest.mark.rocm
-def test_a_real_training_step_waits_once(amd):
+def test_a_training_step_waits_once(amd):
     a, w, offs = (x.to(amd) for x in arguments())
     train(a, w, offs, recipe=ROWWISE, group_alignment=16)  # compiles the quantizers
     offs = offs.clone()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with pytest.warns(UserWarning, match="synchronizing") as waits:
-            for _ in range(2):
-                train(a, w, offs, recipe=ROWWISE, group_alignment=16)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(waits) == 1
-
-
-@pytest.mark.rocm
-def test_the_real_library_is_healthy(amd):
-    assert BACKEND.health(amd) == Health()
+    steps = [lambda: train(a, w, offs, recipe=ROWWISE, group_alignment=16)] * 2
+    assert count_waits(lambda: [step() for step in steps]) == 1

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grouped_gemm import KernelPreference, Recipe, reference, testing
-from grouped_gemm.backends import get_backend
+from grouped_gemm import Recipe, reference, testing
 from grouped_gemm.ops import NAMES
 
 RECIPES = tuple(Recipe)
@@ -111,21 +110,8 @@ def hipblaslt_host_offs():
     yield from emulated_host_offs()
 
 
-ALIGNED = torch.tensor([0, 16, 48], dtype=torch.int32)
-HIPBLASLT = get_backend(KernelPreference.HIPBLASLT)
-
-
-def hipblaslt_operands(recipe: Recipe):
-    """Plan and operands of all passes; K = 32, N = 48, two rows past the last group."""
-    plan = HIPBLASLT.plan(ALIGNED, M, 16)
-    a, dy = (torch.randn(M, features).bfloat16() for features in (32, 48))
-    b = torch.randn(3, 48, 32).bfloat16().transpose(1, 2)
-    left, right = (HIPBLASLT.quantize_activations(x, plan, recipe, rows=True, columns=True) for x in (a, dy))
-    return plan.derived[0], left, right, HIPBLASLT.quantize_weights(b, recipe, forward=True, dgrad=True)
-
-
 def hipblaslt_quantize_activations():
-    offs = ALIGNED[1:]  # what is of no group is not written, and opcheck compares all
+    offs = torch.tensor([16, 48], dtype=torch.int32)  # what is of no group is not written, and opcheck compares all
     for name, x in rows(48).items():
         for wanted in ((True, True), (True, False), (False, True)):
             if len(x):
@@ -140,19 +126,15 @@ def hipblaslt_quantize_weights():
 
 
 def hipblaslt_grouped_mm():
-    for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE):
-        host_offs, (a, _), (dy, _), (forward, dgrad) = hipblaslt_operands(recipe)
-        for name, lhs, data, scale in (
-            ("forward", a, forward.data, forward.scale),
-            ("dgrad", dy, dgrad.data.transpose(1, 2), dgrad.scale),
-        ):
-            yield f"{recipe.value}-{name}", (lhs.data, lhs.scale, data, scale, ALIGNED, host_offs, M, recipe.value)
+    for name, b in weights().items():
+        yield f"forward-{name}", (rows(K)["slice"], None, b, None, host_offs(), host_offs(), M, "none")
+        yield f"dgrad-{name}", (rows(N)["dense"], None, b.mT, None, host_offs(), host_offs(), M, "none")
 
 
 def hipblaslt_wgrad():
-    for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE):
-        host_offs, (_, a), (_, dy), _ = hipblaslt_operands(recipe)
-        yield recipe.value, (a.data, a.scale, dy.data, dy.scale, host_offs, M, recipe.value)
+    for name in ("dense", "slice", "empty"):
+        a, dy = rows(K)[name], rows(N)[name]
+        yield name, (a, None, dy, None, host_offs(), len(a), "none")
 
 
 def hipblaslt_group_sums():
@@ -181,8 +163,8 @@ SAMPLES = {
 }
 
 
-# Kernels of Triton run interpreted on a CPU: tests/interpreter checks their ops. MX ones of hipBLASLt need a build that
-# takes them: tests/test_hipblaslt.py.
+# Kernels of Triton run interpreted on a CPU: tests/interpreter checks their ops. Scaled products of
+# hipBLASLt need a build that takes them: tests/test_hipblaslt.py.
 HERE = sorted(name for name in NAMES if not name.startswith(("triton_", "deepgemm_")))
 
 

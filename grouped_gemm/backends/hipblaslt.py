@@ -14,7 +14,6 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from packaging.version import Version
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -49,10 +48,10 @@ def _is_mx(problem: Problem) -> bool:
     return problem.recipe is Recipe.MXFP8
 
 
-def _is_rocm(problem: Problem, oldest: str, newest: str = "9999") -> bool:
-    """Whether torch was built with ROCm of at least ``oldest``, and older than ``newest``."""
+def _rocm(problem: Problem) -> tuple[int, ...]:
+    """Major and minor version of the ROCm that torch was built with, also of one before its release; (0,): none."""
     version = problem.machine.version("rocm")
-    return version is not None and Version(oldest) <= version < Version(newest)
+    return (0,) if version is None else version.release[:2]
 
 
 def _found_rocm(problem: Problem) -> str:
@@ -81,7 +80,7 @@ class Backend(_GroupedMMBackend):
     """Products of hipBLASLt, group by group."""
 
     kind = KernelPreference.HIPBLASLT
-    summary = "AMD's library through torch, group by group: checked against its contract, not yet run on AMD hardware."
+    summary = "AMD's library through torch, group by group: checked against its contract, not run on AMD hardware yet."
     requirements = (
         requires_arch(_ARCHS, fix="Use another backend."),
         Requirement(
@@ -92,7 +91,7 @@ class Backend(_GroupedMMBackend):
         ),
         Requirement(
             what="ROCm 6.5 or later for fp8 on gfx950",
-            holds=lambda p: not p.recipe.is_scaled or p.machine.arch != "gfx950" or _is_rocm(p, "6.5"),
+            holds=lambda p: not p.recipe.is_scaled or p.machine.arch != "gfx950" or _rocm(p) >= (6, 5),
             found=_found_rocm,
             fix="Install torch for a later ROCm or use another backend.",
         ),
@@ -104,7 +103,7 @@ class Backend(_GroupedMMBackend):
         ),
         Requirement(
             what="ROCm 7.0 to 7.13 for mxfp8, whose scales other versions do not take or want swizzled",
-            holds=lambda p: not _is_mx(p) or _is_rocm(p, "7.0", "7.14"),
+            holds=lambda p: not _is_mx(p) or (7, 0) <= _rocm(p) < (7, 14),
             found=_found_rocm,
             fix="Install torch for one of these, or use fp8_rowwise or another backend.",
         ),
@@ -154,7 +153,7 @@ class Backend(_GroupedMMBackend):
 
     def health(self, device: torch.device) -> Health:
         """A small product and its wgrad beside `reference`, under each recipe that the device has."""
-        ends, k, n = [128, 128, 384], 128, 256
+        ends, k, n = [128, 128, 384], 128, 256  # a group is empty, sixteen rows are of none
         a = torch.linspace(-1, 1, 400 * k, device=device).view(400, k).bfloat16()
         b = torch.linspace(-2, 1, 3 * k * n, device=device).view(3, k, n).bfloat16()
         plan = self.plan(torch.tensor(ends, dtype=torch.int32, device=device), len(a), MX_DEPTH)
