@@ -405,9 +405,9 @@ def _multiplies_all_groups_at_once(device: torch.device) -> bool:
     by_n, _, rhs_scale, _ = _quantize_weights(b, "fp8_rowwise", True, False)
     truth = reference.grouped_mm(a, b, ends)[: ends[-1]]
     try:
-        found = _all_groups_at_once(lhs, lhs_scale, by_n.transpose(1, 2), rhs_scale, offs)[: ends[-1]].double()
-        return bool((found - truth).norm() <= 0.1 * truth.norm())
-    except Exception:  # not built in, or not for this architecture: the products of the groups, one by one, will do
+        found = _all_groups_at_once(lhs, lhs_scale, by_n.transpose(1, 2), rhs_scale, offs)[: ends[-1]]
+        return bool((found.double() - truth).norm() <= 0.1 * truth.norm())
+    except Exception:  # not built in, or not for this architecture: products of one group each will do
         return False
 
 
@@ -459,23 +459,33 @@ def _grouped_mm(
     else:
         _check_operand("a", lhs)
         _check_operand("b", rhs_ECO)
-        is_mx = Recipe(recipe) is Recipe.MXFP8
-        if not is_mx and groups and ends == host_offs.tolist() and _multiplies_all_groups_at_once(lhs.device):
+        if Recipe(recipe) is Recipe.MXFP8:
+            out = _mx_products(lhs, lhs_scale, rhs_ECO, rhs_scale, groups)[:num_rows]
+        elif groups and ends == host_offs.tolist() and _multiplies_all_groups_at_once(lhs.device):
             out = _all_groups_at_once(lhs, lhs_scale, rhs_ECO, rhs_scale, offs)
-            groups = []
         else:
-            out = lhs.new_empty(lhs.shape[0], rhs_ECO.shape[2], dtype=torch.bfloat16)
-        for e, rows in groups:
-            scale = lhs_scale[rows]
-            if is_mx:
-                # Multiples of 16 rows, with scales of 128: what that is too much, the next groups write once more.
-                size = round_up(rows.stop - rows.start, ALIGNMENT)
-                rows = slice(rows.start, rows.start + size)
-                scale = lhs_scale[rows.start : rows.start + round_up(size, MX_LINES)]
-            torch._scaled_mm(lhs[rows], rhs_ECO[e], scale, rhs_scale[e], out_dtype=out.dtype, out=out[rows])
-    out = out[:num_rows]
-    out[ends[-1] :] = 0
+            out = lhs.new_empty(num_rows, rhs_ECO.shape[2], dtype=torch.bfloat16)
+            for e, rows in groups:
+                _scaled_mm(lhs[rows], rhs_ECO[e], lhs_scale[rows], rhs_scale[e], out[rows])
+    out[ends[-1] :].zero_()
     return out
+
+
+def _mx_products(
+    lhs: Tensor, lhs_scale: Tensor, rhs_ECO: Tensor, rhs_scale: Tensor, groups: list[tuple[int, slice]]
+) -> Tensor:
+    """The products of ``groups``, in multiples of 16 rows: what is too much of one, the next ones write once more."""
+    out = lhs.new_empty(lhs.shape[0], rhs_ECO.shape[2], dtype=torch.bfloat16)
+    for e, rows in groups:
+        size = round_up(rows.stop - rows.start, ALIGNMENT)
+        scale = lhs_scale[rows.start : rows.start + round_up(size, MX_LINES)]
+        rows = slice(rows.start, rows.start + size)
+        _scaled_mm(lhs[rows], rhs_ECO[e], scale, rhs_scale[e], out[rows])
+    return out
+
+
+def _scaled_mm(lhs: Tensor, rhs: Tensor, lhs_scale: Tensor, rhs_scale: Tensor, out: Tensor) -> None:
+    torch._scaled_mm(lhs, rhs, lhs_scale, rhs_scale, out_dtype=out.dtype, out=out)
 
 
 def _fake_wgrad(
@@ -515,7 +525,7 @@ def _wgrad(
         _check_operand("dy", rhs)
     for e, rows in enumerate(reference.group_slices(reference.group_ends(host_offs, num_rows))):
         if rows.start == rows.stop:
-            out[e] = 0
+            out[e].zero_()
         elif lhs_scale is None or rhs_scale is None:
             torch.mm(lhs[rows].t(), rhs[rows], out=out[e])
         else:
@@ -523,7 +533,7 @@ def _wgrad(
                 scales = _scales_of(lhs_scale, rows), _scales_of(rhs_scale, rows)
             else:
                 scales = lhs_scale[e], rhs_scale[e].t()
-            torch._scaled_mm(lhs[:, rows], rhs[:, rows].t(), *scales, out_dtype=out.dtype, out=out[e])
+            _scaled_mm(lhs[:, rows], rhs[:, rows].t(), *scales, out[e])
     return out
 
 
