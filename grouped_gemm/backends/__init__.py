@@ -22,6 +22,7 @@ _MODULES = {
     KernelPreference.TRITON: "grouped_gemm.backends.triton",
     KernelPreference.DEEPGEMM: "grouped_gemm.backends.deepgemm",
     KernelPreference.TORCH: "grouped_gemm.backends.torch_native",
+    KernelPreference.HIPBLASLT: "grouped_gemm.backends.hipblaslt",
 }
 
 

@@ -83,8 +83,8 @@ def quantize_weights(b_EKN: Tensor, out: Operands) -> None:
 @triton.jit
 def _quantize_tile(
     x, x_stride, height, width,
-    straight, straight_stride, straight_scales,
-    transposed, transposed_stride, transposed_scales, summed, stored,
+    straight, straight_stride, straight_scales, straight_scale_stride,
+    transposed, transposed_stride, transposed_scales, transposed_scale_stride, summed, stored,
     STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """128 lines by 128 columns, of which ``height`` by ``width`` are there. Pointers are those of its first element.
@@ -93,6 +93,7 @@ def _quantize_tile(
     and keep its memory busy.
 
     Args:
+        straight_scale_stride, transposed_scale_stride: words from a line's scales to the next line's.
         summed: how many lines the transposed layout has the values of; the other lines are zero in it.
         stored: how many lines the transposed layout has.
     """
@@ -107,7 +108,7 @@ def _quantize_tile(
             blocks = values.reshape(32, 4, 32)
             scale = scale_of(tl.max(magnitude(blocks), 2), LIMIT, True)
             codes = _e8m0(scale, (places * 32 < width)[None, :]) << (places * 8)[None, :]
-            tl.store(straight_scales + rs, tl.sum(codes, 1), mask=rs < height)
+            tl.store(straight_scales + rs * straight_scale_stride, tl.sum(codes, 1), mask=rs < height)
             data = to_fp8(blocks, inverse_of(scale)[:, :, None], LIMIT, straight.dtype.element_ty).reshape(32, 128)
             tl.store(straight + rs.to(tl.int64)[:, None] * straight_stride + cs[None, :], data, mask=mask)
         if TRANSPOSED:
@@ -118,7 +119,8 @@ def _quantize_tile(
             targets = transposed + cs.to(tl.int64)[None, :] * transposed_stride + rs[:, None]
             tl.store(targets, data, mask=(rs < stored)[:, None] & (cs < width)[None, :])
     if TRANSPOSED:
-        tl.store(transposed_scales + cs, transposed_codes, mask=cs < tl.where(stored > 0, width, 0))
+        lines = transposed_scales + cs * transposed_scale_stride
+        tl.store(lines, transposed_codes, mask=cs < tl.where(stored > 0, width, 0))
 
 
 @triton.jit
@@ -156,8 +158,8 @@ def _quantize_tiles(
     d64 = d_block.to(tl.int64) * 128
     _quantize_tile(
         x + row64 * x_stride + d64, x_stride, height, D - d_block * 128,
-        by_row + row64 * row_stride + d64, row_stride, row_scales + d_block.to(tl.int64) * M + row64,
-        by_column + (block64 * D + d64) * 128, 128, column_scales + block64 * D + d64,
+        by_row + row64 * row_stride + d64, row_stride, row_scales + d_block.to(tl.int64) * M + row64, 1,
+        by_column + (block64 * D + d64) * 128, 128, column_scales + block64 * D + d64, 1,
         summed, stored,
         ROWS, COLUMNS, LIMIT,
     )  # fmt: skip
@@ -181,9 +183,9 @@ def _quantize_weights(
     _quantize_tile(
         w + e * w_stride_e + r * w_stride + c, w_stride, height, C - c_block * 128,
         straight + e * straight_stride_e + r * straight_stride + c, straight_stride,
-        straight_scales + (e * c_blocks + c_block) * R + r,
+        straight_scales + (e * c_blocks + c_block) * R + r, 1,
         transposed + e * transposed_stride_e + c * transposed_stride + r, transposed_stride,
-        transposed_scales + (e * r_blocks + r_block) * C + c,
+        transposed_scales + (e * r_blocks + r_block) * C + c, 1,
         height, height,
         STRAIGHT, TRANSPOSED, LIMIT,
     )  # fmt: skip
