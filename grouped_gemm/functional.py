@@ -337,7 +337,15 @@ def _prepare(
 
 def _rows(num_rows: int, num_groups: int) -> RowClass:
     """The row class; LARGE in an exported program, which would otherwise be one of a single class."""
-    return RowClass.LARGE if torch.compiler.is_exporting() else row_class(num_rows, num_groups)
+    return RowClass.LARGE if _is_exporting() else row_class(num_rows, num_groups)
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# Evaluated while tracing, as `_chosen` is: Dynamo itself takes torch 2.11's function for True under torch.compile, too.
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _needs_grad(x: Tensor) -> bool:
