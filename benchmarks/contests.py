@@ -81,15 +81,15 @@ def main() -> int:
         print("This benchmark needs a CUDA GPU, which torch does not see here.", file=sys.stderr)
         return 1
     machine, begin = machine_of(DEVICE), time.time()
-    cases = []
+    versions = ", ".join(f"{package} {version}" for package, version in machine.versions)
+    cases: list[Case] = []
     for shape, recipe, setting in itertools.product(args.shapes, RECIPES, settings()):
         cases.append(contest(shape, recipe, *setting))
         print(describe(shape, cases[-1]), flush=True)
         torch.cuda.empty_cache()
-    versions = ", ".join(f"{package} {version}" for package, version in machine.versions)
-    table = Table(machine.name, machine.arch, date.today().isoformat(), versions, tuple(cases))
-    if args.write:
-        args.write.write_text(render(table), encoding="utf-8")
+        if args.write:  # as far as it has come
+            table = Table(machine.name, machine.arch, date.today().isoformat(), versions, tuple(cases))
+            args.write.write_text(render(table), encoding="utf-8")
     print("\n".join([*failures, f"{len(cases)} cases, {time.time() - begin:.0f} s"]))
     return 1 if failures else 0
 

@@ -4,6 +4,7 @@
 """
 
 from grouped_gemm.ahead import Warmup, warmup
+from grouped_gemm.backends import product_ops, register_ops
 from grouped_gemm.device import Machine
 from grouped_gemm.functional import explain, grouped_mm, quantize_weights
 from grouped_gemm.operand import Quantized, QuantizedWeights
@@ -13,6 +14,7 @@ from grouped_gemm.problem import Pass, Problem
 from grouped_gemm.recipes import Recipe
 from grouped_gemm.report import Explanation
 from grouped_gemm.select import Decision, NoBackendError
+from grouped_gemm.weight_cache import WeightCache, cache_weights
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,10 +29,14 @@ __all__ = [
     "QuantizedWeights",
     "Recipe",
     "Warmup",
+    "WeightCache",
+    "cache_weights",
     "explain",
     "grouped_mm",
     "override_torch",
     "prefer",
+    "product_ops",
     "quantize_weights",
+    "register_ops",
     "warmup",
 ]

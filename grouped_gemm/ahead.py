@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm import arguments, contests, costs
+from grouped_gemm import arguments, contests, costs, shards
 from grouped_gemm.autograd import dense_weights, layouts, weights_for
 from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.functional import explain, forget, grouped_mm
@@ -211,6 +211,7 @@ def warmup(
         TypeError, ValueError, NoBackendError: as `grouped_mm`; ValueError also where ``rows`` names no row class.
         RuntimeError: a CUDA graph is being captured.
     """
+    b, bias = shards.local(b=b, bias=bias)
     if not isinstance(b, QuantizedWeights):
         arguments.check_tensor("b", b, (3,), arguments.DTYPES)
     arguments.check_options(out_dtype, group_alignment)

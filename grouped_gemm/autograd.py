@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grouped_gemm import weight_cache
 from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
-from grouped_gemm.operand import Quantized, QuantizedWeights
+from grouped_gemm.operand import Layouts, Quantized, QuantizedWeights
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.recipes import Recipe
 
-Layouts = tuple[Quantized | None, Quantized | None]
 _Plans = dict[KernelPreference, OffsetPlan]
 
 
@@ -146,7 +146,11 @@ def run_forward(
     plans = _plan(route, offs, a.shape[0])
     a_rows, a_columns = _activations_for(a, route.recipe, plans, route.forward, route.wgrad)
     if isinstance(b, Tensor):
-        b_forward, b_dgrad = weights_for(b, route.recipe, route.forward, route.dgrad)
+        b_forward, b_dgrad = layouts(
+            route.forward,
+            route.dgrad,
+            lambda backend, one, two: weight_cache.quantize(backend, b, route.recipe, forward=one, dgrad=two),
+        )
     else:
         b_forward, b_dgrad = b.forward, b.dgrad
     y = _product(route.forward, a_rows, b_forward, plans, route.out_dtype, bias)

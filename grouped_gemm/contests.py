@@ -24,14 +24,14 @@ from torch import Tensor
 from grouped_gemm import costs
 from grouped_gemm.backends import Candidate
 from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
-from grouped_gemm.costs import Case, Table
+from grouped_gemm.costs import Case, Table, Times
 from grouped_gemm.device import Machine
 from grouped_gemm.files import locked, replace
 from grouped_gemm.kernels import tuning
 from grouped_gemm.preference import KernelPreference, cache_directory
 from grouped_gemm.problem import Pass, Problem
 from grouped_gemm.select import able
-from grouped_gemm.timing import captured_microseconds, eager_microseconds
+from grouped_gemm.timing import captured_microseconds, device_microseconds, host_microseconds
 
 SCHEMA = 1  # of the file; another number is another file
 Timer = Callable[[dict[KernelPreference, Callable[[], Any]]], dict[KernelPreference, float]]
@@ -53,7 +53,12 @@ def tables(machine: Machine, tunes: bool) -> tuple[Table, ...]:
 
 
 def measure(
-    problem: Problem, num_rows: int, device: torch.device, contestants: Sequence[Candidate], timer: Timer | None = None
+    problem: Problem,
+    num_rows: int,
+    device: torch.device,
+    contestants: Sequence[Candidate],
+    on_device: Timer | None = None,
+    on_host: Timer = host_microseconds,
 ) -> tuple[Case, dict[KernelPreference, str]]:
     """Times the parts of a call on random operands, for each of ``contestants`` that is able to run a pass.
 
@@ -64,13 +69,14 @@ def measure(
         num_rows: M.
         device: where.
         contestants: the backends on that device.
-        timer: microseconds of functions that are compared; None: `timing.eager_microseconds`, or where the problem is
-            of a captured call, `timing.captured_microseconds`.
+        on_device: microseconds of functions that are compared; None: `timing.device_microseconds`, or where the problem
+            is of a captured call, `timing.captured_microseconds`.
+        on_host: likewise what the host takes, unless they are captured.
 
     Returns:
         The case, and why those that failed did.
     """
-    timer = timer or (captured_microseconds if problem.captured else eager_microseconds)
+    on_device = on_device or (captured_microseconds if problem.captured else device_microseconds)
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -90,17 +96,21 @@ def measure(
             for run in runs[kind].values():
                 run()  # compiles
     times: dict[KernelPreference, dict[str, float]] = {kind: {} for kind in runs if kind not in failures}
+    hosts: dict[KernelPreference, dict[str, float]] = {} if problem.captured else {kind: {} for kind in times}
     for part in costs.PARTS:
         calls = {kind: runs[kind][part] for kind in times if part in runs[kind]}
-        for kind, microseconds in _timed(calls, timer, failures).items():
-            times[kind][part] = microseconds
-    if not problem.recipe.is_scaled:  # nothing is quantized: what was timed is a function that returns its argument
-        for parts in times.values():
-            parts.update((part, 0.0) for part in parts if part[:2] in ("a_", "g_", "b_"))
-    times = {kind: parts for kind, parts in times.items() if kind not in failures}
+        for timer, found in ((on_device, times), (on_host, hosts)):
+            for kind, microseconds in (_timed(calls, timer, failures) if found else {}).items():
+                found[kind][part] = microseconds
+    for by_kind in (times, hosts):
+        for kind in failures:
+            by_kind.pop(kind, None)
+        if not problem.recipe.is_scaled:  # nothing is quantized: what was timed is a function that returns its argument
+            for parts in by_kind.values():
+                parts.update((part, 0.0) for part in parts if part[:2] in ("a_", "g_", "b_"))
     recipe = problem.recipe.value.removesuffix("_pow2")
     facts = problem.rows.value, problem.group_alignment % 128 == 0, problem.captured
-    return Case(recipe, *facts, problem.num_groups, problem.k, problem.n, num_rows, times), failures
+    return Case(recipe, *facts, problem.num_groups, problem.k, problem.n, num_rows, times, hosts), failures
 
 
 @contextlib.contextmanager
@@ -251,8 +261,11 @@ def _facts(case: Case) -> dict[str, Any]:
 
 
 def _entry(case: Case) -> dict[str, Any]:
-    times = {kind.value: dict(times) for kind, times in case.times.items()}
-    return {**_facts(case), "num_rows": case.num_rows, "times": times}
+    clocks = {
+        clock: {kind.value: dict(times) for kind, times in by_kind.items()}
+        for clock, by_kind in (("times", case.times), ("hosts", case.hosts))
+    }
+    return {**_facts(case), "num_rows": case.num_rows, **clocks}
 
 
 def _is_same(entry: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -260,11 +273,14 @@ def _is_same(entry: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _case(entry: dict[str, Any]) -> Case:
-    times = {
-        KernelPreference.parse(kind): {part: float(parts[part]) for part in costs.PARTS if part in parts}
-        for kind, parts in entry["times"].items()
-    }
-    return Case(**{name: entry[name] for name in (*_FACTS, "num_rows")}, times=times)
+    def clock(name: str) -> dict[KernelPreference, Times]:
+        return {
+            KernelPreference.parse(kind): {part: float(parts[part]) for part in costs.PARTS if part in parts}
+            for kind, parts in entry[name].items()
+        }
+
+    facts = {name: entry[name] for name in (*_FACTS, "num_rows")}
+    return Case(**facts, times=clock("times"), hosts=clock("hosts"))
 
 
 def _entries() -> list[dict[str, Any]]:

@@ -4,8 +4,8 @@ A measured case takes a training call apart: the plan, the quantizers (each layo
 the three products. From these parts follows what any choice of backends for its passes would take, also where two of
 them quantize one operand. A problem like no case gets the times of the nearest one, scaled by the work.
 
-Times of small cases include the host, which is what an eager call waits for; for CUDA graphs, which are replayed
-without it, there are cases of their own.
+An eager call takes what the device takes for its parts, or what the host does, whichever is more: few rows wait for
+the host. CUDA graphs are replayed without it, and have cases of their own.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,7 +51,8 @@ class Case:
         k: K.
         n: N.
         num_rows: M.
-        times: microseconds of the parts of each backend.
+        times: microseconds that the device takes for the parts, of each backend.
+        hosts: likewise the host, until a part is launched; none where parts are captured.
     """
 
     recipe: str
@@ -63,6 +64,7 @@ class Case:
     n: int
     num_rows: int
     times: Mapping[KernelPreference, Times] = field(hash=False)
+    hosts: Mapping[KernelPreference, Times] = field(hash=False, default_factory=dict)
 
     def covers(self, problem: Problem) -> bool:
         """Whether each pass of ``problem`` was measured, on one backend at least."""
@@ -102,23 +104,21 @@ class Estimate:
     Attributes:
         source: where this was measured, as a phrase.
         num_rows: M of the calls that it speaks of; a problem knows M as a class only.
-        times: microseconds of the parts of each backend that was measured.
+        times: microseconds that the device takes for the parts, of each backend that was measured.
+        hosts: likewise the host.
     """
 
     source: str
     num_rows: int
     times: Mapping[KernelPreference, Times]
+    hosts: Mapping[KernelPreference, Times] = field(default_factory=dict)
 
     def total(self, chosen: Mapping[Pass, KernelPreference]) -> float:
         """Microseconds of a call whose passes run on ``chosen``; infinite where that was not measured."""
-        forward, dgrad, wgrad = map(chosen.get, Pass)
-        return (
-            sum(self._part(kind, "plan") for kind in set(chosen.values()))
-            + sum(self._part(kind, pass_.value) for pass_, kind in chosen.items())
-            + self._operand(("a_rows", forward), ("a_columns", wgrad), "a_both")
-            + self._operand(("g_rows", dgrad), ("g_columns", wgrad), "g_both")
-            + self._operand(("b_forward", forward), ("b_dgrad", dgrad), "b_both")
-        )
+        parts = list(_parts(chosen))
+        on_device = sum(self.times.get(kind, {}).get(part, math.inf) for kind, part in parts)
+        on_host = sum(self.hosts.get(kind, {}).get(part, 0.0) for kind, part in parts)
+        return max(on_device, on_host)
 
     def of_pass(self, kind: KernelPreference, pass_: Pass, passes: Sequence[Pass]) -> float:
         """Microseconds that ``pass_`` adds to a call of which ``kind`` runs those of ``passes`` that come before it."""
@@ -126,15 +126,23 @@ class Estimate:
         total = self.total({**before, pass_: kind})
         return total - (self.total(before) if before and math.isfinite(total) else 0)
 
-    def _operand(
-        self, first: tuple[str, KernelPreference | None], second: tuple[str, KernelPreference | None], both: str
-    ) -> float:
-        if first[1] is second[1] and first[1] is not None:
-            return self._part(first[1], both)
-        return sum(self._part(kind, part) for part, kind in (first, second) if kind is not None)
 
-    def _part(self, kind: KernelPreference, part: str) -> float:
-        return self.times.get(kind, {}).get(part, math.inf)
+def _parts(chosen: Mapping[Pass, KernelPreference]) -> Iterator[tuple[KernelPreference, str]]:
+    """The parts of a call whose passes run on ``chosen``, and who runs them."""
+    forward, dgrad, wgrad = map(chosen.get, Pass)
+    for kind in dict.fromkeys(chosen.values()):
+        yield kind, "plan"
+    for first, second, names in (
+        (forward, wgrad, ("a_rows", "a_columns", "a_both")),
+        (dgrad, wgrad, ("g_rows", "g_columns", "g_both")),
+        (forward, dgrad, ("b_forward", "b_dgrad", "b_both")),
+    ):
+        if first is not None and first is second:
+            yield first, names[2]
+        else:
+            yield from ((kind, name) for kind, name in zip((first, second), names) if kind is not None)
+    for pass_, kind in chosen.items():
+        yield kind, pass_.value
 
 
 def estimate(problem: Problem, tables: Iterable[Table]) -> Estimate | None:
@@ -169,12 +177,14 @@ def _scaled(case: Case, problem: Problem, table: Table, alike: Sequence[Case]) -
             least = min(other.times[kind][part] for other in alike if part in other.times.get(kind, {}))
             ratio = work.get(part.partition("_")[0], groups * k * n)
             times[kind][part] = least + (microseconds - least) * ratio
-        if problem.weights is not None:
-            times[kind] |= dict.fromkeys(("b_forward", "b_dgrad", "b_both"), 0.0)
+    hosts = {kind: dict(parts) for kind, parts in case.hosts.items()}
+    if problem.weights is not None:  # they were quantized beforehand
+        for parts in (*times.values(), *hosts.values()):
+            parts |= dict.fromkeys(("b_forward", "b_dgrad", "b_both"), 0.0)
     where = table.gpu if table.gpu == problem.machine.name else f"{table.gpu}, the nearest that is known"
     sizes = "" if case.distance(problem) == 0 else f" at E={case.num_groups}, K={case.k}, N={case.n}"
     num_rows = max(1, round(case.num_rows / max(case.num_groups, 1) * problem.num_groups))
-    return Estimate(f"measured on {where}, {table.date}{sizes}", num_rows, times)
+    return Estimate(f"measured on {where}, {table.date}{sizes}", num_rows, times, hosts)
 
 
 def _sizes(problem: Problem) -> tuple[int, int, int]:
@@ -202,9 +212,13 @@ def parse(text: str) -> Table:
         num_groups, k, n, num_rows = (int(row[column]) for column in _SIZES.values())
         flags = row["aligned"] == "yes", row["captured"] == "yes"
         case = Case(row["recipe"], row["rows"], *flags, num_groups, k, n, num_rows, {})
+        key = str(case)
         times = {part: float(row[part]) for part in PARTS if row[part]}
-        same = cases.setdefault(str(case), case)
-        cases[str(case)] = replace(same, times={**same.times, KernelPreference.parse(row["backend"]): times})
+        same, kind = cases.get(key, case), KernelPreference.parse(row["backend"])
+        if row["clock"] == "device":
+            cases[key] = replace(same, times={**same.times, kind: times})
+        else:
+            cases[key] = replace(same, hosts={**same.hosts, kind: times})
     return Table(head["gpu"], head["arch"], head["date"], head["versions"], tuple(cases.values()))
 
 
@@ -212,11 +226,12 @@ def render(table: Table) -> str:
     """``table`` as comma-separated values: a line for each case and backend."""
     lines = [f"# {name}: {getattr(table, name)}" for name in ("gpu", "arch", "date", "versions")]
     lines.append("# unit: microseconds, of parts of a call that grouped_gemm/costs.py names")
-    lines.append(",".join(("recipe", "rows", "aligned", "captured", *_SIZES.values(), "backend", *PARTS)))
+    lines.append(",".join(("recipe", "rows", "aligned", "captured", *_SIZES.values(), "backend", "clock", *PARTS)))
     for case in table.cases:
         flags = ["yes" if flag else "no" for flag in (case.is_aligned, case.captured)]
         facts = [case.recipe, case.rows, *flags, *(str(getattr(case, name)) for name in _SIZES)]
-        for kind, times in case.times.items():
-            values = [f"{times[part]:.1f}" if part in times else "" for part in PARTS]
-            lines.append(",".join([*facts, kind.value, *values]))
+        for clock, by_kind in (("device", case.times), ("host", case.hosts)):
+            for kind, times in by_kind.items():
+                values = [f"{times[part]:.1f}" if part in times else "" for part in PARTS]
+                lines.append(",".join([*facts, kind.value, clock, *values]))
     return "\n".join(lines) + "\n"

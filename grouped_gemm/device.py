@@ -13,6 +13,7 @@ from importlib import metadata
 
 import torch
 from packaging.version import Version
+from torch import Tensor
 
 # The distributions that may provide an import; which versions of it are installed decides what works.
 _DISTRIBUTIONS = {
@@ -65,6 +66,11 @@ def machine_of(device: torch.device | str) -> Machine:
 def default_device() -> torch.device:
     """The device that the command line speaks of: the current GPU where torch sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured where ``x`` is."""
+    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm import arguments, contests, reference
+from grouped_gemm import arguments, contests, reference, shards
 from grouped_gemm.autograd import (
     Contraction,
     GroupedMM,
@@ -27,6 +27,7 @@ from grouped_gemm.autograd import (
     weights_for,
 )
 from grouped_gemm.backends import candidates
+from grouped_gemm.device import is_capturing as _is_capturing
 from grouped_gemm.device import machine_of
 from grouped_gemm.operand import QuantizedWeights
 from grouped_gemm.preference import (
@@ -62,7 +63,7 @@ def grouped_mm(
     Rows ``offs[e-1]`` to ``offs[e]`` of ``a`` are multiplied by ``b[e]``, as `torch.nn.functional.grouped_mm` does;
     rows at and past ``offs[-1]`` give zeros, whatever they hold. Where ``b`` has 2 dimensions, ``offs`` splits the
     contraction instead: ``out[e] = a[:, group] @ b[group]``. The host never waits for the device unless `explain`
-    says so.
+    says so. A DTensor stands for its local shard (docs/training.md), and the result is a plain tensor.
 
     Args:
         a: (M, K); bfloat16, float16 or float32. Columns (M, M') of a weight gradient where ``b`` has 2 dimensions.
@@ -87,6 +88,9 @@ def grouped_mm(
     a, b, bias = _cast(a, b, bias)
     options = (recipe, out_dtype, group_alignment, kernel_preference)
     key, route = _recall(a, b, offs, bias, options)
+    if route is None and any(map(shards.is_dtensor, (a, b, offs, bias))):
+        a, b, offs, bias = shards.local(a=a, b=b, offs=offs, bias=bias)
+        key, route = _recall(a, b, offs, bias, options)
     if route is None:
         call = _prepare(a, b, offs, bias, *options)
         route = _route(call.facts)
@@ -119,6 +123,7 @@ def explain(
     Raises:
         TypeError, ValueError: as `grouped_mm`.
     """
+    a, b, offs, bias = shards.local(a=a, b=b, offs=offs, bias=bias)
     a, b, bias = _cast(a, b, bias)
     call = _prepare(a, b, offs, bias, recipe, out_dtype, group_alignment, kernel_preference)
     return Explanation(_decision(**call.facts), call.a.shape[0])
@@ -157,6 +162,7 @@ def quantize_weights(
     recipe = Recipe.parse(recipe)
     if not recipe.is_scaled:
         arguments.fail("recipe", "one that scales", recipe.value)
+    b, scale = shards.local(b=b, scale=scale)
     arguments.check_weights(b, scale, recipe, dtype)
     b, b_contiguous = dense_weights(b.detach())
     if dtype is None:
@@ -311,7 +317,7 @@ def _prepare(
     facts = {
         "device": a.device,
         "shape": tuple(map(operator.index, shape)),  # under Dynamo, constants of the graph; M stays symbolic
-        "rows": row_class(a.shape[0], shape[0]),
+        "rows": _rows(a.shape[0], shape[0]),
         "recipe": recipe,
         "dtype": a.dtype,
         "out_dtype": a.dtype if out_dtype is None else out_dtype,
@@ -329,6 +335,19 @@ def _prepare(
     return _Call(a, b, offs.contiguous(), facts)
 
 
+def _rows(num_rows: int, num_groups: int) -> RowClass:
+    """The row class; LARGE in an exported program, which would otherwise be one of a single class."""
+    return RowClass.LARGE if _is_exporting() else row_class(num_rows, num_groups)
+
+
+def _is_exporting() -> bool:
+    return torch.compiler.is_exporting()
+
+
+# Evaluated while tracing, as `_chosen` is: Dynamo itself takes torch 2.11's function for True under torch.compile, too.
+_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _needs_grad(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
@@ -336,10 +355,6 @@ def _needs_grad(x: Tensor) -> bool:
 def _is_aligned(x: Tensor) -> bool:
     """Whether all strides but that of the contiguous axis are multiples of 16 bytes."""
     return all(stride == 1 or stride * x.element_size() % 16 == 0 for stride in x.stride())
-
-
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 
 def _route(facts: dict[str, Any]) -> Route:

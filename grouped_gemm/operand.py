@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,9 @@ class Quantized:
     def form(self) -> tuple[Recipe, int, str]:
         """All but the tensors: ``Quantized(data, scale, *form)`` is the operand again."""
         return self.recipe, self.axis, self.layout
+
+
+Layouts = tuple[Quantized | None, Quantized | None]  # of one operand, for forward and dgrad or for rows and columns
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +72,14 @@ class QuantizedWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of all data and scales; what forward and dgrad share counts once."""
-        storages = {}
-        for operand in (self.forward, self.dgrad):
-            for tensor in (operand.data, operand.scale) if operand is not None else ():
-                if tensor is not None:
-                    storages[tensor.data_ptr()] = tensor.nbytes
-        return sum(storages.values())
+        return nbytes((self.forward, self.dgrad))
+
+
+def nbytes(operands: Iterable[Quantized | None]) -> int:
+    """Bytes of all data and scales; what operands share counts once."""
+    storages = {}
+    for operand in operands:
+        for tensor in (operand.data, operand.scale) if operand is not None else ():
+            if tensor is not None:
+                storages[tensor.data_ptr()] = tensor.nbytes
+    return sum(storages.values())

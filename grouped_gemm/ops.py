@@ -46,6 +46,7 @@ def define_op(schema: str, *, fake: Callable[..., Any], tags: Sequence[torch.Tag
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, torch.dtype, str, int, bool, type(None)))
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack  # fake tensors, tracing, selective checkpointing
+_function_modes = torch._C._len_torch_function_stack  # which an op's implementation is called without
 _transform = torch._C._functorch.peek_interpreter_stack
 
 
@@ -56,6 +57,7 @@ def _shortcut(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]
         if (
             _is_compiling()
             or _modes()
+            or _function_modes()
             or _transform() is not None
             or torch.autograd.profiler._is_profiler_enabled
             or not _PLAIN.issuperset(map(type, args))

@@ -27,6 +27,7 @@ from grouped_gemm.kernels import (
     launch,
     quantize,
     quantize_deepgemm,
+    quantize_hipblaslt,
     quantize_mx,
     quantize_packed,
     quantize_torch,
@@ -44,6 +45,7 @@ _TMA = ("sm_90", "sm_100")
 _PLAIN = (
     "M",
     "E",
+    "column_stride",
     "lhs_scale_stride",
     "row_scale_stride",
     "B",
@@ -274,6 +276,25 @@ def compile_mx_quantizers(arch: str) -> dict[str, Any]:
     }
 
 
+def compile_hipblaslt_quantizers(arch: str) -> dict[str, Any]:
+    """Those of activations rowwise, and of MX operands; rowwise weights are quantized as for our own kernels."""
+    fp8, limit = f"*{dtype_of('rowwise', arch)}", 240.0 if arch == "gfx942" else 448.0
+    types = dict.fromkeys(("x", "w"), "*bf16") | dict.fromkeys(("offs", "blocks", "row_amax", "column_amax"), "*i32")
+    types |= dict.fromkeys(("by_row", "by_column", "straight", "transposed"), fp8)
+    scales = ("row_scales", "column_scales", "straight_scales", "transposed_scales")
+    fp32, words = dict.fromkeys(scales, "*fp32"), dict.fromkeys(scales, "*i32")
+    numbers = {"LIMIT": limit, "POWER_OF_TWO": False, "NVIDIA": False, "BLOCK": 128, "BAND": 8}
+    tiles, mx_tiles = quantize_hipblaslt._quantize_tiles, quantize_hipblaslt._quantize_mx_tiles
+    both, mx = {"ROWS": True, **numbers}, {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_PADDED": 256}
+    compiled = {"hipblaslt": compile_kernel(tiles, arch, types | fp32, both)}
+    if arch == "gfx950":
+        weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit}
+        kernel = quantize_hipblaslt._quantize_mx_weights
+        compiled["hipblaslt mx"] = compile_kernel(mx_tiles, arch, types | words, mx, num_warps=8)
+        compiled["hipblaslt weights mx"] = compile_kernel(kernel, arch, types | words, weights, num_warps=8)
+    return compiled
+
+
 def facts_of(name: str, compiled: Any) -> dict[str, Any]:
     """Shared memory, spilled bytes, and the matrix instructions in the assembly."""
     found = {"kernel": name, "shared": compiled.metadata.shared}
@@ -310,10 +331,11 @@ def main(arch: str) -> None:
         print(json.dumps(facts_of(f"wgrad {kind} {tuple(tile)}", compile_wgrad(arch, kind, tile))), flush=True)
     tile = tiles.gemm_tile(vendor, arch, "16 bit", RowClass.LARGE)
     print(json.dumps(facts_of(f"gemm 16 bit {tuple(tile)}, N contiguous", compile_gemm(arch, "16 bit", tile, False))))
-    quantizers = compile_quantizers(arch) if arch in ("sm_90", "gfx942") else {}
+    quantizers = compile_quantizers(arch) if arch in ("sm_90", "gfx942", "gfx950") else {}
     quantizers |= compile_mx_quantizers(arch) if has_fp8 else {}
     quantizers |= compile_deepgemm_quantizers(arch) if arch in ("sm_90", "sm_100") else {}
     quantizers |= compile_torch_quantizers(arch) if arch in ("sm_90", "sm_100") else {}
+    quantizers |= compile_hipblaslt_quantizers(arch) if vendor == "amd" else {}
     for name, compiled in quantizers.items():
         print(json.dumps(facts_of(f"quantize {name}", compiled)), flush=True)
     for name, compiled in compile_hopper().items() if arch == "sm_90" else ():

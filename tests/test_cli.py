@@ -224,7 +224,7 @@ def test_warmup_says_who_will_run_what(capsys: pytest.CaptureFixture[str]) -> No
 def test_warmup_json_says_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(f"{WARMUP} --rows small,decode --inference --dtype float32 --b-contiguous n --json") == 0
     done = json.loads(capsys.readouterr().out)
-    assert set(done) == {"problem", "classes", "searches", "seconds", "tunes"}
+    assert set(done) == {"problem", "classes", "contests", "searches", "seconds", "tunes"}
     assert [warmed["rows"] for warmed in done["classes"]] == ["small", "decode"]
     assert all(warmed["chosen"] == {"forward": "emulated"} for warmed in done["classes"])
 
@@ -271,8 +271,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_bench_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("bench --list") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("deepgemm        The DeepGEMM backend on one CUDA GPU")
-    assert lines[1].startswith("emulated        Emulated on the CPU")
+    assert lines[0].startswith("auto            The regret of AUTO on one CUDA GPU")
+    assert lines[1].startswith("contests        Measures what AUTO compares")
     assert not [line for line in lines if line.startswith("_")]  # parts of a benchmark
 
 

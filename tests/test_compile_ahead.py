@@ -49,6 +49,8 @@ def test_shipped_tiles_compile_well(arch, tmp_path):
             assert kernel["instructions"], kernel
         if kernel["kernel"].startswith(("gemm mx", "wgrad mx")):
             assert len(kernel["instructions"]) == 1 and kernel["instructions"][0].startswith(MX[arch]), kernel
+        if arch.startswith("gfx") and kernel["kernel"].startswith(("gemm", "wgrad")) and "wise" in kernel["kernel"]:
+            assert all(name.startswith(instruction) for name in kernel["instructions"]), kernel
         if arch == "sm_90" and "wise" in kernel["kernel"] and "quantize" not in kernel["kernel"]:
             assert all("f32.e4m3.e4m3" in name for name in kernel["instructions"]), kernel
     large = [kernel for kernel in kernels if "blockwise" in kernel["kernel"] and "quantize" not in kernel["kernel"]]

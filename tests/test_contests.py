@@ -70,7 +70,8 @@ def held(asked: Problem, *backends: type[emulated.Backend]) -> tuple[Case, dict[
             timed.append(kind)
         return {kind: float(len(timed) - i) for i, kind in enumerate(calls)}
 
-    case, failed = contests.measure(asked, 60, CPU, [Candidate(backend()) for backend in backends], timer)
+    contestants = [Candidate(backend()) for backend in backends]
+    case, failed = contests.measure(asked, 60, CPU, contestants, timer, lambda calls: dict.fromkeys(calls, 0.5))
     return case, failed, len(timed)
 
 
@@ -104,6 +105,13 @@ def test_only_the_parts_of_the_passes_are_measured(passes, parts):
     assert set(case.times[DEEPGEMM]) == parts
 
 
+def test_the_host_is_measured_but_in_a_graph():
+    case, _, _ = held(problem(), Rival, ForwardOnly)
+    assert {kind: set(parts) for kind, parts in case.hosts.items()} == {k: set(p) for k, p in case.times.items()}
+    assert set(case.hosts[DEEPGEMM].values()) == {0.5}
+    assert held(problem(captured=True), Rival)[0].hosts == {}
+
+
 def test_what_is_not_quantized_costs_nothing():
     case, _, _ = held(problem(Recipe.NONE), Rival)
     quantizers = {part for part in PARTS if part[:2] in ("a_", "g_", "b_")}
@@ -118,7 +126,7 @@ def test_a_backend_that_fails_is_out_of_the_contest_with_its_reason():
 
 def test_a_case_knows_what_was_measured():
     case, _, _ = held(problem(Recipe.FP8_ROWWISE_POW2, group_alignment=256, captured=True), Rival)
-    assert dataclasses.replace(case, times={}) == Case("fp8_rowwise", "small", True, True, 3, 32, 48, 60, {})
+    assert dataclasses.replace(case, times={}, hosts={}) == Case("fp8_rowwise", "small", True, True, 3, 32, 48, 60, {})
 
 
 @pytest.mark.parametrize("rows, groups, alignment", ((60, 3, 1), (1000, 7, 128), (5, 8, 1), (0, 2, 1), (100, 1, 128)))
@@ -132,7 +140,7 @@ def test_uneven_ends_are_ends(rows, groups, alignment):
 # The file
 
 PARTS_OF_TWO = {TRITON: {"plan": 1.0, "forward": 2.0}, DEEPGEMM: {"plan": 1.5, "forward": 1.0}}
-CASE = Case("fp8_blockwise", "large", False, False, 8, 4096, 2048, 8192, PARTS_OF_TWO)
+CASE = Case("fp8_blockwise", "large", False, False, 8, 4096, 2048, 8192, PARTS_OF_TWO, {TRITON: {"plan": 3.0}})
 
 
 def in_a_new_process() -> None:

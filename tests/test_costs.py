@@ -86,6 +86,20 @@ def test_the_passes_of_one_backend_add_up_to_the_call():
         assert sum(parts) == found.total(dict.fromkeys(passes, TRITON))
 
 
+def test_a_call_takes_what_the_slower_of_host_and_device_takes():
+    hosts = {TRITON: times(forward=1000.0), DEEPGEMM: times(plan=400.0)}
+    found = Estimate("", 1, {TRITON: times(), DEEPGEMM: times()}, hosts)
+    assert found.total({FORWARD: TRITON}) == 1200
+    assert found.total({FORWARD: DEEPGEMM}) == 700
+    assert Estimate("", 1, {TRITON: times()}, {TRITON: times(a_rows=1.0)}).total({FORWARD: TRITON}) == 300
+
+
+def test_the_host_takes_the_same_for_other_sizes():
+    slow_host = dataclasses.replace(case(times()), hosts={TRITON: times(forward=5000.0)})
+    asked = problem(k=8192, passes=(FORWARD,))
+    assert estimate(asked, [table(slow_host)]).hosts[TRITON]["forward"] == 5000
+
+
 def test_what_was_not_measured_takes_forever():
     found = Estimate("", 1, {TRITON: {"plan": 1.0, "a_rows": 1.0, "b_forward": 1.0, "forward": 1.0}})
     assert found.total({FORWARD: TRITON}) == 4
@@ -260,7 +274,8 @@ def test_an_explanation_without_measurements_has_no_times():
 
 
 def test_a_table_survives_being_written():
-    some = table(case(times(forward=1.5)), case({"plan": 1.0}, captured=True, rows="decode"))
+    eager = dataclasses.replace(case(times(forward=1.5)), hosts={TRITON: times(plan=2.5)})
+    some = table(eager, case({"plan": 1.0}, captured=True, rows="decode"))
     assert parse(render(some)) == some
 
 
@@ -272,5 +287,7 @@ def test_the_shipped_table_is_whole():
     )
     for c in found.cases:
         assert set(c.times[TRITON]) == set(PARTS), "Triton is first in the order: it is compared with"
-        assert all(0 <= time < 1e6 and math.isfinite(time) for parts in c.times.values() for time in parts.values())
+        assert c.captured or set(c.hosts) == set(c.times)
+        parts = (*c.times.values(), *c.hosts.values())
+        assert all(0 <= time < 1e6 and math.isfinite(time) for measured in parts for time in measured.values())
         assert c.num_rows >= c.num_groups

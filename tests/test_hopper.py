@@ -1,7 +1,6 @@
-"""The kernels that are written for Hopper, which run where groups are large: beside the plain ones, and alone.
+"""The kernels that are written for Hopper, on large groups: beside the plain ones, and alone.
 
-`test_backends` has the same promises on small shapes, for all backends; no call there is of the large row class, but
-for one of 16 columns. Guarantees are numbered as in docs/design.md.
+`test_backends` has the same promises on small shapes, for all backends. Guarantees are numbered as in docs/design.md.
 
 If a test fails: differences of a few in a thousand values by one unit in the last place are another order of operations
 (a multiplication and an addition that the compiler joined in one of the two kernels); whole tiles, the last rows of

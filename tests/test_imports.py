@@ -27,17 +27,18 @@ LAYERS = (
     ("__init__",),
     ("ahead", "override"),
     ("functional",),
+    ("shards",),
     ("arguments", "autograd", "contests", "report"),
-    ("select",),
+    ("select", "weight_cache"),
     ("backends",),
     ("backends.*",),
     ("costs",),
     ("backends._deep_gemm",),
-    ("kernels.quantize_deepgemm", "kernels.quantize_torch", "kernels.quantize_torch_mx"),
+    ("kernels.quantize_deepgemm", "kernels.quantize_hipblaslt", "kernels.quantize_torch", "kernels.quantize_torch_mx"),
     ("backends.base", "kernels.gemm", "kernels.quantize", "kernels.quantize_mx", "kernels.wgrad"),
     ("kernels.tuning",),
     ("kernels.gemm_hopper", "kernels.wgrad_hopper", "kernels.quantize_packed"),
-    ("kernels.hopper", "kernels.layouts_torch"),
+    ("kernels.hopper", "kernels.layouts_hipblaslt", "kernels.layouts_torch"),
     ("kernels", "kernels.*"),
     ("operand", "ops", "problem", "reference"),
     ("device", "preference", "recipes"),
@@ -159,6 +160,10 @@ def test_importing_the_package_imports_no_other_but_packaging(imported):
 def test_importing_the_package_does_not_wake_the_compiler(imported):
     compiler = ("torch._dynamo", "torch._inductor", "torch._functorch")
     assert not [module for module in imported["modules"] if module.startswith(compiler)]
+
+
+def test_importing_the_package_does_not_import_dtensor(imported):
+    assert "torch.distributed.tensor" not in imported["modules"]
 
 
 def test_importing_the_package_imports_no_backend(imported):

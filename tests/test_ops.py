@@ -122,6 +122,41 @@ def torch_wgrad():
         yield name, (x, rows(N)[name], host_offs())
 
 
+def hipblaslt_host_offs():
+    yield from emulated_host_offs()
+
+
+def hipblaslt_quantize_activations():
+    offs = torch.tensor([16, 48], dtype=torch.int32)  # what is of no group is not written, and opcheck compares all
+    for name, x in rows(48).items():
+        for wanted in ((True, True), (True, False), (False, True)):
+            if len(x):
+                yield f"{name}-{wanted}", (x[:48], offs, offs.clone(), "fp8_rowwise", *wanted)
+    yield "empty", (x, offs, offs.clone(), "fp8_rowwise", True, False)
+
+
+def hipblaslt_quantize_weights():
+    for name, b in weights().items():
+        for wanted in ((True, True), (True, False), (False, True)):
+            yield f"{name}-{wanted}", (b, "fp8_rowwise", *wanted)
+
+
+def hipblaslt_grouped_mm():
+    for name, b in weights().items():
+        yield f"forward-{name}", (rows(K)["slice"], None, b, None, host_offs(), host_offs(), M, "none")
+        yield f"dgrad-{name}", (rows(N)["dense"], None, b.mT, None, host_offs(), host_offs(), M, "none")
+
+
+def hipblaslt_wgrad():
+    for name in ("dense", "slice", "empty"):
+        a, dy = rows(K)[name], rows(N)[name]
+        yield name, (a, None, dy, None, host_offs(), len(a), "none")
+
+
+def hipblaslt_group_sums():
+    yield from emulated_group_sums()
+
+
 # By op, a function that yields names and arguments.
 SAMPLES = {
     sample.__name__: sample
@@ -134,6 +169,12 @@ SAMPLES = {
         emulated_quantize_rows,
         emulated_quantize_weights,
         emulated_wgrad,
+        hipblaslt_group_sums,
+        hipblaslt_grouped_mm,
+        hipblaslt_host_offs,
+        hipblaslt_quantize_activations,
+        hipblaslt_quantize_weights,
+        hipblaslt_wgrad,
         torch_grouped_mm,
         torch_plan,
         torch_wgrad,
@@ -141,7 +182,8 @@ SAMPLES = {
 }
 
 
-# Kernels of Triton run interpreted on a CPU: tests/interpreter checks their ops.
+# Kernels of Triton run interpreted on a CPU: tests/interpreter checks their ops. Scaled products of
+# hipBLASLt need a build that takes them: tests/test_hipblaslt.py.
 INTERPRETED = ("triton_", "deepgemm_", "torch_quantize_", "torch_scaled_")
 HERE = sorted(name for name in NAMES if not name.startswith(INTERPRETED))
 

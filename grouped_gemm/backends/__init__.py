@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from grouped_gemm.backends.base import Health, _GroupedMMBackend
+from grouped_gemm.ops import NAMES
 from grouped_gemm.preference import KernelPreference
 
 # Each module has one subclass of _GroupedMMBackend, named Backend.
@@ -21,6 +23,7 @@ _MODULES = {
     KernelPreference.TRITON: "grouped_gemm.backends.triton",
     KernelPreference.DEEPGEMM: "grouped_gemm.backends.deepgemm",
     KernelPreference.TORCH: "grouped_gemm.backends.torch_native",
+    KernelPreference.HIPBLASLT: "grouped_gemm.backends.hipblaslt",
 }
 
 
@@ -51,18 +54,66 @@ def get_backend(kind: KernelPreference) -> _GroupedMMBackend:
     return _instances[kind]
 
 
+def register_ops() -> None:
+    """Defines every op of this version under ``torch.ops.grouped_gemm``: a backend's are there once it is looked at.
+
+    Call it before `torch.export.load` of a program that calls `grouped_mm`.
+    """
+    for kind in _MODULES:
+        get_backend(kind)
+
+
+def product_ops() -> list[torch._ops.OpOverload]:
+    """The ops that multiply, of every backend: what a policy of selective activation checkpointing would save.
+
+    They are those that `grouped_mm` calls in forward: ``<backend>_grouped_mm``, and ``<backend>_wgrad`` where both
+    operands have 2 dimensions.
+
+    >>> create_selective_checkpoint_contexts([*product_ops(), torch.ops.aten.mm.default])
+    """
+    register_ops()
+    names = sorted(name for name in NAMES if name.endswith(("_grouped_mm", "_wgrad")))
+    return [getattr(torch.ops.grouped_gemm, name).default for name in names]
+
+
 @functools.cache
 def candidates(device: torch.device) -> tuple[Candidate, ...]:
     """Every backend of this version, on ``device``. Their health is found out once per process and device."""
-    return tuple(
-        Candidate(backend, functools.cache(functools.partial(_health, backend, device)))
-        for backend in map(get_backend, _MODULES)
-    )
+    return tuple(Candidate(backend, _Checkup(backend, device)) for backend in map(get_backend, _MODULES))
+
+
+class _Checkup:
+    """The health of a backend on a device, found out when it is first asked for.
+
+    While a CUDA graph is captured nothing can be tried: the backend is taken for healthy, and tried another time.
+    """
+
+    def __init__(self, backend: _GroupedMMBackend, device: torch.device) -> None:
+        self._backend = backend
+        self._device = device
+        self._found: Health | None = None
+
+    def __call__(self) -> Health:
+        if self._found is None:
+            if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return Health()
+            self._found = _health(self._backend, self._device)
+        return self._found
 
 
 def _health(backend: _GroupedMMBackend, device: torch.device) -> Health:
-    """What the backend's own check says; what it raises is an answer as well."""
+    """What the backend's own check says; what it raises is an answer as well.
+
+    It may be asked for inside of anything: while a model is traced, under modes that watch or replace ops, in autocast.
+    """
     try:
-        return backend.health(device)
+        with (
+            _disable_current_modes(),
+            torch._C.DisableTorchFunction(),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            return backend.health(device)
     except Exception as error:
         return Health(f"{type(error).__name__}: {error}", "Reinstall it for this torch and device.")

@@ -141,10 +141,10 @@ def _form(lhs_MC: Tensor, rhs_ECO: Tensor, recipe: Recipe, out_dtype: torch.dtyp
     kind = kind_of(lhs_MC, recipe)
     c_contiguous = rhs_ECO.stride(1) == 1
     tma = can_use_tma(lhs_MC, rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO)
-    if tma and machine.arch == "sm_90" and rows is RowClass.LARGE:
+    if tma and machine.arch == "sm_90":
         from grouped_gemm.kernels import gemm_hopper
 
-        if gemm_hopper.can_run(lhs_MC, rhs_ECO, out_dtype, kind):
+        if gemm_hopper.can_run(lhs_MC, rhs_ECO, out_dtype, kind, rows):
             return _Form(kind, c_contiguous, tma, None)
     _, depth, columns = rhs_ECO.shape
     return _Form(kind, c_contiguous, tma, gemm_tile(machine, kind, rows, depth, columns, c_contiguous, tma))

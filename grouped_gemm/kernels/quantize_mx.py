@@ -86,9 +86,9 @@ def quantize_weights(b_EKN: Tensor, out: Operands, *, swizzled: bool = False) ->
 @triton.jit
 def _quantize_tile(
     x, x_stride, height, width,
-    straight, straight_stride, straight_scales,
-    transposed, transposed_stride, transposed_scales, summed, stored,
-    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, LIMIT: tl.constexpr, SWIZZLED: tl.constexpr,
+    straight, straight_stride, straight_scales, straight_scale_stride,
+    transposed, transposed_stride, transposed_scales, transposed_scale_stride, summed, stored,
+    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, LIMIT: tl.constexpr, SWIZZLED: tl.constexpr = False,
 ):  # fmt: skip
     """128 lines by 128 columns, of which ``height`` by ``width`` are there. Pointers are those of its first element.
 
@@ -96,6 +96,7 @@ def _quantize_tile(
     and keep its memory busy.
 
     Args:
+        straight_scale_stride, transposed_scale_stride: words from a line's scales to the next line's, unless SWIZZLED.
         summed: how many lines the transposed layout has the values of; the other lines are zero in it.
         stored: how many lines the transposed layout has.
     """
@@ -110,7 +111,7 @@ def _quantize_tile(
             blocks = values.reshape(32, 4, 32)
             scale = scale_of(tl.max(magnitude(blocks), 2), LIMIT, True)
             codes = _e8m0(scale, (places * 32 < width)[None, :]) << (places * 8)[None, :]
-            _store_scales(straight_scales, rs, tl.sum(codes, 1), height, SWIZZLED)
+            _store_scales(straight_scales, straight_scale_stride, rs, tl.sum(codes, 1), height, SWIZZLED)
             data = to_fp8(blocks, inverse_of(scale)[:, :, None], LIMIT, straight.dtype.element_ty).reshape(32, 128)
             tl.store(straight + rs.to(tl.int64)[:, None] * straight_stride + cs[None, :], data, mask=mask)
         if TRANSPOSED:
@@ -121,11 +122,12 @@ def _quantize_tile(
             targets = transposed + cs.to(tl.int64)[None, :] * transposed_stride + rs[:, None]
             tl.store(targets, data, mask=(rs < stored)[:, None] & (cs < width)[None, :])
     if TRANSPOSED:
-        _store_scales(transposed_scales, cs, transposed_codes, tl.where(stored > 0, width, 0), SWIZZLED)
+        count = tl.where(stored > 0, width, 0)
+        _store_scales(transposed_scales, transposed_scale_stride, cs, transposed_codes, count, SWIZZLED)
 
 
 @triton.jit
-def _store_scales(target, lines, codes, count, SWIZZLED: tl.constexpr):
+def _store_scales(target, stride, lines, codes, count, SWIZZLED: tl.constexpr):
     """Scales of ``lines`` of a tile, the first ``count`` of which are there.
 
     Swizzled as `layouts_torch` says, lines that are not there have scales too, of 1, unless none is there.
@@ -134,7 +136,7 @@ def _store_scales(target, lines, codes, count, SWIZZLED: tl.constexpr):
         codes = tl.where(lines < count, codes, ONES)
         tl.store(target + lines % 32 * 4 + lines // 32, codes, mask=lines < tl.where(count > 0, 128, 0))
     else:
-        tl.store(target + lines, codes, mask=lines < count)
+        tl.store(target + lines * stride, codes, mask=lines < count)
 
 
 @triton.jit
@@ -172,10 +174,10 @@ def _quantize_tiles(
     d64 = d_block.to(tl.int64) * 128
     _quantize_tile(
         x + row64 * x_stride + d64, x_stride, height, D - d_block * 128,
-        by_row + row64 * row_stride + d64, row_stride, row_scales + d_block.to(tl.int64) * M + row64,
-        by_column + (block64 * D + d64) * 128, 128, column_scales + block64 * D + d64,
+        by_row + row64 * row_stride + d64, row_stride, row_scales + d_block.to(tl.int64) * M + row64, 1,
+        by_column + (block64 * D + d64) * 128, 128, column_scales + block64 * D + d64, 1,
         summed, stored,
-        ROWS, COLUMNS, LIMIT, False,
+        ROWS, COLUMNS, LIMIT,
     )  # fmt: skip
 
 
@@ -202,9 +204,9 @@ def _quantize_weights(
     _quantize_tile(
         w + e * w_stride_e + r * w_stride + c, w_stride, height, C - c_block * 128,
         straight + e * straight_stride_e + r * straight_stride + c, straight_stride,
-        straight_scales + straight_place,
+        straight_scales + straight_place, 1,
         transposed + e * transposed_stride_e + c * transposed_stride + r, transposed_stride,
-        transposed_scales + transposed_place,
+        transposed_scales + transposed_place, 1,
         height, height,
         STRAIGHT, TRANSPOSED, LIMIT, SWIZZLED,
     )  # fmt: skip

@@ -77,8 +77,8 @@ def _quantize_tiles(
         column_atom = first_block.to(tl.int64) * d_blocks + d_block.to(tl.int64) * group_blocks + below
         _quantize_tile(
             x + row64 * x_stride + d64, x_stride, height, D - d_block * 128,
-            by_row + row64 * D + d64, D, row_scales + row_atom * 128,
+            by_row + row64 * D + d64, D, row_scales + row_atom * 128, 1,
             by_column + d64 * column_stride + tl.multiple_of(token, 32), column_stride,
-            column_scales + column_atom * 128, height, stored,
+            column_scales + column_atom * 128, 1, height, stored,
             ROWS, COLUMNS, LIMIT, True,
         )  # fmt: skip

@@ -37,7 +37,7 @@ _DECODE, _SMALL, _LARGE = RowClass.DECODE, RowClass.SMALL, RowClass.LARGE
 _Table = dict[tuple[str, RowClass], Tile]  # (kind, row class); kinds: `launch.kind_of`
 
 # H200, triton 3.6.0, 2026-11-21, 32768x8x2048x7168 balanced: the "large" entries of 16 bit, rowwise and blockwise.
-# All other entries here, and every band: not measured. `gemm_hopper` has tiles of its own, and runs most large calls.
+# All other entries here, and every band: not measured. `gemm_hopper` has tiles of its own, and runs most calls.
 _GEMM_SM90: _Table = {
     ("16 bit", _LARGE): Tile(128, 256, 64, 8, 3, band=16),
     ("16 bit", _SMALL): Tile(64, 256, 64, 4, 4, band=4),

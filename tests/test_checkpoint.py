@@ -1,0 +1,73 @@
+"""Selective activation checkpointing by the names of ops: products that a policy saves are not computed again."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from grouped_gemm import Recipe, grouped_mm, product_ops
+from grouped_gemm.ops import NAMES
+from grouped_gemm.testing import TRAINING, Case, Shape, cases, make_inputs
+
+SHAPE = Shape("whole_blocks", (0, 37, 1, 130, 0), tail=5, k=256, n=128)
+of_cases = pytest.mark.parametrize(
+    "case", cases(recipes=(Recipe.NONE, Recipe.FP8_BLOCKWISE), passes=(TRAINING,), shapes=[SHAPE]), ids=str
+)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the ops of this package that are computed, by their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "grouped_gemm":
+            self.names[op.__name__.removesuffix(".default")] += 1
+        return op(*args, **kwargs or {})
+
+
+def train(case: Case, device: torch.device, **options) -> tuple[list[Tensor], Counter[str]]:
+    """The output and gradients of a call that is checkpointed under ``options``, and the ops that were computed."""
+    inputs = make_inputs(case, device)
+    leaves = inputs.a.nan_to_num().requires_grad_(), inputs.b.clone().requires_grad_()
+
+    def layer(a: Tensor, b: Tensor) -> Tensor:
+        y = grouped_mm(a, b, inputs.offs, recipe=case.recipe, kernel_preference=case.backend)
+        return torch.nn.functional.silu(y)  # has to be recomputed from the product
+
+    with Counted() as counted:
+        y = checkpoint(layer, *leaves, use_reentrant=False, **options) if options else layer(*leaves)
+        gradients = torch.autograd.grad(y, leaves, inputs.dy.nan_to_num())
+    return [y, *gradients], counted.names
+
+
+def of_products(counted: Counter[str]) -> int:
+    return sum(count for name, count in counted.items() if name.endswith(("_grouped_mm", "_wgrad")))
+
+
+def by_policy(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in product_ops() else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@of_cases
+@pytest.mark.parametrize("policy", [product_ops(), by_policy], ids=["list", "function"])
+def test_a_saved_product_is_not_computed_again(case, policy, device):
+    wanted, plain = train(case, device)
+    found, saved = train(case, device, context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
+    _, recomputed = train(case, device, determinism_check="default")
+    assert all(torch.equal(x, right) for x, right in zip(found, wanted))
+    assert of_products(saved) == of_products(plain)
+    assert of_products(recomputed) == of_products(plain) + 1
+
+
+def test_every_backend_has_its_products_among_them(backend):
+    names = {op.__name__.removesuffix(".default") for op in product_ops()}
+    assert {f"{backend.value}_grouped_mm", f"{backend.value}_wgrad"} <= names <= set(NAMES)

@@ -1,0 +1,97 @@
+"""torch.export of a model that calls `grouped_mm`: one program for any M, saved and loaded."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from grouped_gemm import KernelPreference, Recipe, grouped_mm
+from grouped_gemm.testing import FORWARD, Case, Shape, cases, make_inputs
+
+SHAPE = Shape("whole_blocks", (0, 7, 1, 30), tail=2, k=128, n=256)
+
+
+of_cases = pytest.mark.parametrize(
+    "case", cases(recipes=(Recipe.NONE, Recipe.FP8_BLOCKWISE), passes=(FORWARD,), shapes=[SHAPE]), ids=str
+)
+
+
+class Experts(torch.nn.Module):
+    """Up and down again."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        super().__init__()
+        inputs = make_inputs(case, device)
+        self.options = {"recipe": case.recipe, "kernel_preference": case.backend}
+        self.up = torch.nn.Parameter(inputs.b.transpose(1, 2).contiguous())
+        self.down = torch.nn.Parameter(inputs.b.contiguous())
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        y = grouped_mm(x, self.up.transpose(1, 2), offs, **self.options)
+        return grouped_mm(torch.nn.functional.silu(y), self.down.transpose(1, 2), offs, **self.options)
+
+
+def inputs_of(case: Case, device: torch.device, num_rows: int) -> tuple[Tensor, Tensor]:
+    sizes = (0, num_rows // 3, 1, num_rows // 2)
+    x = torch.randn(num_rows, case.shape.k, dtype=case.dtype, device=device)
+    return x, torch.tensor(list(itertools.accumulate(sizes)), dtype=torch.int32, device=device)
+
+
+def export(model: Experts, case: Case, device: torch.device, strict: bool) -> torch.export.ExportedProgram:
+    rows = torch.export.Dim("rows", min=2, max=2**20)
+    return torch.export.export(model, inputs_of(case, device, 40), dynamic_shapes=({0: rows}, None), strict=strict)
+
+
+@of_cases
+@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_a_program_is_for_every_row_class(case, strict, grad, device):
+    """With gradients the graph is another one, which writes the layouts of backward."""
+    model = Experts(case, device).requires_grad_(False)
+    if grad:
+        model.up.requires_grad_(case.recipe is not Recipe.NONE)  # DeepGEMM has no wgrad without a recipe
+    with torch.set_grad_enabled(grad):
+        program = export(model, case, device, strict)
+    for num_rows in (8, 64, 65, 1024, 1100):
+        x, offs = inputs_of(case, device, num_rows)
+        assert torch.equal(program.module()(x, offs), model(x, offs))
+
+
+@of_cases
+def test_a_program_is_saved_and_loaded(case, device):
+    model = Experts(case, device).requires_grad_(False)
+    file = io.BytesIO()
+    torch.export.save(export(model, case, device, strict=False), file)
+    file.seek(0)
+    x, offs = inputs_of(case, device, 100)
+    assert torch.equal(torch.export.load(file).module()(x, offs), model(x, offs))
+
+
+LOAD = """
+import sys
+import torch
+import grouped_gemm
+
+grouped_gemm.register_ops()
+program, x, offs, wanted = sys.argv[1:]
+found = torch.export.load(program).module()(*(torch.load(file) for file in (x, offs)))
+assert torch.equal(found, torch.load(wanted))
+"""
+
+
+def test_another_process_loads_a_program(tmp_path):
+    case, device = Case(KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
+    model = Experts(case, device).requires_grad_(False)
+    x, offs = inputs_of(case, device, 100)
+    files = [str(tmp_path / name) for name in ("program.pt2", "x.pt", "offs.pt", "y.pt")]
+    torch.export.save(export(model, case, device, strict=False), files[0])
+    for tensor, file in zip((x, offs, model(x, offs)), files[1:]):
+        torch.save(tensor, file)
+    result = subprocess.run([sys.executable, "-c", LOAD, *files], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

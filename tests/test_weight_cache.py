@@ -1,0 +1,525 @@
+"""`cache_weights`: each weight is quantized once, results are the same bit for bit, and nothing outlives its values."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from grouped_gemm import KernelPreference, Recipe, WeightCache, cache_weights, grouped_mm, weight_cache
+from grouped_gemm.backends import get_backend
+from grouped_gemm.operand import Quantized
+from grouped_gemm.testing import TRAINING, Case, Shape, cases, make_inputs
+
+SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)
+# K and N in whole blocks, which every backend takes.
+SHAPE = Shape("whole_blocks", (0, 37, 1, 130, 0), tail=5, k=256, n=128)
+EMULATED = Case(KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE, passes=TRAINING, shape=SHAPE)
+EACH = pytest.mark.parametrize("case", cases(recipes=SCALED, passes=(TRAINING,), shapes=[SHAPE]), ids=str)
+A_RECIPE = pytest.mark.parametrize(
+    "case", cases(recipes=(Recipe.MXFP8, Recipe.FP8_BLOCKWISE), passes=(TRAINING,), shapes=[SHAPE]), ids=str
+)
+
+
+@pytest.fixture
+def quantized(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], list[tuple[bool, bool]]]:
+    """Starts to list what the backend of a case writes of weights: whether for forward, and for dgrad."""
+
+    def spy(case: Case) -> list[tuple[bool, bool]]:
+        backend, written = get_backend(case.backend), []
+        quantize = backend.quantize_weights
+
+        def record(b, recipe, *, forward, dgrad):
+            written.append((forward, dgrad))
+            return quantize(b, recipe, forward=forward, dgrad=dgrad)
+
+        monkeypatch.setattr(backend, "quantize_weights", record)
+        return written
+
+    return spy
+
+
+class Layer:
+    """Two projections, up and down again, with weights (E, N, K) and (E, K, N)."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        self.case, inputs = case, make_inputs(case, device)
+        self.a, self.offs = inputs.a.nan_to_num(), inputs.offs
+        self.up = torch.nn.Parameter(inputs.b.transpose(1, 2).contiguous())
+        self.down = torch.nn.Parameter(inputs.b.contiguous())
+
+    @property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        return self.up, self.down
+
+    def __call__(self, a: Tensor) -> Tensor:
+        y = a
+        for w in self.weights:
+            options = {"recipe": self.case.recipe, "kernel_preference": self.case.backend}
+            y = grouped_mm(y, w.transpose(1, 2), self.offs, **options)
+        return y
+
+    def accumulate(self, micro_batches: int = 3, call: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+        """Results of all of ``micro_batches``: outputs, and gradients of ``a`` and of the weights, accumulated."""
+        results = []
+        for w in self.weights:
+            w.grad = None
+        for i in range(micro_batches):
+            a = (self.a * (i + 1)).requires_grad_()
+            y = (call or self)(a)
+            y.backward(torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y).to(y.dtype))
+            results += [y.detach(), a.grad]
+        return [*results, *(w.grad for w in self.weights)]
+
+
+def assert_equal(found: list[Tensor], wanted: list[Tensor]) -> None:
+    assert len(found) == len(wanted)
+    for ours, theirs in zip(found, wanted):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+
+
+# What is kept
+
+
+@EACH
+def test_each_weight_is_quantized_once_and_every_result_is_the_same(case, device, quantized):
+    layer = Layer(case, device)
+    wanted = layer.accumulate()
+    written = quantized(case)
+    with cache_weights():
+        assert_equal(layer.accumulate(), wanted)
+        assert written == [(True, True)] * 2
+    layer.accumulate(micro_batches=1)
+    assert written == [(True, True)] * 4  # outside, nothing is kept
+
+
+@A_RECIPE
+def test_a_layout_is_added_when_it_is_wanted(case, device, quantized):
+    layer = Layer(case, device)
+    wanted = layer.accumulate()
+    written = quantized(case)
+    with cache_weights():
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                layer(layer.a)
+        assert written == [(True, False)] * 2
+        assert_equal(layer.accumulate(), wanted)
+        assert written == [(True, False)] * 2 + [(False, True)] * 2
+
+
+def test_what_forward_alone_needs_is_taken_from_both(device, quantized):
+    layer, written = Layer(EMULATED, device), quantized(EMULATED)
+    with cache_weights():
+        layer.accumulate()
+        with torch.no_grad():
+            layer(layer.a)
+    assert written == [(True, True)] * 2
+
+
+def test_views_of_one_parameter_are_told_apart(quantized):
+    """Gate and up in one parameter; and two views of the same values are one."""
+    layer = Layer(EMULATED, torch.device("cpu"))
+    half = layer.up.shape[1] // 2
+    gate, up = (w.clone() for w in (layer.up[:, :half], layer.up[:, half:]))
+    wanted = [grouped_mm(layer.a, w.transpose(1, 2), layer.offs, recipe="mxfp8") for w in (gate, up)]
+    written = quantized(EMULATED)
+    with cache_weights():
+        for _ in range(3):
+            for w, right in zip((layer.up[:, :half], layer.up[:, half:]), wanted):
+                assert torch.equal(grouped_mm(layer.a, w.transpose(1, 2), layer.offs, recipe="mxfp8"), right)
+    assert len(written) == 2
+
+
+def test_recipes_are_told_apart(quantized):
+    layer = Layer(EMULATED, torch.device("cpu"))
+
+    def call(recipe: Recipe) -> Tensor:
+        return grouped_mm(layer.a, layer.up.transpose(1, 2), layer.offs, recipe=recipe)
+
+    wanted = [call(recipe) for recipe in Recipe]
+    written = quantized(EMULATED)
+    with cache_weights():
+        for _ in range(2):
+            assert_equal([call(recipe) for recipe in Recipe], wanted)
+    assert len(written) == len(SCALED) + 2  # without a recipe nothing is quantized, so nothing is kept
+
+
+class Named:
+    """A backend whose layouts hold its name."""
+
+    def __init__(self, kind: KernelPreference) -> None:
+        self.kind = kind
+
+    def quantize_weights(self, b, recipe, *, forward, dgrad):
+        names = (f"{self.kind.value} {pass_}" for pass_ in ("forward", "dgrad"))
+        return tuple(
+            Quantized(b, None, recipe, 1, name) if wanted else None for name, wanted in zip(names, (forward, dgrad))
+        )
+
+
+def test_backends_are_told_apart():
+    cache, b = WeightCache(), torch.ones(2, 3, 4)
+    first, second = (Named(kind) for kind in (KernelPreference.TRITON, KernelPreference.DEEPGEMM))
+    for _ in range(2):
+        (one, _), (_, other) = (
+            cache.quantize(first, b, Recipe.MXFP8, forward=True, dgrad=False),
+            cache.quantize(second, b, Recipe.MXFP8, forward=False, dgrad=True),
+        )
+        assert (one.layout, other.layout) == ("triton forward", "deepgemm dgrad")
+
+
+@A_RECIPE
+def test_micro_batches_share_memory(case, device):
+    layer, data = Layer(case, device), []
+
+    def pack(x: Tensor) -> Tensor:
+        if x.dtype.itemsize == 1 and x.numel() == layer.up.numel():
+            data.append(x.data_ptr())
+        return x
+
+    sizes = []
+    with cache_weights() as cache, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        kept = [layer(layer.a.clone().requires_grad_()) for _ in range(2) if sizes.append(cache.nbytes) is None]
+        sizes.append(cache.nbytes)
+    assert len(kept) == 2
+    assert len(data) == 4 and len(set(data)) == 2
+    assert sizes[0] == 0 and sizes[1] == sizes[2] >= 2 * layer.up.numel()
+
+
+# What ends it
+
+
+def doubled(w: Tensor) -> None:
+    with torch.no_grad():
+        w.mul_(2)
+
+
+def replaced(w: Tensor) -> None:
+    w.data = w.data * 2
+
+
+def stepped(optimizer: type, **options) -> Callable[[Tensor], None]:
+    def step(w: Tensor) -> None:
+        optimizer([w], lr=0.5, **options).step()
+
+    return step
+
+
+CHANGES = {"in place": doubled, "data": replaced}
+CHANGES |= {
+    f"{optimizer.__name__} {name}": stepped(optimizer, **{name: True} if name else {})
+    for optimizer in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+    for name in ("", "foreach", "fused")
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_weights_that_changed_are_quantized_again(change, device):
+    # In fp32: on a CPU, torch's fused SGD leaves most of a bf16 tensor as it was.
+    layer = Layer(dataclasses.replace(EMULATED, dtype=torch.float32), device)
+    with cache_weights():
+        before = layer.accumulate(1)
+        for w in layer.weights:
+            change(w)
+        after = layer.accumulate(1)
+    assert_equal(after, layer.accumulate(1))
+    assert not torch.equal(before[0], after[0])
+
+
+def test_other_storage_at_the_same_address_is_seen():
+    layer = Layer(dataclasses.replace(EMULATED, dtype=torch.float32), torch.device("cpu"))
+    addresses, shape = set(), layer.up.shape
+
+    def call(w: Tensor) -> Tensor:
+        return grouped_mm(layer.a, w.transpose(1, 2), layer.offs, recipe="fp8_blockwise")
+
+    with cache_weights(), torch.no_grad():
+        for i in range(20):
+            layer.up.data = torch.empty(0)  # whose memory the next one may take over
+            layer.up.data = torch.full(shape, float(i))
+            addresses.add(layer.up.data_ptr())
+            assert torch.equal(call(layer.up), call(layer.up.clone()))
+    assert len(addresses) < 20
+
+
+def test_a_change_without_a_trace_needs_clear():
+    layer = Layer(EMULATED, torch.device("cpu"))
+    with torch.no_grad(), cache_weights() as cache:
+        before = layer(layer.a)
+        layer.up.data.mul_(2)
+        assert torch.equal(layer(layer.a), before)
+        cache.clear()
+        assert not torch.equal(layer(layer.a), before)
+
+
+@A_RECIPE
+def test_what_is_kept_goes_with_its_parameter(case, device):
+    layer = Layer(case, device)
+    with cache_weights() as cache:
+        layer.accumulate()
+        both, gone = cache.nbytes, weakref.ref(layer.up)
+        del layer.up
+        gc.collect()
+        assert gone() is None
+        assert cache.nbytes == both // 2
+    assert cache.nbytes == 0
+
+
+def test_a_block_inside_another_changes_nothing(quantized):
+    layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
+    with cache_weights() as outer:
+        for _ in range(2):
+            with cache_weights() as inner:
+                layer.accumulate()
+            assert inner is outer
+        layer.accumulate()
+    assert len(written) == 2
+
+
+def test_a_block_that_raises_leaves_nothing(quantized):
+    layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
+    with pytest.raises(ZeroDivisionError), cache_weights() as cache:
+        layer.accumulate(1)
+        raise ZeroDivisionError
+    layer.accumulate(1)
+    assert len(written) == 4
+    assert cache.nbytes == 0
+
+
+# Threads and streams
+
+
+def in_a_thread(job: Callable[[], object]) -> None:
+    thread = threading.Thread(target=job)
+    thread.start()
+    thread.join()
+
+
+def test_the_block_holds_in_its_thread(quantized):
+    layer, other, written = *(Layer(EMULATED, torch.device("cpu")) for _ in range(2)), quantized(EMULATED)
+    with cache_weights():
+        layer.accumulate()
+        del written[:]
+        in_a_thread(other.accumulate)
+        assert len(written) == 6
+
+
+def test_another_thread_finds_what_the_block_keeps(quantized):
+    """Autograd has a thread of its own for each GPU, and checkpointed layers are computed again there."""
+    layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
+    with cache_weights():
+        layer.accumulate()
+        in_a_thread(layer.accumulate)
+    assert len(written) == 2
+
+
+def test_blocks_of_several_threads_do_not_mix():
+    layer = Layer(EMULATED, torch.device("cpu"))
+    wanted, found = layer.accumulate(1)[0], []
+    barrier = threading.Barrier(4, timeout=30)
+
+    def run() -> None:
+        with cache_weights() as cache, torch.no_grad():
+            barrier.wait()
+            y = layer(layer.a)
+            barrier.wait()
+            found.append((y, cache.nbytes))
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(y, wanted) and kept for y, kept in found) and len(found) == 4
+    assert not weight_cache._open
+
+
+@pytest.mark.gpu
+@A_RECIPE
+def test_a_stream_does_not_use_what_another_one_writes(case, device, quantized):
+    layer = Layer(case, device)
+    wanted, written = layer.accumulate(), quantized(case)
+    with cache_weights():
+        for stream in (torch.cuda.Stream(device), torch.cuda.Stream(device)):
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                results = layer.accumulate()
+            torch.cuda.current_stream(device).wait_stream(stream)
+            assert_equal(results, wanted)
+    assert len(written) == 4
+
+
+# Checkpointing, torch.compile, CUDA graphs, modes
+
+
+@EACH
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
+def test_a_layer_that_is_computed_again_finds_what_forward_has_kept(case, use_reentrant, device, quantized):
+    layer = Layer(case, device)
+    wanted, written = layer.accumulate(), quantized(case)
+    with cache_weights():
+        assert_equal(layer.accumulate(call=lambda a: checkpoint(layer, a, use_reentrant=use_reentrant)), wanted)
+    # A reentrant one runs forward without gradients, which wants one layout only.
+    assert sorted(written) == ([(False, True)] * 2 + [(True, False)] * 2 if use_reentrant else [(True, True)] * 2)
+
+
+def test_backward_may_come_after_the_block():
+    layer = Layer(EMULATED, torch.device("cpu"))
+    wanted = layer.accumulate(1)
+    with cache_weights():
+        a = layer.a.clone().requires_grad_()
+        y = checkpoint(layer, a, use_reentrant=False)
+    for w in layer.weights:
+        w.grad = None
+    y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+    assert_equal([y.detach(), a.grad, layer.up.grad, layer.down.grad], wanted)
+
+
+@EACH
+@pytest.mark.parametrize("saved", ["grouped_mm", "quantize_weights", ""])
+def test_selective_checkpointing_gets_the_ops_that_it_pairs(case, saved, device):
+    """What is kept may differ between forward and backward: then one op's result would be taken for another's."""
+    layer = Layer(case, device)
+    wanted = layer.accumulate(1)
+
+    def policy(context, op, *args, **kwargs):
+        is_saved = saved and str(op).startswith("grouped_gemm.") and saved in str(op)
+        return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def call(a: Tensor) -> Tensor:
+        with cache_weights() as cache:
+            grouped_mm(a, layer.up.transpose(1, 2), layer.offs, recipe=case.recipe, kernel_preference=case.backend)
+            kept = cache.nbytes
+            contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+            y = checkpoint(layer, a, use_reentrant=False, context_fn=contexts)
+            assert cache.nbytes == kept > 0
+        return y
+
+    assert_equal(layer.accumulate(1, call), wanted)
+
+
+@A_RECIPE
+def test_a_compiled_layer_quantizes_for_itself_and_is_compiled_once(case, device):
+    layer = Layer(case, device)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a: layer(a), fullgraph=True, backend=counter)
+    wanted = layer.accumulate(call=compiled)
+    with cache_weights() as cache:
+        assert_equal(layer.accumulate(call=compiled), wanted)
+        doubled(layer.up)
+        changed = layer.accumulate(call=compiled)
+        assert cache.nbytes == 0
+    assert_equal(changed, layer.accumulate())
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("form", ["foreach", "fused"])
+def test_a_compiled_step_is_seen(form):
+    layer = Layer(dataclasses.replace(EMULATED, dtype=torch.float32), torch.device("cpu"))
+    optimizer = torch.optim.Adam(layer.weights, lr=0.1, **{form: True})
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for _ in range(3):
+        with cache_weights():
+            layer.accumulate(1)
+            step()
+            found = layer.accumulate(1)
+        assert_equal(found, layer.accumulate(1))
+
+
+def test_a_cuda_graph_neither_keeps_nor_finds_anything(monkeypatch, quantized):
+    layer = Layer(EMULATED, torch.device("cpu"))
+    with cache_weights() as cache:
+        monkeypatch.setattr(weight_cache, "is_capturing", lambda x: True)
+        layer.accumulate(1)
+        assert cache.nbytes == 0
+        monkeypatch.setattr(weight_cache, "is_capturing", lambda x: False)
+        layer.accumulate(1)
+        monkeypatch.setattr(weight_cache, "is_capturing", lambda x: True)
+        written = quantized(EMULATED)
+        layer.accumulate(1)
+    assert len(written) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "case", cases(backends=[KernelPreference.TRITON], recipes=(Recipe.FP8_BLOCKWISE,), shapes=[SHAPE]), ids=str
+)
+def test_a_replayed_graph_reads_the_weights_of_now(case, device):
+    layer = Layer(case, device)
+    with cache_weights(), torch.no_grad():
+        layer(layer.a)  # compiles kernels, and keeps the weights of before
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(layer.a)
+        doubled(layer.up)
+        graph.replay()
+        assert torch.equal(y, layer(layer.a))
+
+
+def test_a_mode_sees_every_op():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    layer, seen = Layer(EMULATED, torch.device("cpu")), []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(str(op))
+            return op(*args, **kwargs or {})
+
+    with cache_weights(), torch.no_grad():
+        for _ in range(2):
+            layer(layer.a)
+            with Recorder():
+                layer(layer.a)
+    assert len([op for op in seen if "quantize_weights" in op]) == 4
+
+
+# What cannot be kept
+
+
+def test_weights_that_are_new_at_each_call_are_not_kept():
+    layer = Layer(EMULATED, torch.device("cpu"))
+    w = layer.up.float().detach().requires_grad_()
+    with cache_weights() as cache, torch.autocast("cpu", dtype=torch.bfloat16):
+        y = grouped_mm(layer.a, w.transpose(1, 2), layer.offs, recipe="mxfp8")
+        y.sum().backward()
+        del y
+        gc.collect()
+        assert cache.nbytes == 0
+    assert w.grad.dtype == torch.float32
+
+
+def test_inference_tensors_are_not_kept():
+    with torch.inference_mode():
+        layer = Layer(EMULATED, torch.device("cpu"))
+        with cache_weights() as cache:
+            y = layer(layer.a)
+            layer.up.mul_(2)
+            assert not torch.equal(layer(layer.a), y)
+            assert cache.nbytes == 0
+
+
+def test_weights_that_vmap_holds_for_a_batch_of_them_are_not_kept():
+    layer = Layer(EMULATED, torch.device("cpu"))
+    weights = torch.stack([layer.up.detach(), layer.up.detach() * 2])
+
+    def call(w: Tensor) -> Tensor:
+        return grouped_mm(layer.a, w.transpose(1, 2), layer.offs, recipe="fp8_blockwise")
+
+    wanted = torch.stack([call(w) for w in weights])
+    with cache_weights() as cache:
+        assert torch.equal(torch.func.vmap(call)(weights), wanted)
+        assert cache.nbytes == 0
