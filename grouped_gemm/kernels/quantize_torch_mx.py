@@ -50,7 +50,7 @@ def quantize_activations(x_MD: Tensor, ends: Tensor, token_ends: Tensor, out: Op
 @triton.jit(do_not_specialize=["M", "E"])
 def _quantize_tiles(
     x, ends, token_ends, by_row, row_scales, by_column, column_scales,
-    M, E, D, x_stride, column_stride,
+    M, E, D, x_stride, feature_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, E_PADDED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """128 rows of one group by 128 features. An empty group has a block as well, since it has tokens."""
@@ -78,7 +78,7 @@ def _quantize_tiles(
         _quantize_tile(
             x + row64 * x_stride + d64, x_stride, height, D - d_block * 128,
             by_row + row64 * D + d64, D, row_scales + row_atom * 128, 1,
-            by_column + d64 * column_stride + tl.multiple_of(token, 32), column_stride,
+            by_column + d64 * feature_stride + tl.multiple_of(token, 32), feature_stride,
             column_scales + column_atom * 128, 1, height, stored,
             ROWS, COLUMNS, LIMIT, True,
         )  # fmt: skip
