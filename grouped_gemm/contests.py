@@ -23,13 +23,13 @@ from torch import Tensor
 
 from grouped_gemm import costs
 from grouped_gemm.backends import Candidate
-from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
+from grouped_gemm.backends.base import ALL_PASSES, OffsetPlan, _GroupedMMBackend
 from grouped_gemm.costs import Case, Table, Times
 from grouped_gemm.device import Machine
 from grouped_gemm.files import locked, replace
 from grouped_gemm.kernels import tuning
 from grouped_gemm.preference import KernelPreference, cache_directory
-from grouped_gemm.problem import Pass, Problem
+from grouped_gemm.problem import Pass, Problem, RowClass
 from grouped_gemm.select import able
 from grouped_gemm.timing import captured_microseconds, device_microseconds, host_microseconds
 
@@ -70,13 +70,14 @@ def measure(
         device: where.
         contestants: the backends on that device.
         on_device: microseconds of functions that are compared; None: `timing.device_microseconds`, or where the problem
-            is of a captured call, `timing.captured_microseconds`.
+            is of a captured call or of few rows, `timing.captured_microseconds`. Between events, the launches of few
+            rows would take as long as the host does.
         on_host: likewise what the host takes, unless they are captured.
 
     Returns:
         The case, and why those that failed did.
     """
-    on_device = on_device or (captured_microseconds if problem.captured else device_microseconds)
+    in_graphs = problem.captured or problem.rows is not RowClass.LARGE
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -99,8 +100,13 @@ def measure(
     hosts: dict[KernelPreference, dict[str, float]] = {} if problem.captured else {kind: {} for kind in times}
     for part in costs.PARTS:
         calls = {kind: runs[kind][part] for kind in times if part in runs[kind]}
-        for timer, found in ((on_device, times), (on_host, hosts)):
-            for kind, microseconds in (_timed(calls, timer, failures) if found else {}).items():
+        waiting = {kind: calls.pop(kind) for kind in tuple(calls) if not in_graphs or _waits(backends[kind], part)}
+        for timer, compared, found in (
+            (on_device or captured_microseconds, calls, times),
+            (on_device or device_microseconds, waiting, times),
+            (on_host, calls | waiting, hosts),
+        ):
+            for kind, microseconds in (_timed(compared, timer, failures) if found else {}).items():
                 found[kind][part] = microseconds
     for by_kind in (times, hosts):
         for kind in failures:
@@ -111,6 +117,12 @@ def measure(
     recipe = problem.recipe.value.removesuffix("_pow2")
     facts = problem.rows.value, problem.group_alignment % 128 == 0, problem.captured
     return Case(recipe, *facts, problem.num_groups, problem.k, problem.n, num_rows, times, hosts), failures
+
+
+def _waits(backend: _GroupedMMBackend, part: str) -> bool:
+    """Whether a part may wait for the device, which no graph captures."""
+    passes = backend.host_sync_passes
+    return bool(backend.host_syncs) and (passes == ALL_PASSES or part in [pass_.value for pass_ in passes])
 
 
 @contextlib.contextmanager

@@ -105,6 +105,24 @@ def test_only_the_parts_of_the_passes_are_measured(passes, parts):
     assert set(case.times[DEEPGEMM]) == parts
 
 
+@pytest.mark.parametrize("rows, in_graphs", ((RowClass.LARGE, False), (RowClass.SMALL, True), (RowClass.DECODE, True)))
+def test_few_rows_are_timed_in_graphs_and_what_waits_is_not(monkeypatch, rows, in_graphs):
+    class Patient(emulated.Backend):
+        kind, host_syncs, host_sync_passes = TRITON, "wgrad waits", (Pass.WGRAD,)
+
+    timed = {"graphs": [], "events": []}
+
+    def timer(how: str) -> Callable[..., Any]:
+        return lambda calls: timed[how].extend(calls) or dict.fromkeys(calls, 1.0)
+
+    monkeypatch.setattr(contests, "captured_microseconds", timer("graphs"))
+    monkeypatch.setattr(contests, "device_microseconds", timer("events"))
+    asked = dataclasses.replace(problem(), rows=rows)
+    contests.measure(asked, 60, CPU, [Candidate(Patient())], on_host=lambda calls: dict.fromkeys(calls, 1.0))
+    waiting = 1 if in_graphs else len(PARTS)
+    assert (len(timed["graphs"]), len(timed["events"])) == (len(PARTS) - waiting, waiting)
+
+
 def test_the_host_is_measured_but_in_a_graph():
     case, _, _ = held(problem(), Rival, ForwardOnly)
     assert {kind: set(parts) for kind, parts in case.hosts.items()} == {k: set(p) for k, p in case.times.items()}
