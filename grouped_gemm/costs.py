@@ -34,6 +34,7 @@ PARTS = (
     *(p.value for p in Pass),
 )
 Times = Mapping[str, float]
+_LAUNCH_US = 3.0  # what the shortest kernels of the table take
 _SIZES = {"num_groups": "E", "k": "K", "n": "N", "num_rows": "M"}  # columns of a table
 _SHIPPED = {"nvidia": "measured_h200.csv"}
 
@@ -158,25 +159,20 @@ def estimate(problem: Problem, tables: Iterable[Table]) -> Estimate | None:
         if table.is_exact:
             alike = [case for case in alike if case.distance(problem) == 0 and case.covers(problem)]
         if alike:
-            nearest = min(alike, key=lambda case: case.distance(problem))
-            return _scaled(nearest, problem, table, alike)
+            return _scaled(min(alike, key=lambda case: case.distance(problem)), problem, table)
     return None
 
 
-def _scaled(case: Case, problem: Problem, table: Table, alike: Sequence[Case]) -> Estimate:
-    """The times of ``case`` for the sizes of ``problem``, at as many rows for each group.
-
-    A part that took no longer in any case than a launch does will not take less.
-    """
+def _scaled(case: Case, problem: Problem, table: Table) -> Estimate:
+    """The times of ``case`` for the sizes of ``problem``, at as many rows for each group; the host's stay the same."""
     groups, k, n = (y / max(x, 1) for x, y in zip((case.num_groups, case.k, case.n), _sizes(problem)))
     work = {"plan": 1.0, "a": groups * k, "g": groups * n}
     times: dict[KernelPreference, dict[str, float]] = {}
     for kind, parts in case.times.items():
         times[kind] = {}
         for part, microseconds in parts.items():
-            least = min(other.times[kind][part] for other in alike if part in other.times.get(kind, {}))
-            ratio = work.get(part.partition("_")[0], groups * k * n)
-            times[kind][part] = least + (microseconds - least) * ratio
+            scaled = microseconds * work.get(part.partition("_")[0], groups * k * n)
+            times[kind][part] = max(scaled, min(microseconds, _LAUNCH_US))
     hosts = {kind: dict(parts) for kind, parts in case.hosts.items()}
     if problem.weights is not None:  # they were quantized beforehand
         for parts in (*times.values(), *hosts.values()):

@@ -121,13 +121,20 @@ def test_weights_that_were_quantized_beforehand_cost_nothing():
 def test_the_nearest_sizes_speak_scaled_by_the_work():
     near = case(times(), times(forward=300.0, a_rows=150.0, plan=7.0))
     far = case(times(), num_groups=128, k=128, n=128)
-    found = estimate(problem(num_groups=16, n=1024), [table(near, far)])
+    found = estimate(problem(num_groups=16, n=512), [table(near, far)])
     parts = found.times[TRITON]
-    assert parts["forward"] == 100 + 200 * 2 * 0.5  # 100 is what it takes at least
-    assert parts["a_rows"] == 100 + 50 * 2
+    assert parts["forward"] == 300 * 2 * 0.25
+    assert parts["a_rows"] == 150 * 2
+    assert parts["g_rows"] == 100 * 2 * 0.25
+    assert parts["b_both"] == 100 * 2 * 0.25
     assert parts["plan"] == 7
     assert found.num_rows == 16 * 1024
     assert found.source == "measured on NVIDIA H200, 2026-11-21 at E=8, K=4096, N=2048"
+
+
+def test_no_part_takes_less_than_a_launch_but_one_that_is_none():
+    parts = estimate(problem(k=1, n=1), [table(case(times(), times(a_rows=0.0)))]).times[TRITON]
+    assert parts["forward"] == 3 and parts["a_rows"] == 0
 
 
 def test_the_same_sizes_speak_for_themselves():
@@ -155,10 +162,10 @@ def test_power_of_two_scales_take_the_same_time():
 
 @pytest.mark.parametrize("fact, facts", (("is_aligned", {"group_alignment": 256}), ("captured", {"captured": True})))
 def test_a_case_that_has_the_fact_comes_before_a_nearer_one(fact, facts):
-    other = case(times(), times(forward=50.0), **{fact: True}, **SIZES | {"k": 128})
-    found = estimate(problem(k=128, **facts), [table(case(times()), other)])
-    assert found.times[TRITON]["forward"] == 50
-    assert estimate(problem(k=128), [table(case(times()), other)]).times[TRITON]["forward"] == 100
+    other = case(times(), times(forward=50.0), **{fact: True}, **SIZES | {"k": 8192})
+    found = estimate(problem(**facts), [table(case(times()), other)])
+    assert found.times[TRITON]["forward"] == 50 * 4096 / 8192
+    assert estimate(problem(), [table(case(times()), other)]).times[TRITON]["forward"] == 100
 
 
 @pytest.mark.parametrize("changed", ({"k": 4097}, {"captured": True}, {"group_alignment": 128}), ids=str)
