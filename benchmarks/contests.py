@@ -2,9 +2,9 @@
 
     python -m grouped_gemm bench contests --write grouped_gemm/measured_h200.csv
 
-The cases are those of `SHAPES`: large groups, ragged and in whole blocks of 128 rows, then small and decode ones, eager
-and captured in a CUDA graph. `grouped_gemm.costs` says how AUTO reads the table. Backends that are not installed are
-left out, so a table is only as good as the machine is equipped.
+The cases are those of `SHAPES`: large groups, ragged and in whole blocks of 128 rows, then small and decode ones.
+`grouped_gemm.costs` says how AUTO reads the table. Backends that are not installed are left out, so a table is only as
+good as the machine is equipped.
 """
 
 from __future__ import annotations
@@ -30,13 +30,11 @@ RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)  # on which ba
 ROWS = {RowClass.SMALL: 128, RowClass.DECODE: 8}  # of a group
 
 
-def settings() -> list[tuple[RowClass, int, bool]]:
-    """Row class, promised alignment, and whether parts are captured."""
-    few = itertools.product((RowClass.SMALL, RowClass.DECODE), (1,), (False, True))
-    return [(RowClass.LARGE, 1, False), (RowClass.LARGE, 128, False), *few]
+# Row class and promised alignment.
+SETTINGS = ((RowClass.LARGE, 1), (RowClass.LARGE, 128), (RowClass.SMALL, 1), (RowClass.DECODE, 1))
 
 
-def contest(shape: str, recipe: Recipe, rows: RowClass, alignment: int, captured: bool) -> Case:
+def contest(shape: str, recipe: Recipe, rows: RowClass, alignment: int) -> Case:
     device = torch.device(DEVICE, torch.cuda.current_device())
     num_rows, num_groups, n, k = SHAPES[shape]
     num_rows = num_groups * ROWS[rows] if rows in ROWS else num_rows
@@ -49,8 +47,6 @@ def contest(shape: str, recipe: Recipe, rows: RowClass, alignment: int, captured
         recipe,
         passes=tuple(Pass),
         group_alignment=alignment,
-        host_sync=not captured,
-        captured=captured,
     )
     case, failed = measure(problem, num_rows, device, candidates(device))
     for kind, reason in failed.items():
@@ -60,12 +56,12 @@ def contest(shape: str, recipe: Recipe, rows: RowClass, alignment: int, captured
 
 
 def describe(shape: str, case: Case) -> str:
-    flags = f"{'aligned ' if case.is_aligned else ''}{'captured ' if case.captured else ''}"
+    blocks = "whole blocks" if case.whole_blocks else ""
     times = [
         f"{kind.value} " + " / ".join(f"{parts[p.value]:.0f}" if p.value in parts else "-" for p in Pass)
         for kind, parts in case.times.items()
     ]
-    return f"{shape:14}{case.recipe:15}{case.rows:8}{flags:10}{'   '.join(times)}"
+    return f"{shape:14}{case.recipe:15}{case.rows:8}{blocks:14}{'   '.join(times)}"
 
 
 def main() -> int:
@@ -83,7 +79,7 @@ def main() -> int:
     machine, begin = machine_of(DEVICE), time.time()
     versions = ", ".join(f"{package} {version}" for package, version in machine.versions)
     cases: list[Case] = []
-    for shape, recipe, setting in itertools.product(args.shapes, RECIPES, settings()):
+    for shape, recipe, setting in itertools.product(args.shapes, RECIPES, SETTINGS):
         cases.append(contest(shape, recipe, *setting))
         print(describe(shape, cases[-1]), flush=True)
         torch.cuda.empty_cache()

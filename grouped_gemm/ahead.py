@@ -79,8 +79,7 @@ class Contest:
         times = [f"{kind.value} alone {time:.0f} us" for kind, time in self.alone]
         chosen = ", ".join(f"{pass_.value} {backend.value}" for pass_, backend in self.decision.chosen)
         failed = [f"{kind} failed: {reason}" for kind, reason in self.failed]
-        what = f"{problem.rows.value}{' in CUDA graphs' if problem.captured else ''}"
-        return f"{what}: {chosen} ({'; '.join([*times, *failed])})"
+        return f"{problem.rows.value}: {chosen} ({'; '.join([*times, *failed])})"
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,6 @@ class Warmup:
             "contests": [
                 {
                     "rows": contest.decision.problem.rows.value,
-                    "captured": contest.decision.problem.captured,
                     "chosen": {pass_.value: backend.value for pass_, backend in contest.decision.chosen},
                     "on_one_backend_us": {kind.value: time for kind, time in contest.alone},
                     "failed": dict(contest.failed),
@@ -303,8 +301,10 @@ def _warm_up(
 def _compete(
     b: Tensor | QuantizedWeights, bias: Tensor | None, rows: RowClass, training: bool, options: dict[str, Any]
 ) -> Iterator[Contest]:
-    """Measures the backends that AUTO could take for one row class, where nothing is known; calls of few rows are
-    measured in CUDA graphs as well. Weights that are quantized have a backend already."""
+    """Measures the backends that AUTO could take for one row class, of which nothing is known.
+
+    Weights that are quantized have a backend already; and a promised alignment may leave no rows in the class.
+    """
     if isinstance(b, QuantizedWeights):
         return
     a = torch.empty(b.shape[0] * _FEWEST[rows], b.shape[1], dtype=b.dtype, device=b.device).requires_grad_(training)
@@ -314,16 +314,18 @@ def _compete(
     machine = eager.problem.machine
     if eager.preference is not KernelPreference.AUTO or not machine.is_gpu or eager.problem.dtype != torch.bfloat16:
         return
-    captured = dataclasses.replace(eager.problem, captured=True, host_sync=False)
-    for problem in (eager.problem,) if rows is RowClass.LARGE else (eager.problem, captured):
-        here = candidates(b.device)
-        if len(able(problem, here)) < 2 or costs.estimate(problem, [contests.known(machine)]) is not None:
-            continue
-        case, failed = contests.measure(problem, b.shape[0] * _usual(problem), b.device, here)
-        contests.store(machine, [case])
-        forget()
-        decision = decide(problem, KernelPreference.AUTO, here, tables=contests.tables(machine, True))
-        yield Contest(decision, tuple((kind.value, reason) for kind, reason in failed.items()))
+    # What a case is known by does not tell these apart, so that it must have every backend that runs any of them.
+    problem = dataclasses.replace(eager.problem, out_dtype=eager.problem.dtype, has_bias=False, host_sync=True)
+    here, num_rows = candidates(b.device), b.shape[0] * _usual(problem)
+    has_rows = contests.uneven_ends(num_rows, b.shape[0], problem.group_alignment, torch.device("cpu"))[-1] > 0
+    contests.read_again(machine)
+    if len(able(problem, here)) < 2 or not has_rows or costs.estimate(problem, [contests.known(machine)]) is not None:
+        return
+    case, failed = contests.measure(problem, num_rows, b.device, here)
+    contests.store(machine, [case])
+    forget()
+    decision = decide(eager.problem, KernelPreference.AUTO, here, tables=contests.tables(machine, True))
+    yield Contest(decision, tuple((kind.value, reason) for kind, reason in failed.items()))
 
 
 def _usual(problem: Problem) -> int:

@@ -12,6 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
@@ -69,15 +71,14 @@ def measure(
         num_rows: M.
         device: where.
         contestants: the backends on that device.
-        on_device: microseconds of functions that are compared; None: `timing.device_microseconds`, or where the problem
-            is of a captured call or of few rows, `timing.captured_microseconds`. Between events, the launches of few
-            rows would take as long as the host does.
-        on_host: likewise what the host takes, unless they are captured.
+        on_device: microseconds of functions that are compared; None: `timing.device_microseconds`, or for few rows
+            `timing.captured_microseconds`, since between events their launches would take as long as the host does.
+        on_host: likewise what the host takes.
 
     Returns:
         The case, and why those that failed did.
     """
-    in_graphs = problem.captured or problem.rows is not RowClass.LARGE
+    in_graphs = problem.rows is not RowClass.LARGE
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -97,25 +98,24 @@ def measure(
             for run in runs[kind].values():
                 run()  # compiles
     times: dict[KernelPreference, dict[str, float]] = {kind: {} for kind in runs if kind not in failures}
-    hosts: dict[KernelPreference, dict[str, float]] = {} if problem.captured else {kind: {} for kind in times}
+    hosts: dict[KernelPreference, dict[str, float]] = {kind: {} for kind in times}
     for part in costs.PARTS:
-        calls = {kind: runs[kind][part] for kind in times if part in runs[kind]}
+        calls = {kind: runs[kind][part] for kind in times if part in runs[kind] and kind not in failures}
         waiting = {kind: calls.pop(kind) for kind in tuple(calls) if not in_graphs or _waits(backends[kind], part)}
         for timer, compared, found in (
             (on_device or captured_microseconds, calls, times),
             (on_device or device_microseconds, waiting, times),
             (on_host, calls | waiting, hosts),
         ):
-            for kind, microseconds in (_timed(compared, timer, failures) if found else {}).items():
+            for kind, microseconds in _timed(compared, timer, failures).items():
                 found[kind][part] = microseconds
     for by_kind in (times, hosts):
-        for kind in failures:
-            by_kind.pop(kind, None)
+        by_kind.update((kind, {}) for kind in failures)  # which no call is then expected to end on
         if not problem.recipe.is_scaled:  # nothing is quantized: what was timed is a function that returns its argument
             for parts in by_kind.values():
                 parts.update((part, 0.0) for part in parts if part[:2] in ("a_", "g_", "b_"))
     recipe = problem.recipe.value.removesuffix("_pow2")
-    facts = problem.rows.value, problem.group_alignment % 128 == 0, problem.captured
+    facts = problem.rows.value, problem.group_alignment % 128 == 0
     return Case(recipe, *facts, problem.num_groups, problem.k, problem.n, num_rows, times, hosts), failures
 
 
@@ -205,6 +205,7 @@ def path() -> Path:
 
 
 _known: dict[Machine, Table] = {}
+_lock = threading.Lock()
 
 
 def known(machine: Machine) -> Table:
@@ -236,11 +237,12 @@ _DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionEr
 
 
 def store(machine: Machine, cases: Sequence[Case]) -> None:
-    """Uses ``cases`` from now on, in this process, and adds them to the file, as `tuning.store` does with tiles."""
+    """Uses ``cases`` from now on, in this process, and adds them to the file, as `tuning.store` does with tiles.
+
+    Where another process was faster to measure the same, what it has stored is used: all then decide alike.
+    """
     today = date.today().isoformat()
     new = [{"setting": _setting(machine), "date": today, **_entry(case)} for case in cases]
-    before = [case for case in known(machine).cases if not any(_facts(case) == _facts(other) for other in cases)]
-    _known[machine] = dataclasses.replace(known(machine), date=today, cases=(*before, *cases))
     file = path()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -249,14 +251,26 @@ def store(machine: Machine, cases: Sequence[Case]) -> None:
                 entries = _entries()
             except _DAMAGE:  # `known` has warned of it
                 entries = []
-            kept = [entry for entry in entries if not any(_is_same(entry, other) for other in new)]
-            replace(file, json.dumps({"schema": SCHEMA, "cases": kept + new}, indent=1))
+            others = [entry for entry in entries if any(_is_same(entry, other) for other in new)]
+            added = [entry for entry in new if not any(_is_same(entry, other) for other in others)]
+            replace(file, json.dumps({"schema": SCHEMA, "cases": entries + added}, indent=1))
+            cases = [*map(_case, others), *map(_case, added)]
     except OSError as error:
         warnings.warn(
             f"{file.parent}: expected a directory to keep measurements in; found {error}. This process uses them, "
             "later ones have to measure again. Set GROUPED_GEMM_CACHE_DIR to a directory that can be written.",
             stacklevel=2,
         )
+    table = known(machine)
+    with _lock:
+        before = [case for case in table.cases if not any(_facts(case) == _facts(other) for other in cases)]
+        _known[machine] = dataclasses.replace(table, date=today, cases=(*before, *cases))
+
+
+def read_again(machine: Machine) -> None:
+    """Looks at the file again: another process may have measured what is asked for."""
+    with _lock:
+        _known.pop(machine, None)
 
 
 def _setting(machine: Machine) -> dict[str, str]:
@@ -265,7 +279,7 @@ def _setting(machine: Machine) -> dict[str, str]:
     return {"gpu": machine.name, **tuning.versions(), **versions}
 
 
-_FACTS = ("recipe", "rows", "is_aligned", "captured", "num_groups", "k", "n")
+_FACTS = ("recipe", "rows", "whole_blocks", "num_groups", "k", "n")
 
 
 def _facts(case: Case) -> dict[str, Any]:
@@ -311,8 +325,14 @@ def _entries() -> list[dict[str, Any]]:
     for entry in entries:
         case = _case(entry)
         sizes = case.num_groups, case.k, case.n, case.num_rows
-        if not all(isinstance(size, int) for size in sizes) or not all(
-            isinstance(entry[name], str) for name in ("recipe", "rows", "date")
+        names = [entry[name] for name in ("recipe", "rows", "date")]
+        times = [us for clock in (case.times, case.hosts) for parts in clock.values() for us in parts.values()]
+        if not (
+            isinstance(entry["setting"], dict)
+            and isinstance(case.whole_blocks, bool)
+            and all(isinstance(size, int) for size in sizes)
+            and all(isinstance(name, str) for name in names)
+            and all(0 <= us < math.inf for us in times)
         ):
             raise TypeError(f"a case that is none: {entry!r}")
     return entries

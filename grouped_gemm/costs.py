@@ -5,7 +5,7 @@ the three products. From these parts follows what any choice of backends for its
 them quantize one operand. A problem like no case gets the times of the nearest one, scaled by the work.
 
 An eager call takes what the device takes for its parts, or what the host does, whichever is more: few rows wait for
-the host. CUDA graphs are replayed without it, and have cases of their own.
+the host. A CUDA graph is replayed without it.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import csv
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -46,20 +46,18 @@ class Case:
     Attributes:
         recipe: name of the recipe, without "_pow2", which takes the same time.
         rows: value of the row class.
-        is_aligned: whether groups were whole blocks of 128 rows, and that was promised.
-        captured: whether parts were replayed as CUDA graphs; otherwise they are those of eager calls.
+        whole_blocks: whether groups were multiples of 128 rows, and that was promised.
         num_groups: E.
         k: K.
         n: N.
         num_rows: M.
-        times: microseconds that the device takes for the parts, of each backend.
-        hosts: likewise the host, until a part is launched; none where parts are captured.
+        times: microseconds that the device takes for the parts, of each backend; none of one that failed.
+        hosts: likewise the host, until a part is launched.
     """
 
     recipe: str
     rows: str
-    is_aligned: bool
-    captured: bool
+    whole_blocks: bool
     num_groups: int
     k: int
     n: int
@@ -121,9 +119,10 @@ class Estimate:
         on_host = sum(self.hosts.get(kind, {}).get(part, 0.0) for kind, part in parts)
         return max(on_device, on_host)
 
-    def of_pass(self, kind: KernelPreference, pass_: Pass, passes: Sequence[Pass]) -> float:
-        """Microseconds that ``pass_`` adds to a call of which ``kind`` runs those of ``passes`` that come before it."""
-        before = dict.fromkeys(passes[: passes.index(pass_)], kind)
+    def of_pass(self, kind: KernelPreference, pass_: Pass, chosen: Mapping[Pass, KernelPreference]) -> float:
+        """Microseconds that ``pass_`` on ``kind`` adds to those passes of ``chosen`` that come before it there."""
+        passes = list(chosen)
+        before = {p: chosen[p] for p in passes[: passes.index(pass_)]}
         total = self.total({**before, pass_: kind})
         return total - (self.total(before) if before and math.isfinite(total) else 0)
 
@@ -153,9 +152,8 @@ def estimate(problem: Problem, tables: Iterable[Table]) -> Estimate | None:
     recipe = problem.recipe.value.removesuffix("_pow2")
     for table in tables:
         alike = [case for case in table.cases if (case.recipe, case.rows) == (recipe, problem.rows.value)]
-        for fact, wanted in (("captured", problem.captured), ("is_aligned", problem.group_alignment % 128 == 0)):
-            exactly = [case for case in alike if getattr(case, fact) == wanted]
-            alike = exactly if table.is_exact else exactly or alike
+        exactly = [case for case in alike if case.whole_blocks == (problem.group_alignment % 128 == 0)]
+        alike = exactly if table.is_exact else exactly or alike
         if table.is_exact:
             alike = [case for case in alike if case.distance(problem) == 0 and case.covers(problem)]
         if alike:
@@ -173,9 +171,9 @@ def _scaled(case: Case, problem: Problem, table: Table) -> Estimate:
         for part, microseconds in parts.items():
             scaled = microseconds * work.get(part.partition("_")[0], groups * k * n)
             times[kind][part] = max(scaled, min(microseconds, _LAUNCH_US))
-    hosts = {kind: dict(parts) for kind, parts in case.hosts.items()}
+    hosts = {kind: dict(parts) for kind, parts in case.hosts.items() if not problem.captured}
     if problem.weights is not None:  # they were quantized beforehand
-        for parts in (*times.values(), *hosts.values()):
+        for parts in (*filter(None, times.values()), *hosts.values()):
             parts |= dict.fromkeys(("b_forward", "b_dgrad", "b_both"), 0.0)
     where = table.gpu if table.gpu == problem.machine.name else f"{table.gpu}, the nearest that is known"
     sizes = "" if case.distance(problem) == 0 else f" at E={case.num_groups}, K={case.k}, N={case.n}"
@@ -206,8 +204,7 @@ def parse(text: str) -> Table:
     cases: dict[str, Case] = {}
     for row in csv.DictReader(line for line in lines if not line.startswith("#")):
         num_groups, k, n, num_rows = (int(row[column]) for column in _SIZES.values())
-        flags = row["aligned"] == "yes", row["captured"] == "yes"
-        case = Case(row["recipe"], row["rows"], *flags, num_groups, k, n, num_rows, {})
+        case = Case(row["recipe"], row["rows"], row["blocks"] == "whole", num_groups, k, n, num_rows, {})
         key = str(case)
         times = {part: float(row[part]) for part in PARTS if row[part]}
         same, kind = cases.get(key, case), KernelPreference.parse(row["backend"])
@@ -222,10 +219,10 @@ def render(table: Table) -> str:
     """``table`` as comma-separated values: a line for each case and backend."""
     lines = [f"# {name}: {getattr(table, name)}" for name in ("gpu", "arch", "date", "versions")]
     lines.append("# unit: microseconds, of parts of a call that grouped_gemm/costs.py names")
-    lines.append(",".join(("recipe", "rows", "aligned", "captured", *_SIZES.values(), "backend", "clock", *PARTS)))
+    lines.append(",".join(("recipe", "rows", "blocks", *_SIZES.values(), "backend", "clock", *PARTS)))
     for case in table.cases:
-        flags = ["yes" if flag else "no" for flag in (case.is_aligned, case.captured)]
-        facts = [case.recipe, case.rows, *flags, *(str(getattr(case, name)) for name in _SIZES)]
+        blocks = "whole" if case.whole_blocks else "any"
+        facts = [case.recipe, case.rows, blocks, *(str(getattr(case, name)) for name in _SIZES)]
         for clock, by_kind in (("device", case.times), ("host", case.hosts)):
             for kind, times in by_kind.items():
                 values = [f"{times[part]:.1f}" if part in times else "" for part in PARTS]

@@ -69,7 +69,7 @@ def default_device() -> torch.device:
 
 
 def is_capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph is being captured where ``x`` is."""
+    """Whether a CUDA graph is being captured on the current stream, and ``x`` is on a GPU."""
     return x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing()
 
 

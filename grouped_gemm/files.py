@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,12 +21,11 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def replace(file: Path, text: str) -> None:
-    """Writes ``file`` as a whole or not at all: a reader sees it as it was before or after."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem}-", suffix=".tmp")
+    """Writes ``file`` as a whole or not at all: a reader sees it as it was before or after. Call it under `locked`."""
+    temporary = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as temporary:
-            temporary.write(text)
-        os.replace(name, file)
+        temporary.write_text(text, encoding="utf-8")  # others may read it, as the process's umask has it
+        os.replace(temporary, file)
     except BaseException:
-        os.unlink(name)
+        temporary.unlink(missing_ok=True)
         raise

@@ -94,7 +94,7 @@ def grouped_mm(
     if route is None:
         call = _prepare(a, b, offs, bias, *options)
         route = _route(call.facts)
-        if key is not None and call.took_as_is(a, b, offs):
+        if key is not None and call.took_as_is(a, b, offs) and not call.facts["captured"]:
             _remember(key, route)
         a, b, offs = call.a, call.b, call.offs
     if isinstance(b, Tensor) and b.dim() == 2:
@@ -115,7 +115,7 @@ def explain(
     group_alignment: int = 1,
     kernel_preference: KernelPreference | str = KernelPreference.AUTO,
 ) -> Explanation:
-    """What `grouped_mm` would do with the same arguments, and why; runs nothing. The passes follow ``requires_grad``.
+    """What `grouped_mm` would do with the same arguments, and why; multiplies nothing. Passes follow ``requires_grad``.
 
     Returns:
         An `Explanation`: print it, or take its ``to_dict()``. It says so where no backend runs the call.
@@ -402,7 +402,9 @@ def _decision(
 ) -> Decision:
     """The decision, complete or not, under the switches of now."""
     preference, asked_by = resolve(preference, context)
-    return _decide_once(device, preference, asked_by, STRICT.is_on(), AUTOTUNE.is_on(), **facts)
+    # In a capture, health may be taken for granted: what is decided then holds for then.
+    decide_now = _decide_once.__wrapped__ if facts.get("captured") else _decide_once
+    return decide_now(device, preference, asked_by, STRICT.is_on(), AUTOTUNE.is_on(), **facts)
 
 
 @functools.lru_cache(maxsize=4096)

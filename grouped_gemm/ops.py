@@ -48,6 +48,7 @@ _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack  # fake tensors, tracing, selective checkpointing
 _function_modes = torch._C._len_torch_function_stack  # which an op's implementation is called without
 _transform = torch._C._functorch.peek_interpreter_stack
+_jit_trace = torch._C._get_tracing_state
 
 
 def _shortcut(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,8 +60,10 @@ def _shortcut(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]
             or _modes()
             or _function_modes()
             or _transform() is not None
+            or _jit_trace() is not None
             or torch.autograd.profiler._is_profiler_enabled
             or not _PLAIN.issuperset(map(type, args))
+            or args[0].is_meta  # an op's first argument is a tensor; without values, its fake runs
         ):
             return op(*args)
         return implementation(*args)

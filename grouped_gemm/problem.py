@@ -50,7 +50,7 @@ class Problem:
         recipe: how operands are quantized.
         dtype: dtype of ``a``, and of ``b`` before it is quantized.
         out_dtype: dtype of the output.
-        passes: what will run, in the order of `Pass`.
+        passes: what will run, first what the forward call runs.
         b_contiguous: "n" or "k", the fastest axis of ``b``; weights (E, N, K) seen through a transpose have "k".
         has_bias: whether a bias is added.
         group_alignment: every group's size is a multiple of it, as the caller promises.

@@ -82,8 +82,9 @@ class Expected:
     Attributes:
         source: where it was measured, as a phrase.
         num_rows: M of the calls that it speaks of.
-        passes: for each pass, the backends that were measured and do not refuse it, the fastest first; a pass is
-            charged with what is quantized for it. The health of those that were not chosen has not been looked at.
+        passes: for each pass, the backends that were measured and do not refuse it, the fastest first: what each adds
+            to the chosen passes before it, with what is quantized for it. The health of those that were not chosen has
+            not been looked at.
         total: of the whole call with the backends that were chosen; None where one of them was not measured.
         others: whole calls on one backend alone, the fastest first.
     """
@@ -312,7 +313,7 @@ def _expected(
         return tuple(sorted((time for time in times if math.isfinite(time[1])), key=lambda time: time[1]))
 
     by_pass = tuple(
-        (p, fastest_first((kind, found.of_pass(kind, p, passes)) for kind in kinds if p in trial.runs(kind)))
+        (p, fastest_first((kind, found.of_pass(kind, p, chosen)) for kind in kinds if p in trial.runs(kind)))
         for p in passes
     )
     alone = [kind for kind in kinds if all(p in trial.runs(kind) for p in passes)]

@@ -27,6 +27,7 @@ from grouped_gemm import (
     warmup,
 )
 from grouped_gemm.backends import emulated
+from grouped_gemm.backends.base import Requirement
 from grouped_gemm.kernels import tiles, tuning
 from grouped_gemm.problem import RowClass, row_class
 
@@ -263,7 +264,11 @@ def test_weights_that_were_quantized_are_tuned_without_wgrad(weights, tiled):
 class Rival(emulated.Backend):
     """Emulated under the name of another backend, so that an H200 without a GPU has something to choose from."""
 
-    requirements = ()
+    requirements = (
+        Requirement("no bias", lambda p: not p.has_bias, lambda p: "a bias", ""),
+        Requirement("leave to wait", lambda p: p.host_sync, lambda p: "none", ""),
+        Requirement("bfloat16", lambda p: p.out_dtype is torch.bfloat16, lambda p: "another", ""),
+    )
     host_syncs = ""
 
     def __init__(self, kind: KernelPreference) -> None:
@@ -292,7 +297,9 @@ def compete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
     monkeypatch.setattr(contests, "measure", measure)
     functional.forget()
     options = {"recipe": "fp8_rowwise", "out_dtype": None, "group_alignment": 1, "kernel_preference": "auto"}
-    yield lambda b, rows, training=True, **changed: list(ahead._compete(b, None, rows, training, options | changed))
+    yield lambda b, rows, training=True, bias=None, **changed: list(
+        ahead._compete(b, bias, rows, training, options | changed)
+    )
     functional.forget()
 
 
@@ -314,8 +321,31 @@ def test_a_contest_is_held_once(weights, compete):
     assert compete(weights, RowClass.LARGE, training=False) == [], "its passes were measured"
 
 
-def test_few_rows_compete_in_cuda_graphs_as_well(weights, compete):
-    assert [c.decision.problem.captured for c in compete(weights, RowClass.DECODE)] == [False, True]
+@pytest.mark.parametrize("out_dtype", (None, torch.float32))
+def test_a_contest_is_of_all_that_could_run_such_calls(weights, compete, out_dtype):
+    """What a case is known by tells no bias, output dtype or leave to wait."""
+    bias = torch.zeros(E, N, dtype=torch.bfloat16)
+    with prefer(host_sync=False):
+        (contest,) = compete(weights, RowClass.LARGE, bias=bias, out_dtype=out_dtype)
+    (case,) = contests.known(contest.decision.problem.machine).cases
+    assert set(case.times) == {KernelPreference.TRITON, KernelPreference.TORCH}
+    assert compete(weights, RowClass.LARGE) == []
+
+
+def test_a_class_that_an_alignment_leaves_no_rows_holds_no_contest(weights, compete):
+    assert compete(weights, RowClass.DECODE, group_alignment=128) == []
+    assert len(compete(weights, RowClass.LARGE, group_alignment=128)) == 1
+
+
+def test_a_call_that_was_remembered_follows_a_contest(weights, compete, monkeypatch):
+    a, offs = torch.zeros(3000, K, dtype=torch.bfloat16), torch.tensor([1000, 2000, 3000], dtype=torch.int32)
+    routes = []
+    monkeypatch.setattr(functional, "run_forward", lambda *args: routes.append(args[-1].forward) or (None,))
+    with torch.no_grad():
+        grouped_mm(a, weights, offs, recipe="fp8_rowwise")
+        compete(weights, RowClass.LARGE)
+        grouped_mm(a, weights, offs, recipe="fp8_rowwise")
+    assert routes == [KernelPreference.TRITON, KernelPreference.TORCH]
 
 
 @pytest.mark.parametrize(

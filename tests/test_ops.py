@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from grouped_gemm import Recipe, reference, testing
-from grouped_gemm.ops import NAMES
+from grouped_gemm import Recipe, grouped_mm, reference, testing
+from grouped_gemm.ops import NAMES, _shortcut
 
 RECIPES = tuple(Recipe)
 SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)
@@ -224,3 +226,56 @@ def op_named(name: str) -> torch._ops.OpOverload:
 def bits(x: torch.Tensor) -> torch.Tensor:
     """A copy of the bytes of ``x``, so that NaN equals itself."""
     return x.contiguous().view(torch.uint8).clone()
+
+
+# The short way of an eager call
+
+
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*args, **kwargs or {})
+
+
+class Replace(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+X = torch.zeros(2, 2)
+short = _shortcut(lambda *args: "op", lambda *args: "implementation")
+
+
+def test_where_nothing_watches_an_op_is_its_implementation():
+    assert short(X, None, torch.nn.Parameter(X), "none", torch.float32, 3, True) == "implementation"
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert short(X) == "implementation"
+
+
+@pytest.mark.parametrize("watch", (Watch, Replace, torch.autograd.profiler.profile), ids=lambda w: w.__name__)
+def test_what_watches_ops_sees_them(watch):
+    with watch():
+        assert short(X) == "op"
+    assert short(X) == "implementation"
+
+
+def test_subclasses_and_transforms_go_through_the_dispatcher():
+    seen = []
+    torch.func.vmap(lambda x: seen.append(short(x)) or x)(X)
+    assert [short(X.as_subclass(Wrapped)), *seen, short(X.to("meta"))] == ["op", "op", "op"]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and checks what it traced with other random numbers
+@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+def test_a_trace_has_ops_and_no_values_of_offs(recipe):
+    a, b = torch.randn(12, 32).bfloat16(), torch.randn(3, 32, 48).bfloat16()
+    offs, others = torch.tensor([2, 5, 12], dtype=torch.int32), torch.tensor([7, 7, 9], dtype=torch.int32)
+
+    def call(a, b, offs):
+        return grouped_mm(a, b, offs, recipe=recipe, kernel_preference="emulated")
+
+    traced = torch.jit.trace(call, (a, b, offs))
+    assert torch.equal(traced(a, b, others), call(a, b, others))

@@ -527,6 +527,18 @@ def test_a_capture_that_begins_after_a_call_refuses_what_waits_for_the_host(on, 
         call()
 
 
+def test_what_is_decided_in_a_capture_is_not_remembered(on, monkeypatch):
+    """There, a backend that has not been tried is taken for healthy."""
+    on("CPU", {})
+    monkeypatch.setattr(functional, "_is_capturing", lambda x: True)
+    monkeypatch.setattr(emulated.Backend, "requirements", ())
+    call()
+    assert functional._decide_once.cache_info().currsize == 0 and not functional._routes
+    monkeypatch.setattr(functional, "_is_capturing", lambda x: False)
+    call()
+    assert functional._decide_once.cache_info().currsize == 1 and functional._routes
+
+
 def test_the_log_shows_each_distinct_decision_once(on, monkeypatch, capsys):
     on("CPU", {})
     monkeypatch.setenv("GROUPED_GEMM_LOG", "1")

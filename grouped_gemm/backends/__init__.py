@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -85,7 +86,8 @@ def candidates(device: torch.device) -> tuple[Candidate, ...]:
 class _Checkup:
     """The health of a backend on a device, found out when it is first asked for.
 
-    While a CUDA graph is captured nothing can be tried: the backend is taken for healthy, and tried another time.
+    While a CUDA graph is captured nothing can be tried: the backend is taken for healthy, and tried another time. What
+    was decided on that ground must not be remembered.
     """
 
     def __init__(self, backend: _GroupedMMBackend, device: torch.device) -> None:
@@ -106,14 +108,15 @@ def _health(backend: _GroupedMMBackend, device: torch.device) -> Health:
 
     It may be asked for inside of anything: while a model is traced, under modes that watch or replace ops, in autocast.
     """
-    try:
-        with (
-            _disable_current_modes(),
-            torch._C.DisableTorchFunction(),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
+    casts = device.type != "meta" and torch.is_autocast_enabled(device.type)  # which raises for meta
+    with (
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False) if casts else nullcontext(),
+    ):
+        try:
             return backend.health(device)
-    except Exception as error:
-        return Health(f"{type(error).__name__}: {error}", "Reinstall it for this torch and device.")
+        except Exception as error:
+            return Health(f"{type(error).__name__}: {error}", "Reinstall it for this torch and device.")
