@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from grouped_gemm import reference
 from grouped_gemm.operand import QuantizedWeights
@@ -52,6 +53,17 @@ def check_offs(offs: Tensor, num_groups: int | None, device: torch.device) -> No
         fail("offs", "at least one group", "none")
     if num_groups is not None and offs.shape[0] != num_groups:
         fail("offs", f"{num_groups} entries, one for each matrix of b", offs.shape[0])
+
+
+def check_tangents(**operands: Any) -> None:
+    """No operand, by the name of its argument, has a forward-mode derivative, which would be lost.
+
+    Raises:
+        ValueError: one has.
+    """
+    for argument, x in operands.items():
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            fail(argument, "a tensor without a tangent, as there are no forward-mode derivatives", "a dual tensor")
 
 
 def check_options(out_dtype: torch.dtype | None, group_alignment: int) -> None:

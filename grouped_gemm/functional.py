@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from grouped_gemm import arguments, contests, reference, shards
 from grouped_gemm.autograd import (
@@ -220,7 +221,7 @@ def _recall(
     The key has all that `_prepare` and `_route` look at, as the caller gave it: to hash it takes a fifth of the time
     that it takes to check it. Of M it has the class, and no check of operands that are remembered looks at more.
     """
-    if torch.compiler.is_compiling():  # Dynamo guards what it traces
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # Dynamo guards what it traces; see _prepare
         return None, None
     try:
         num_rows, k = a.shape
@@ -288,6 +289,8 @@ def _prepare(
     group_alignment: int,
     kernel_preference: KernelPreference | str,
 ) -> _Call:
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        arguments.check_tangents(a=a, b=b, bias=bias)
     preference = KernelPreference.parse(kernel_preference)
     arguments.check_options(out_dtype, group_alignment)
     weights = None

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from grouped_gemm import Recipe, explain, grouped_mm, quantize_weights
 from grouped_gemm.preference import SWITCHES
@@ -290,3 +291,15 @@ def test_validation_changes_nothing_where_all_is_well(monkeypatch, good):
 def test_validation_allows_rows_past_the_last_group_and_groups_without_rows(monkeypatch):
     monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
     assert grouped_mm(**GOOD | {"offs": ends(0, 8, 8)})[8:].count_nonzero() == 0
+
+
+def test_forward_mode_derivatives_are_refused_and_not_lost():
+    a, b = torch.randn(4, 32), torch.randn(2, 32, 16)
+    offs = torch.tensor([1, 4], dtype=torch.int32)
+    grouped_mm(a, b, offs)  # which is remembered
+    with pytest.raises(ValueError, match="a: expected a tensor without a tangent"):
+        torch.func.jvp(lambda a: grouped_mm(a, b, offs), (a,), (torch.ones_like(a),))
+    with forward_ad.dual_level():
+        with pytest.raises(ValueError, match="b: expected a tensor without a tangent"):
+            grouped_mm(a, forward_ad.make_dual(b, torch.ones_like(b)), offs)
+        assert grouped_mm(a, b, offs).shape == (4, 16)
