@@ -1,4 +1,5 @@
 """Puts Triton's interpreter right: it rounds fp8 wrongly, truncates fp32 to bf16, and takes bf16 for its raw bits.
+Before Triton 3.9 it does not know e4m3fnuz either.
 
 `install` sends float conversions through torch and computes bf16 and fp8 operands in fp32, as the hardware does. It
 must run in a process with TRITON_INTERPRET=1, before the first launch. `tl.sum` over bf16 stays wrong: cast first.
@@ -68,8 +69,22 @@ def _in_fp32(original, operands):
     return op
 
 
+_patch_lang_core_original = interpreter._patch_lang_core
+
+
+def _patch_lang_core(lang, scope):
+    _patch_lang_core_original(lang, scope)
+    to_ir = lang.dtype.to_ir
+
+    def with_e4m3fnuz(self, builder):
+        return builder.get_fp8e4b8_ty() if self.name == "fp8e4b8" else to_ir(self, builder)
+
+    scope.set_attr(lang.dtype, "to_ir", with_e4m3fnuz)
+
+
 def install() -> None:
-    """Replaces what rounds wrongly, in this process."""
+    """Replaces what rounds wrongly or is missing, in this process."""
+    interpreter._patch_lang_core = _patch_lang_core
     builder = interpreter.InterpreterBuilder
     interpreter._convert_float = _convert_float
     builder.create_dot = _create_dot
