@@ -28,7 +28,7 @@ from grouped_gemm.backends import Candidate
 from grouped_gemm.backends.base import ALL_PASSES, OffsetPlan, _GroupedMMBackend
 from grouped_gemm.costs import Case, Table, Times
 from grouped_gemm.device import Machine
-from grouped_gemm.files import locked, replace
+from grouped_gemm.files import DAMAGE, locked, read, replace
 from grouped_gemm.kernels import tuning
 from grouped_gemm.preference import KernelPreference, cache_directory
 from grouped_gemm.problem import Pass, Problem, RowClass
@@ -221,7 +221,7 @@ def known(machine: Machine) -> Table:
 def _read(machine: Machine) -> Table:
     try:
         entries = _entries()
-    except _DAMAGE as error:
+    except DAMAGE as error:
         warnings.warn(
             f"{path()}: expected measurements of backends; found {type(error).__name__}: {error}. The file is ignored. "
             "Delete it; grouped_gemm.warmup then measures again.",
@@ -231,9 +231,6 @@ def _read(machine: Machine) -> Table:
     here = [entry for entry in entries if entry["setting"] == _setting(machine)]
     day = max((entry["date"] for entry in here), default="")
     return Table(machine.name, machine.arch, day, "as now", tuple(map(_case, here)), is_exact=True)
-
-
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def store(machine: Machine, cases: Sequence[Case]) -> None:
@@ -249,7 +246,7 @@ def store(machine: Machine, cases: Sequence[Case]) -> None:
         with locked(file.with_suffix(".lock")):
             try:
                 entries = _entries()
-            except _DAMAGE:  # `known` has warned of it
+            except DAMAGE:  # `known` has warned of it
                 entries = []
             others = [entry for entry in entries if any(_is_same(entry, other) for other in new)]
             added = [entry for entry in new if not any(_is_same(entry, other) for other in others)]
@@ -313,15 +310,9 @@ def _entries() -> list[dict[str, Any]]:
     """The entries of the file, those of other machines too; none where there is no file.
 
     Raises:
-        One of _DAMAGE: the file cannot be read, or holds something else.
+        One of DAMAGE: the file cannot be read, or holds something else.
     """
-    try:
-        content = json.loads(path().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    if content["schema"] != SCHEMA:
-        raise ValueError(f"schema {content['schema']!r} and not {SCHEMA}")
-    entries: list[dict[str, Any]] = content["cases"]
+    entries = read(path(), SCHEMA, "cases")
     for entry in entries:
         case = _case(entry)
         sizes = case.num_groups, case.k, case.n, case.num_rows

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+# What `read` raises for a file that is damaged, and what looks at its entries may raise.
+DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+
+def read(file: Path, schema: int, name: str) -> list[dict[str, Any]]:
+    """The list ``name`` of a JSON file; empty where there is no file.
+
+    Raises:
+        One of DAMAGE: it cannot be read, is of another schema, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    if content["schema"] != schema:
+        raise ValueError(f"schema {content['schema']!r} and not {schema}")
+    entries: list[dict[str, Any]] = content[name]
+    return entries
 
 
 @contextlib.contextmanager

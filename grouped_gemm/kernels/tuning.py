@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm.device import Machine, machine_of
-from grouped_gemm.files import locked, replace
+from grouped_gemm.files import DAMAGE, locked, read, replace
 from grouped_gemm.kernels import tiles
 from grouped_gemm.kernels.tiles import Tile
 from grouped_gemm.preference import AUTOTUNE, cache_directory
@@ -175,7 +175,7 @@ def known() -> dict[Site, Found]:
     """
     try:
         entries = _entries()
-    except _DAMAGE as error:
+    except DAMAGE as error:
         warnings.warn(
             f"{path()}: expected tiles that a search has found; found {type(error).__name__}: {error}. The file is "
             "ignored and shipped tiles are used. Delete it; grouped_gemm.warmup then searches again.",
@@ -185,22 +185,13 @@ def known() -> dict[Site, Found]:
     return {_site(entry): Found(Tile(**entry["tile"]), entry["speedup"]) for entry in entries if _is_current(entry)}
 
 
-_DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
-
-
 def _entries() -> list[dict[str, Any]]:
     """The entries of the file, those of other versions too; none where there is no file.
 
     Raises:
-        One of _DAMAGE: the file cannot be read, or holds something else.
+        One of DAMAGE: the file cannot be read, or holds something else.
     """
-    try:
-        content = json.loads(path().read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    if content["schema"] != SCHEMA:
-        raise ValueError(f"schema {content['schema']!r} and not {SCHEMA}")
-    entries: list[dict[str, Any]] = content["tiles"]
+    entries = read(path(), SCHEMA, "tiles")
     for entry in entries:
         _site(entry)
         if _is_current(entry):
@@ -257,7 +248,7 @@ def store(found: dict[Site, Found]) -> None:
         with locked(file.with_suffix(".lock")):
             try:
                 before = _entries()
-            except _DAMAGE:  # `known` has warned of it
+            except DAMAGE:  # `known` has warned of it
                 before = []
             kept = [entry for entry in before if not (_is_current(entry) and _site(entry) in found)]
             new = [_entry(site, result) for site, result in found.items()]
