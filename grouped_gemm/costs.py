@@ -105,12 +105,14 @@ class Estimate:
         num_rows: M of the calls that it speaks of; a problem knows M as a class only.
         times: microseconds that the device takes for the parts, of each backend that was measured.
         hosts: likewise the host.
+        is_exact: whether this very kind of call was measured, on this very GPU.
     """
 
     source: str
     num_rows: int
     times: Mapping[KernelPreference, Times]
     hosts: Mapping[KernelPreference, Times] = field(default_factory=dict)
+    is_exact: bool = False
 
     def total(self, chosen: Mapping[Pass, KernelPreference]) -> float:
         """Microseconds of a call whose passes run on ``chosen``; infinite where that was not measured."""
@@ -178,7 +180,7 @@ def _scaled(case: Case, problem: Problem, table: Table) -> Estimate:
     where = table.gpu if table.gpu == problem.machine.name else f"{table.gpu}, the nearest that is known"
     sizes = "" if case.distance(problem) == 0 else f" at E={case.num_groups}, K={case.k}, N={case.n}"
     num_rows = max(1, round(case.num_rows / max(case.num_groups, 1) * problem.num_groups))
-    return Estimate(f"measured on {where}, {table.date}{sizes}", num_rows, times, hosts)
+    return Estimate(f"measured on {where}, {table.date}{sizes}", num_rows, times, hosts, table.is_exact)
 
 
 def _sizes(problem: Problem) -> tuple[int, int, int]:

@@ -177,10 +177,11 @@ def backends_markdown() -> str:
             "",
             "unless others were measured to make the whole call at least "
             f"{round(100 * (MARGIN - 1))}% faster, with all that they",
-            "quantize, and do not wait for the device. The passes of one call may run on different backends. What was",
-            "measured, where and when, is in the table `grouped_gemm/measured_h200.csv`, and in the file that `warmup`",
-            "writes with `GROUPED_GEMM_AUTOTUNE=1` ([env.md](env.md)), which comes first. A call of another size",
-            "follows the nearest case, another NVIDIA GPU the H200; `explain` says so, with the times.",
+            "quantize. The passes of one call may run on different backends. What was measured, where and when, is in",
+            "the table `grouped_gemm/measured_h200.csv`, and in the file that `warmup` writes with",
+            "`GROUPED_GEMM_AUTOTUNE=1` ([env.md](env.md)), which comes first. A call of another size follows the",
+            "nearest case, another NVIDIA GPU the H200; `explain` says so, with the times. The table speaks for",
+            "nothing that waits for the device.",
             *(line for backend in backends for line in _backend_page(backend)),
             "",
         ]

@@ -5,8 +5,8 @@
 1. A backend refuses a pass when one of its requirements for it does not hold, or when its tiny run fails.
 2. A preference that names a backend gets that backend for every pass, or an error; nothing takes its place.
 3. AUTO takes, for each pass, the first backend of the vendor's `AUTO_ORDER` that does not refuse it,
-4. unless a choice of others for the whole call was measured to be faster by `MARGIN` (`costs`), and does not wait for
-   the device.
+4. unless a choice of others for the whole call was measured to be faster by `MARGIN` (`costs`). What waits for the
+   device is among them only where this very kind of call was measured on the user's own GPU.
 5. On a GPU, AUTO takes Emulated only where nothing else runs a pass and `strict` is off; `Decision.falls_back` says so.
 6. Weights that were quantized beforehand are read by the backend that wrote them, and by no other.
 """
@@ -288,11 +288,18 @@ def _first(problem: Problem, order: Sequence[KernelPreference], trial: _Trial) -
 
 
 def _fastest(first: Chosen, trial: _Trial, expected: Estimate | None) -> Chosen:
-    """``first``, unless others for its passes, which do not wait, make the whole call `MARGIN` times as fast."""
+    """``first``, unless others for its passes make the whole call `MARGIN` times as fast.
+
+    A wait costs what comes after the call as well, so it has to be the user's own measurement that speaks for it.
+    """
     if expected is None or not first or not all(kind in expected.times for kind in first.values()):
         return first
     able = [
-        [kind for kind in expected.times if pass_ in trial.runs(kind) and (kind is own or not trial.waits(kind, pass_))]
+        [
+            kind
+            for kind in expected.times
+            if pass_ in trial.runs(kind) and (kind is own or expected.is_exact or not trial.waits(kind, pass_))
+        ]
         for pass_, own in first.items()
     ]
     choices = [dict(zip(first, kinds)) for kinds in itertools.product(*able)]

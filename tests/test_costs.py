@@ -230,6 +230,24 @@ def test_auto_takes_nothing_that_waits_for_the_host():
     assert chosen(problem(), faster, broken=(TRITON,), patience=False) == (DEEPGEMM, DEEPGEMM, DEEPGEMM)
 
 
+def test_auto_takes_what_waits_where_this_very_call_was_measured_so():
+    own = table(case(dict.fromkeys(PARTS, 1.0)), is_exact=True)
+    assert chosen(problem(), own, patience=False) == (DEEPGEMM,) * 3
+    assert chosen(problem(host_sync=False), own, patience=False) == (DEEPGEMM, DEEPGEMM, TRITON)
+
+
+@pytest.mark.parametrize("faster, expected", ((True, KernelPreference.HIPBLASLT), (False, TRITON)))
+def test_hipblaslt_is_taken_where_it_was_measured_to_be_faster(faster, expected):
+    machine = Machine("amd", "gfx942", "AMD Instinct MI300X", (*VERSIONS, ("rocm", "7.1")))
+    kinds = (TRITON, KernelPreference.HIPBLASLT)
+    asked = problem(machine, recipe=Recipe.FP8_ROWWISE, group_alignment=128)
+    theirs = dict.fromkeys(PARTS, 50.0 if faster else 100.0)
+    measured = Case("fp8_rowwise", "large", True, **SIZES, num_rows=8192, times=dict(zip(kinds, (times(), theirs))))
+    own = Table(machine.name, machine.arch, "2026-11-21", "as now", (measured,), is_exact=True)
+    found = decide(asked, AUTO, [Candidate(get_backend(kind)) for kind in kinds], tables=[own])
+    assert found.backends == (expected,)
+
+
 def test_auto_passes_over_a_fast_backend_that_is_broken_and_says_so():
     found = decision(problem(), table(case(dict.fromkeys(PARTS, 1.0))), broken=(DEEPGEMM,))
     assert found.backends == (TRITON,)
