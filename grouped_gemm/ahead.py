@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm import arguments, contests, costs, shards
+from grouped_gemm import arguments, shards
 from grouped_gemm.autograd import dense_weights, layouts, weights_for
 from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.functional import explain, forget, grouped_mm
@@ -258,6 +258,8 @@ def _row_class(value: RowClass | str) -> RowClass:
 
 def _groups(b: Tensor | QuantizedWeights, rows: int, alignment: int) -> tuple[Tensor, Tensor]:
     """Memory of (E * ``rows``, K) activations, and the ends of uneven groups: half of ``rows`` to one and a half."""
+    from grouped_gemm import contests
+
     num_groups, k, _ = b.shape
     a = torch.empty(num_groups * rows, k, dtype=b.dtype, device=b.device)
     return a, contests.uneven_ends(len(a), num_groups, alignment, b.device)
@@ -305,6 +307,8 @@ def _compete(
 
     Weights that are quantized have a backend already; and a promised alignment may leave no rows in the class.
     """
+    from grouped_gemm import contests, costs
+
     if isinstance(b, QuantizedWeights):
         return
     a = torch.empty(b.shape[0] * _FEWEST[rows], b.shape[1], dtype=b.dtype, device=b.device).requires_grad_(training)

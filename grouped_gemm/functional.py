@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from grouped_gemm import arguments, contests, reference, shards
+from grouped_gemm import arguments, reference, shards
 from grouped_gemm.autograd import (
     Contraction,
     GroupedMM,
@@ -420,6 +420,8 @@ def _decide_once(
     shape: tuple[int, int, int],
     **facts: Any,
 ) -> Decision:
+    from grouped_gemm import contests  # what is needed to decide, importing this package need not wait for
+
     num_groups, k, n = shape
     problem = Problem(machine_of(device), num_groups, k, n, **facts)
     tables = contests.tables(problem.machine, tunes)
