@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from grouped_gemm.operand import Quantized
+from grouped_gemm import reference
+from grouped_gemm.operand import Layouts, Quantized
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.problem import Pass, Problem, dtype_name
 from grouped_gemm.recipes import Recipe
@@ -106,6 +107,30 @@ class OffsetPlan:
     derived: tuple[Tensor, ...] = ()
 
 
+def as_activations(
+    written: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    recipe: Recipe,
+    layouts: tuple[str, str],
+    *,
+    rows: bool,
+    columns: bool,
+) -> Layouts:
+    """What `_GroupedMMBackend.quantize_activations` returns, from what its op has written.
+
+    Args:
+        written: data and scales by rows, data and scales by columns.
+        recipe: how it was quantized.
+        layouts: names of the two layouts.
+        rows: whether the first is wanted.
+        columns: whether the second is wanted.
+    """
+    by_row, row_scale, by_column, column_scale = written
+    return (
+        Quantized(by_row, row_scale, recipe, 1, layouts[0]) if rows else None,
+        Quantized(by_column, column_scale, recipe, 0, layouts[1]) if columns else None,
+    )
+
+
 class _GroupedMMBackend(ABC):
     """One way to run every pass of a grouped GEMM. A backend is stateless; one instance serves all threads and devices.
 
@@ -170,6 +195,11 @@ class _GroupedMMBackend(ABC):
             forward: whether the operand of forward is wanted.
             dgrad: whether the operand of dgrad is wanted.
         """
+
+    def _requantized_for_dgrad(self, data_EKN: Tensor, scale: Tensor, recipe: Recipe) -> Quantized | None:
+        """A checkpoint's weights, whose scales run along K, for dgrad, which sums over N and needs others."""
+        values = reference.dequantize(data_EKN, scale, reference.weight_blocks(recipe, 1))
+        return self.quantize_weights(values, recipe, forward=False, dgrad=True)[1]
 
     @abstractmethod
     def grouped_mm(

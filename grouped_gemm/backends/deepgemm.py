@@ -21,6 +21,7 @@ from grouped_gemm.backends.base import (
     OffsetPlan,
     Requirement,
     _GroupedMMBackend,
+    as_activations,
     requires_arch,
     requires_dtype,
     requires_recipe,
@@ -154,16 +155,11 @@ class Backend(_GroupedMMBackend):
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        row_data, row_scale, column_data, column_scale = x_MD, None, x_MD, None
+        written = x_MD, None, x_MD, None
         if recipe.is_scaled:
             row_map, blocks, _ = plan.derived
-            row_data, row_scale, column_data, column_scale = ops.deepgemm_quantize_activations(
-                x_MD, row_map, blocks, recipe.value, rows, columns
-            )
-        return (
-            Quantized(row_data, row_scale, recipe, 1, _ROWS) if rows else None,
-            Quantized(column_data, column_scale, recipe, 0, _COLUMNS) if columns else None,
-        )
+            written = ops.deepgemm_quantize_activations(x_MD, row_map, blocks, recipe.value, rows, columns)
+        return as_activations(written, recipe, (_ROWS, _COLUMNS), rows=rows, columns=columns)
 
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool

@@ -23,6 +23,7 @@ from grouped_gemm.backends.base import (
     OffsetPlan,
     Requirement,
     _GroupedMMBackend,
+    as_activations,
     requires_arch,
     requires_dtype,
 )
@@ -180,15 +181,10 @@ class Backend(_GroupedMMBackend):
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        row_data, row_scale, column_data, column_scale = x_MD, None, x_MD, None
+        written = x_MD, None, x_MD, None
         if recipe.is_scaled:
-            row_data, row_scale, column_data, column_scale = ops.hipblaslt_quantize_activations(
-                x_MD, plan.offs, *plan.derived, recipe.value, rows, columns
-            )
-        return (
-            Quantized(row_data, row_scale, recipe, 1, _ROWS) if rows else None,
-            Quantized(column_data, column_scale, recipe, 0, _COLUMNS) if columns else None,
-        )
+            written = ops.hipblaslt_quantize_activations(x_MD, plan.offs, *plan.derived, recipe.value, rows, columns)
+        return as_activations(written, recipe, (_ROWS, _COLUMNS), rows=rows, columns=columns)
 
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
@@ -207,15 +203,12 @@ class Backend(_GroupedMMBackend):
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        along_k = along_n = None
+        along_k = None
         if forward:
             by_n = _aligned(data_EKN.transpose(1, 2).contiguous())
             lines = layouts.mx_scales(scale) if recipe is Recipe.MXFP8 else scale.contiguous()
             along_k = Quantized(by_n.transpose(1, 2), lines, recipe, 1, _WEIGHTS)
-        if dgrad:  # these scales run along K, and dgrad sums over N: it needs others
-            values = reference.dequantize(data_EKN, scale, reference.weight_blocks(recipe, 1))
-            _, along_n = self.quantize_weights(values, recipe, forward=False, dgrad=True)
-        return along_k, along_n
+        return along_k, self._requantized_for_dgrad(data_EKN, scale, recipe) if dgrad else None
 
     def grouped_mm(
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None

@@ -23,6 +23,7 @@ from grouped_gemm.backends.base import (
     OffsetPlan,
     Requirement,
     _GroupedMMBackend,
+    as_activations,
     requires_arch,
     requires_recipe,
 )
@@ -168,15 +169,10 @@ class Backend(_GroupedMMBackend):
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        row_data, row_scale, column_data, column_scale = x_MD, None, x_MD, None
+        written = x_MD, None, x_MD, None
         if recipe.is_scaled:
-            row_data, row_scale, column_data, column_scale = ops.torch_quantize_activations(
-                x_MD, *plan.derived, recipe.value, rows, columns
-            )
-        return (
-            Quantized(row_data, row_scale, recipe, 1, _ROWS) if rows else None,
-            Quantized(column_data, column_scale, recipe, 0, _COLUMNS) if columns else None,
-        )
+            written = ops.torch_quantize_activations(x_MD, *plan.derived, recipe.value, rows, columns)
+        return as_activations(written, recipe, (_ROWS, _COLUMNS), rows=rows, columns=columns)
 
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
@@ -195,15 +191,12 @@ class Backend(_GroupedMMBackend):
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        by_column = by_line = None
+        by_column = None
         if forward:
             by_n = data_EKN.transpose(1, 2).contiguous()
             by_n_scale = layouts_torch.swizzled(scale) if recipe is _MXFP8 else scale[:, 0].contiguous()
             by_column = Quantized(by_n.transpose(1, 2), by_n_scale, recipe, 1, _WEIGHTS)
-        if dgrad:  # these scales follow K, and dgrad sums over N: it needs others
-            values = reference.dequantize(data_EKN, scale, reference.weight_blocks(recipe, 1))
-            _, by_line = self.quantize_weights(values, recipe, forward=False, dgrad=True)
-        return by_column, by_line
+        return by_column, self._requantized_for_dgrad(data_EKN, scale, recipe) if dgrad else None
 
     def grouped_mm(
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None

@@ -20,6 +20,7 @@ from grouped_gemm.backends.base import (
     OffsetPlan,
     Requirement,
     _GroupedMMBackend,
+    as_activations,
     requires_dtype,
     requires_recipe,
 )
@@ -107,15 +108,10 @@ class Backend(_GroupedMMBackend):
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        row_data, row_scale, column_data, column_scale = x_MD, None, x_MD, None
+        written = x_MD, None, x_MD, None
         if recipe.is_scaled:
-            row_data, row_scale, column_data, column_scale = ops.triton_quantize_activations(
-                x_MD, plan.offs, recipe.value, rows, columns
-            )
-        return (
-            Quantized(row_data, row_scale, recipe, 1, _ROWS) if rows else None,
-            Quantized(column_data, column_scale, recipe, 0, _COLUMNS) if columns else None,
-        )
+            written = ops.triton_quantize_activations(x_MD, plan.offs, recipe.value, rows, columns)
+        return as_activations(written, recipe, (_ROWS, _COLUMNS), rows=rows, columns=columns)
 
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
@@ -141,10 +137,7 @@ class Backend(_GroupedMMBackend):
                 Quantized(_contiguous(data_EKN, 1), scale, recipe, 1, _WEIGHTS) if forward else None,
                 Quantized(_contiguous(data_EKN, 2), scale, recipe, 2, _WEIGHTS) if dgrad else None,
             )
-        by_line = None
-        if dgrad:  # these scales run along N, over which dgrad sums: it needs others
-            values = reference.dequantize(data_EKN, scale, reference.weight_blocks(recipe, 1))
-            _, by_line = self.quantize_weights(values, recipe, forward=False, dgrad=True)
+        by_line = self._requantized_for_dgrad(data_EKN, scale, recipe) if dgrad else None
         scale = layouts.mx_scales(scale) if recipe is Recipe.MXFP8 else scale[:, 0].contiguous()
         along_k = Quantized(_contiguous(data_EKN, 1), scale, recipe, 1, _WEIGHTS)
         return along_k if forward else None, by_line
