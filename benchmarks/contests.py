@@ -71,6 +71,8 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    names = [recipe.value for recipe in RECIPES]
+    parser.add_argument("--recipes", nargs="*", choices=names, default=names)
     parser.add_argument("--write", type=Path, metavar="CSV", help="also write the table to this file")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -79,7 +81,7 @@ def main() -> int:
     machine, begin = machine_of(DEVICE), time.time()
     versions = ", ".join(f"{package} {version}" for package, version in machine.versions)
     cases: list[Case] = []
-    for shape, recipe, setting in itertools.product(args.shapes, RECIPES, SETTINGS):
+    for shape, recipe, setting in itertools.product(args.shapes, map(Recipe.parse, args.recipes), SETTINGS):
         cases.append(contest(shape, recipe, *setting))
         print(describe(shape, cases[-1]), flush=True)
         torch.cuda.empty_cache()

@@ -57,7 +57,8 @@ class Machine:
 
 def machine_of(device: torch.device | str) -> Machine:
     """The machine as seen from ``device``; probed once per device and process."""
-    device = torch.device(device)
+    if not isinstance(device, torch.device):
+        device = torch.device(device)
     if device.type != "cuda":
         return _probe(device.type, None)
     return _probe("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -26,6 +26,7 @@ class KernelPreference(Enum):
     TRITON = "triton"
     DEEPGEMM = "deepgemm"
     HIPBLASLT = "hipblaslt"
+    # The enums of this package keep Enum's own hash, slow as it is: Dynamo of torch 2.11 knows no other.
 
     @classmethod
     def parse(cls, value: KernelPreference | str, argument: str = "kernel_preference") -> KernelPreference:
@@ -70,6 +71,10 @@ class Switch:
         """Whether a switch of 0 and 1 is 1."""
         return self.read() == "1"
 
+    def is_on_now(self) -> bool:
+        """`is_on`, a microsecond sooner where it is not set; for ops, into which Dynamo does not look."""
+        return _getenv(_key_of[self.name]) is not None and self.is_on()
+
 
 BACKEND = Switch(
     "GROUPED_GEMM_BACKEND",
@@ -108,23 +113,25 @@ def cache_directory() -> Path:
 
 
 _environ: Mapping[Any, Any] = os.environ
-_names: tuple[Any, ...] = tuple(switch.name for switch in SWITCHES)
+_key_of: dict[str, Any] = {switch.name: switch.name for switch in SWITCHES}
 _getenv: Callable[[Any], Any] = os.environ.get
 if os.name == "posix":
     # C's getenv, to which os.environ writes through, takes a fifth of the time to find a variable that is not set.
     # PyDLL keeps the interpreter's lock meanwhile.
-    _environ, _names, _getenv = os.environb, tuple(map(os.fsencode, _names)), ctypes.PyDLL(None)["getenv"]
+    _environ, _getenv = os.environb, ctypes.PyDLL(None)["getenv"]
+    _key_of = {name: os.fsencode(name) for name in _key_of}
     _getenv.restype = ctypes.c_char_p
+_keys = tuple(_key_of.values())
 
 
 def environment() -> tuple[Any, ...]:
     """What every switch is set to at this moment, to compare with that of another."""
-    return tuple(map(_getenv, _names))
+    return tuple(map(_getenv, _keys))
 
 
 def is_current(then: tuple[Any, ...]) -> bool:
     """Whether `Switch.read` finds now what `environment` found ``then``; it does not see what os.putenv sets."""
-    return then == tuple(map(_environ.get, _names))
+    return then == tuple(map(_environ.get, _keys))
 
 
 class _Surrounding(threading.local):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -14,38 +17,48 @@ T = TypeVar("T")
 Calls = Mapping[T, Callable[[], Any]]
 _CACHE_BYTES = 256 * 2**20  # more than any L2 holds
 _ROUNDS = (7, 40)  # of all calls
-_TURNS = 7
+_MOST_AHEAD_US = 500
+_CYCLES_PER_US = 2000  # of a fast GPU's clock
+_TURNS = 40  # of the host's times, which others disturb
 
 
 def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float]:
-    """What the device takes for a call with a cold L2: medians between events, in rounds whose order rotates.
+    """What the device takes for a call with a cold L2: medians between events, in rounds whose order is shuffled.
+
+    Before each call the device is kept busy for about as long as the host takes, lest it waits between the events.
 
     Args:
         calls: what is compared; each has run before, so that nothing is compiled.
         budget_ms: about how long to measure, if that is enough for seven rounds.
     """
     cache = torch.empty(_CACHE_BYTES, dtype=torch.int8, device="cuda")
+    names, order = list(calls), _order()
+    ahead_us = _MOST_AHEAD_US
 
-    def timed(call: Callable[[], Any]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def timed(name: T) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        cache.zero_()  # the host launches the call meanwhile
+        cache.zero_()
+        torch.cuda._sleep(int(ahead_us * _CYCLES_PER_US))
         start.record()
-        call()
+        calls[name]()
         end.record()
         return start, end
 
     def milliseconds(pair: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
         return pair[0].elapsed_time(pair[1])
 
-    first = [timed(call) for _ in range(2) for call in calls.values()]
+    for name in names:
+        timed(name)
+    begin = time.perf_counter()
+    first = [timed(name) for name in names]
+    ahead_us = min(1e6 * (time.perf_counter() - begin), _MOST_AHEAD_US)  # of all: enough for each
     torch.cuda.synchronize()
-    flush_ms = 0.15
-    round_ms = sum(map(milliseconds, first[len(calls) :])) + flush_ms * len(calls)
+    round_ms = sum(map(milliseconds, first)) + (0.15 + ahead_us / 1e3) * len(calls)
     rounds = max(_ROUNDS[0], min(_ROUNDS[1], int(budget_ms / round_ms)))
     pairs: dict[T, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
-    for turn in range(rounds):
-        for name in _order(calls, turn):
-            pairs[name].append(timed(calls[name]))
+    for _ in range(rounds):
+        for name in order.sample(names, len(names)):
+            pairs[name].append(timed(name))
     torch.cuda.synchronize()
     return {name: 1e3 * statistics.median(map(milliseconds, found)) for name, found in pairs.items()}
 
@@ -56,8 +69,8 @@ def host_microseconds(calls: Calls[T]) -> dict[T, float]:
 
 
 def wall_microseconds(calls: Calls[T]) -> dict[T, float]:
-    """What one call among many takes in all, whether host or device is slower: the least of several turns."""
-    return _on_host(calls, 10, waits=True)
+    """What one call among many takes in all, whether host or device is slower: the least of many short turns."""
+    return _on_host(calls, 5, waits=True)
 
 
 def captured_microseconds(calls: Calls[T], budget_ms: float = 20) -> dict[T, float]:
@@ -80,21 +93,34 @@ def _capture(call: Callable[[], Any], count: int) -> torch.cuda.CUDAGraph:
 
 def _on_host(calls: Calls[T], count: int, waits: bool) -> dict[T, float]:
     times: dict[T, list[float]] = {name: [] for name in calls}
-    for turn in range(_TURNS):
-        for name in _order(calls, turn):
-            call = calls[name]
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            for _ in range(count):
-                call()
-            if waits:
+    names, order = list(calls), _order()
+    with _no_garbage_collection():
+        for _ in range(_TURNS):
+            for name in order.sample(names, len(names)):
+                call = calls[name]
                 torch.cuda.synchronize()
-            times[name].append(1e6 * (time.perf_counter() - begin) / count)
+                begin = time.perf_counter()
+                for _ in range(count):
+                    call()
+                if waits:
+                    torch.cuda.synchronize()
+                times[name].append(1e6 * (time.perf_counter() - begin) / count)
     torch.cuda.synchronize()
     return {name: min(found) for name, found in times.items()}
 
 
-def _order(calls: Calls[T], turn: int) -> list[T]:
-    names = list(calls)
-    first = turn % len(names)
-    return names[first:] + names[:first]
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection would be taken for the time of the call that it happens to fall into."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _order() -> random.Random:
+    """Shuffles rounds: what comes after a call that heats the device is slower, and must not always be the same one."""
+    return random.Random(0)

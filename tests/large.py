@@ -54,10 +54,11 @@ def train(call: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> t
 @contextmanager
 def plain_kernels() -> Iterator[None]:
     """Without the kernels that are written for Hopper."""
-    from grouped_gemm.kernels import gemm, gemm_hopper, wgrad_hopper
+    from grouped_gemm.kernels import gemm, gemm_hopper, wgrad, wgrad_hopper
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemm, "_forms", {})  # what it remembers of calls that ran on Hopper's
+        for module in (gemm, wgrad):
+            patch.setattr(module, "_products", {})  # what it remembers of calls that ran on Hopper's
         for module in (gemm_hopper, wgrad_hopper):
             patch.setattr(module, "can_run", lambda *operands: False)
         yield

@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import partial, partialmethod
+from typing import Any
 
 import pytest
 import torch
@@ -122,12 +123,12 @@ def launched(device, monkeypatch) -> list[str]:
     next(c for c in candidates(here) if c.backend.kind is TRITON).health()  # launches too, once in a process
     names = []
 
-    def record(name: str, original: Callable[..., None], *args, **options) -> None:
+    def record(product: Any, name: str, original: Callable[..., None], *args) -> None:
         names.append(name)
-        original(*args, **options)
+        original(product, *args)
 
     for module, name in ((gemm_hopper, "grouped_mm"), (wgrad_hopper, "wgrad")):
-        monkeypatch.setattr(module, name, partial(record, name, getattr(module, name)))
+        monkeypatch.setattr(module.Product, "run", partialmethod(record, name, module.Product.run))
     return names
 
 

@@ -26,16 +26,25 @@ class Kernel:
         return compile_and_launch
 
     class Compiled:
+        function, packed_metadata = "function", "metadata"
+
         def __init__(self, kernel):
             self.kernel = kernel
 
+        def run(self, x, y, z, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *args):
+            assert (stream, function, metadata) == ("stream of -1", "function", "metadata")
+            assert (launch_metadata, enter_hook, exit_hook) == (None, None, None)
+            self.kernel.launches.append(((x, y, z), args))
+
         def __getitem__(self, grid):
-            return lambda *args: self.kernel.launches.append((grid, args))
+            return lambda *args: self.kernel.launches.append(("hooks are called", grid, args))
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    monkeypatch.setattr(launching, "_compiled", {})
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: f"stream of {device}"))
+    monkeypatch.setattr(launching, "_launchers", {})
+    monkeypatch.setattr(launching, "driver", driver)
     return Kernel()
 
 
@@ -49,6 +58,23 @@ def test_the_second_launch_passes_all_values_in_the_order_of_the_signature(kerne
     run(kernel, x, num_warps=4, grid=(7, 2))
     assert kernel.compilations == [((5,), (x, None, 32), {"BLOCK": 64, "num_warps": 4})]
     assert kernel.launches == [((7, 2, 1), (x, None, 32, 64))]
+
+
+@pytest.mark.parametrize("name", ("launch_enter_hook", "launch_exit_hook"))
+def test_hooks_on_launches_are_called(kernel, name):
+    from triton import knobs
+
+    def hook(metadata): ...
+
+    x = torch.zeros(8)
+    run(kernel, x)
+    getattr(knobs.runtime, name).add(hook)
+    try:
+        run(kernel, x)
+    finally:
+        getattr(knobs.runtime, name).remove(hook)
+    run(kernel, x)
+    assert kernel.launches == [("hooks are called", (5, 1, 1), (x, None, 32, 64)), ((5, 1, 1), (x, None, 32, 64))]
 
 
 X = torch.zeros(64)

@@ -12,7 +12,7 @@ dgrad; the kernels, which see one product at a time, call it N.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -22,7 +22,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import group_end, tile_position
-from grouped_gemm.kernels.launch import can_use_tma, cdiv, describe, kind_of, launch, num_processors, on_device, packed
+from grouped_gemm.kernels.launch import (
+    can_use_tma,
+    cdiv,
+    describe,
+    kind_of,
+    launcher,
+    num_processors,
+    on_device,
+    packed,
+)
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT
 from grouped_gemm.kernels.mx import ONES, add_mx_product
 from grouped_gemm.kernels.tiles import Tile
@@ -30,6 +39,9 @@ from grouped_gemm.kernels.tuning import gemm_tile
 from grouped_gemm.preference import AUTOTUNE
 from grouped_gemm.problem import RowClass, row_class
 from grouped_gemm.recipes import Recipe
+
+if TYPE_CHECKING:
+    from grouped_gemm.kernels import gemm_hopper
 
 
 def grouped_mm(
@@ -60,38 +72,74 @@ def grouped_mm(
     Returns:
         (M, O), contiguous; zero at and past ``offs[-1]``.
     """
-    (num_rows, depth), (num_groups, _, columns) = lhs_MC.shape, rhs_ECO.shape
-    out_MO = torch.empty(num_rows, columns, dtype=out_dtype, device=lhs_MC.device)
+    num_rows, rhs_shape = lhs_MC.shape[0], rhs_ECO.shape
+    out_MO = torch.empty(num_rows, rhs_shape[2], dtype=out_dtype, device=lhs_MC.device)
     if num_rows == 0:
         return out_MO
-    rows = row_class(num_rows, num_groups)
+    rows = row_class(num_rows, rhs_shape[0])
     places = (lhs_MC.data_ptr() | rhs_ECO.data_ptr()) & 15
     strides = lhs_MC.stride(0), rhs_ECO.stride()
-    key = (lhs_MC.dtype, strides, rhs_ECO.shape, recipe, out_dtype, rows, lhs_MC.device, places)
-    if AUTOTUNE.is_on():  # tiles that were found, or are on trial, are not remembered for calls without the switch
-        form = _form(lhs_MC, rhs_ECO, recipe, out_dtype, rows)
+    key = (lhs_MC.dtype, strides, rhs_shape, recipe, out_dtype, rows, lhs_MC.device, places)
+    if AUTOTUNE.is_on_now():  # tiles that were found, or are on trial, are not remembered for calls without the switch
+        product = _product(lhs_MC, rhs_ECO, recipe, out_dtype, rows)
     else:
-        form = _forms.get(key) or _forms.setdefault(key, _form(lhs_MC, rhs_ECO, recipe, out_dtype, rows))
-    kind, c_contiguous, tma, tile = form
-    lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
-    if tile is None:
-        from grouped_gemm.kernels import gemm_hopper
-
-        with on_device(lhs_MC):
-            gemm_hopper.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, out_MO, kind)
-        return out_MO
-    rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO  # as it lies in memory
-    if tma:
-        sides = (tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)
-        lhs_arg = describe(TensorDescriptor, lhs_MC, lhs_MC.shape, lhs_MC.stride(), [tile.rows, tile.depth])
-        rhs_arg = describe(TensorDescriptor, rhs, rhs.shape, rhs.stride(), [1, *sides])
-    else:
-        lhs_arg, rhs_arg = lhs_MC, rhs
-    most_tiles = (cdiv(num_rows, tile.rows) + num_groups) * cdiv(columns, tile.columns)
+        found = _products.get(key)
+        product = found or _products.setdefault(key, _product(lhs_MC, rhs_ECO, recipe, out_dtype, rows))
+    if recipe is Recipe.MXFP8:
+        lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     with on_device(lhs_MC):
-        launch(
+        product.run(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, out_MO)
+    return out_MO
+
+
+class _Product:
+    """How products are run by the kernel below: what does not depend on M, but for its row class, found once."""
+
+    def __init__(self, lhs_MC: Tensor, rhs_ECO: Tensor, kind: str, tma: bool, tile: Tile) -> None:
+        self.tile = tile
+        self._tma = tma
+        self._shape = rhs_ECO.shape
+        self._c_contiguous = rhs_ECO.stride(1) == 1
+        self._rhs_box = [1, tile.columns, tile.depth] if self._c_contiguous else [1, tile.depth, tile.columns]
+        self._processors = num_processors(lhs_MC.device)
+        self._launch = launcher(
             _grouped_mm,
-            (min(most_tiles, num_processors(lhs_MC.device)),),
+            {
+                "KIND": kind,
+                "C_CONTIGUOUS": self._c_contiguous,
+                "TMA": tma,
+                "BLOCK_M": tile.rows,
+                "BLOCK_N": tile.columns,
+                "BLOCK_C": tile.depth,
+                "BAND": tile.band,
+                "SCALE_ALIGNMENT": SCALE_ALIGNMENT,
+            },
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def run(
+        self,
+        lhs_MC: Tensor,
+        lhs_scale: Tensor | None,
+        rhs_ECO: Tensor,
+        rhs_scale: Tensor | None,
+        bias_EO: Tensor | None,
+        offs: Tensor,
+        out_MO: Tensor,
+    ) -> None:
+        """Fills ``out_MO``; arguments as of `grouped_mm`."""
+        num_rows, (num_groups, depth, columns) = lhs_MC.shape[0], self._shape
+        rhs = rhs_ECO.transpose(1, 2) if self._c_contiguous else rhs_ECO  # as it lies in memory
+        rhs_strides = rhs.stride()
+        lhs_arg, rhs_arg = lhs_MC, rhs
+        if self._tma:
+            box = [self.tile.rows, self.tile.depth]
+            lhs_arg = describe(TensorDescriptor, lhs_MC, lhs_MC.shape, lhs_MC.stride(), box)
+            rhs_arg = describe(TensorDescriptor, rhs, rhs.shape, rhs_strides, self._rhs_box)
+        most_tiles = (cdiv(num_rows, self.tile.rows) + num_groups) * cdiv(columns, self.tile.columns)
+        self._launch(
+            (min(most_tiles, self._processors),),
             lhs_arg,
             lhs_scale,
             rhs_arg,
@@ -105,38 +153,18 @@ def grouped_mm(
             columns,
             lhs_MC.stride(0),
             lhs_scale.stride(0) if lhs_scale is not None and lhs_scale.dim() == 2 else 0,
-            rhs.stride(0),
-            rhs.stride(1),
+            rhs_strides[0],
+            rhs_strides[1],
             *(rhs_scale.stride() if rhs_scale is not None and rhs_scale.dim() == 3 else (0, 0, 0)),
-            constants={
-                "KIND": kind,
-                "C_CONTIGUOUS": c_contiguous,
-                "TMA": tma,
-                "BLOCK_M": tile.rows,
-                "BLOCK_N": tile.columns,
-                "BLOCK_C": tile.depth,
-                "BAND": tile.band,
-                "SCALE_ALIGNMENT": SCALE_ALIGNMENT,
-            },
-            num_warps=tile.warps,
-            num_stages=tile.stages,
         )
-    return out_MO
 
 
-class _Form(NamedTuple):
-    """How a product is run, which M has no part in but for its row class."""
-
-    kind: str
-    c_contiguous: bool
-    tma: bool
-    tile: Tile | None  # None: by `gemm_hopper`
+_products: dict[tuple[Any, ...], _Product | gemm_hopper.Product] = {}  # by all that `_product` looks at
 
 
-_forms: dict[tuple[Any, ...], _Form] = {}  # by all that `_form` looks at
-
-
-def _form(lhs_MC: Tensor, rhs_ECO: Tensor, recipe: Recipe, out_dtype: torch.dtype, rows: RowClass) -> _Form:
+def _product(
+    lhs_MC: Tensor, rhs_ECO: Tensor, recipe: Recipe, out_dtype: torch.dtype, rows: RowClass
+) -> _Product | gemm_hopper.Product:
     machine = machine_of(lhs_MC.device)
     kind = kind_of(lhs_MC, recipe)
     c_contiguous = rhs_ECO.stride(1) == 1
@@ -145,9 +173,9 @@ def _form(lhs_MC: Tensor, rhs_ECO: Tensor, recipe: Recipe, out_dtype: torch.dtyp
         from grouped_gemm.kernels import gemm_hopper
 
         if gemm_hopper.can_run(lhs_MC, rhs_ECO, out_dtype, kind, rows):
-            return _Form(kind, c_contiguous, tma, None)
+            return gemm_hopper.Product(lhs_MC, rhs_ECO, out_dtype, kind)
     _, depth, columns = rhs_ECO.shape
-    return _Form(kind, c_contiguous, tma, gemm_tile(machine, kind, rows, depth, columns, c_contiguous, tma))
+    return _Product(lhs_MC, rhs_ECO, kind, tma, gemm_tile(machine, kind, rows, depth, columns, c_contiguous, tma))
 
 
 @triton.jit(do_not_specialize=["M", "E", "lhs_scale_stride"])

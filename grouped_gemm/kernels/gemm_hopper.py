@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from grouped_gemm.kernels.hopper import (
     PRODUCER_REGISTERS,
+    STORED,
     HopperTile,
     before,
     describe_scales,
@@ -36,7 +37,7 @@ from grouped_gemm.kernels.hopper import (
     place,
     store_tile,
 )
-from grouped_gemm.kernels.launch import cdiv, launch, num_processors
+from grouped_gemm.kernels.launch import cdiv, launcher, num_processors
 from grouped_gemm.problem import RowClass
 
 # H200, triton 3.6.0, 2026-11-21.
@@ -70,43 +71,64 @@ def can_run(lhs_MC: Tensor, rhs_ECO: Tensor, out_dtype: torch.dtype, kind: str, 
     )
 
 
-def grouped_mm(
-    lhs_MC: Tensor,
-    lhs_scale: Tensor | None,
-    rhs_ECO: Tensor,
-    rhs_scale: Tensor | None,
-    bias_EO: Tensor | None,
-    offs: Tensor,
-    out_MO: Tensor,
-    kind: str,
-) -> None:
-    """Fills ``out_MO``; arguments as of `gemm.grouped_mm`, of which `can_run` is true."""
-    tile = TILES[kind]
-    (num_rows, depth), (num_groups, _, columns) = lhs_MC.shape, rhs_ECO.shape
-    c_contiguous = rhs_ECO.stride(1) == 1
-    rhs = rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO
-    lines, line = rhs.shape[0] * rhs.shape[1], rhs.shape[2]
-    box = [tile.columns, tile.depth] if c_contiguous else [tile.depth, tile.columns]
-    lhs_desc = describe_tile(lhs_MC, [num_rows, depth], lhs_MC.stride(0), [64, tile.depth])
-    rhs_desc = describe_tile(rhs, [lines, line], rhs.stride(1), box)
-    scale_desc = out_desc = None
-    if kind == "blockwise":
-        assert lhs_scale is not None
-        scale_desc = describe_scales(lhs_scale, 64)
-    if out_MO.element_size() == 2:
-        out_desc = describe_tile(out_MO, [num_rows, columns], columns, [64, 128])
-    most_tiles = (cdiv(num_rows, 64 * tile.consumers) + num_groups) * cdiv(columns, tile.columns)
-    strides = rhs_scale.stride() if rhs_scale is not None and rhs_scale.dim() == 3 else (0, 0, 0)
-    launch(
-        _kernel, (min(most_tiles, num_processors(lhs_MC.device)),),
-        lhs_desc, rhs_desc, scale_desc, out_desc, lhs_scale, rhs_scale, bias_EO,
-        offs, out_MO, num_rows, num_groups, depth, columns, *strides,
-        constants={
-            "KIND": kind, "C_CONTIGUOUS": c_contiguous, "CONSUMERS": tile.consumers, "BLOCK_N": tile.columns,
-            "BLOCK_C": tile.depth, "STAGES": tile.stages, "BAND": tile.band, "REGISTERS": tile.registers,
-            "num_warps": 4,
-        },
-    )  # fmt: skip
+class Product:
+    """How products are run of which `can_run` is true: what does not depend on M, found once.
+
+    Args:
+        lhs_MC, rhs_ECO, out_dtype, kind: as of `can_run`.
+    """
+
+    def __init__(self, lhs_MC: Tensor, rhs_ECO: Tensor, out_dtype: torch.dtype, kind: str) -> None:
+        tile = TILES[kind]
+        self._num_groups, self._depth, self._columns = num_groups, depth, columns = rhs_ECO.shape
+        c_contiguous = rhs_ECO.stride(1) == 1
+        self._lhs_stride = lhs_MC.stride(0)
+        self._lhs_box = [64, tile.depth]
+        self._rhs_stride = rhs_ECO.stride(2) if c_contiguous else rhs_ECO.stride(1)
+        self._rhs_shape = [num_groups * columns, depth] if c_contiguous else [num_groups * depth, columns]
+        self._rhs_box = [tile.columns, tile.depth] if c_contiguous else [tile.depth, tile.columns]
+        self._is_blockwise = kind == "blockwise"
+        self._stores_by_tma = out_dtype.itemsize == 2
+        self._tile_rows = 64 * tile.consumers
+        self._tile_columns = cdiv(columns, tile.columns)
+        self._processors = num_processors(lhs_MC.device)
+        self._launch = launcher(
+            _kernel,
+            {
+                "KIND": kind, "C_CONTIGUOUS": c_contiguous, "CONSUMERS": tile.consumers, "BLOCK_N": tile.columns,
+                "BLOCK_C": tile.depth, "STAGES": tile.stages, "BAND": tile.band, "REGISTERS": tile.registers,
+                "num_warps": 4,
+            },
+        )  # fmt: skip
+
+    def run(
+        self,
+        lhs_MC: Tensor,
+        lhs_scale: Tensor | None,
+        rhs_ECO: Tensor,
+        rhs_scale: Tensor | None,
+        bias_EO: Tensor | None,
+        offs: Tensor,
+        out_MO: Tensor,
+    ) -> None:
+        """Fills ``out_MO``; arguments as of `gemm.grouped_mm`."""
+        num_rows, num_groups, depth, columns = lhs_MC.shape[0], self._num_groups, self._depth, self._columns
+        lhs_desc = describe_tile(lhs_MC, [num_rows, depth], self._lhs_stride, self._lhs_box)
+        rhs_desc = describe_tile(rhs_ECO, self._rhs_shape, self._rhs_stride, self._rhs_box)
+        scale_desc = out_desc = None
+        strides: tuple[int, ...] = (0, 0, 0)
+        if self._is_blockwise:
+            assert lhs_scale is not None and rhs_scale is not None
+            scale_desc = describe_scales(lhs_scale, 64)
+            strides = rhs_scale.stride()
+        if self._stores_by_tma:
+            out_desc = describe_tile(out_MO, [num_rows, columns], columns, STORED)
+        most_tiles = (cdiv(num_rows, self._tile_rows) + num_groups) * self._tile_columns
+        self._launch(
+            (min(most_tiles, self._processors),),
+            lhs_desc, rhs_desc, scale_desc, out_desc, lhs_scale, rhs_scale, bias_EO,
+            offs, out_MO, num_rows, num_groups, depth, columns, *strides,
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -19,6 +19,7 @@ load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_t
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 PRODUCER_REGISTERS = gl.constexpr(40)
+STORED = [64, 128]  # the box of a result that `store_tile` copies
 
 # How tiles of operands and of the result lie in shared memory, by the size of a value, and how scales do.
 TILES_IN_SHARED = {

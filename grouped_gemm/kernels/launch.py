@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.recipes import Recipe
@@ -91,45 +93,99 @@ def describe(
 ) -> Any:
     """A descriptor, Triton's or Gluon's, of a tensor that `can_use_tma`: without its constructor's own slow checks."""
     described = form.__new__(form)
-    described.__dict__.update(base=base, shape=shape, strides=strides, block_shape=block_shape, padding="zero", **more)
+    more.update(base=base, shape=shape, strides=strides, block_shape=block_shape, padding="zero")
+    described.__dict__ = more
     return described
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+class _Compiled(NamedTuple):
+    """A compiled kernel, and as its launch takes it apart."""
+
+    whole: Any
+    run: Callable[..., None]
+    function: int
+    metadata: Any
+    stream_of: Callable[[int], int]  # the current stream of a device
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: dict[str, Any], **options: Any) -> None:
-    """Launches ``kernel`` on the current stream, as ``kernel[grid](*args, **constants, **options)``.
+class Launcher:
+    """A kernel with its constants, to be launched many times.
 
     Triton's own look at the arguments of a launch takes tens of microseconds. Here a launch that is like an earlier
     one, in all that Triton compiles for, goes straight to what was compiled.
 
     Args:
         kernel: a function of Triton or Gluon whose constants come last.
-        grid: programs along up to three axes.
-        args: tensors, descriptors, integers and None.
         constants: its constexpr arguments, all of them, in the order of its signature.
         options: ``num_warps`` and its like, unless the kernel has them for arguments.
     """
-    values = tuple(constants.values())
-    facts: list[Any] = [kernel, values, tuple(options.values())]
-    for arg in args:
-        if type(arg) is int:
-            # What Triton looks at: whether it is 1, a multiple of 16, and fits 32 bits.
-            facts.append(arg if arg == 1 else -(arg & 15 == 0) if -(2**31) <= arg < 2**31 else -2 - (arg & 15 == 0))
-        elif isinstance(arg, Tensor):
-            facts += (arg.dtype, arg.data_ptr() & 15 == 0, arg.get_device())
-        elif arg is None:
-            facts.append(None)
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
+        self._kernel = kernel
+        self._constants = constants
+        self._values = tuple(constants.values())
+        self._options = options
+        self._compiled: dict[tuple[Any, ...], _Compiled] = {}
+
+    def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
+        """Launches on the current stream, as ``kernel[grid](*args, **constants, **options)``.
+
+        Args:
+            grid: programs along up to three axes.
+            args: tensors, descriptors, integers and None, first a tensor or a descriptor; all on the current device.
+        """
+        first = args[0]
+        device = (first if isinstance(first, Tensor) else first.base).get_device()
+        facts: list[Any] = [device]
+        add = facts.append
+        for arg in args:
+            if type(arg) is int:
+                # What Triton looks at: whether it is 1, a multiple of 16, and fits 32 bits.
+                add(arg if arg == 1 else -(arg & 15 == 0) if -(2**31) <= arg < 2**31 else -2 - (arg & 15 == 0))
+            elif arg is None:
+                add(None)
+            elif isinstance(arg, Tensor):
+                add(arg.dtype if arg.data_ptr() & 15 == 0 else (arg.dtype,))
+            else:
+                add((arg.base.dtype, *arg.block_shape))
+        key = tuple(facts)
+        known = self._compiled.get(key)
+        if known is None:
+            compiled = self._compile_and_launch(grid, args)
+            if compiled is not None:  # the interpreter compiles nothing
+                stream_of = driver.active.get_current_stream
+                parts = compiled.run, compiled.function, compiled.packed_metadata, stream_of
+                self._compiled[key] = _Compiled(compiled, *parts)
+        elif _is_watched():
+            known.whole[(*grid, 1, 1)[:3]](*args, *self._values)
         else:
-            facts += (arg.base.dtype, *arg.block_shape, arg.base.get_device())
-    key = tuple(facts)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        if list(constants) != kernel.arg_names[len(args) :]:
-            raise ValueError(f"constants: expected {kernel.arg_names[len(args) :]}; found {list(constants)}")
-        compiled = kernel[grid](*args, **constants, **options)
-        if compiled is not None:  # the interpreter compiles nothing
-            _compiled[key] = compiled
-    else:
-        compiled[(*grid, 1, 1)[:3]](*args, *values)
+            _, run, function, metadata, stream_of = known
+            x, y, z, *_ = *grid, 1, 1
+            run(x, y, z, stream_of(device), function, metadata, None, None, None, *args, *self._values)
+
+    def _compile_and_launch(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> Any:
+        expected, found = self._kernel.arg_names[len(args) :], list(self._constants)
+        if found != expected:
+            raise ValueError(f"constants: expected {expected}; found {found}")
+        return self._kernel[grid](*args, **self._constants, **self._options)
+
+
+def _is_watched() -> bool:
+    """Whether somebody, such as Triton's profiler, hooks launches. Where nobody does, hooks cost a microsecond each."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
+
+
+_launchers: dict[tuple[Any, ...], Launcher] = {}
+
+
+def launcher(kernel: Any, constants: dict[str, Any], **options: Any) -> Launcher:
+    """The `Launcher` of these arguments, one for all that ask."""
+    key = id(kernel), tuple(constants.values()), tuple(options.values())  # a kernel's own hash is slow
+    found = _launchers.get(key)
+    return found or _launchers.setdefault(key, Launcher(kernel, constants, **options))
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: dict[str, Any], **options: Any) -> None:
+    """Launches ``kernel`` by its `launcher`."""
+    launcher(kernel, constants, **options)(grid, *args)

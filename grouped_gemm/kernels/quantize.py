@@ -13,6 +13,7 @@ R, C: lines and columns of a weight matrix as it lies in memory, C contiguous.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -81,8 +82,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
         tile = {"BLOCK": TOKEN_BLOCK, "BAND": 8}
         row_amax = column_amax = None
         if rowwise:
-            column_amax = x_MD.new_zeros(num_groups, features, dtype=torch.int32)
-            row_amax = x_MD.new_zeros(num_rows, dtype=torch.int32) if rows else None
+            column_amax, row_amax = _zeros(x_MD, num_groups * features, num_rows if rows else None)
             column_scale.fill_(1)
             launch(
                 find_amax, grid, x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0),
@@ -121,28 +121,46 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
     grid = (cdiv(lines, 128) * cdiv(columns, 128), num_groups)
     with on_device(b_EKN):
         line_amax = column_amax = None
+        wants_straight, wants_transposed = straight.dim() == 3, transposed.dim() == 3
         if rowwise:
-            line_amax = b_EKN.new_zeros(num_groups, lines, dtype=torch.int32)
-            column_amax = b_EKN.new_zeros(num_groups, columns, dtype=torch.int32)
+            line_amax, column_amax = _zeros(
+                b_EKN,
+                num_groups * lines if wants_straight else None,
+                num_groups * columns if wants_transposed else None,
+            )
             launch(
                 _weight_amax, grid, w_ERC, line_amax, column_amax, *shape, constants={"BLOCK": TOKEN_BLOCK}, num_warps=8
             )
-        wanted = {"STRAIGHT": straight.dim() == 3, "TRANSPOSED": transposed.dim() == 3, "ROWWISE": rowwise}
+        wanted = {"STRAIGHT": wants_straight, "TRANSPOSED": wants_transposed, "ROWWISE": rowwise}
         launch(
             _quantize_weights, grid,
             w_ERC, straight, transposed, line_scale, column_scale, line_amax, column_amax, *shape,
-            straight.stride(0), straight.stride(-2) if straight.dim() == 3 else 0,
-            transposed.stride(0), transposed.stride(-2) if transposed.dim() == 3 else 0,
+            straight.stride(0), straight.stride(-2) if wants_straight else 0,
+            transposed.stride(0), transposed.stride(-2) if wants_transposed else 0,
             *(line_scale.stride() if not rowwise else (0, 0, 0)),
             constants=wanted | _constants(b_EKN, recipe, fp8) | {"BLOCK": TOKEN_BLOCK, "BAND": 8}, num_warps=8,
         )  # fmt: skip
 
 
+def _zeros(x: Tensor, first: int | None, second: int | None) -> tuple[Tensor | None, Tensor | None]:
+    """Two arrays of that many zeros, int32, from one fill, at multiples of 16 bytes; None: it is not wanted."""
+    start = -(-(first or 0) // 4) * 4
+    zeros = x.new_zeros(start + (second or 0), dtype=torch.int32)
+    if first is None or second is None:
+        return (None if first is None else zeros), (None if second is None else zeros)
+    return zeros[:first], zeros[start:]
+
+
 def _constants(x: Tensor, recipe: Recipe, fp8: torch.dtype) -> dict[str, Any]:
+    return _scaling(recipe, fp8, machine_of(x.device).vendor)
+
+
+@functools.cache
+def _scaling(recipe: Recipe, fp8: torch.dtype, vendor: str) -> dict[str, Any]:
     return {
         "LIMIT": torch.finfo(fp8).max,
         "POWER_OF_TWO": recipe.power_of_two_scales,
-        "NVIDIA": machine_of(x.device).vendor == "nvidia",
+        "NVIDIA": vendor == "nvidia",
     }
 
 
@@ -359,15 +377,17 @@ def _quantize_tiles(
 def _weight_amax(
     w, line_amax, column_amax, R, C, w_stride_e, w_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The largest `scaling.magnitude` of each line (E, R) and each column (E, C) of each matrix; zero before."""
+    """The largest `scaling.magnitude` of each line (E, R) and each column (E, C), if wanted; zero before."""
     c_blocks = tl.cdiv(C, BLOCK)
     e = tl.program_id(1).to(tl.int64)
     rs = tl.program_id(0) // c_blocks * BLOCK + tl.arange(0, BLOCK)
     cs = tl.program_id(0) % c_blocks * BLOCK + tl.arange(0, BLOCK)
     sources = w + e * w_stride_e + rs.to(tl.int64)[:, None] * w_stride + cs[None, :]
     magnitudes = magnitude(tl.load(sources, mask=(rs < R)[:, None] & (cs < C)[None, :], other=0))
-    tl.atomic_max(line_amax + e * R + rs, tl.max(magnitudes, 1), mask=rs < R, sem="relaxed")
-    tl.atomic_max(column_amax + e * C + cs, tl.max(magnitudes, 0), mask=cs < C, sem="relaxed")
+    if line_amax is not None:
+        tl.atomic_max(line_amax + e * R + rs, tl.max(magnitudes, 1), mask=rs < R, sem="relaxed")
+    if column_amax is not None:
+        tl.atomic_max(column_amax + e * C + cs, tl.max(magnitudes, 0), mask=cs < C, sem="relaxed")
 
 
 @triton.jit

@@ -20,7 +20,15 @@ from grouped_gemm.kernels import quantize
 from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
 from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK, Operands
-from grouped_gemm.kernels.quantize import _amax, _constants, _find_blocks, _load_quarter, _store_quarter, _transpose
+from grouped_gemm.kernels.quantize import (
+    _amax,
+    _constants,
+    _find_blocks,
+    _load_quarter,
+    _store_quarter,
+    _transpose,
+    _zeros,
+)
 from grouped_gemm.kernels.quantize_mx import _quantize_tile
 from grouped_gemm.kernels.scaling import inverse_of, scale_of, to_fp8
 from grouped_gemm.recipes import Recipe
@@ -67,8 +75,7 @@ def _quantize_both(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) ->
     rows = by_row.dim() == 2
     num_blocks = num_rows // TOKEN_BLOCK + num_groups
     blocks = offs.new_empty(num_blocks, 4)
-    row_amax = x_MD.new_zeros(num_rows, dtype=torch.int32) if rows else None
-    column_amax = x_MD.new_zeros(num_groups, features, dtype=torch.int32)
+    column_amax, row_amax = _zeros(x_MD, num_groups * features, num_rows if rows else None)
     grid = (num_blocks * cdiv(features, TOKEN_BLOCK),)
     tile = {"BLOCK": TOKEN_BLOCK, "BAND": 8}
     with on_device(x_MD):

@@ -21,7 +21,7 @@ from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
 from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, num_processors, on_device
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 from grouped_gemm.kernels.layouts_torch import TOKENS, num_blocks
-from grouped_gemm.kernels.quantize import _amax, _load_quarter, _store_quarter, _transpose, quantize_activations
+from grouped_gemm.kernels.quantize import _amax, _load_quarter, _store_quarter, _transpose, _zeros, quantize_activations
 from grouped_gemm.kernels.scaling import inverse_of, scale_of, to_fp8
 from grouped_gemm.recipes import Recipe
 
@@ -60,8 +60,7 @@ def quantize(x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: Recipe, out
     (num_rows, features), num_groups, rows = x_MD.shape, ends.shape[0], by_row.dim() == 2
     block_count = num_blocks(num_rows, num_groups)
     blocks = ends.new_empty(block_count, 4)
-    row_amax = x_MD.new_zeros(num_rows, dtype=torch.int32) if rows else None
-    column_amax = x_MD.new_zeros(num_groups, features, dtype=torch.int32)
+    column_amax, row_amax = _zeros(x_MD, num_groups * features, num_rows if rows else None)
     grid, tile = (block_count * cdiv(features, TOKEN_BLOCK),), {"BLOCK": TOKEN_BLOCK, "BAND": 8}
     with on_device(x_MD):
         launch(

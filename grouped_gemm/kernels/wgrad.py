@@ -12,6 +12,8 @@ M, T, E: rows, rows in padded blocks, groups. P, Q: features of the first and th
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,11 +23,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
-from grouped_gemm.kernels.launch import can_use_tma, cdiv, kind_of, launch, next_power_of_2, on_device, packed
+from grouped_gemm.kernels.launch import can_use_tma, cdiv, kind_of, launch, launcher, next_power_of_2, on_device, packed
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 from grouped_gemm.kernels.mx import ONES, add_mx_product
+from grouped_gemm.kernels.tiles import Tile
 from grouped_gemm.kernels.tuning import wgrad_tile
+from grouped_gemm.preference import AUTOTUNE
 from grouped_gemm.recipes import Recipe
+
+if TYPE_CHECKING:
+    from grouped_gemm.kernels import wgrad_hopper
 
 _MOST_RAGGED_ROWS = 1 << 30  # that a ragged descriptor addresses
 
@@ -71,44 +78,34 @@ def wgrad(
             raise ValueError(f"accumulate_into: expected float32, {(num_groups, p, q)}, contiguous; found {form}")
     if num_rows == 0:
         return out_EPQ if accumulate else out_EPQ.zero_()
-    machine = machine_of(lhs.device)
-    kind = kind_of(lhs, recipe)
-    lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
-    tma = can_use_tma(lhs, rhs) and num_rows <= _MOST_RAGGED_ROWS
-    if tma and machine.arch == "sm_90":
-        from grouped_gemm.kernels import wgrad_hopper
-
-        if wgrad_hopper.can_run(lhs, rhs, kind):
-            with on_device(lhs):
-                wgrad_hopper.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, out_EPQ, kind, accumulate=accumulate)
-            return out_EPQ
-    tile = wgrad_tile(machine, kind, p, q, tma)
-    lhs_arg, rhs_arg = lhs, rhs
-    if tma and lhs_scale is None:  # reads zeros past the end of a group
-        lhs_arg = create_ragged_descriptor(lhs, [tile.depth, tile.rows])
-        rhs_arg = create_ragged_descriptor(rhs, [tile.depth, tile.columns])
-    elif tma:
-        lhs_arg = TensorDescriptor.from_tensor(lhs.view(-1, TOKEN_BLOCK), [tile.rows, tile.depth])
-        rhs_arg = TensorDescriptor.from_tensor(rhs.view(-1, TOKEN_BLOCK), [tile.columns, tile.depth])
-    tiles = num_groups * cdiv(p, tile.rows) * cdiv(q, tile.columns)
+    strides = lhs.shape[1], lhs.stride(), q, rhs.stride()
+    places = (lhs.data_ptr() | rhs.data_ptr()) & 15
+    is_far = num_rows > _MOST_RAGGED_ROWS
+    key = (lhs.dtype, strides, num_groups, recipe, out_EPQ.dtype, accumulate, lhs.device, places, is_far)
+    if AUTOTUNE.is_on_now():  # as in `gemm`
+        product = _product(lhs, rhs, out_EPQ, recipe, accumulate, is_far)
+    else:
+        found = _products.get(key)
+        product = found or _products.setdefault(key, _product(lhs, rhs, out_EPQ, recipe, accumulate, is_far))
+    if recipe is Recipe.MXFP8:
+        lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     with on_device(lhs):
+        product.run(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, out_EPQ)
+    return out_EPQ
+
+
+class _Product:
+    """How products are run by the kernel below: what does not depend on M, found once."""
+
+    def __init__(self, out_EPQ: Tensor, kind: str, tma: bool, tile: Tile, accumulate: bool) -> None:
+        self._shape = num_groups, p, q = out_EPQ.shape
+        self._tile = tile
+        self._tma = tma
         # Groups differ in length, so tiles are not shared out beforehand: a free multiprocessor takes the next one.
-        launch(
+        self._grid = (num_groups * cdiv(p, tile.rows) * cdiv(q, tile.columns),)
+        self._launch = launcher(
             _wgrad,
-            (tiles,),
-            lhs_arg,
-            lhs_scale,
-            rhs_arg,
-            rhs_scale,
-            offs,
-            out_EPQ,
-            num_rows,
-            num_groups,
-            p,
-            q,
-            lhs.stride(0),
-            rhs.stride(0),
-            constants={
+            {
                 "KIND": kind,
                 "TMA": tma,
                 "TOKEN_BLOCK": TOKEN_BLOCK,
@@ -122,7 +119,56 @@ def wgrad(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    return out_EPQ
+
+    def run(
+        self,
+        lhs: Tensor,
+        lhs_scale: Tensor | None,
+        rhs: Tensor,
+        rhs_scale: Tensor | None,
+        offs: Tensor,
+        num_rows: int,
+        out_EPQ: Tensor,
+    ) -> None:
+        """Fills or adds to ``out_EPQ``; arguments as of `wgrad`."""
+        lhs_arg, rhs_arg, tile = lhs, rhs, self._tile
+        if self._tma and lhs_scale is None:  # reads zeros past the end of a group
+            lhs_arg = create_ragged_descriptor(lhs, [tile.depth, tile.rows])
+            rhs_arg = create_ragged_descriptor(rhs, [tile.depth, tile.columns])
+        elif self._tma:
+            lhs_arg = TensorDescriptor.from_tensor(lhs.view(-1, TOKEN_BLOCK), [tile.rows, tile.depth])
+            rhs_arg = TensorDescriptor.from_tensor(rhs.view(-1, TOKEN_BLOCK), [tile.columns, tile.depth])
+        self._launch(
+            self._grid,
+            lhs_arg,
+            lhs_scale,
+            rhs_arg,
+            rhs_scale,
+            offs,
+            out_EPQ,
+            num_rows,
+            *self._shape,
+            lhs.stride(0),
+            rhs.stride(0),
+        )
+
+
+_products: dict[tuple[Any, ...], _Product | wgrad_hopper.Product] = {}  # by all that `_product` looks at
+
+
+def _product(
+    lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, recipe: Recipe, accumulate: bool, is_far: bool
+) -> _Product | wgrad_hopper.Product:
+    machine = machine_of(lhs.device)
+    kind = kind_of(lhs, recipe)
+    tma = can_use_tma(lhs, rhs) and not is_far
+    if tma and machine.arch == "sm_90":
+        from grouped_gemm.kernels import wgrad_hopper
+
+        if wgrad_hopper.can_run(lhs, rhs, kind):
+            return wgrad_hopper.Product(lhs, rhs, out_EPQ, kind, accumulate)
+    _, p, q = out_EPQ.shape
+    return _Product(out_EPQ, kind, tma, wgrad_tile(machine, kind, p, q, tma), accumulate)
 
 
 @triton.jit(do_not_specialize=["M", "E"])

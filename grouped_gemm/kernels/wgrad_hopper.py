@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from grouped_gemm.kernels.hopper import (
     PRODUCER_REGISTERS,
+    STORED,
     HopperTile,
     before,
     describe_ragged,
@@ -32,7 +33,7 @@ from grouped_gemm.kernels.hopper import (
     place,
     store_tile,
 )
-from grouped_gemm.kernels.launch import cdiv, launch, num_processors
+from grouped_gemm.kernels.launch import cdiv, launcher, num_processors
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 
 # H200, triton 3.6.0, 2026-11-21.
@@ -48,43 +49,65 @@ def can_run(lhs: Tensor, rhs: Tensor, kind: str) -> bool:
     return kind in TILES and lhs.shape[1] % 4 == 0 and rhs.shape[1] % 8 == 0
 
 
-def wgrad(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs: Tensor,
-    rhs_scale: Tensor | None,
-    offs: Tensor,
-    num_rows: int,
-    out_EPQ: Tensor,
-    kind: str,
-    *,
-    accumulate: bool,
-) -> None:
-    """Fills or adds to ``out_EPQ``; arguments as of `wgrad.wgrad`, of which `can_run` is true."""
-    tile = TILES[kind]
-    num_groups, p, q = out_EPQ.shape
-    if kind == "16 bit":
-        lhs_desc, rhs_desc = describe_ragged(lhs, [tile.depth, 64]), describe_ragged(rhs, [tile.depth, tile.columns])
-    else:
-        lhs_desc = describe_tile(lhs, [lhs.shape[0] * p, TOKEN_BLOCK], TOKEN_BLOCK, [64, TOKEN_BLOCK])
-        rhs_desc = describe_tile(rhs, [rhs.shape[0] * q, TOKEN_BLOCK], TOKEN_BLOCK, [tile.columns, TOKEN_BLOCK])
-    lhs_scale_desc = rhs_scale_desc = out_desc = None
-    if kind == "blockwise":
-        assert lhs_scale is not None and rhs_scale is not None
-        lhs_scale_desc, rhs_scale_desc = describe_scales(lhs_scale, 64), describe_scales(rhs_scale, tile.columns)
-    if out_EPQ.element_size() == 2 and not accumulate:
-        out_desc = describe_tile(out_EPQ, [num_groups * p, q], q, [64, 128])
-    tiles = num_groups * cdiv(p, 64 * tile.consumers) * cdiv(q, tile.columns)
-    launch(
-        _kernel, (min(tiles, num_processors(lhs.device)),),
-        lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale, offs, out_EPQ,
-        num_rows, num_groups, p, q,
-        constants={
-            "KIND": kind, "ACCUMULATE": accumulate, "CONSUMERS": tile.consumers, "BLOCK_Q": tile.columns,
-            "BLOCK_T": tile.depth, "STAGES": tile.stages, "BAND": tile.band, "REGISTERS": tile.registers,
-            "num_warps": 4,
-        },
-    )  # fmt: skip
+class Product:
+    """How products are run of which `can_run` is true: what does not depend on M, found once.
+
+    Args:
+        lhs, rhs, kind: as of `can_run`.
+        out_EPQ: a result.
+        accumulate: whether products are added to what is there.
+    """
+
+    def __init__(self, lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, kind: str, accumulate: bool) -> None:
+        tile = TILES[kind]
+        self._num_groups, self._p, self._q = num_groups, p, q = out_EPQ.shape
+        self._is_ragged = kind == "16 bit"
+        self._is_blockwise = kind == "blockwise"
+        self._stores_by_tma = out_EPQ.element_size() == 2 and not accumulate
+        depth = tile.depth if self._is_ragged else TOKEN_BLOCK
+        self._lhs_box = [depth, 64] if self._is_ragged else [64, depth]
+        self._rhs_box = [depth, tile.columns] if self._is_ragged else [tile.columns, depth]
+        self._scales_of_rhs = tile.columns
+        tiles = num_groups * cdiv(p, 64 * tile.consumers) * cdiv(q, tile.columns)
+        self._grid = (min(tiles, num_processors(lhs.device)),)
+        self._launch = launcher(
+            _kernel,
+            {
+                "KIND": kind, "ACCUMULATE": accumulate, "CONSUMERS": tile.consumers, "BLOCK_Q": tile.columns,
+                "BLOCK_T": tile.depth, "STAGES": tile.stages, "BAND": tile.band, "REGISTERS": tile.registers,
+                "num_warps": 4,
+            },
+        )  # fmt: skip
+
+    def run(
+        self,
+        lhs: Tensor,
+        lhs_scale: Tensor | None,
+        rhs: Tensor,
+        rhs_scale: Tensor | None,
+        offs: Tensor,
+        num_rows: int,
+        out_EPQ: Tensor,
+    ) -> None:
+        """Fills or adds to ``out_EPQ``; arguments as of `wgrad.wgrad`."""
+        num_groups, p, q = self._num_groups, self._p, self._q
+        if self._is_ragged:
+            lhs_desc, rhs_desc = describe_ragged(lhs, self._lhs_box), describe_ragged(rhs, self._rhs_box)
+        else:
+            lhs_desc = describe_tile(lhs, [lhs.shape[0] * p, TOKEN_BLOCK], TOKEN_BLOCK, self._lhs_box)
+            rhs_desc = describe_tile(rhs, [rhs.shape[0] * q, TOKEN_BLOCK], TOKEN_BLOCK, self._rhs_box)
+        lhs_scale_desc = rhs_scale_desc = out_desc = None
+        if self._is_blockwise:
+            assert lhs_scale is not None and rhs_scale is not None
+            lhs_scale_desc = describe_scales(lhs_scale, 64)
+            rhs_scale_desc = describe_scales(rhs_scale, self._scales_of_rhs)
+        if self._stores_by_tma:
+            out_desc = describe_tile(out_EPQ, [num_groups * p, q], q, STORED)
+        self._launch(
+            self._grid,
+            lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale, offs, out_EPQ,
+            num_rows, num_groups, p, q,
+        )  # fmt: skip
 
 
 @gluon.jit

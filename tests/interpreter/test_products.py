@@ -22,7 +22,7 @@ def tma(request, monkeypatch):
     if not request.param:
         for module in (gemm, wgrad):
             monkeypatch.setattr(module, "can_use_tma", lambda *operands: False)
-        monkeypatch.setattr(gemm, "_forms", {})  # what it remembers of calls with descriptors
+            monkeypatch.setattr(module, "_products", {})  # what it remembers of calls with descriptors
     return request.param
 
 

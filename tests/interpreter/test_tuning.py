@@ -42,5 +42,5 @@ def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, rec
     assert len(done.tuned) == 3 and all(search.tile.band == 4 for search in done.tuned)
     assert all(len(search.failed) == 1 for search in done.searches)
     assert all(map(torch.equal, call(), shipped))
-    assert not any(form.tile.band == 4 for form in gemm._forms.values())  # nothing found outlives the switch
+    assert not any(product.tile.band == 4 for product in gemm._products.values())  # nothing found outlives the switch
     tuning.known.cache_clear()
