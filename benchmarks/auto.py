@@ -5,8 +5,9 @@
 Whole calls: a forward call without gradients, and forward with backward, for each shape of `SHAPES`, balanced groups
 (in whole blocks of 128 rows, which is promised), ragged ones, and few rows: 64 in all. The backends are timed by turns:
 calls of more than two milliseconds on the device, with a cold L2; others by the clock on the wall, many in a row. A
-call that AUTO gives to one backend alone is that very call, so what its ratio differs from 1 by is noise. A regret over
-1.03 makes the exit code 1.
+call that AUTO gives to one backend alone is that very call, so what its ratio differs from 1 by is noise. Where the
+regret is over 1.03, all are timed again, up to four times, and the least of each counts; where it stays over, the exit
+code is 1.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from grouped_gemm.preference import KernelPreference
 from grouped_gemm.timing import device_microseconds, wall_microseconds
 
 GOAL = 1.03
+MOST_RUNS = 5
 WAITS_US = 2000  # what takes the device longer does not wait for the host
 CASES = {  # recipe and dtype
     "bf16": (Recipe.NONE, torch.bfloat16),
@@ -85,16 +88,23 @@ def measure(shape: str, kind: str, name: str) -> None:
             chosen = explain(a, w.transpose(1, 2), offs, **options).decision
         if len(calls) < 2 or "auto" not in calls:  # failures say why
             continue
-        times = device_microseconds(calls, budget_ms=250)
+        timer = partial(device_microseconds, budget_ms=250)
+        times = timer(calls)
         if min(times.values()) < WAITS_US:
-            times = wall_microseconds(calls)
+            timer = wall_microseconds
+            times = timer(calls)
+        runs = 1
+        while times["auto"] > GOAL * min(times.values()) and runs < MOST_RUNS:
+            again = timer(calls)
+            times = {backend: min(us, again[backend]) for backend, us in times.items()}
+            runs += 1
         auto = times.pop("auto")
         best = min(times, key=times.__getitem__)
         regret = auto / times[best]
         alone = len(chosen.backends) == 1
         noise = auto / times[chosen.backends[0].value] if alone and chosen.backends[0].value in times else None
         row = {"shape": shape, "kind": kind, "case": name, "call": what, "auto_us": auto, "us": times, "best": best}
-        row |= {"regret": regret, "noise": noise, "chosen": {p.value: b.value for p, b in chosen.chosen}}
+        row |= {"regret": regret, "noise": noise, "runs": runs, "chosen": {p.value: b.value for p, b in chosen.chosen}}
         row |= {"expected_us": chosen.expected and chosen.expected.total}
         results.append(row)
         picked = "+".join(dict.fromkeys(b.value for _, b in chosen.chosen))

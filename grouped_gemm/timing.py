@@ -17,9 +17,9 @@ T = TypeVar("T")
 Calls = Mapping[T, Callable[[], Any]]
 _CACHE_BYTES = 256 * 2**20  # more than any L2 holds
 _ROUNDS = (7, 40)  # of all calls
-_MOST_AHEAD_US = 500
+_MOST_AHEAD_US = 500.0
 _CYCLES_PER_US = 2000  # of a fast GPU's clock
-_TURNS = 40  # of the host's times, which others disturb
+_IN_A_TURN = 5  # calls, one after another
 
 
 def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float]:
@@ -65,12 +65,12 @@ def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float
 
 def host_microseconds(calls: Calls[T]) -> dict[T, float]:
     """What the host takes until a call returns, in a queue that does not fill: the least, as others only add to it."""
-    return _on_host(calls, 5, waits=False)
+    return _on_host(calls, 20, waits=False)
 
 
 def wall_microseconds(calls: Calls[T]) -> dict[T, float]:
     """What one call among many takes in all, whether host or device is slower: the least of many short turns."""
-    return _on_host(calls, 5, waits=True)
+    return _on_host(calls, 40, waits=True)
 
 
 def captured_microseconds(calls: Calls[T], budget_ms: float = 20) -> dict[T, float]:
@@ -91,20 +91,20 @@ def _capture(call: Callable[[], Any], count: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _on_host(calls: Calls[T], count: int, waits: bool) -> dict[T, float]:
+def _on_host(calls: Calls[T], turns: int, waits: bool) -> dict[T, float]:
     times: dict[T, list[float]] = {name: [] for name in calls}
     names, order = list(calls), _order()
     with _no_garbage_collection():
-        for _ in range(_TURNS):
+        for _ in range(turns):
             for name in order.sample(names, len(names)):
                 call = calls[name]
                 torch.cuda.synchronize()
                 begin = time.perf_counter()
-                for _ in range(count):
+                for _ in range(_IN_A_TURN):
                     call()
                 if waits:
                     torch.cuda.synchronize()
-                times[name].append(1e6 * (time.perf_counter() - begin) / count)
+                times[name].append(1e6 * (time.perf_counter() - begin) / _IN_A_TURN)
     torch.cuda.synchronize()
     return {name: min(found) for name, found in times.items()}
 
