@@ -3,7 +3,10 @@
 >>> y = grouped_mm(a, b, offs, recipe="fp8_blockwise")
 """
 
-from grouped_gemm.ahead import Warmup, warmup
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from grouped_gemm.backends import product_ops, register_ops
 from grouped_gemm.device import Machine
 from grouped_gemm.functional import explain, grouped_mm, quantize_weights
@@ -15,6 +18,9 @@ from grouped_gemm.recipes import Recipe
 from grouped_gemm.report import Explanation
 from grouped_gemm.select import Decision, NoBackendError
 from grouped_gemm.weight_cache import WeightCache, cache_weights
+
+if TYPE_CHECKING:
+    from grouped_gemm.ahead import Warmup, warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,3 +46,16 @@ __all__ = [
     "register_ops",
     "warmup",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What `ahead` has is imported when it is first asked for: it takes a quarter of the time of all the rest."""
+    if name not in ("Warmup", "warmup"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from grouped_gemm import ahead
+
+    return getattr(ahead, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

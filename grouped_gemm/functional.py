@@ -211,6 +211,7 @@ class _Call:
 _Key = tuple[Any, ...]
 _routes: dict[_Key, Route] = {}  # of eager calls, by what `_recall` looks at
 _MAX_ROUTES = 4096
+_epoch = 0  # how often `forget` was called: what it overtakes is kept for an epoch that is over
 
 
 def _recall(
@@ -242,6 +243,7 @@ def _recall(
             surrounding.kernel_preference,
             surrounding.host_sync,
             _is_capturing(a),
+            _epoch,
             environment(),
         )
         return key, _routes.get(key)
@@ -395,7 +397,9 @@ _chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget() -> None:
-    """Forgets what was decided: something that decisions rest on has changed."""
+    """Forgets what was decided, and what other threads are just deciding: what decisions rest on has changed."""
+    global _epoch
+    _epoch += 1
     _routes.clear()
     _decide_once.cache_clear()
 
@@ -407,11 +411,12 @@ def _decision(
     preference, asked_by = resolve(preference, context)
     # In a capture, health may be taken for granted: what is decided then holds for then.
     decide_now = _decide_once.__wrapped__ if facts.get("captured") else _decide_once
-    return decide_now(device, preference, asked_by, STRICT.is_on(), AUTOTUNE.is_on(), **facts)
+    return decide_now(_epoch, device, preference, asked_by, STRICT.is_on(), AUTOTUNE.is_on(), **facts)
 
 
 @functools.lru_cache(maxsize=4096)
 def _decide_once(
+    epoch: int,
     device: torch.device,
     preference: KernelPreference,
     asked_by: str,

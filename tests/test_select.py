@@ -539,6 +539,23 @@ def test_what_is_decided_in_a_capture_is_not_remembered(on, monkeypatch):
     assert functional._decide_once.cache_info().currsize == 1 and functional._routes
 
 
+def test_what_forget_overtakes_is_decided_again(on, monkeypatch):
+    """Another thread's contest may end while a call is being decided by what was known before."""
+    on("CPU", {})
+    original, decisions = functional.decide, []
+
+    def overtaken(*args, **options) -> Decision:
+        decisions.append(original(*args, **options))
+        if len(decisions) == 1:
+            functional.forget()
+        return decisions[-1]
+
+    monkeypatch.setattr(functional, "decide", overtaken)
+    for _ in range(3):
+        call()
+    assert len(decisions) == 2
+
+
 def test_the_log_shows_each_distinct_decision_once(on, monkeypatch, capsys):
     on("CPU", {})
     monkeypatch.setenv("GROUPED_GEMM_LOG", "1")
