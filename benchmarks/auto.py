@@ -4,9 +4,9 @@
 
 Whole calls: a forward call without gradients, and forward with backward, for each shape of `SHAPES`, balanced groups
 (in whole blocks of 128 rows, which is promised), ragged ones, and few rows: 64 in all. The backends are timed by turns:
-calls of more than two milliseconds on the device, with a cold L2; others by the clock on the wall, many in a row. A
+calls of more than two milliseconds on the device, with a cold L2; others by the clock on the wall, ten in a row. A
 call that AUTO gives to one backend alone is that very call, so what its ratio differs from 1 by is noise. Where the
-regret is over 1.03, all are timed again, up to four times, and the least of each counts; where it stays over, the exit
+regret is over 1.03, all are timed again, four times, and the least of each counts; where it stays over, the exit
 code is 1.
 """
 
@@ -93,11 +93,10 @@ def measure(shape: str, kind: str, name: str) -> None:
         if min(times.values()) < WAITS_US:
             timer = wall_microseconds
             times = timer(calls)
-        runs = 1
-        while times["auto"] > GOAL * min(times.values()) and runs < MOST_RUNS:
+        runs = 1 if times["auto"] <= GOAL * min(times.values()) else MOST_RUNS
+        for _ in range(runs - 1):
             again = timer(calls)
             times = {backend: min(us, again[backend]) for backend, us in times.items()}
-            runs += 1
         auto = times.pop("auto")
         best = min(times, key=times.__getitem__)
         regret = auto / times[best]

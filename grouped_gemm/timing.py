@@ -17,9 +17,11 @@ T = TypeVar("T")
 Calls = Mapping[T, Callable[[], Any]]
 _CACHE_BYTES = 256 * 2**20  # more than any L2 holds
 _ROUNDS = (7, 40)  # of all calls
+# Enough for any part of a call. A call whose host takes longer before its first long kernel counts what is over.
 _MOST_AHEAD_US = 500.0
 _CYCLES_PER_US = 2000  # of a fast GPU's clock
-_IN_A_TURN = 5  # calls, one after another
+# Shuffles rounds: what comes after a call that heats the device is slower, and must not always be the same one.
+_order = random.Random(0)
 
 
 def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float]:
@@ -32,7 +34,7 @@ def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float
         budget_ms: about how long to measure, if that is enough for seven rounds.
     """
     cache = torch.empty(_CACHE_BYTES, dtype=torch.int8, device="cuda")
-    names, order = list(calls), _order()
+    names = list(calls)
     ahead_us = _MOST_AHEAD_US
 
     def timed(name: T) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -49,6 +51,7 @@ def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float
 
     for name in names:
         timed(name)
+    torch.cuda.synchronize()
     begin = time.perf_counter()
     first = [timed(name) for name in names]
     ahead_us = min(1e6 * (time.perf_counter() - begin), _MOST_AHEAD_US)  # of all: enough for each
@@ -57,7 +60,7 @@ def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float
     rounds = max(_ROUNDS[0], min(_ROUNDS[1], int(budget_ms / round_ms)))
     pairs: dict[T, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for _ in range(rounds):
-        for name in order.sample(names, len(names)):
+        for name in _order.sample(names, len(names)):
             pairs[name].append(timed(name))
     torch.cuda.synchronize()
     return {name: 1e3 * statistics.median(map(milliseconds, found)) for name, found in pairs.items()}
@@ -65,12 +68,12 @@ def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float
 
 def host_microseconds(calls: Calls[T]) -> dict[T, float]:
     """What the host takes until a call returns, in a queue that does not fill: the least, as others only add to it."""
-    return _on_host(calls, 20, waits=False)
+    return _on_host(calls, 20, 5, waits=False)
 
 
 def wall_microseconds(calls: Calls[T]) -> dict[T, float]:
-    """What one call among many takes in all, whether host or device is slower: the least of many short turns."""
-    return _on_host(calls, 40, waits=True)
+    """What one of ten calls in a row takes in all, whether host or device is slower: the least of 30 turns."""
+    return _on_host(calls, 30, 10, waits=True)
 
 
 def captured_microseconds(calls: Calls[T], budget_ms: float = 20) -> dict[T, float]:
@@ -91,20 +94,20 @@ def _capture(call: Callable[[], Any], count: int) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def _on_host(calls: Calls[T], turns: int, waits: bool) -> dict[T, float]:
+def _on_host(calls: Calls[T], turns: int, in_a_row: int, waits: bool) -> dict[T, float]:
     times: dict[T, list[float]] = {name: [] for name in calls}
-    names, order = list(calls), _order()
+    names = list(calls)
     with _no_garbage_collection():
         for _ in range(turns):
-            for name in order.sample(names, len(names)):
+            for name in _order.sample(names, len(names)):
                 call = calls[name]
                 torch.cuda.synchronize()
                 begin = time.perf_counter()
-                for _ in range(_IN_A_TURN):
+                for _ in range(in_a_row):
                     call()
                 if waits:
                     torch.cuda.synchronize()
-                times[name].append(1e6 * (time.perf_counter() - begin) / _IN_A_TURN)
+                times[name].append(1e6 * (time.perf_counter() - begin) / in_a_row)
     torch.cuda.synchronize()
     return {name: min(found) for name, found in times.items()}
 
@@ -119,8 +122,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _order() -> random.Random:
-    """Shuffles rounds: what comes after a call that heats the device is slower, and must not always be the same one."""
-    return random.Random(0)

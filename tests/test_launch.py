@@ -101,6 +101,16 @@ def test_what_is_compiled_for_is_told_apart(kernel, other):
     assert len(kernel.compilations) == 2 and len(kernel.launches) == 2
 
 
+@pytest.mark.parametrize("is_hip", (True, False))
+def test_amd_compiles_for_storages_of_less_than_2_gib(kernel, monkeypatch, is_hip):
+    monkeypatch.setattr(launching, "_IS_HIP", is_hip)
+    large = torch.empty(2**31, dtype=torch.uint8)  # memory that is not touched
+    small = torch.empty(2**31 - 1, dtype=torch.uint8)
+    for x in (small, large, large[:16]):
+        run(kernel, x)
+    assert len(kernel.compilations) == 1 + is_hip
+
+
 @pytest.mark.parametrize("n", (0, 48, -16))
 def test_sizes_that_compile_to_the_same_are_not_told_apart(kernel, n):
     run(kernel, X)

@@ -98,6 +98,9 @@ def describe(
     return described
 
 
+_IS_HIP = torch.version.hip is not None
+
+
 class _Compiled(NamedTuple):
     """A compiled kernel, and as its launch takes it apart."""
 
@@ -146,6 +149,8 @@ class Launcher:
                 add(None)
             elif isinstance(arg, Tensor):
                 add(arg.dtype if arg.data_ptr() & 15 == 0 else (arg.dtype,))
+                if _IS_HIP:  # offsets into less than 2 GiB, of the storage, take 32 bits there
+                    add(arg.untyped_storage().nbytes() < 2**31)
             else:
                 add((arg.base.dtype, *arg.block_shape))
         key = tuple(facts)

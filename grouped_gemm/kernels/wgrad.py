@@ -99,7 +99,7 @@ class _Product:
 
     def __init__(self, out_EPQ: Tensor, kind: str, tma: bool, tile: Tile, accumulate: bool) -> None:
         self._shape = num_groups, p, q = out_EPQ.shape
-        self._tile = tile
+        self.tile = tile
         self._tma = tma
         # Groups differ in length, so tiles are not shared out beforehand: a free multiprocessor takes the next one.
         self._grid = (num_groups * cdiv(p, tile.rows) * cdiv(q, tile.columns),)
@@ -131,7 +131,7 @@ class _Product:
         out_EPQ: Tensor,
     ) -> None:
         """Fills or adds to ``out_EPQ``; arguments as of `wgrad`."""
-        lhs_arg, rhs_arg, tile = lhs, rhs, self._tile
+        lhs_arg, rhs_arg, tile = lhs, rhs, self.tile
         if self._tma and lhs_scale is None:  # reads zeros past the end of a group
             lhs_arg = create_ragged_descriptor(lhs, [tile.depth, tile.rows])
             rhs_arg = create_ragged_descriptor(rhs, [tile.depth, tile.columns])

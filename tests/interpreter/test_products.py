@@ -81,6 +81,7 @@ def mx(request, monkeypatch):
     if request.param == "mx" and Version(triton.__version__) < Version("3.8"):
         pytest.skip("Triton's interpreter has no tl.dot_scaled before 3.8")
     for module in (gemm, wgrad):
+        monkeypatch.setattr(module, "_products", {})  # what it remembers of the other kind
         monkeypatch.setattr(
             module, "kind_of", lambda x, recipe: request.param if recipe is Recipe.MXFP8 else kind_of(x, recipe)
         )
@@ -179,3 +180,80 @@ def test_a_gradient_to_add_to_is_float32_and_as_large_as_the_product():
     for wrong in (torch.zeros(2, 16, 16, dtype=torch.bfloat16), torch.zeros(2, 16, 8), torch.zeros(2, 16, 16).mT):
         with pytest.raises(ValueError, match="accumulate_into: expected float32"):
             wgrad.wgrad(x, None, x, None, offs, 8, Recipe.NONE, torch.float32, accumulate_into=wrong)
+
+
+# What is remembered of a product holds for another M of its row class, and for nothing else.
+
+
+def off_a_16_byte_start(x):
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def in_wider_rows(x):
+    return torch.cat([x, x], -1)[..., : x.shape[-1]]
+
+
+@pytest.fixture
+def products(monkeypatch):
+    for module in (gemm, wgrad):
+        monkeypatch.setattr(module, "_products", {})
+    return lambda: len(gemm._products) + len(wgrad._products)
+
+
+@pytest.mark.parametrize(
+    "changed, more",
+    (
+        ({"rows": 9}, 0),
+        ({"rows": 33}, 1),  # another row class
+        ({"dtype": torch.float16}, 1),
+        ({"out_dtype": torch.float32}, 1),
+        ({"a": off_a_16_byte_start}, 1),
+        ({"a": in_wider_rows}, 1),
+        ({"b": off_a_16_byte_start}, 1),
+        ({"b": in_wider_rows}, 1),
+        ({"b": lambda b: b.transpose(1, 2).contiguous().transpose(1, 2)}, 1),
+    ),
+)
+def test_a_product_is_remembered_for_equal_calls(products, changed, more):
+    def run(rows=8, dtype=torch.bfloat16, out_dtype=torch.bfloat16, a=lambda a: a, b=lambda b: b):
+        torch.manual_seed(0)
+        offs = torch.tensor([3, rows], dtype=torch.int32)
+        lhs, rhs = a(torch.randn(rows, 32, dtype=dtype)), b(torch.randn(2, 32, 16, dtype=dtype))
+        y = gemm.grouped_mm(lhs, None, rhs, None, None, offs, Recipe.NONE, out_dtype)
+        assert_near(y, reference.grouped_mm(lhs, rhs, offs.tolist(), dtype=out_dtype), BOUNDS[torch.bfloat16])
+
+    run()
+    run(**changed)
+    assert products() == 1 + more
+    run(**changed)
+    assert products() == 1 + more
+
+
+@pytest.mark.parametrize(
+    "changed, more",
+    (
+        ({"rows": 33}, 0),
+        ({"dtype": torch.float16}, 1),
+        ({"out_dtype": torch.bfloat16}, 1),
+        ({"accumulates": True}, 1),
+        ({"x": off_a_16_byte_start}, 1),
+        ({"x": in_wider_rows}, 1),
+        ({"most_rows": 1}, 1),  # more than a ragged descriptor addresses
+    ),
+)
+def test_a_weight_gradient_is_remembered_for_equal_calls(products, monkeypatch, changed, more):
+    def run(rows=8, dtype=torch.bfloat16, out_dtype=torch.float32, x=lambda x: x, accumulates=False, most_rows=1 << 30):
+        monkeypatch.setattr(wgrad, "_MOST_RAGGED_ROWS", most_rows)
+        torch.manual_seed(0)
+        offs = torch.tensor([3, rows], dtype=torch.int32)
+        lhs, rhs = x(torch.randn(rows, 32, dtype=dtype)), x(torch.randn(rows, 16, dtype=dtype))
+        into = torch.ones(2, 32, 16) if accumulates else None
+        product = wgrad.wgrad(lhs, None, rhs, None, offs, rows, Recipe.NONE, out_dtype, into)
+        wanted = reference.wgrad(lhs, rhs, offs.tolist(), dtype=out_dtype) + accumulates
+        assert_near(product, wanted, BOUNDS[torch.bfloat16])
+
+    run()
+    run(**changed)
+    assert products() == 1 + more
+    run(**changed)
+    assert products() == 1 + more
