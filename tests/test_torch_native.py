@@ -99,7 +99,7 @@ def case_on(recipe: Recipe, shape: Shape, device: torch.device, b_contiguous: st
         ({"machine": CPU, "recipe": ROWWISE}, "found cpu"),
         ({"machine": CPU, "dtype": torch.float32, "out_dtype": torch.float32}, ""),
         ({"dtype": torch.float16, "out_dtype": torch.float16}, "found float16"),
-        ({"out_dtype": torch.float32}, "output in the dtype of the operands; found float32"),
+        ({"out_dtype": torch.float32}, "output in the dtype of the operands; found bfloat16 to float32"),
         ({"has_bias": True}, "found a bias"),
         ({"k": 2880, "n": 704, "recipe": ROWWISE}, ""),
         ({"k": 2888}, ""),

@@ -74,6 +74,36 @@ def requires_dtype(dtypes: Iterable[torch.dtype], passes: tuple[Pass, ...] = ALL
     )
 
 
+def requires_no_bias(passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
+    """No bias is added."""
+    return Requirement(
+        what="no bias",
+        holds=lambda p: not p.has_bias,
+        found=lambda p: "a bias",
+        fix="Add the bias to the result, or use another backend.",
+        passes=passes,
+    )
+
+
+def requires_leave_to_wait(passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
+    """Passes may wait for the device, if it is one: of a backend with host syncs."""
+    return Requirement(
+        what="leave to wait for the device",
+        holds=lambda p: p.host_sync or not p.machine.is_gpu,
+        found=lambda p: "CUDA graph capture or prefer(host_sync=False)",
+        fix="Call it elsewhere or use another backend.",
+        passes=passes,
+    )
+
+
+REQUIRES_EQUAL_DTYPES = Requirement(
+    what="output in the dtype of the operands",
+    holds=lambda p: p.dtype is p.out_dtype,
+    found=lambda p: f"{dtype_name(p.dtype)} to {dtype_name(p.out_dtype)}",
+    fix="Leave out_dtype out, or use another backend.",
+)
+
+
 @dataclass(frozen=True)
 class Health:
     """Whether a backend works on a device: what a tiny run showed, which no import can show.
@@ -131,6 +161,38 @@ def as_activations(
     )
 
 
+def as_weights(
+    written: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    recipe: Recipe,
+    layout: str,
+    *,
+    forward: bool,
+    dgrad: bool,
+) -> Layouts:
+    """What `_GroupedMMBackend.quantize_weights` returns, from what its op has written.
+
+    Args:
+        written: data (E, N, K) and (E, K, N), both contiguous, then the scales of each.
+        recipe: how they were quantized.
+        layout: its name.
+        forward: whether the first is wanted.
+        dgrad: whether the second is wanted.
+    """
+    by_n, by_k, forward_scale, dgrad_scale = written
+    return (
+        Quantized(by_n.transpose(1, 2), forward_scale, recipe, 1, layout) if forward else None,
+        Quantized(by_k, dgrad_scale, recipe, 2, layout) if dgrad else None,
+    )
+
+
+def unscaled_weights(b_EKN: Tensor, layout: str, *, forward: bool, dgrad: bool) -> Layouts:
+    """Likewise of Recipe.NONE: ``b`` as it is, for both."""
+    return (
+        Quantized(b_EKN, None, Recipe.NONE, 1, layout) if forward else None,
+        Quantized(b_EKN, None, Recipe.NONE, 2, layout) if dgrad else None,
+    )
+
+
 class _GroupedMMBackend(ABC):
     """One way to run every pass of a grouped GEMM. A backend is stateless; one instance serves all threads and devices.
 
@@ -153,6 +215,30 @@ class _GroupedMMBackend(ABC):
     def health(self, device: torch.device) -> Health:
         """Runs something tiny on ``device``. Called once per process and device, after all requirements hold."""
         return Health()
+
+    def _gets_right(
+        self,
+        a_MK: Tensor,
+        b_EKN: Tensor,
+        ends: list[int],
+        plan: OffsetPlan,
+        recipe: Recipe,
+        wgrad_dtype: torch.dtype | None = torch.bfloat16,
+    ) -> bool:
+        """Whether a small product, and its wgrad unless its dtype is None, are near `reference`, for `health`."""
+        with_wgrad = wgrad_dtype is not None
+        lhs, a_columns = self.quantize_activations(a_MK, plan, recipe, rows=True, columns=with_wgrad)
+        rhs, _ = self.quantize_weights(b_EKN, recipe, forward=True, dgrad=False)
+        assert lhs is not None and rhs is not None, "they are asked for"
+        y = self.grouped_mm(lhs, rhs, plan, torch.bfloat16)
+        found = [(y, reference.grouped_mm(a_MK, b_EKN, ends))]
+        if wgrad_dtype is not None:
+            _, y_columns = self.quantize_activations(y, plan, recipe, rows=False, columns=True)
+            assert a_columns is not None and y_columns is not None, "they are asked for"
+            db = self.wgrad(a_columns, y_columns, plan, wgrad_dtype, contiguous="n")
+            found.append((db, reference.wgrad(a_MK, y, ends)))
+        # quantization alone is 0.04 off; a wrong layout, scale or fp8 type, or a group that was left out, by far more
+        return all(bool((result.double() - truth).norm() <= 0.1 * truth.norm()) for result, truth in found)
 
     @abstractmethod
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grouped_gemm import reference
 from grouped_gemm.backends import _deep_gemm
 from grouped_gemm.backends.base import (
     Health,
@@ -22,9 +21,13 @@ from grouped_gemm.backends.base import (
     Requirement,
     _GroupedMMBackend,
     as_activations,
+    as_weights,
     requires_arch,
     requires_dtype,
+    requires_leave_to_wait,
+    requires_no_bias,
     requires_recipe,
+    unscaled_weights,
 )
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts, layouts_deepgemm
@@ -88,26 +91,14 @@ class Backend(_GroupedMMBackend):
             fix="Leave out_dtype out, or use another backend.",
             passes=(Pass.FORWARD,),
         ),
-        Requirement(
-            what="no bias",
-            holds=lambda p: not p.has_bias,
-            found=lambda p: "a bias",
-            fix="Add the bias to the result, or use another backend.",
-            passes=(Pass.FORWARD,),
-        ),
+        requires_no_bias((Pass.FORWARD,)),
         Requirement(
             what="K and N in multiples of 128, or of 64 without scales",
             holds=lambda p: p.k % _multiple(p) == 0 and p.n % _multiple(p) == 0 and p.k > 0 and p.n > 0,
             found=lambda p: f"K = {p.k}, N = {p.n}",
             fix="Pad the weights or use another backend.",
         ),
-        Requirement(
-            what="leave to wait for the device",
-            holds=lambda p: p.host_sync,
-            found=lambda p: "CUDA graph capture or prefer(host_sync=False)",
-            fix="Call it elsewhere or use another backend.",
-            passes=(Pass.WGRAD,),
-        ),
+        requires_leave_to_wait((Pass.WGRAD,)),
     )
     host_syncs = "the padded sizes of the groups are read at wgrad"
     host_sync_passes = (Pass.WGRAD,)
@@ -127,26 +118,13 @@ class Backend(_GroupedMMBackend):
 
     def _tiny_run(self, device: torch.device) -> Health:
         ends, k, n = [130, 130, 200], 256, 128
-        machine = machine_of(device)
-        recipe = Recipe.FP8_BLOCKWISE_POW2
         a = torch.linspace(-1, 1, 210 * k, device=device).view(210, k).bfloat16()
         b = torch.linspace(-2, 1, 3 * k * n, device=device).view(3, k, n).bfloat16()
         plan = self.plan(torch.tensor(ends, dtype=torch.int32, device=device), 210)
-        lhs, a_columns = self.quantize_activations(a, plan, recipe, rows=True, columns=True)
-        rhs, _ = self.quantize_weights(b, recipe, forward=True, dgrad=False)
-        assert lhs is not None and a_columns is not None and rhs is not None, "all of them are asked for"
-        y = self.grouped_mm(lhs, rhs, plan, torch.bfloat16)
-        found = [(y, reference.grouped_mm(a, b, ends))]
-        if machine.arch == "sm_90":
-            _, y_columns = self.quantize_activations(y, plan, recipe, rows=False, columns=True)
-            assert y_columns is not None, "it is asked for"
-            db = self.wgrad(a_columns, y_columns, plan, torch.float32, contiguous="n")
-            found.append((db, reference.wgrad(a, y, ends)))
-        for result, truth in found:
-            # quantization alone is 0.04 off; a wrong layout, or a group that was left out, by far more
-            if not (result.double() - truth).norm() <= 0.1 * truth.norm():
-                return Health("a tiny product is wrong", f"{_deep_gemm.INSTALL}.")
-        return Health()
+        wgrad_dtype = torch.float32 if machine_of(device).arch == "sm_90" else None
+        if self._gets_right(a, b, ends, plan, Recipe.FP8_BLOCKWISE_POW2, wgrad_dtype):
+            return Health()
+        return Health("a tiny product is wrong", f"{_deep_gemm.INSTALL}.")
 
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
         is_aligned = group_alignment % BLOCK == 0
@@ -164,14 +142,11 @@ class Backend(_GroupedMMBackend):
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        forward_data, dgrad_data, scale = b_EKN, b_EKN, None
-        if recipe.is_scaled:
-            by_n, dgrad_data, scale = ops.deepgemm_quantize_weights(b_EKN, recipe.value, forward, dgrad)
-            forward_data, scale = by_n.transpose(1, 2) if forward else by_n, scale.transpose(1, 2)
-        return (
-            Quantized(forward_data, scale, recipe, 1, _WEIGHTS) if forward else None,
-            Quantized(dgrad_data, scale, recipe, 2, _WEIGHTS) if dgrad else None,
-        )
+        if not recipe.is_scaled:
+            return unscaled_weights(b_EKN, _WEIGHTS, forward=forward, dgrad=dgrad)
+        by_n, by_k, scale = ops.deepgemm_quantize_weights(b_EKN, recipe.value, forward, dgrad)
+        scale = scale.transpose(1, 2)
+        return as_weights((by_n, by_k, scale, scale), recipe, _WEIGHTS, forward=forward, dgrad=dgrad)
 
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from grouped_gemm import reference
-from grouped_gemm.backends.base import OffsetPlan, Requirement, _GroupedMMBackend, requires_dtype, requires_recipe
+from grouped_gemm.backends.base import (
+    OffsetPlan,
+    _GroupedMMBackend,
+    requires_dtype,
+    requires_leave_to_wait,
+    requires_recipe,
+)
 from grouped_gemm.device import machine_of
 from grouped_gemm.operand import Quantized
 from grouped_gemm.ops import define_op, ops
@@ -39,12 +45,7 @@ class Backend(_GroupedMMBackend):
     requirements = (
         requires_recipe(Recipe),
         requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
-        Requirement(
-            what="leave to wait for the device",
-            holds=lambda p: p.host_sync or not p.machine.is_gpu,
-            found=lambda p: "CUDA graph capture or prefer(host_sync=False)",
-            fix="Call it elsewhere or use another backend.",
-        ),
+        requires_leave_to_wait(),
     )
     host_syncs = "offs is read once per forward"
     compiles = False

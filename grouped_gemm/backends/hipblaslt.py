@@ -19,13 +19,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from grouped_gemm import reference
 from grouped_gemm.backends.base import (
+    REQUIRES_EQUAL_DTYPES,
     Health,
     OffsetPlan,
     Requirement,
     _GroupedMMBackend,
     as_activations,
+    as_weights,
     requires_arch,
     requires_dtype,
+    requires_leave_to_wait,
+    requires_no_bias,
+    unscaled_weights,
 )
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts_hipblaslt as layouts
@@ -114,19 +119,8 @@ class Backend(_GroupedMMBackend):
             found=lambda p: f"{dtype_name(p.dtype)} to {dtype_name(p.out_dtype)}",
             fix="Cast the operands, leave out_dtype out, or use another backend.",
         ),
-        Requirement(
-            what="output in the dtype of the operands",
-            holds=lambda p: p.dtype is p.out_dtype,
-            found=lambda p: f"{dtype_name(p.dtype)} to {dtype_name(p.out_dtype)}",
-            fix="Leave out_dtype out, or use another backend.",
-        ),
-        Requirement(
-            what="no bias",
-            holds=lambda p: not p.has_bias,
-            found=lambda p: "a bias",
-            fix="Add the bias to the result, or use another backend.",
-            passes=(Pass.FORWARD,),
-        ),
+        REQUIRES_EQUAL_DTYPES,
+        requires_no_bias((Pass.FORWARD,)),
         Requirement(
             what=f"K and N in multiples of {ALIGNMENT} with scales",
             holds=lambda p: not p.recipe.is_scaled or p.k % ALIGNMENT == p.n % ALIGNMENT == 0,
@@ -142,12 +136,7 @@ class Backend(_GroupedMMBackend):
             fix="Pad the groups and promise it by group_alignment, or use another backend.",
             passes=(Pass.WGRAD,),
         ),
-        Requirement(
-            what="leave to wait for the device",
-            holds=lambda p: p.host_sync,
-            found=lambda p: "CUDA graph capture or prefer(host_sync=False)",
-            fix="Call it elsewhere or use another backend.",
-        ),
+        requires_leave_to_wait(),
     )
     host_syncs = "offs is read once per forward, and not again while the same tensor is unchanged"
 
@@ -162,17 +151,8 @@ class Backend(_GroupedMMBackend):
             facts = Problem(machine, len(ends), k, n, RowClass.LARGE, recipe, group_alignment=MX_DEPTH)
             if not all(requirement.holds(facts) for requirement in self.requirements):
                 continue
-            lhs, a_columns = self.quantize_activations(a, plan, recipe, rows=True, columns=True)
-            rhs, _ = self.quantize_weights(b, recipe, forward=True, dgrad=False)
-            assert lhs is not None and a_columns is not None and rhs is not None, "all of them are asked for"
-            y = self.grouped_mm(lhs, rhs, plan, torch.bfloat16)
-            _, y_columns = self.quantize_activations(y, plan, recipe, rows=False, columns=True)
-            assert y_columns is not None, "it is asked for"
-            db = self.wgrad(a_columns, y_columns, plan, torch.bfloat16, contiguous="n")
-            for found, truth in ((y, reference.grouped_mm(a, b, ends)), (db, reference.wgrad(a, y, ends))):
-                # quantization alone is 0.04 off; a wrong layout, scale or fp8 type by far more
-                if not (found.double() - truth).norm() <= 0.1 * truth.norm():
-                    return Health(f"a tiny product is wrong, {recipe.value}", "Install torch for another ROCm.")
+            if not self._gets_right(a, b, ends, plan, recipe):
+                return Health(f"a tiny product is wrong, {recipe.value}", "Install torch for another ROCm.")
         return Health()
 
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
@@ -189,16 +169,10 @@ class Backend(_GroupedMMBackend):
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        forward_data, dgrad_data, forward_scale, dgrad_scale = b_EKN, b_EKN, None, None
-        if recipe.is_scaled:
-            by_n, dgrad_data, forward_scale, dgrad_scale = ops.hipblaslt_quantize_weights(
-                b_EKN, recipe.value, forward, dgrad
-            )
-            forward_data = by_n.transpose(1, 2) if forward else by_n
-        return (
-            Quantized(forward_data, forward_scale, recipe, 1, _WEIGHTS) if forward else None,
-            Quantized(dgrad_data, dgrad_scale, recipe, 2, _WEIGHTS) if dgrad else None,
-        )
+        if not recipe.is_scaled:
+            return unscaled_weights(b_EKN, _WEIGHTS, forward=forward, dgrad=dgrad)
+        written = ops.hipblaslt_quantize_weights(b_EKN, recipe.value, forward, dgrad)
+        return as_weights(written, recipe, _WEIGHTS, forward=forward, dgrad=dgrad)
 
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool

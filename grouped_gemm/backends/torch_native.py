@@ -17,15 +17,18 @@ import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
 
-from grouped_gemm import reference
 from grouped_gemm.backends.base import (
+    REQUIRES_EQUAL_DTYPES,
     Health,
     OffsetPlan,
     Requirement,
     _GroupedMMBackend,
     as_activations,
+    as_weights,
     requires_arch,
+    requires_no_bias,
     requires_recipe,
+    unscaled_weights,
 )
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts_torch
@@ -106,18 +109,8 @@ class Backend(_GroupedMMBackend):
             found=lambda p: dtype_name(p.dtype),
             fix="Cast the operands or use another backend.",
         ),
-        Requirement(
-            what="output in the dtype of the operands",
-            holds=lambda p: p.out_dtype is p.dtype,
-            found=lambda p: dtype_name(p.out_dtype),
-            fix="Leave out_dtype out, or use another backend.",
-        ),
-        Requirement(
-            what="no bias",
-            holds=lambda p: not p.has_bias,
-            found=lambda p: "a bias",
-            fix="Add the bias to the result, or use another backend.",
-        ),
+        REQUIRES_EQUAL_DTYPES,
+        requires_no_bias(),
         Requirement(
             what="K and N in multiples of 16 bytes, which are 16 values in fp8, and of 32 values in mxfp8",
             holds=lambda p: p.k % _multiple(p) == 0 and p.n % _multiple(p) == 0,
@@ -150,17 +143,8 @@ class Backend(_GroupedMMBackend):
             recipes += [Recipe.FP8_ROWWISE] if machine.arch == "sm_90" else []
             recipes += [_MXFP8] if machine.arch == "sm_100" and machine.version("mslk") else []
         for recipe in recipes:
-            lhs, a_columns = self.quantize_activations(a, plan, recipe, rows=True, columns=True)
-            rhs, _ = self.quantize_weights(b, recipe, forward=True, dgrad=False)
-            assert lhs is not None and rhs is not None and a_columns is not None, "all of them are asked for"
-            y = self.grouped_mm(lhs, rhs, plan, torch.bfloat16)
-            _, y_columns = self.quantize_activations(y, plan, recipe, rows=False, columns=True)
-            assert y_columns is not None, "it is asked for"
-            db = self.wgrad(a_columns, y_columns, plan, torch.bfloat16, contiguous="n")
-            for result, truth in ((y, reference.grouped_mm(a, b, ends)), (db, reference.wgrad(a, y, ends))):
-                # quantization alone is 0.04 off; a wrong layout, or a group that was left out, by far more
-                if not (result.double() - truth).norm() <= 0.1 * truth.norm():
-                    return Health(f"a tiny product of {recipe.value} is wrong", "Use another torch.")
+            if not self._gets_right(a, b, ends, plan, recipe):
+                return Health(f"a tiny product of {recipe.value} is wrong", "Use another torch.")
         return Health()
 
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
@@ -177,16 +161,10 @@ class Backend(_GroupedMMBackend):
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        forward_data, dgrad_data, forward_scale, dgrad_scale = b_EKN, b_EKN, None, None
-        if recipe.is_scaled:
-            by_n, dgrad_data, forward_scale, dgrad_scale = ops.torch_quantize_weights(
-                b_EKN, recipe.value, forward, dgrad
-            )
-            forward_data = by_n.transpose(1, 2) if forward else by_n
-        return (
-            Quantized(forward_data, forward_scale, recipe, 1, _WEIGHTS) if forward else None,
-            Quantized(dgrad_data, dgrad_scale, recipe, 2, _WEIGHTS) if dgrad else None,
-        )
+        if not recipe.is_scaled:
+            return unscaled_weights(b_EKN, _WEIGHTS, forward=forward, dgrad=dgrad)
+        written = ops.torch_quantize_weights(b_EKN, recipe.value, forward, dgrad)
+        return as_weights(written, recipe, _WEIGHTS, forward=forward, dgrad=dgrad)
 
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool

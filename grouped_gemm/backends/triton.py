@@ -21,8 +21,10 @@ from grouped_gemm.backends.base import (
     Requirement,
     _GroupedMMBackend,
     as_activations,
+    as_weights,
     requires_dtype,
     requires_recipe,
+    unscaled_weights,
 )
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts
@@ -116,17 +118,11 @@ class Backend(_GroupedMMBackend):
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        forward_data, dgrad_data, forward_scale, dgrad_scale = b_EKN, b_EKN, None, None
-        if recipe.is_scaled:
-            by_n, dgrad_data, forward_scale, dgrad_scale = ops.triton_quantize_weights(
-                b_EKN, recipe.value, forward, dgrad
-            )
-            forward_data = by_n.transpose(1, 2) if forward else by_n
-            dgrad_scale = forward_scale if recipe.weight_lines > 1 else dgrad_scale
-        return (
-            Quantized(forward_data, forward_scale, recipe, 1, _WEIGHTS) if forward else None,
-            Quantized(dgrad_data, dgrad_scale, recipe, 2, _WEIGHTS) if dgrad else None,
-        )
+        if not recipe.is_scaled:
+            return unscaled_weights(b_EKN, _WEIGHTS, forward=forward, dgrad=dgrad)
+        by_n, by_k, scale, dgrad_scale = ops.triton_quantize_weights(b_EKN, recipe.value, forward, dgrad)
+        dgrad_scale = scale if recipe.weight_lines > 1 else dgrad_scale
+        return as_weights((by_n, by_k, scale, dgrad_scale), recipe, _WEIGHTS, forward=forward, dgrad=dgrad)
 
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
