@@ -66,7 +66,7 @@ class Declared(_GroupedMMBackend):
     def plan(self, *args, **kwargs):
         raise AssertionError("selection runs nothing")
 
-    quantize_activations = quantize_weights = adopt_weights = grouped_mm = wgrad = bias_grad = plan
+    quantize_activations = quantize_weights = adopt_weights = grouped_mm = _wgrad = bias_grad = plan
 
 
 class DeepGEMM(Declared):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from grouped_gemm import reference
@@ -17,6 +18,7 @@ from grouped_gemm.problem import Pass, Problem, dtype_name
 from grouped_gemm.recipes import Recipe
 
 ALL_PASSES = tuple(Pass)
+_OLDEST_TRITON = "3.6"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,21 @@ def requires_dtype(dtypes: Iterable[torch.dtype], passes: tuple[Pass, ...] = ALL
         found=lambda p: dtype_name(p.dtype),
         fix="Cast the operands or use another backend.",
         passes=passes,
+    )
+
+
+def requires_triton(purpose: str = "", concerns: Callable[[Problem], bool] = lambda p: True) -> Requirement:
+    """A Triton that this package's kernels run on is there, where the problem is one that this ``concerns``."""
+
+    def holds(problem: Problem) -> bool:
+        version = problem.machine.version("triton")
+        return not concerns(problem) or (version is not None and version >= Version(_OLDEST_TRITON))
+
+    return Requirement(
+        what=f"triton {_OLDEST_TRITON} or later{purpose}",
+        holds=holds,
+        found=lambda p: f"triton {p.machine.version('triton')}" if p.machine.version("triton") else "no triton",
+        fix=f"pip install 'triton>={_OLDEST_TRITON}'.",
     )
 
 
@@ -135,6 +152,28 @@ class OffsetPlan:
     offs: Tensor
     num_rows: int
     derived: tuple[Tensor, ...] = ()
+
+
+class TinyRun(NamedTuple):
+    """The operands that `_GroupedMMBackend.health` tries a backend with: ends of groups, M, K and N."""
+
+    ends: list[int]
+    num_rows: int
+    k: int
+    n: int
+
+    def operands(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """``a`` (M, K), ``b`` (E, K, N), both bfloat16, and ``offs``."""
+        num_groups, num_rows, k, n = len(self.ends), self.num_rows, self.k, self.n
+        a_MK = torch.linspace(-1, 1, num_rows * k, device=device).view(num_rows, k).bfloat16()
+        b_EKN = torch.linspace(-2, 1, num_groups * k * n, device=device).view(num_groups, k, n).bfloat16()
+        return a_MK, b_EKN, torch.tensor(self.ends, dtype=torch.int32, device=device)
+
+
+def is_near(result: Tensor, truth: Tensor) -> bool:
+    """Whether a tiny product is right: quantization alone is 0.04 off; a wrong layout, scale or fp8 type, or a group
+    that was left out, by far more."""
+    return bool((result.double() - truth).norm() <= 0.1 * truth.norm())
 
 
 def as_activations(
@@ -218,27 +257,27 @@ class _GroupedMMBackend(ABC):
 
     def _gets_right(
         self,
-        a_MK: Tensor,
-        b_EKN: Tensor,
-        ends: list[int],
-        plan: OffsetPlan,
+        run: TinyRun,
         recipe: Recipe,
+        device: torch.device,
+        group_alignment: int = 1,
         wgrad_dtype: torch.dtype | None = torch.bfloat16,
     ) -> bool:
         """Whether a small product, and its wgrad unless its dtype is None, are near `reference`, for `health`."""
-        with_wgrad = wgrad_dtype is not None
-        lhs, a_columns = self.quantize_activations(a_MK, plan, recipe, rows=True, columns=with_wgrad)
+        a_MK, b_EKN, offs = run.operands(device)
+        plan = self.plan(offs, run.num_rows, group_alignment)
+        lhs, a_columns = self.quantize_activations(a_MK, plan, recipe, rows=True, columns=wgrad_dtype is not None)
         rhs, _ = self.quantize_weights(b_EKN, recipe, forward=True, dgrad=False)
         assert lhs is not None and rhs is not None, "they are asked for"
         y = self.grouped_mm(lhs, rhs, plan, torch.bfloat16)
-        found = [(y, reference.grouped_mm(a_MK, b_EKN, ends))]
-        if wgrad_dtype is not None:
-            _, y_columns = self.quantize_activations(y, plan, recipe, rows=False, columns=True)
-            assert a_columns is not None and y_columns is not None, "they are asked for"
-            db = self.wgrad(a_columns, y_columns, plan, wgrad_dtype, contiguous="n")
-            found.append((db, reference.wgrad(a_MK, y, ends)))
-        # quantization alone is 0.04 off; a wrong layout, scale or fp8 type, or a group that was left out, by far more
-        return all(bool((result.double() - truth).norm() <= 0.1 * truth.norm()) for result, truth in found)
+        if not is_near(y, reference.grouped_mm(a_MK, b_EKN, run.ends)):
+            return False
+        if wgrad_dtype is None:
+            return True
+        _, y_columns = self.quantize_activations(y, plan, recipe, rows=False, columns=True)
+        assert a_columns is not None and y_columns is not None, "they are asked for"
+        db = self.wgrad(a_columns, y_columns, plan, wgrad_dtype, contiguous="n")
+        return is_near(db, reference.wgrad(a_MK, y, run.ends))
 
     @abstractmethod
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
@@ -293,11 +332,17 @@ class _GroupedMMBackend(ABC):
     ) -> Tensor:
         """Forward, or dgrad on dY and the weights' dgrad layout: (M, N or K), zero at and past ``offs[-1]``."""
 
-    @abstractmethod
     def wgrad(
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
     ) -> Tensor:
         """dB (E, K, N), exactly zero where a group is empty; its fastest axis is ``contiguous``, "k" or "n"."""
+        if contiguous == "k":
+            return self._wgrad(rhs, lhs, plan, out_dtype).transpose(1, 2)
+        return self._wgrad(lhs, rhs, plan, out_dtype)
+
+    @abstractmethod
+    def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        """Per group, the transpose of ``first`` times ``second``: (E, P, Q), contiguous, their features being P, Q."""
 
     @abstractmethod
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ from grouped_gemm.backends.base import (
     Health,
     OffsetPlan,
     Requirement,
+    TinyRun,
     _GroupedMMBackend,
     as_activations,
     as_weights,
@@ -117,12 +118,9 @@ class Backend(_GroupedMMBackend):
             return _deep_gemm.explain(error, machine_of(device))
 
     def _tiny_run(self, device: torch.device) -> Health:
-        ends, k, n = [130, 130, 200], 256, 128
-        a = torch.linspace(-1, 1, 210 * k, device=device).view(210, k).bfloat16()
-        b = torch.linspace(-2, 1, 3 * k * n, device=device).view(3, k, n).bfloat16()
-        plan = self.plan(torch.tensor(ends, dtype=torch.int32, device=device), 210)
+        run = TinyRun([130, 130, 200], 210, k=256, n=128)
         wgrad_dtype = torch.float32 if machine_of(device).arch == "sm_90" else None
-        if self._gets_right(a, b, ends, plan, Recipe.FP8_BLOCKWISE_POW2, wgrad_dtype):
+        if self._gets_right(run, Recipe.FP8_BLOCKWISE_POW2, device, wgrad_dtype=wgrad_dtype):
             return Health()
         return Health("a tiny product is wrong", f"{_deep_gemm.INSTALL}.")
 
@@ -168,13 +166,9 @@ class Backend(_GroupedMMBackend):
             scale = None if scale is None else scale.transpose(1, 2)
         return ops.deepgemm_grouped_mm(lhs.data, lhs.scale, rhs_EOC, scale, row_map, blocks, plan.num_rows)
 
-    def wgrad(
-        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
-    ) -> Tensor:
-        first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
+    def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         _, _, sizes = plan.derived
-        product = ops.deepgemm_wgrad(first.data, first.scale, second.data, second.scale, sizes, out_dtype)
-        return product.transpose(1, 2) if contiguous == "k" else product
+        return ops.deepgemm_wgrad(first.data, first.scale, second.data, second.scale, sizes, out_dtype)
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         return ops.deepgemm_group_sums(dy_MN, plan.offs, out_dtype)

@@ -118,15 +118,10 @@ class Backend(_GroupedMMBackend):
             out_dtype,
         )
 
-    def wgrad(
-        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
-    ) -> Tensor:
-        first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
+    def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         (host_offs,) = plan.derived
-        product = ops.emulated_wgrad(
-            first.data, first.scale, second.data, second.scale, host_offs, lhs.recipe.value, out_dtype
-        )
-        return product.transpose(1, 2) if contiguous == "k" else product
+        operands = first.data, first.scale, second.data, second.scale
+        return ops.emulated_wgrad(*operands, host_offs, first.recipe.value, out_dtype)
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         (host_offs,) = plan.derived

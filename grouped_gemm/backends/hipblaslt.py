@@ -23,9 +23,11 @@ from grouped_gemm.backends.base import (
     Health,
     OffsetPlan,
     Requirement,
+    TinyRun,
     _GroupedMMBackend,
     as_activations,
     as_weights,
+    is_near,
     requires_arch,
     requires_dtype,
     requires_leave_to_wait,
@@ -142,16 +144,13 @@ class Backend(_GroupedMMBackend):
 
     def health(self, device: torch.device) -> Health:
         """A small product and its wgrad beside `reference`, under each recipe that the device has."""
-        ends, k, n = [128, 128, 384], 128, 256  # a group is empty, sixteen rows are of none
-        a = torch.linspace(-1, 1, 400 * k, device=device).view(400, k).bfloat16()
-        b = torch.linspace(-2, 1, 3 * k * n, device=device).view(3, k, n).bfloat16()
-        plan = self.plan(torch.tensor(ends, dtype=torch.int32, device=device), len(a), MX_DEPTH)
+        run = TinyRun([128, 128, 384], 400, k=128, n=256)  # a group is empty, sixteen rows are of none
         machine = machine_of(device)
         for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.MXFP8):
-            facts = Problem(machine, len(ends), k, n, RowClass.LARGE, recipe, group_alignment=MX_DEPTH)
+            facts = Problem(machine, len(run.ends), run.k, run.n, RowClass.LARGE, recipe, group_alignment=MX_DEPTH)
             if not all(requirement.holds(facts) for requirement in self.requirements):
                 continue
-            if not self._gets_right(a, b, ends, plan, recipe):
+            if not self._gets_right(run, recipe, device, MX_DEPTH):
                 return Health(f"a tiny product is wrong, {recipe.value}", "Install torch for another ROCm.")
         return Health()
 
@@ -192,14 +191,9 @@ class Backend(_GroupedMMBackend):
             lhs.data, lhs.scale, rhs_ECO, rhs.scale, plan.offs, *plan.derived, plan.num_rows, lhs.recipe.value
         )
 
-    def wgrad(
-        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
-    ) -> Tensor:
-        first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
-        product = ops.hipblaslt_wgrad(
-            first.data, first.scale, second.data, second.scale, *plan.derived, plan.num_rows, lhs.recipe.value
-        )
-        return product.transpose(1, 2) if contiguous == "k" else product
+    def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        operands = first.data, first.scale, second.data, second.scale
+        return ops.hipblaslt_wgrad(*operands, *plan.derived, plan.num_rows, first.recipe.value)
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         return ops.hipblaslt_group_sums(dy_MN, *plan.derived, out_dtype)
@@ -363,16 +357,14 @@ def _multiplies_all_groups_at_once(device: torch.device) -> bool:
     """Whether this build of torch has a grouped rowwise product for ``device``, found out by a tiny one."""
     if not hasattr(F, "scaled_grouped_mm"):
         return False
-    ends = [1, 1, 34]
-    a = torch.linspace(-1, 1, 40 * 32, device=device).view(40, 32).bfloat16()
-    b = torch.linspace(-2, 1, 3 * 32 * 48, device=device).view(3, 32, 48).bfloat16()
-    offs = torch.tensor(ends, dtype=torch.int32, device=device)
+    run = TinyRun([1, 1, 34], 40, k=32, n=48)
+    a, b, offs = run.operands(device)
     lhs, lhs_scale, _, _ = _quantize_activations(a, offs, offs.cpu(), "fp8_rowwise", True, False)
     by_n, _, rhs_scale, _ = _quantize_weights(b, "fp8_rowwise", True, False)
-    truth = reference.grouped_mm(a, b, ends)[: ends[-1]]
+    truth = reference.grouped_mm(a, b, run.ends)[: run.ends[-1]]
     try:
-        found = _all_groups_at_once(lhs, lhs_scale, by_n.transpose(1, 2), rhs_scale, offs)[: ends[-1]]
-        return bool((found.double() - truth).norm() <= 0.1 * truth.norm())
+        found = _all_groups_at_once(lhs, lhs_scale, by_n.transpose(1, 2), rhs_scale, offs)[: run.ends[-1]]
+        return is_near(found, truth)
     except Exception:  # not built in, or not for this architecture: products of one group each will do
         return False
 

@@ -14,7 +14,6 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from packaging.version import Version
 from torch import Tensor
 
 from grouped_gemm.backends.base import (
@@ -22,12 +21,14 @@ from grouped_gemm.backends.base import (
     Health,
     OffsetPlan,
     Requirement,
+    TinyRun,
     _GroupedMMBackend,
     as_activations,
     as_weights,
     requires_arch,
     requires_no_bias,
     requires_recipe,
+    requires_triton,
     unscaled_weights,
 )
 from grouped_gemm.device import machine_of
@@ -41,7 +42,6 @@ from grouped_gemm.recipes import Recipe
 
 _ROWWISE = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2)
 _MXFP8 = Recipe.MXFP8
-_OLDEST_TRITON = "3.6"
 _ROWS = "torch rows"
 _COLUMNS = "torch columns"
 _WEIGHTS = "torch weights"
@@ -59,11 +59,6 @@ def _multiple(problem: Problem) -> int:
     if problem.recipe is _MXFP8:
         return 32
     return ALIGNMENT if problem.recipe.is_scaled else ALIGNMENT // problem.dtype.itemsize
-
-
-def _triton_quantizes(problem: Problem) -> bool:
-    version = problem.machine.version("triton")
-    return not problem.recipe.is_scaled or (version is not None and version >= Version(_OLDEST_TRITON))
 
 
 class Backend(_GroupedMMBackend):
@@ -97,12 +92,7 @@ class Backend(_GroupedMMBackend):
             found=lambda p: f"torch {p.machine.version('torch')}, which was not",
             fix="Install torch 2.11 or later from its own wheels for CUDA, or use another backend.",
         ),
-        Requirement(
-            what=f"triton {_OLDEST_TRITON} or later for fp8, which quantizes",
-            holds=_triton_quantizes,
-            found=lambda p: f"triton {p.machine.version('triton')}" if p.machine.version("triton") else "no triton",
-            fix=f"pip install 'triton>={_OLDEST_TRITON}'.",
-        ),
+        requires_triton(" for fp8, which quantizes", lambda p: p.recipe.is_scaled),
         Requirement(
             what="operands in bfloat16, on a CPU also float16 or float32",
             holds=lambda p: p.dtype in _dtypes(p),
@@ -133,17 +123,13 @@ class Backend(_GroupedMMBackend):
 
     def health(self, device: torch.device) -> Health:
         """A small ragged product and its wgrad, beside `reference`; the same in the kind of fp8 that runs here."""
-        ends, num_rows = [3, 3, 20], 24
         machine = machine_of(device)
-        plan = self.plan(torch.tensor(ends, dtype=torch.int32, device=device), num_rows)
-        a = torch.linspace(-1, 1, num_rows * 32, device=device).view(num_rows, 32).bfloat16()
-        b = torch.linspace(-2, 1, 3 * 32 * 64, device=device).view(3, 32, 64).bfloat16()
         recipes = [Recipe.NONE]
         if _has_triton(device):
             recipes += [Recipe.FP8_ROWWISE] if machine.arch == "sm_90" else []
             recipes += [_MXFP8] if machine.arch == "sm_100" and machine.version("mslk") else []
         for recipe in recipes:
-            if not self._gets_right(a, b, ends, plan, recipe):
+            if not self._gets_right(TinyRun([3, 3, 20], 24, k=32, n=64), recipe, device):
                 return Health(f"a tiny product of {recipe.value} is wrong", "Use another torch.")
         return Health()
 
@@ -182,16 +168,11 @@ class Backend(_GroupedMMBackend):
         rhs_ECO = rhs.data if rhs.axis == 1 else rhs.data.transpose(1, 2)
         return ops.torch_grouped_mm(lhs.data, lhs.scale, rhs_ECO, rhs.scale, plan.derived[0])
 
-    def wgrad(
-        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
-    ) -> Tensor:
-        first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
+    def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         ends, token_ends = plan.derived
-        if lhs.scale is None or rhs.scale is None:
-            product = ops.torch_wgrad(first.data, second.data, ends)
-        else:
-            product = ops.torch_scaled_wgrad(first.data, first.scale, second.data, second.scale, token_ends)
-        return product.transpose(1, 2) if contiguous == "k" else product
+        if first.scale is None or second.scale is None:
+            return ops.torch_wgrad(first.data, second.data, ends)
+        return ops.torch_scaled_wgrad(first.data, first.scale, second.data, second.scale, token_ends)
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         # Not asked for, since a bias is refused. As wgrad of ones; as many as make 16 bytes.

@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable
 
 import torch
-from packaging.version import Version
 from torch import Tensor
 
 from grouped_gemm import reference
@@ -19,11 +18,13 @@ from grouped_gemm.backends.base import (
     Health,
     OffsetPlan,
     Requirement,
+    TinyRun,
     _GroupedMMBackend,
     as_activations,
     as_weights,
     requires_dtype,
     requires_recipe,
+    requires_triton,
     unscaled_weights,
 )
 from grouped_gemm.device import machine_of
@@ -34,7 +35,6 @@ from grouped_gemm.preference import KernelPreference
 from grouped_gemm.problem import Problem
 from grouped_gemm.recipes import Recipe
 
-_OLDEST_TRITON = "3.6"
 _NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 _AMD = ("gfx942", "gfx950")
 _FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", *_AMD)  # Triton converts to fp8 from sm_89 on
@@ -46,11 +46,6 @@ _WEIGHTS = "triton weights"
 def _runs_interpreted(problem: Problem) -> bool:
     """On a CPU, Triton interprets kernels where the environment asks for it: right, and slow beyond use."""
     return problem.machine.vendor == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _is_new_enough(problem: Problem) -> bool:
-    version = problem.machine.version("triton")
-    return version is not None and version >= Version(_OLDEST_TRITON)
 
 
 def _requires_gpu_in(archs: tuple[str, ...], purpose: str, concerns: Callable[[Problem], bool]) -> Requirement:
@@ -76,12 +71,7 @@ class Backend(_GroupedMMBackend):
             fix="Use another backend; TRITON_INTERPRET=1 runs the kernels on a CPU, for tests.",
         ),
         _requires_gpu_in((*_NVIDIA, *_AMD), "", lambda p: True),
-        Requirement(
-            what=f"triton {_OLDEST_TRITON} or later",
-            holds=_is_new_enough,
-            found=lambda p: f"triton {p.machine.version('triton')}" if p.machine.version("triton") else "no triton",
-            fix=f"pip install 'triton>={_OLDEST_TRITON}'.",
-        ),
+        requires_triton(),
         requires_recipe(Recipe),
         _requires_gpu_in(_FP8_ARCHS, " for fp8", lambda p: p.recipe.is_scaled),
         requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
@@ -89,17 +79,15 @@ class Backend(_GroupedMMBackend):
 
     def health(self, device: torch.device) -> Health:
         """A small ragged product and its wgrad, beside `reference`."""
-        ends = [3, 3, 20]
-        offs = torch.tensor(ends, dtype=torch.int32, device=device)
-        a = torch.linspace(-1, 1, 24 * 16, device=device).view(24, 16).bfloat16()
-        b = torch.linspace(-2, 1, 3 * 16 * 16, device=device).view(3, 16, 16).bfloat16()
+        run = TinyRun([3, 3, 20], 24, k=16, n=16)
+        a, b, offs = run.operands(device)
         try:
             y = ops.triton_grouped_mm(a, None, b, None, None, offs, "none", torch.float32)
-            db = ops.triton_wgrad(a, None, y.bfloat16(), None, offs, 24, "none", torch.float32)
+            db = ops.triton_wgrad(a, None, y.bfloat16(), None, offs, run.num_rows, "none", torch.float32)
         except Exception as error:
             return Health(f"{type(error).__name__}: {error}", "Install the triton that this torch was built with.")
-        right_y = reference.grouped_mm(a, b, ends, dtype=torch.float32)
-        right_db = reference.wgrad(a, y.bfloat16(), ends, dtype=torch.float32)
+        right_y = reference.grouped_mm(a, b, run.ends, dtype=torch.float32)
+        right_db = reference.wgrad(a, y.bfloat16(), run.ends, dtype=torch.float32)
         if torch.allclose(y, right_y, rtol=1e-3, atol=1e-3) and torch.allclose(db, right_db, rtol=1e-3, atol=1e-3):
             return Health()
         return Health("a tiny product is wrong", "Install the triton that this torch was built with.")
@@ -150,21 +138,9 @@ class Backend(_GroupedMMBackend):
             lhs.data, lhs.scale, data_ECO, scale, bias_EN, plan.offs, lhs.recipe.value, out_dtype
         )
 
-    def wgrad(
-        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
-    ) -> Tensor:
-        first, second = (rhs, lhs) if contiguous == "k" else (lhs, rhs)
-        product = ops.triton_wgrad(
-            first.data,
-            first.scale,
-            second.data,
-            second.scale,
-            plan.offs,
-            plan.num_rows,
-            lhs.recipe.value,
-            out_dtype,
-        )
-        return product.transpose(1, 2) if contiguous == "k" else product
+    def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        operands = first.data, first.scale, second.data, second.scale
+        return ops.triton_wgrad(*operands, plan.offs, plan.num_rows, first.recipe.value, out_dtype)
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         return ops.triton_group_sums(dy_MN, plan.offs, out_dtype)
