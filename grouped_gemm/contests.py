@@ -114,9 +114,8 @@ def measure(
         if not problem.recipe.is_scaled:  # nothing is quantized: what was timed is a function that returns its argument
             for parts in by_kind.values():
                 parts.update((part, 0.0) for part in parts if part[:2] in ("a_", "g_", "b_"))
-    recipe = problem.recipe.value.removesuffix("_pow2")
-    facts = problem.rows.value, problem.group_alignment % 128 == 0
-    return Case(recipe, *facts, problem.num_groups, problem.k, problem.n, num_rows, times, hosts), failures
+    sizes = problem.num_groups, problem.k, problem.n, num_rows
+    return Case(*costs.facts_of(problem), *sizes, times, hosts), failures
 
 
 def _waits(backend: _GroupedMMBackend, part: str) -> bool:

@@ -147,14 +147,19 @@ def _parts(chosen: Mapping[Pass, KernelPreference]) -> Iterator[tuple[KernelPref
         yield kind, pass_.value
 
 
+def facts_of(problem: Problem) -> tuple[str, str, bool]:
+    """Recipe, row class and whole blocks of the cases that speak of ``problem``, at any sizes."""
+    return problem.recipe.value.removesuffix("_pow2"), problem.rows.value, problem.group_alignment % 128 == 0
+
+
 def estimate(problem: Problem, tables: Iterable[Table]) -> Estimate | None:
     """What the first of ``tables`` that knows cases of this recipe and row class lets expect; None: none does."""
     if problem.dtype is not torch.bfloat16:
         return None
-    recipe = problem.recipe.value.removesuffix("_pow2")
+    recipe, rows, whole_blocks = facts_of(problem)
     for table in tables:
-        alike = [case for case in table.cases if (case.recipe, case.rows) == (recipe, problem.rows.value)]
-        exactly = [case for case in alike if case.whole_blocks == (problem.group_alignment % 128 == 0)]
+        alike = [case for case in table.cases if (case.recipe, case.rows) == (recipe, rows)]
+        exactly = [case for case in alike if case.whole_blocks == whole_blocks]
         alike = exactly if table.is_exact else exactly or alike
         if table.is_exact:
             alike = [case for case in alike if case.distance(problem) == 0 and case.covers(problem)]

@@ -33,6 +33,7 @@ from grouped_gemm.backends.base import (
 )
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts_torch
+from grouped_gemm.kernels.layouts import Operands
 from grouped_gemm.kernels.layouts_torch import ALIGNMENT, TOKENS
 from grouped_gemm.operand import Quantized
 from grouped_gemm.ops import define_op, ops
@@ -232,7 +233,7 @@ def _plan(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 def _empty_activations(
     x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Operands:
     return layouts_torch.activations(x_MD, ends.shape[0], Recipe(recipe), rows=rows, columns=columns)
 
 
@@ -243,7 +244,7 @@ def _empty_activations(
 )
 def _quantize_activations(
     x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Operands:
     from grouped_gemm.kernels import quantize_torch, quantize_torch_mx
 
     out = _empty_activations(x_MD, ends, token_ends, recipe, rows, columns)
@@ -254,7 +255,7 @@ def _quantize_activations(
     return out
 
 
-def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
     return layouts_torch.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
 
 
@@ -262,7 +263,7 @@ def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tu
     "torch_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_empty_weights,
 )
-def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
     from grouped_gemm.kernels import quantize, quantize_mx
 
     out = _empty_weights(b_EKN, recipe, forward, dgrad)

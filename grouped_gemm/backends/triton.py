@@ -29,6 +29,7 @@ from grouped_gemm.backends.base import (
 )
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts
+from grouped_gemm.kernels.layouts import Operands
 from grouped_gemm.operand import Quantized
 from grouped_gemm.ops import define_op, ops
 from grouped_gemm.preference import KernelPreference
@@ -229,9 +230,7 @@ def _group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
     return wgrad.group_sums(x_MN, offs, out_dtype)
 
 
-def _empty_activations(
-    x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_activations(x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool) -> Operands:
     return layouts.activations(x_MD, offs.shape[0], Recipe(recipe), rows=rows, columns=columns)
 
 
@@ -240,9 +239,7 @@ def _empty_activations(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_empty_activations,
 )
-def _quantize_activations(
-    x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize_activations(x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool) -> Operands:
     from grouped_gemm.kernels import quantize, quantize_mx
 
     out = _empty_activations(x_MD, offs, recipe, rows, columns)
@@ -253,7 +250,7 @@ def _quantize_activations(
     return out
 
 
-def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
     return layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
 
 
@@ -261,7 +258,7 @@ def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tu
     "triton_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_empty_weights,
 )
-def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
     from grouped_gemm.kernels import quantize, quantize_mx
 
     out = _empty_weights(b_EKN, recipe, forward, dgrad)

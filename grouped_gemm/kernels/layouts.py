@@ -27,9 +27,7 @@ SCALE_ALIGNMENT = 4  # fp32 scales that TMA reads start at multiples of 16 bytes
 MX_SCALES = 4  # how many MX scales a line has in 128 of the contraction
 
 
-def activations(
-    x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, columns: bool) -> Operands:
     """Data and scales of an operand of forward and dgrad, then of an operand of wgrad, both of ``x_MD``.
 
     Returns:
@@ -63,7 +61,7 @@ def activations(
     return row_data, row_scale, column_data, column_scale
 
 
-def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Operands:
     """Data for forward and for dgrad, then the scales of each; blockwise, both have the first scales.
 
     Returns:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts
-from grouped_gemm.kernels.layouts import MX_SCALES
+from grouped_gemm.kernels.layouts import MX_SCALES, Operands
 from grouped_gemm.recipes import Recipe
 
 ALIGNMENT = 16  # bytes, which are values of fp8
@@ -43,9 +43,7 @@ def plan(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return ends, torch.empty_like(ends)
 
 
-def activations(
-    x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, columns: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, columns: bool) -> Operands:
     """Data and scales of an operand of forward and dgrad, then of one of wgrad; what is not wanted has shape (0,).
 
     Returns:
@@ -72,7 +70,7 @@ def activations(
     return row_data, row_scale, column_data, column_scale
 
 
-def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Operands:
     """As `layouts.weights`, but for MX scales: swizzled, (E, ceil(N/128) ceil(K/128) 512) for forward and for dgrad."""
     if recipe is not Recipe.MXFP8:
         return layouts.weights(b_EKN, recipe, forward=forward, dgrad=dgrad)

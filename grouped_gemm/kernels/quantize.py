@@ -65,17 +65,8 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
                     constants=constants | {"BLOCK_M": height, "BLOCK_D": width, "WHOLE": whole}, num_warps=8,
                 )  # fmt: skip
             return
-        num_blocks = num_rows // TOKEN_BLOCK + num_groups
-        blocks = offs.new_empty(num_blocks, 4)
-        launch(
-            _find_blocks, (cdiv(num_blocks, 32),),
-            offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
-            constants={
-                "E_PADDED": next_power_of_2(num_groups + 1), "BLOCK": TOKEN_BLOCK,
-                "SCALE_ALIGNMENT": SCALE_ALIGNMENT, "AT_ONCE": 32,
-            },
-        )  # fmt: skip
-        grid = (num_blocks * cdiv(features, TOKEN_BLOCK),)
+        blocks = find_blocks(offs, num_rows)
+        grid = (len(blocks) * cdiv(features, TOKEN_BLOCK),)
         find_amax, quantize_tiles = _amax, _quantize_tiles
         if columns and quantize_packed.can_run(x_MD):
             find_amax, quantize_tiles = quantize_packed._amax, quantize_packed._quantize_tiles
@@ -140,6 +131,21 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
             *(line_scale.stride() if not rowwise else (0, 0, 0)),
             constants=wanted | _constants(b_EKN, recipe, fp8) | {"BLOCK": TOKEN_BLOCK, "BAND": 8}, num_warps=8,
         )  # fmt: skip
+
+
+def find_blocks(offs: Tensor, num_rows: int) -> Tensor:
+    """What `_find_blocks` finds of the blocks of tokens in groups that end at ``offs``: (T/128, 4) int32."""
+    num_groups = offs.shape[0]
+    num_blocks = num_rows // TOKEN_BLOCK + num_groups
+    blocks = offs.new_empty(num_blocks, 4)
+    launch(
+        _find_blocks, (cdiv(num_blocks, 32),), offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
+        constants={
+            "E_PADDED": next_power_of_2(num_groups + 1), "BLOCK": TOKEN_BLOCK,
+            "SCALE_ALIGNMENT": SCALE_ALIGNMENT, "AT_ONCE": 32,
+        },
+    )  # fmt: skip
+    return blocks
 
 
 def _zeros(x: Tensor, first: int | None, second: int | None) -> tuple[Tensor | None, Tensor | None]:

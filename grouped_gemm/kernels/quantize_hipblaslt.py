@@ -19,15 +19,15 @@ from torch import Tensor
 from grouped_gemm.kernels import quantize
 from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
 from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device
-from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK, Operands
+from grouped_gemm.kernels.layouts import TOKEN_BLOCK, Operands
 from grouped_gemm.kernels.quantize import (
     _amax,
     _constants,
-    _find_blocks,
     _load_quarter,
     _store_quarter,
     _transpose,
     _zeros,
+    find_blocks,
 )
 from grouped_gemm.kernels.quantize_mx import _quantize_tile
 from grouped_gemm.kernels.scaling import inverse_of, scale_of, to_fp8
@@ -73,20 +73,11 @@ def _quantize_both(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) ->
     by_row, row_scale, by_column, column_scale = out
     (num_rows, features), num_groups = x_MD.shape, offs.shape[0]
     rows = by_row.dim() == 2
-    num_blocks = num_rows // TOKEN_BLOCK + num_groups
-    blocks = offs.new_empty(num_blocks, 4)
     column_amax, row_amax = _zeros(x_MD, num_groups * features, num_rows if rows else None)
-    grid = (num_blocks * cdiv(features, TOKEN_BLOCK),)
     tile = {"BLOCK": TOKEN_BLOCK, "BAND": 8}
     with on_device(x_MD):
-        launch(
-            _find_blocks, (cdiv(num_blocks, 32),),
-            offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
-            constants={
-                "E_PADDED": next_power_of_2(num_groups + 1), "BLOCK": TOKEN_BLOCK,
-                "SCALE_ALIGNMENT": SCALE_ALIGNMENT, "AT_ONCE": 32,
-            },
-        )  # fmt: skip
+        blocks = find_blocks(offs, num_rows)
+        grid = (len(blocks) * cdiv(features, TOKEN_BLOCK),)
         launch(_amax, grid, x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), constants=tile, num_warps=4)
         launch(
             _quantize_tiles, grid,

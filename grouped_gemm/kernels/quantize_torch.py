@@ -10,18 +10,24 @@ M, E, D: rows, groups, features. T: tokens, the rows of groups that are padded t
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import quantize_packed
 from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
 from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, num_processors, on_device
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 from grouped_gemm.kernels.layouts_torch import TOKENS, num_blocks
-from grouped_gemm.kernels.quantize import _amax, _load_quarter, _store_quarter, _transpose, _zeros, quantize_activations
+from grouped_gemm.kernels.quantize import (
+    _amax,
+    _constants,
+    _load_quarter,
+    _store_quarter,
+    _transpose,
+    _zeros,
+    quantize_activations,
+)
 from grouped_gemm.kernels.scaling import inverse_of, scale_of, to_fp8
 from grouped_gemm.recipes import Recipe
 
@@ -76,10 +82,8 @@ def quantize(x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: Recipe, out
             _quantize_tiles, grid,
             x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
             num_groups, features, by_column.shape[1], x_MD.stride(0),
-            constants={
-                "ROWS": rows, "LIMIT": torch.finfo(by_column.dtype).max, "POWER_OF_TWO": recipe.power_of_two_scales,
-                "NVIDIA": machine_of(x_MD.device).vendor == "nvidia", "TOKENS": TOKENS, **tile,
-            }, num_warps=4,
+            constants={"ROWS": rows} | _constants(x_MD, recipe, by_column.dtype) | {"TOKENS": TOKENS} | tile,
+            num_warps=4,
         )  # fmt: skip
 
 
