@@ -16,6 +16,7 @@ from grouped_gemm.operand import QuantizedWeights
 from grouped_gemm.ops import define_op
 from grouped_gemm.problem import dtype_name
 from grouped_gemm.recipes import Recipe
+from grouped_gemm.tracing import holds
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
@@ -49,9 +50,9 @@ def check_offs(offs: Tensor, num_groups: int | None, device: torch.device) -> No
     check_tensor("offs", offs, (1,), (torch.int32,))
     if offs.device != device:
         fail("offs.device", f"{device}, where a is", offs.device)
-    if num_groups is None and offs.shape[0] == 0:
+    if num_groups is None and holds(offs.shape[0] == 0):
         fail("offs", "at least one group", "none")
-    if num_groups is not None and offs.shape[0] != num_groups:
+    if num_groups is not None and holds(offs.shape[0] != num_groups):
         fail("offs", f"{num_groups} entries, one for each matrix of b", offs.shape[0])
 
 
@@ -101,7 +102,7 @@ def check_contraction(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None) -
     """``a`` (K, M), ``b`` (M, N) and ``offs`` (E,), which splits M, fit each other."""
     check_tensor("a", a, (2,), DTYPES)
     check_tensor("b", b, (2,), DTYPES)
-    if a.shape[1] != b.shape[0]:
+    if holds(a.shape[1] != b.shape[0]):
         fail("b.shape[0]", f"{a.shape[1]}, the columns of a", b.shape[0])
     if a.shape[0] < 1 or b.shape[1] < 1:
         fail("a and b", "at least one row of a and one column of b", (tuple(a.shape), tuple(b.shape)))
@@ -139,7 +140,7 @@ def _check_together(a: Tensor, b: Tensor | QuantizedWeights) -> None:
 
 
 @define_op(
-    "checked_offs(Tensor offs, int num_rows, int group_alignment) -> Tensor",
+    "checked_offs(Tensor offs, SymInt num_rows, int group_alignment) -> Tensor",
     fake=lambda offs, num_rows, group_alignment: torch.empty_like(offs),
     tags=(torch.Tag.cudagraph_unsafe,),
 )
@@ -158,4 +159,21 @@ def checked_offs(offs: Tensor, num_rows: int, group_alignment: int) -> Tensor:
         if (end - start) % group_alignment:
             fail(f"offs[{e}]", f"a group size that is a multiple of group_alignment = {group_alignment}", end - start)
         start = end
+    return offs.clone()
+
+
+@define_op(
+    "counted_offs(Tensor offs, int num_groups) -> Tensor",
+    fake=lambda offs, num_groups: offs.new_empty(num_groups),
+)
+def counted_offs(offs: Tensor, num_groups: int) -> Tensor:
+    """A copy of ``offs`` whose length was data-dependent while a graph was traced, and has been looked at.
+
+    AOTAutograd drops what `torch._check` asserts of a size that it can replace by a constant.
+
+    Raises:
+        ValueError: there are more or fewer ends than ``num_groups``.
+    """
+    if offs.shape[0] != num_groups:
+        fail("offs", f"{num_groups} entries, one for each matrix of b", offs.shape[0])
     return offs.clone()

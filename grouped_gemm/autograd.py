@@ -12,10 +12,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from grouped_gemm import weight_cache
+from grouped_gemm import tracing, vmap, weight_cache
 from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
 from grouped_gemm.operand import Layouts, Quantized, QuantizedWeights
@@ -38,14 +38,35 @@ class Route(NamedTuple):
     backends: tuple[KernelPreference, ...]  # every one that runs a pass, once
     group_alignment: int = 1  # what every group's size is a multiple of
 
+    @property
+    def unscaled_dgrad(self) -> Route:
+        """The route of dA = dY B^T as a call of its own, whose dgrad is forward. For `Recipe.NONE`."""
+        b_contiguous = "n" if self.b_contiguous == "k" else "k"
+        return self._replace(forward=self.dgrad, dgrad=self.forward, out_dtype=self.dtype, b_contiguous=b_contiguous)
+
+    @property
+    def unscaled_wgrad(self) -> Route:
+        """The route of dB as a call of its own, or of forward in the dtype of a gradient. For `Recipe.NONE`."""
+        return self._replace(out_dtype=self.dtype)
+
+
+def materialized(x: Tensor) -> Tensor:
+    """``x`` with its values in memory, as kernels read them: a copy where its negation is pending (`torch._neg_view`,
+    or the imaginary part of a conjugate) or zeros are implied, which only the dispatcher knows."""
+    if torch.compiler.is_compiling():  # compiled code goes through the dispatcher
+        return x
+    return x.clone() if x.is_neg() or x._is_zerotensor() else x
+
 
 def dense_rows(x: Tensor) -> Tensor:
     """``x`` (M, D) with contiguous rows: itself, unless it is a transpose or an expanded gradient."""
-    return x if x.stride(1) == 1 else x.contiguous()
+    x = materialized(x)
+    return x if tracing.holds(x.stride(1) == 1) else x.contiguous()
 
 
 def dense_weights(b_EKN: Tensor) -> tuple[Tensor, str]:
     """``b`` with K or N contiguous, and which of them: itself, unless it is a slice across both."""
+    b_EKN = materialized(b_EKN)
     if b_EKN.stride(2) == 1:
         return b_EKN, "n"
     return (b_EKN, "k") if b_EKN.stride(1) == 1 else (b_EKN.contiguous(), "n")
@@ -157,6 +178,15 @@ def run_forward(
     return y, plans, a_columns, b_dgrad
 
 
+def _refuse_second_derivative(route: Route) -> None:
+    """Refuses ``create_graph=True`` at once: a gradient without a graph would be taken for a constant later on."""
+    if route.recipe.is_scaled:
+        raise RuntimeError(
+            f"grouped_mm: expected create_graph=False with recipe {route.recipe.value}; found True. "
+            "Rounding to fp8 has no second derivative: use recipe=None where gradients of gradients are needed."
+        )
+
+
 class GroupedMM(torch.autograd.Function):
     """Y = A B per group of rows."""
 
@@ -171,12 +201,17 @@ class GroupedMM(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """dA (M, K), dB (E, K, N) in the memory order of ``b``, and the bias's gradient (E, N)."""
+        gradients = GroupedMM._graph_of_gradients if torch.is_grad_enabled() else GroupedMM._gradients
+        with vmap.batched_gradient(dy):
+            return (*gradients(ctx, dy), None, None)
+
+    @staticmethod
+    def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         route, plans, (a_columns, b_dgrad) = _load(ctx, dy.shape[0])
-        dy = dense_rows(dy)
-        g = dy if dy.dtype == route.dtype else dy.to(route.dtype)  # a call that does nothing takes a microsecond
+        # Cast first: a cast may give other strides, where rows overlap for one.
+        g = dense_rows(dy if dy.dtype == route.dtype else dy.to(route.dtype))
         dy_rows, dy_columns = _activations_for(g, route.recipe, plans, route.dgrad, route.wgrad)
         da = db = dbias = None
         if route.dgrad is not None:
@@ -185,8 +220,27 @@ class GroupedMM(torch.autograd.Function):
             db = _contraction(route, a_columns, dy_columns, plans, route.dtype)
         if ctx.needs_input_grad[2]:
             kind = route.backends[0]  # any of them: all have a plan
-            dbias = get_backend(kind).bias_grad(dy, plans[kind], ctx.bias_dtype)
-        return da, db, dbias, None, None
+            dbias = get_backend(kind).bias_grad(dense_rows(dy), plans[kind], ctx.bias_dtype)
+        return da, db, dbias
+
+    @staticmethod
+    def _graph_of_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """`_gradients` for ``create_graph=True``: grouped GEMMs that have gradients themselves.
+
+        Without scales, an operand is its own layout: what was saved is ``a`` and ``b``, with their history.
+        """
+        route, plans, (a, b) = _load(ctx, dy.shape[0])
+        _refuse_second_derivative(route)
+        plan = plans[route.backends[0]]
+        g = dense_rows(dy.to(route.dtype))
+        da = db = dbias = None
+        if b is not None:
+            da = GroupedMM.apply(g, b.data.transpose(1, 2), None, plan.offs, route.unscaled_dgrad)
+        if a is not None:
+            db = Contraction.apply(a.data, g, plan.offs, route.unscaled_wgrad)
+        if ctx.needs_input_grad[2]:
+            dbias = _GroupSums.apply(dense_rows(dy), plan, route.backends[0], ctx.bias_dtype)
+        return da, db, dbias
 
 
 class Contraction(torch.autograd.Function):
@@ -203,9 +257,14 @@ class Contraction(torch.autograd.Function):
         return _contraction(route, x_columns, g_columns, plans, route.out_dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, ...]:
         """dX (M, K) and dG (M, N)."""
+        gradients = Contraction._graph_of_gradients if torch.is_grad_enabled() else Contraction._gradients
+        with vmap.batched_gradient(dc_EKN):
+            return (*gradients(ctx, dc_EKN), None, None)
+
+    @staticmethod
+    def _gradients(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, Tensor | None]:
         route, plans, (x_rows, g_rows) = _load(ctx, ctx.num_rows)
         dc, _ = dense_weights(dc_EKN.to(route.dtype))
         dc_forward, dc_dgrad = weights_for(dc, route.recipe, route.forward, route.dgrad)
@@ -214,4 +273,37 @@ class Contraction(torch.autograd.Function):
             dx = _product(route.dgrad, g_rows, dc_dgrad, plans, route.dtype)
         if route.forward is not None:
             dg = _product(route.forward, x_rows, dc_forward, plans, route.dtype)
-        return dx, dg, None, None
+        return dx, dg
+
+    @staticmethod
+    def _graph_of_gradients(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """As `GroupedMM._graph_of_gradients`."""
+        route, plans, (x, g) = _load(ctx, ctx.num_rows)
+        _refuse_second_derivative(route)
+        offs = plans[route.backends[0]].offs
+        dc, _ = dense_weights(dc_EKN.to(route.dtype))
+        dx = dg = None
+        if g is not None:
+            dx = GroupedMM.apply(g.data, dc.transpose(1, 2), None, offs, route.unscaled_dgrad)
+        if x is not None:
+            dg = GroupedMM.apply(x.data, dc, None, offs, route.unscaled_wgrad)
+        return dx, dg
+
+
+class _GroupSums(torch.autograd.Function):
+    """The sum of each group's rows, (E, N): the gradient of a bias, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MN: Tensor, plan: OffsetPlan, kind: KernelPreference, out_dtype: torch.dtype) -> Tensor:
+        """(E, N) from ``x`` with contiguous rows."""
+        ctx.save_for_backward(plan.offs)
+        ctx.num_rows, ctx.dtype = x_MN.shape[0], x_MN.dtype
+        return get_backend(kind).bias_grad(x_MN, plan, out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, ds_EN: Tensor) -> tuple[Tensor | None, ...]:
+        """Each row's gradient is that of its group's sum, and zero past the last group."""
+        (offs,) = ctx.saved_tensors
+        rows = torch.arange(ctx.num_rows, dtype=torch.int32, device=offs.device)
+        group_of_row = torch.searchsorted(offs, rows, right=True)
+        return F.pad(ds_EN, (0, 0, 0, 1)).index_select(0, group_of_row).to(ctx.dtype), None, None, None

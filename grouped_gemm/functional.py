@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from grouped_gemm import arguments, reference, shards
+from grouped_gemm import arguments, reference, shards, tracing, vmap
 from grouped_gemm.autograd import (
     Contraction,
     GroupedMM,
@@ -24,6 +24,7 @@ from grouped_gemm.autograd import (
     dense_rows,
     dense_weights,
     layouts,
+    materialized,
     run_forward,
     weights_for,
 )
@@ -45,7 +46,7 @@ from grouped_gemm.preference import (
 from grouped_gemm.problem import Pass, Problem, RowClass, row_class
 from grouped_gemm.recipes import Recipe
 from grouped_gemm.report import Explanation
-from grouped_gemm.select import Decision, decide
+from grouped_gemm.select import Decision, NoBackendError, decide
 
 
 def grouped_mm(
@@ -86,8 +87,17 @@ def grouped_mm(
         ValueError: shapes, dtypes or devices do not fit each other; the message names argument, expected and found.
         NoBackendError: no backend, or not the one that was asked for, runs the call with all its gradients.
     """
-    a, b, bias = _cast(a, b, bias)
     options = (recipe, out_dtype, group_alignment, kernel_preference)
+    if not torch.compiler.is_compiling() and vmap.is_transformed():
+        return vmap.each_sample(functools.partial(_grouped_mm, options), a, b, offs, bias)
+    return _grouped_mm(options, a, b, offs, bias)
+
+
+def _grouped_mm(
+    options: tuple[Any, ...], a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None
+) -> Tensor:
+    """`grouped_mm`, outside of vmap. ``options`` are recipe, out_dtype, group_alignment and kernel_preference."""
+    a, b, bias = _cast(a, b, bias)
     key, route = _recall(a, b, offs, bias, options)
     if route is None and any(map(shards.is_dtensor, (a, b, offs, bias))):
         a, b, offs, bias = shards.local(a=a, b=b, offs=offs, bias=bias)
@@ -97,7 +107,7 @@ def grouped_mm(
         route = _route(call.facts)
         if key is not None and call.took_as_is(a, b, offs) and not call.facts["captured"]:
             _remember(key, route)
-        a, b, offs = call.a, call.b, call.offs
+        a, b, offs, bias = call.a, call.b, call.offs, call.bias
     if isinstance(b, Tensor) and b.dim() == 2:
         return Contraction.apply(a, b, offs, route)
     if route.dgrad is None and route.wgrad is None and (bias is None or not _needs_grad(bias)):
@@ -184,7 +194,7 @@ def quantize_weights(
     if scale is None:
         forward, backward = weights_for(b, recipe, route.forward, route.dgrad)
     else:
-        data, scale = reference.convert_fp8(b, scale.detach(), machine_of(b.device).fp8_dtype)
+        data, scale = reference.convert_fp8(b, materialized(scale.detach()), machine_of(b.device).fp8_dtype)
         forward, backward = layouts(
             route.forward,
             route.dgrad,
@@ -196,17 +206,20 @@ def quantize_weights(
 
 @dataclass(frozen=True)
 class _Call:
-    """A checked call: operands as the passes take them, and who runs them."""
+    """A checked call: operands as the passes take them, and the facts that decide who runs them."""
 
     a: Tensor  # (M, K), rows contiguous
     b: Tensor | QuantizedWeights  # (E, K, N), K or N contiguous; (M, N), rows contiguous, where it is a contraction
     offs: Tensor
+    bias: Tensor | None
     facts: dict[str, Any]  # arguments of _decision
 
     def took_as_is(self, a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor) -> bool:
         """Whether these operands were not copied or transposed, nor would others with their strides be, for any M."""
         return self.a is a and a.stride(1) == 1 and self.b is b and self.offs is offs
 
+
+_MANY_GROUPS = 1024  # what selection takes E for where only the device knows it: a backend with a limit on E refuses
 
 _Key = tuple[Any, ...]
 _routes: dict[_Key, Route] = {}  # of eager calls, by what `_recall` looks at
@@ -232,7 +245,7 @@ def _recall(
         else:
             b_facts = _facts(b)
         key = (
-            (type(a), k, a.stride(), a.dtype, a.device, a.layout, a.requires_grad),
+            (type(a), k, a.stride(), a.dtype, a.device, a.layout, a.requires_grad, a.is_neg()),
             row_class(num_rows, num_groups),
             b_facts,
             _facts(offs),
@@ -252,7 +265,7 @@ def _recall(
 
 
 def _facts(x: Tensor) -> tuple[Any, ...]:
-    return type(x), x.shape, x.stride(), x.dtype, x.device, x.layout, x.requires_grad
+    return type(x), x.shape, x.stride(), x.dtype, x.device, x.layout, x.requires_grad, x.is_neg()
 
 
 def _remember(key: _Key, route: Route) -> None:
@@ -299,7 +312,10 @@ def _prepare(
     if isinstance(b, Tensor) and b.dim() == 2:
         arguments.check_contraction(a, b, offs, bias)
         a, b = dense_rows(a.t()), dense_rows(b)  # columns of a become rows: what is summed over comes first
-        shape, b_contiguous = (offs.shape[0], a.shape[1], b.shape[1]), "n"
+        if tracing.is_data_dependent(a.shape[0]) or tracing.is_data_dependent(b.shape[0]):
+            torch._check(a.shape[0] == b.shape[0])
+        num_groups = _MANY_GROUPS if tracing.is_data_dependent(offs.shape[0]) else offs.shape[0]
+        shape, b_contiguous = (num_groups, a.shape[1], b.shape[1]), "n"
         needs_grad = ((Pass.WGRAD, True), (Pass.DGRAD, _needs_grad(a)), (Pass.FORWARD, _needs_grad(b)))
     else:
         arguments.check_operands(a, b, offs, bias)
@@ -312,7 +328,11 @@ def _prepare(
             weights = b.forward_backend, b.dgrad_backend
             recipe = b.recipe if recipe is None else recipe
         shape = (b.shape[0], b.shape[1], b.shape[2])
+        if tracing.is_data_dependent(offs.shape[0]):
+            offs = torch.ops.grouped_gemm.counted_offs(offs, operator.index(shape[0]))
         needs_grad = ((Pass.FORWARD, True), (Pass.DGRAD, _needs_grad(a)), (Pass.WGRAD, b_needs_grad))
+    offs = materialized(offs).contiguous()
+    bias = None if bias is None else materialized(bias)
     recipe = Recipe.NONE if recipe is None else Recipe.parse(recipe)
     if isinstance(b, QuantizedWeights) and recipe is not b.recipe:
         arguments.fail("recipe", f"{b.recipe.value}, as the weights were quantized", recipe.value)
@@ -322,7 +342,7 @@ def _prepare(
     facts = {
         "device": a.device,
         "shape": tuple(map(operator.index, shape)),  # under Dynamo, constants of the graph; M stays symbolic
-        "rows": _rows(a.shape[0], shape[0]),
+        "rows": tracing.row_class_of(a.shape[0], shape[0]),
         "recipe": recipe,
         "dtype": a.dtype,
         "out_dtype": a.dtype if out_dtype is None else out_dtype,
@@ -337,20 +357,7 @@ def _prepare(
         "preference": preference,
         "context": surrounding.kernel_preference,
     }
-    return _Call(a, b, offs.contiguous(), facts)
-
-
-def _rows(num_rows: int, num_groups: int) -> RowClass:
-    """The row class; LARGE in an exported program, which would otherwise be one of a single class."""
-    return RowClass.LARGE if _is_exporting() else row_class(num_rows, num_groups)
-
-
-def _is_exporting() -> bool:
-    return torch.compiler.is_exporting()
-
-
-# Evaluated while tracing, as `_chosen` is: Dynamo itself takes torch 2.11's function for True under torch.compile, too.
-_is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return _Call(a, b, offs, bias, facts)
 
 
 def _needs_grad(x: Tensor) -> bool:
@@ -368,7 +375,12 @@ def _route(facts: dict[str, Any]) -> Route:
     Raises:
         NoBackendError: a pass has no backend.
     """
-    forward, dgrad, wgrad = [KernelPreference.parse(name) if name else None for name in _chosen(**facts).split(",")]
+    chosen = _chosen(**facts)
+    if chosen.startswith("NoBackendError: "):
+        raise NoBackendError(chosen.removeprefix("NoBackendError: "))
+    if chosen.startswith("ValueError: "):
+        raise ValueError(chosen.removeprefix("ValueError: "))
+    forward, dgrad, wgrad = [KernelPreference.parse(name) if name else None for name in chosen.split(",")]
     backends: tuple[KernelPreference, ...] = ()
     for kind in (forward, dgrad, wgrad):
         if kind is not None and kind not in backends:
@@ -379,8 +391,30 @@ def _route(facts: dict[str, Any]) -> Route:
 
 
 def _chosen(**facts: Any) -> str:
-    """The backends of forward, dgrad and wgrad as "triton,,torch"; text, because Dynamo, which evaluates this while
-    tracing, takes the result for a constant."""
+    """What `_choose` returns, or an error as "ValueError: its text".
+
+    Dynamo evaluates this while tracing, and would take an exception in here for an internal error of its own. `_route`,
+    which Dynamo traces, raises it.
+    """
+    try:
+        return _choose(**facts)
+    except NoBackendError as error:
+        return f"NoBackendError: {error}"
+    except ValueError as error:  # of a switch in the environment
+        return f"ValueError: {error}"
+
+
+# What torch.compiler.assume_constant_result does, which would import all of Dynamo with this package.
+_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _choose(**facts: Any) -> str:
+    """The backends of forward, dgrad and wgrad as "triton,,torch": text, which Dynamo takes for a constant.
+
+    Raises:
+        NoBackendError: a pass has no backend.
+        ValueError: a switch in the environment has an unknown value.
+    """
     decision = _decision(**facts)
     if LOG.is_on() and decision not in _logged:
         _logged.add(decision)
@@ -390,10 +424,6 @@ def _chosen(**facts: Any) -> str:
         _warn_once(decision)
     kinds = (decision.backend(pass_) for pass_ in (Pass.FORWARD, Pass.DGRAD, Pass.WGRAD))
     return ",".join("" if kind is None else kind.value for kind in kinds)
-
-
-# What torch.compiler.assume_constant_result does, which would import all of Dynamo with this package.
-_chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forget() -> None:
@@ -444,4 +474,4 @@ def _warn_once(decision: Decision) -> None:
     text = "\n".join([head, *(f"  {line}" for line in decision.refusal_lines()), tail])
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(text, stacklevel=5)  # the line that calls grouped_mm
+        warnings.warn(text, stacklevel=7)  # the line that calls grouped_mm

@@ -28,11 +28,14 @@ class RowClass(Enum):
     LARGE = "large"
 
 
+DECODE_ROWS, SMALL_ROWS = 16, 256  # the most rows per group of these classes
+
+
 def row_class(num_rows: int, num_groups: int) -> RowClass:
     """The class of ``num_rows`` rows in ``num_groups`` groups; from shapes, so it never waits for the device."""
-    if num_rows <= 16 * num_groups:
+    if num_rows <= DECODE_ROWS * num_groups:
         return RowClass.DECODE
-    if num_rows <= 256 * num_groups:
+    if num_rows <= SMALL_ROWS * num_groups:
         return RowClass.SMALL
     return RowClass.LARGE
 

@@ -751,6 +751,7 @@ LAYOUTS_OF_ROWS = {
     "every_second_column": lambda x: x.repeat_interleave(2, 1)[:, ::2],
     "every_second_row": lambda x: x.repeat_interleave(2, 0)[::2],
     "transposed": lambda x: x.t().contiguous().t(),
+    "overlapping": lambda x: x.flatten()[: sum(x.shape) - 1].unfold(0, x.shape[1], 1),
 }
 LAYOUTS_OF_WEIGHTS = {
     "slice_across_both": lambda b: torch.nn.functional.pad(b, (3, 5, 1, 2), value=math.nan)[:, 1:-2, 3:-5],
@@ -793,6 +794,37 @@ def test_weights_may_lie_anyhow(case, layout, device):
         assert worst_row_error(found, expected(pass_, inputs, case.recipe)) <= rounding_tolerance(
             found.dtype, case, device
         ), pass_
+
+
+@of_cases(cases(recipes=RECIPES, passes=(TRAINING,), out_dtypes=(torch.float32,)))
+@pytest.mark.parametrize("layout", LAYOUTS_OF_ROWS.values(), ids=LAYOUTS_OF_ROWS)
+def test_the_gradient_of_an_output_in_another_dtype_may_lie_anyhow(case, layout, device):
+    inputs = as_laid_out("dy", layout, make_inputs(case, device))
+    outcome = run(case, inputs)
+    for pass_ in (Pass.DGRAD, Pass.WGRAD):
+        found = outcome.of(pass_)
+        assert worst_row_error(found, expected(pass_, inputs, case.recipe)) <= rounding_tolerance(
+            found.dtype, case, device
+        ), pass_
+
+
+def assert_negation_is_carried_out(operand: str, case: Case, device: torch.device) -> None:
+    inputs = make_inputs(case, device)
+    negated = dataclasses.replace(inputs, **{operand: torch._neg_view(-getattr(inputs, operand))})
+    found, right = run(case, negated), run(case, inputs)
+    for pass_ in Pass:
+        assert torch.equal(found.of(pass_), right.of(pass_)), pass_
+
+
+@of_cases(cases(recipes=RECIPES, passes=(TRAINING,)))
+@pytest.mark.parametrize("operand", ["a", "b", "offs", "dy"])
+def test_a_pending_negation_is_carried_out(case, operand, device):
+    assert_negation_is_carried_out(operand, case, device)
+
+
+@of_cases(cases(passes=(TRAINING,), has_bias=(True,)))
+def test_a_pending_negation_of_a_bias_is_carried_out(case, device):
+    assert_negation_is_carried_out("bias", case, device)
 
 
 @of_cases(cases(passes=(TRAINING,)))
@@ -916,12 +948,56 @@ def test_a_second_backward_says_that_the_graph_is_gone(case, device):
         gradients(y, inputs)
 
 
-@of_cases(cases(recipes=RECIPES, passes=(TRAINING,)))
-def test_a_gradient_of_a_gradient_is_refused(case, device):
+@of_cases(cases(dtypes=DTYPES, passes=(TRAINING,)), cases(passes=(TRAINING,), b_contiguous=("k", "n")))
+def test_gradients_without_scales_have_gradients(case, device):
     inputs = leaves(make_inputs(case, device))
-    da, db = torch.autograd.grad(
-        call(case, inputs), (inputs.a, inputs.b), inputs.dy.requires_grad_(), create_graph=True
+    a, b, dy = inputs.a, inputs.b, inputs.dy.requires_grad_()
+    to_da, to_db = torch.randn_like(a), torch.randn_like(b)
+    first = torch.autograd.grad(call(case, inputs), (a, b), dy, create_graph=True)
+    found = torch.autograd.grad(first, (a, b, dy), (to_da, to_db))
+    right = (
+        reference.grouped_mm(dy, to_db.transpose(1, 2), inputs.ends),
+        reference.wgrad(to_da, dy, inputs.ends),
+        reference.grouped_mm(to_da, b, inputs.ends) + reference.grouped_mm(a, to_db, inputs.ends),
     )
-    for gradient in (da, db):
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.sum().backward(retain_graph=True)
+    for ours, truth in zip(found, right):
+        assert relative_error(ours, truth) <= 2 * rounding_tolerance(ours.dtype, case, device)
+
+
+@of_cases(cases(passes=(TRAINING,), has_bias=(True,)))
+def test_the_gradient_of_a_bias_has_a_gradient(case, device):
+    inputs = leaves(make_inputs(case, device))
+    dy = inputs.dy.requires_grad_()
+    (dbias,) = torch.autograd.grad(call(case, inputs), inputs.bias, dy, create_graph=True)
+    to_dbias = torch.randn_like(dbias)
+    (found,) = torch.autograd.grad(dbias, dy, to_dbias)
+    right = torch.zeros_like(found)
+    for e, rows in enumerate(reference.group_slices(inputs.ends)):
+        right[rows] = to_dbias[e]
+    assert torch.equal(found, right)
+
+
+@of_cases(cases(passes=(TRAINING,)))
+def test_the_weight_gradient_form_has_second_gradients(case, device):
+    inputs = leaves(make_inputs(case, device))
+    x, g = inputs.a, inputs.dy.requires_grad_()
+    dc, to_dx, to_dg = torch.randn_like(inputs.b).requires_grad_(), torch.randn_like(x), torch.randn_like(g)
+    c = grouped_mm(x.t(), g, inputs.offs, kernel_preference=case.backend)
+    first = torch.autograd.grad(c, (x, g), dc, create_graph=True)
+    found = torch.autograd.grad(first, (x, g, dc), (to_dx, to_dg))
+    right = (
+        reference.grouped_mm(to_dg, dc.transpose(1, 2), inputs.ends),
+        reference.grouped_mm(to_dx, dc, inputs.ends),
+        reference.wgrad(to_dx, g, inputs.ends) + reference.wgrad(x, to_dg, inputs.ends),
+    )
+    for ours, truth in zip(found, right):
+        assert relative_error(ours, truth) <= 2 * rounding_tolerance(ours.dtype, case, device)
+
+
+@of_cases(cases(recipes=SCALED, passes=(TRAINING,)))
+@pytest.mark.parametrize("dy_needs_grad", [False, True])
+def test_a_graph_of_scaled_gradients_is_refused(case, dy_needs_grad, device):
+    inputs = leaves(make_inputs(case, device))
+    y = call(case, inputs)
+    with pytest.raises(RuntimeError, match=f"create_graph=False with recipe {case.recipe.value}; found True"):
+        torch.autograd.grad(y, inputs.a, inputs.dy.requires_grad_(dy_needs_grad), create_graph=True, allow_unused=True)

@@ -8,7 +8,7 @@ from kernel_checks import assert_same_bits
 from large import RAGGED, layer, train, training, with_sizes
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from grouped_gemm import KernelPreference, Pass, Recipe, grouped_mm, prefer, quantize_weights
+from grouped_gemm import KernelPreference, NoBackendError, Pass, Recipe, grouped_mm, prefer, quantize_weights
 from grouped_gemm.testing import make_inputs
 
 NUM_GROUPS, K, N = 4, 32, 64
@@ -114,6 +114,160 @@ def test_a_compiled_function_follows_prefer():
     with prefer(KernelPreference.TRITON), pytest.raises(Exception, match="triton, which the context asks for"):
         compiled(a, w, offs)
     compiled(a, w, offs)
+
+
+# Sizes that only the device knows
+
+MASK = torch.arange(100) % 3 > 0
+KEPT = int(MASK.sum())
+RECIPES_AND_NONE = pytest.mark.parametrize("recipe", [Recipe.NONE, Recipe.FP8_BLOCKWISE], ids=lambda r: r.value)
+
+
+@pytest.fixture
+def data_dependent():
+    """Dynamo keeps data-dependent sizes in the graph."""
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        yield
+
+
+def ends_of(num_rows: int) -> torch.Tensor:
+    return torch.tensor([num_rows // 4, num_rows // 2, num_rows // 2, num_rows - 3], dtype=torch.int32)
+
+
+def assert_compiles(layer, *arguments) -> None:
+    """One graph, which gives the bits of the eager call, in forward and in the gradients of all leaves."""
+    ours = torch.compile(layer, fullgraph=True, backend="aot_eager")(*arguments)
+    eager = layer(*arguments)
+    assert torch.equal(ours, eager)
+    leaves = [x for x in arguments if x.requires_grad]
+    if leaves:
+        dy = torch.linspace(-1, 1, eager.numel()).view_as(eager).to(eager.dtype)
+        for mine, theirs in zip(torch.autograd.grad(ours, leaves, dy), torch.autograd.grad(eager, leaves, dy)):
+            assert torch.equal(mine, theirs)
+
+
+@RECIPES_AND_NONE
+def test_rows_that_a_mask_keeps(recipe, data_dependent):
+    def layer(a, w, bias, mask, offs):
+        return grouped_mm(a[mask.nonzero().squeeze(1)], w.transpose(1, 2), offs, recipe=recipe, bias=bias)
+
+    a, w, bias, _ = operands(100)
+    assert_compiles(layer, a, w, bias, MASK, ends_of(KEPT))
+
+
+@RECIPES_AND_NONE
+def test_columns_of_a_weight_gradient_that_a_mask_keeps(recipe, data_dependent):
+    def layer(a, g, mask, offs):
+        return grouped_mm(a[mask].t(), g[mask], offs, recipe=recipe)
+
+    a, _, _, _ = operands(100)
+    assert_compiles(layer, a, torch.randn(100, N).bfloat16().requires_grad_(), MASK, ends_of(KEPT))
+
+
+def test_split_sizes_of_an_exchange_between_ranks(data_dependent):
+    def layer(w, sizes, offs):
+        received = w.new_ones(sum(sizes.tolist()), K)
+        return grouped_mm(received, w.transpose(1, 2), offs)
+
+    _, w, _, _ = operands(100)
+    assert_compiles(layer, w, torch.tensor([30, 20]), ends_of(50))
+
+
+def test_rows_that_are_marked_as_unbacked():
+    def layer(a, w, offs):
+        return grouped_mm(a, w.transpose(1, 2), offs, recipe="fp8_blockwise")
+
+    a, w, _, offs = operands(100)
+    torch._dynamo.decorators.mark_unbacked(a, 0)
+    assert_compiles(layer, a, w, offs)
+
+
+@pytest.mark.parametrize("bounds", [(2, 4096), (100, 500), (2, 64)], ids=str)
+def test_rows_with_stated_bounds_get_no_narrower_ones(bounds):
+    def layer(a, w, offs):
+        return grouped_mm(a, w.transpose(1, 2), offs)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for num_rows in bounds:
+        a, w, _, offs = operands(num_rows)
+        torch._dynamo.mark_dynamic(a, 0, min=bounds[0], max=bounds[1])
+        assert torch.equal(compiled(a, w, offs), layer(a, w, offs))
+    assert counter.frame_count == 1
+
+
+@RECIPES_AND_NONE
+@pytest.mark.parametrize("form", ["matrices", "weight gradient"])
+def test_offs_of_data_dependent_length(recipe, form, data_dependent):
+    def ends(experts):
+        return torch.bincount(experts).cumsum(0, dtype=torch.int32)
+
+    def matrices(a, w, experts):
+        return grouped_mm(a, w.transpose(1, 2), ends(experts), recipe=recipe)
+
+    def weight_gradient(a, w, experts):
+        return grouped_mm(a.t(), a, ends(experts), recipe=recipe)
+
+    a, w, _, _ = operands(100)
+    experts = torch.arange(100) * NUM_GROUPS // 100
+    layer = matrices if form == "matrices" else weight_gradient
+    assert_compiles(layer, a, w if form == "matrices" else w.detach(), experts)
+
+
+def test_offs_of_another_length_than_b_are_found_when_the_graph_runs(data_dependent):
+    def layer(a, w, experts):
+        return grouped_mm(a, w.transpose(1, 2), torch.bincount(experts).cumsum(0, dtype=torch.int32))
+
+    a, w, _, _ = operands(100)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(a, w, torch.arange(100) * NUM_GROUPS // 100)
+    with pytest.raises(ValueError, match="offs: expected 4 entries, one for each matrix of b; found 5"):
+        compiled(a, w, torch.arange(100) * (NUM_GROUPS + 1) // 100)
+
+
+def test_operands_of_a_weight_gradient_with_other_rows_are_found_when_the_graph_runs(data_dependent):
+    def layer(a, mask, other, offs):
+        return grouped_mm(a[mask].t(), a[other], offs)
+
+    a, _, _, _ = operands(100)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(a, MASK, MASK, ends_of(KEPT))
+    with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+        compiled(a, MASK, ~MASK, ends_of(KEPT))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "options, error, text",
+    [
+        ({"kernel_preference": "deepgemm"}, NoBackendError, "deepgemm  requires sm_90 or sm_100; found cpu"),
+        ({"group_alignment": 0}, ValueError, "group_alignment: expected at least 1; found 0"),
+        ({"recipe": "fp9"}, ValueError, "recipe: expected a Recipe or one of none"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, dict) else "",
+)
+def test_an_error_has_its_type_where_graphs_may_break_and_its_text_where_not(options, error, text):
+    a, w, _, offs = operands(100)
+
+    def layer(a, w, offs):
+        return grouped_mm(a, w.transpose(1, 2), offs, **options)
+
+    with pytest.raises(error, match=text):
+        torch.compile(layer, backend="eager")(a, w, offs)
+    torch._dynamo.reset()  # which remembers that the function runs eagerly
+    with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
+        torch.compile(layer, backend="eager", fullgraph=True)(a, w, offs)
+    assert text in str(caught.value)
+
+
+def test_an_unknown_switch_is_an_error_of_its_own_type(monkeypatch):
+    monkeypatch.setenv("GROUPED_GEMM_BACKEND", "fastest")
+    a, w, _, offs = operands(100)
+    compiled = torch.compile(lambda a, w, offs: grouped_mm(a, w.transpose(1, 2), offs), backend="eager")
+    with pytest.raises(ValueError, match="GROUPED_GEMM_BACKEND: expected one of auto"):
+        compiled(a, w, offs)
 
 
 def test_a_bad_argument_is_named_while_tracing():

@@ -29,7 +29,7 @@ LAYERS = (
     ("functional",),
     ("shards",),
     ("arguments", "autograd", "contests", "report"),
-    ("select", "weight_cache"),
+    ("select", "tracing", "weight_cache"),
     ("backends",),
     ("backends.*",),
     ("costs",),
@@ -42,7 +42,7 @@ LAYERS = (
     ("kernels", "kernels.*"),
     ("operand", "ops", "problem", "reference"),
     ("device", "preference", "recipes"),
-    ("files", "timing"),
+    ("files", "timing", "vmap"),
 )
 
 # What may be imported besides the standard library: whenever the module is, or inside a function.

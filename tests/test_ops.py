@@ -56,6 +56,11 @@ def checked_offs():
     yield "strided", (host_offs().repeat_interleave(2)[::2], M, 1)
 
 
+def counted_offs():
+    yield "dense", (host_offs(), len(host_offs()))
+    yield "strided", (host_offs().repeat_interleave(2)[::2], len(host_offs()))
+
+
 def emulated_host_offs():
     yield "dense", (host_offs(),)
     yield "strided", (host_offs().repeat_interleave(2)[::2],)
@@ -164,6 +169,7 @@ SAMPLES = {
     sample.__name__: sample
     for sample in (
         checked_offs,
+        counted_offs,
         emulated_group_sums,
         emulated_grouped_mm,
         emulated_host_offs,

@@ -1,0 +1,65 @@
+"""`torch.func.vmap` and batched gradients: a grouped GEMM has no batch axis to spare, so samples run one by one.
+
+There are two kinds of batched tensors. `torch.func.vmap` makes those of functorch: `each_sample` loops around the whole
+call, so that autograd sees the call of each sample. ``torch.autograd.grad(is_grads_batched=True)``, which
+`torch.autograd.functional.jacobian(vectorize=True)` uses, makes those of an older vmap. For them, the dispatcher runs
+each op in a loop: `batched_gradient` sends ops through the dispatcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import BaseTorchFunctionMode
+
+is_transformed = torch._C._are_functorch_transforms_active
+_NOTHING = nullcontext()
+
+
+def batched_gradient(dy: Tensor) -> AbstractContextManager[Any]:
+    """Inside it, ops take ``dy`` also where it is one of ``is_grads_batched``. Without that it does nothing."""
+    if torch.compiler.is_compiling() or not torch._C._dispatch_keys(dy).has("Batched"):
+        return _NOTHING
+    return BaseTorchFunctionMode()  # ops take no shortcut past the dispatcher while a mode is on
+
+
+def each_sample(function: Callable[..., Any], *operands: Any) -> Any:
+    """``function(*operands)``, for each sample where some operands are batched by `torch.func.vmap`.
+
+    Args:
+        function: takes the operands, and returns a tensor or a tuple of tensors and None.
+        operands: tensors and anything else.
+    """
+    is_batched = torch._C._functorch.is_batchedtensor
+    if any(isinstance(x, Tensor) and is_batched(x) for x in operands):
+        return _EachSample.apply(function, *operands)
+    return function(*operands)
+
+
+class _EachSample(torch.autograd.Function):
+    """Has no gradients of its own: its vmap rule calls the function one level further down, where autograd sees it."""
+
+    @staticmethod
+    def forward(function: Callable[..., Any], *operands: Any) -> Any:
+        """Reached only where a transform other than vmap is around vmap."""
+        raise RuntimeError("grouped_mm: expected no torch.func transform around vmap; found torch.func.grad or jvp")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Without it, torch refuses the Function under a transform."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], function: Callable[..., Any], *operands: Any) -> Any:
+        """The results of all samples, stacked along the first axis."""
+        if info.batch_size == 0:
+            raise ValueError("grouped_mm: expected at least one sample under vmap; found none")
+        by_operand = [[x] * info.batch_size if dim is None else x.unbind(dim) for x, dim in zip(operands, in_dims[1:])]
+        results = [each_sample(function, *sample) for sample in zip(*by_operand)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*results))
+        return stacked, tuple(None if x is None else 0 for x in stacked)
