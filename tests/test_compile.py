@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True): one graph, forward and backward, and at most one compilation per row class."""
+"""torch.compile(fullgraph=True): one graph, forward and backward, and one compilation per row class."""
 
 from __future__ import annotations
 

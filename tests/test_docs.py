@@ -1,14 +1,68 @@
-"""The pages of docs/ that follow from the code are current."""
+"""The pages say what is so: their examples run, and what follows from the code is current."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from grouped_gemm import doctor
+from grouped_gemm import Machine, Recipe, doctor
+from grouped_gemm.backends import Candidate, candidates
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+README = DOCS.parent / "README.md"
+BACKENDS = [candidate.backend for candidate in candidates(torch.device("cpu"))]
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """Ends what an example leaves behind."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("page", [README, DOCS / "training.md"], ids=lambda page: page.name)
+def test_the_examples_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # they may write files
+    text = page.read_text(encoding="utf-8")
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S))
+    assert len(blocks) >= 2
+    names: dict[str, Any] = {}
+    for block in blocks:
+        above = "\n" * text.count("\n", 0, block.start(1))  # so that an error names the line of the page
+        exec(compile(above + block[1], str(page), "exec"), names)
+
+
+def architectures(text: str) -> set[str]:
+    return set(re.findall(r"sm_\d+|gfx[0-9a-f]+", text))
+
+
+def test_readme_lists_every_backend_with_its_architectures() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]*) \|", README.read_text(encoding="utf-8"), re.M))
+    for backend in BACKENDS:
+        required = architectures(" ".join(r.what for r in backend.requirements))
+        assert architectures(rows[backend.kind.value]) == required, backend.kind.value
+
+
+@pytest.mark.parametrize("offered", BACKENDS, ids=lambda backend: backend.kind.value)
+def test_a_remedy_names_no_recipe_that_its_backend_never_runs(offered: Any) -> None:
+    versions = {"torch": "2.11.0", "triton": "3.6.0", "deep_gemm": "0.1.5", "mslk": "2.11.0", "rocm": "7.0.0"}
+    runs = set[str]()
+    for arch in {"cpu"}.union(*(architectures(r.what) for backend in BACKENDS for r in backend.requirements)):
+        vendor = {"s": "nvidia", "g": "amd"}.get(arch[0], arch)
+        machine = Machine(vendor, arch, arch, tuple(versions.items()))
+        (found,) = doctor.gather(machine, [Candidate(offered)])["backends"]
+        runs |= found["runs"].keys()
+    for r in offered.requirements:
+        named = {recipe.value for recipe in Recipe if re.search(rf"\b(Recipe\.{recipe.name}|{recipe.value})\b", r.fix)}
+        assert named <= runs, r.fix
 
 
 @pytest.mark.parametrize("page", ["backends.md", "env.md"])

@@ -75,7 +75,7 @@ class DeepGEMM(Declared):
         requires_recipe((Recipe.FP8_BLOCKWISE,)),
         requires_dtype((torch.bfloat16,)),
         requires_arch(("sm_90", "sm_100"), "Use another backend."),
-        requires_arch(("sm_90",), "Use Recipe.MXFP8 or another backend.", passes=(WGRAD,)),
+        requires_arch(("sm_90",), "Use another backend.", passes=(WGRAD,)),
     )
 
     def padded_to(self, problem: Problem) -> int:
@@ -314,7 +314,7 @@ def test_the_error_of_a_named_backend_gives_its_reasons_and_who_would_run():
         "grouped_mm(E=8, K=4096, N=2048, fp8_blockwise, bfloat16, sm_100, forward+dgrad+wgrad)"
     )
     for line in (
-        "  deepgemm  wgrad requires sm_90; found sm_100. Use Recipe.MXFP8 or another backend.",
+        "  deepgemm  wgrad requires sm_90; found sm_100. Use another backend.",
         "  triton    would run it.",
         "  torch     requires recipe none or fp8_rowwise; found fp8_blockwise. "
         "Use one of these recipes or another backend.",
@@ -341,7 +341,7 @@ def test_the_error_under_strict_names_the_switch_every_reason_and_every_remedy()
 def test_a_reason_against_some_passes_names_them():
     decision = auto(problem("B200"), {TRITON: "absent"})
     (line,) = (line for line in decision.refusal_lines() if line.startswith("deepgemm"))
-    assert line == "deepgemm  wgrad requires sm_90; found sm_100. Use Recipe.MXFP8 or another backend."
+    assert line == "deepgemm  wgrad requires sm_90; found sm_100. Use another backend."
 
 
 # Health
@@ -606,7 +606,7 @@ def test_an_explanation_tells_who_runs_why_and_who_refused(explained):
         ["why", "AUTO: the first in its order that can run it"],
         ["quantized", "453 MB, read and written"],
         ["padding", "deepgemm: at most 1016 rows (20%)"],
-        ["refused", "deepgemm", "wgrad requires sm_90; found sm_100. Use Recipe.MXFP8 or another backend."],
+        ["refused", "deepgemm", "wgrad requires sm_90; found sm_100. Use another backend."],
     ):
         assert line in lines
 

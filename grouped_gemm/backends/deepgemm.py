@@ -68,7 +68,7 @@ class Backend(_GroupedMMBackend):
             what="a recipe that scales",
             holds=lambda p: p.recipe.is_scaled,
             found=lambda p: p.recipe.value,
-            fix="Use one, or another backend.",
+            fix="Use fp8_blockwise or another backend.",
             passes=(Pass.WGRAD,),
         ),
         Requirement(
@@ -77,7 +77,7 @@ class Backend(_GroupedMMBackend):
             found=lambda p: f"any fp32 scales of {p.recipe.value}",
             fix="Use fp8_blockwise_pow2, whose data are quantized with such scales, or another backend.",
         ),
-        requires_arch(("sm_90",), fix="Use Recipe.MXFP8 or another backend.", passes=(Pass.WGRAD,)),
+        requires_arch(("sm_90",), fix="Use another backend.", passes=(Pass.WGRAD,)),
         Requirement(
             what="sm_90 without scales",
             holds=lambda p: p.recipe.is_scaled or p.machine.arch == "sm_90",
