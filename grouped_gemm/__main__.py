@@ -10,7 +10,12 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+import torch
+
+from grouped_gemm import __version__
+from grouped_gemm.device import PACKAGES, Machine
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -36,13 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(prog="python -m grouped_gemm", description="Grouped GEMM for mixture-of-experts layers.")
-    parser.set_defaults(run=None)
+    parser.set_defaults(run=None, parser=parser)
+    parser.add_argument("--version", action="version", version=f"grouped_gemm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (summary, configure) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name in argv:  # the others' arguments are not wanted, nor the imports that they may take
-            command.set_defaults(run=configure(command))
-    args = parser.parse_args(argv)
+            command.set_defaults(run=configure(command), parser=command)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        usage = args.parser.format_usage().partition(args.parser.prog)[2]
+        args.parser.error(f"unknown arguments: {' '.join(unknown)}; expected {' '.join(usage.split())}")
     if args.run is None:
         parser.print_help()
         return 0
@@ -63,79 +72,128 @@ def _doctor(parser: argparse.ArgumentParser) -> Run:
 
 
 def _explain(parser: argparse.ArgumentParser) -> Run:
-    from grouped_gemm import arguments, contests
-    from grouped_gemm.backends import candidates
-    from grouped_gemm.device import default_device, machine_of
+    from grouped_gemm import contests
+    from grouped_gemm.backends import Candidate, candidates
+    from grouped_gemm.device import default_device, imagined, machine_of
     from grouped_gemm.preference import AUTOTUNE, STRICT, KernelPreference, resolve
-    from grouped_gemm.problem import Pass, Problem, dtype_name, row_class
+    from grouped_gemm.problem import Pass, Problem, RowClass, row_class
     from grouped_gemm.recipes import Recipe
     from grouped_gemm.report import Explanation
     from grouped_gemm.select import decide
 
-    dtypes = {dtype_name(dtype): dtype for dtype in arguments.DTYPES}
-
     def run(args: argparse.Namespace) -> int:
-        dtype = dtypes[args.dtype]
-        problem = Problem(
-            machine_of(default_device()),
-            num_groups=args.experts,
-            k=args.k,
-            n=args.n,
-            rows=row_class(args.m, args.experts),
-            recipe=Recipe(args.recipe),
-            dtype=dtype,
-            out_dtype=dtype,
-            passes=(Pass.FORWARD,) if args.inference else tuple(Pass),
-            is_aligned=args.k * dtype.itemsize % 16 == 0,
-        )
+        here = machine_of(default_device())
         try:
+            machine = imagined(here, args.arch, args.vendor, args.packages)
             preference, asked_by = resolve(KernelPreference(args.backend), None)
             strict, tunes = STRICT.is_on(), AUTOTUNE.is_on()
         except ValueError as error:
             parser.error(str(error))
-        tables = contests.tables(problem.machine, tunes)
         found = candidates(default_device())
-        decision = decide(problem, preference, found, asked_by=asked_by, strict=strict, tables=tables)
-        explanation = Explanation(decision, args.m)
-        print(json.dumps(explanation.to_dict(), indent=2) if args.json else explanation)
-        return 0 if decision.is_complete else 1
+        if machine is not here:  # nothing can be tried there
+            found, tunes = tuple(Candidate(candidate.backend) for candidate in found), False
+        fastest = args.k if args.b_contiguous == "k" else args.n
 
-    parser.add_argument("--m", type=_at_least(0), required=True, help="rows of a, over all groups")
-    parser.add_argument("--n", type=_at_least(1), required=True, help="out features")
-    parser.add_argument("--k", type=_at_least(1), required=True, help="in features")
-    parser.add_argument("--experts", type=_at_least(1), required=True, metavar="E", help="groups")
-    _choice(parser, "--recipe", [recipe.value for recipe in Recipe], "none", "how operands are quantized")
-    _choice(parser, "--dtype", list(dtypes), "bfloat16", "dtype of the operands")
-    _choice(parser, "--backend", [kind.value for kind in KernelPreference], "auto", "who should run it")
-    parser.add_argument("--inference", action="store_true", help="forward only; otherwise dgrad and wgrad as well")
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+        def explained(rows: RowClass) -> Explanation:
+            problem = Problem(
+                machine,
+                num_groups=args.experts,
+                k=args.k,
+                n=args.n,
+                rows=rows,
+                recipe=Recipe(args.recipe),
+                dtype=args.dtype,
+                out_dtype=args.out_dtype or args.dtype,
+                passes=(Pass.FORWARD,) if args.inference else tuple(Pass),
+                b_contiguous=args.b_contiguous,
+                has_bias=args.bias,
+                group_alignment=args.group_alignment,
+                is_aligned=all(size * args.dtype.itemsize % 16 == 0 for size in (args.k, fastest)),
+            )
+            tables = contests.tables(machine, tunes)
+            decision = decide(problem, preference, found, asked_by=asked_by, strict=strict, tables=tables)
+            return Explanation(decision, args.m)
+
+        classes = args.rows if args.m is None else (row_class(args.m, args.experts),)
+        explanations = [explained(rows) for rows in classes]
+        assumed = {} if machine is here else {"assumed": _assumed(machine)}
+        if args.json:
+            dicts = [explanation.to_dict() | assumed for explanation in explanations]
+            print(json.dumps(dicts if args.m is None else dicts[0], indent=2))
+        else:
+            if assumed:
+                print(_not_here(machine, here))
+            print("\n".join(map(str, explanations)))
+        return 0 if all(explanation.decision.is_complete for explanation in explanations) else 1
+
+    _add_call(parser)
+    other = parser.add_argument_group(
+        "another machine", "explain what would run there; nothing of it can be tried here"
+    )
+    other.add_argument("--arch", help="its exact architecture: sm_90, gfx942, cpu")
+    other.add_argument("--vendor", type=str.lower, help="nvidia, amd or cpu; follows from --arch, and has to fit it")
+    other.add_argument(
+        "--packages",
+        type=_versions,
+        default={},
+        metavar="NAME=VERSION,...",
+        help=f"what is installed there, of {', '.join(PACKAGES)}; the rest is assumed to be as here",
+    )
     return run
 
 
+def _assumed(machine: Machine) -> dict[str, Any]:
+    """What an explanation of a machine that is not there rests on."""
+    versions = dict(machine.versions)
+    return {
+        "vendor": machine.vendor,
+        "fp8_dtype": str(machine.fp8_dtype).removeprefix("torch."),
+        "versions": {package: versions.get(package) for package in PACKAGES},
+    }
+
+
+def _not_here(machine: Machine, here: Machine) -> str:
+    """The same as text, above an explanation."""
+    assumed = _assumed(machine)
+    there = [f"{package} {version}" for package, version in assumed["versions"].items() if version]
+    missing = [package for package, version in assumed["versions"].items() if not version]
+    known_as = [" ".join(dict.fromkeys((m.vendor, m.arch))) for m in (machine, here)]  # a CPU is just "cpu"
+    return "\n".join(
+        [
+            f"This speaks of another machine, {known_as[0]}; this one is {known_as[1]}. No backend was tried.",
+            f"  {'assumed':12}{', '.join(there)}; no {', '.join(missing)}; FP8 data in {assumed['fp8_dtype']}",
+        ]
+    )
+
+
+def _versions(text: str) -> dict[str, str]:
+    """``torch=2.11.0,triton=3.6.0``."""
+    found = dict(part.partition("=")[::2] for part in text.split(","))
+    if not all(found.values()):
+        raise argparse.ArgumentTypeError(f"expected NAME=VERSION, or NAME=none, separated by commas; found {text!r}")
+    return found
+
+
 def _warmup(parser: argparse.ArgumentParser) -> Run:
-    import torch
-
-    from grouped_gemm import NoBackendError, arguments, warmup
+    from grouped_gemm import NoBackendError, warmup
     from grouped_gemm.device import default_device
-    from grouped_gemm.preference import KernelPreference
-    from grouped_gemm.problem import RowClass, dtype_name
-    from grouped_gemm.recipes import Recipe
-
-    dtypes = {dtype_name(dtype): dtype for dtype in arguments.DTYPES}
+    from grouped_gemm.problem import row_class
 
     def run(args: argparse.Namespace) -> int:
         def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtypes[args.dtype], device=default_device())
+            return torch.empty(shape, dtype=args.dtype, device=default_device())
 
-        e, k, n = args.groups, args.k, args.n
+        e, k, n = args.experts, args.k, args.n
         b = empty(e, n, k).transpose(1, 2) if args.b_contiguous == "k" else empty(e, k, n)
         try:
             done = warmup(
                 b,
                 recipe=args.recipe,
-                rows=args.rows.split(","),
+                rows=args.rows if args.m is None else row_class(args.m, e),
                 training=not args.inference,
                 bias=empty(e, n) if args.bias else None,
+                out_dtype=args.out_dtype,
+                group_alignment=args.group_alignment,
                 kernel_preference=args.backend,
             )
         except ValueError as error:
@@ -146,25 +204,64 @@ def _warmup(parser: argparse.ArgumentParser) -> Run:
         print(json.dumps(done.to_dict(), indent=2) if args.json else done)
         return 0
 
-    classes = ",".join(row_class.value for row_class in RowClass)
-    parser.add_argument("--groups", "--experts", type=_at_least(1), required=True, metavar="E", help="groups")
-    parser.add_argument("-k", "--k", type=_at_least(1), required=True, help="in features")
-    parser.add_argument("-n", "--n", type=_at_least(1), required=True, help="out features")
-    _choice(parser, "--recipe", [recipe.value for recipe in Recipe], "none", "how operands are quantized")
-    _choice(parser, "--dtype", list(dtypes), "bfloat16", "dtype of the operands")
-    _choice(parser, "--backend", [kind.value for kind in KernelPreference], "auto", "who should run it")
-    _choice(parser, "--b-contiguous", ["k", "n"], "k", "the fastest axis of b; k: (E, N, K) weights, transposed")
-    parser.add_argument(
-        "--rows", default=classes, metavar="NAME,...", help="classes of rows in a group on average (%(default)s)"
-    )
-    parser.add_argument("--inference", action="store_true", help="forward only; otherwise dgrad and wgrad as well")
-    parser.add_argument("--bias", action="store_true", help="calls have a bias")
-    parser.add_argument("--json", action="store_true", help="print what was done as JSON")
+    _add_call(parser)
     return run
 
 
+def _add_call(parser: argparse.ArgumentParser) -> None:
+    """The options that describe a kind of call, for every command that speaks of one."""
+    from grouped_gemm import arguments
+    from grouped_gemm.preference import KernelPreference
+    from grouped_gemm.problem import RowClass, dtype_name
+    from grouped_gemm.recipes import Recipe
+
+    dtypes = {dtype_name(dtype): dtype for dtype in arguments.DTYPES}
+    classes = [rows.value for rows in RowClass]
+
+    def dtype(text: str) -> Any:
+        if text.lower() not in dtypes:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(dtypes)}; found {text!r}")
+        return dtypes[text.lower()]
+
+    def row_classes(text: str) -> tuple[RowClass, ...]:
+        names = text.lower().split(",")
+        if not set(names) <= set(classes):
+            raise argparse.ArgumentTypeError(f"expected row classes, of {', '.join(classes)}; found {text!r}")
+        return tuple(map(RowClass, dict.fromkeys(names)))
+
+    parser.add_argument("--experts", "--groups", type=_at_least(1), required=True, metavar="E", help="groups")
+    parser.add_argument("--k", "-k", type=_at_least(1), required=True, metavar="K", help="in features")
+    parser.add_argument("--n", "-n", type=_at_least(1), required=True, metavar="N", help="out features")
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--m", "-m", type=_at_least(0), metavar="M", help="rows of a, of all experts together")
+    rows.add_argument(
+        "--rows",
+        type=row_classes,
+        default=tuple(RowClass),
+        metavar="NAME,...",
+        help="instead of M, classes of rows of an expert on average: decode (at most 16), small (at most 256), large; "
+        "all of them where neither is given",
+    )
+    _choice(parser, "--recipe", [recipe.value for recipe in Recipe], "none", "how operands are quantized")
+    names = ", ".join(dtypes)
+    parser.add_argument("--dtype", type=dtype, default=torch.bfloat16, help=f"of the operands: {names}", metavar="NAME")
+    parser.add_argument("--out-dtype", type=dtype, help="of the output; default: that of the operands", metavar="NAME")
+    _choice(parser, "--backend", [kind.value for kind in KernelPreference], "auto", "who should run it")
+    _choice(parser, "--b-contiguous", ["k", "n"], "k", "the fastest axis of b; k: (E, N, K) weights, transposed")
+    parser.add_argument(
+        "--group-alignment",
+        type=_at_least(1),
+        default=1,
+        metavar="ROWS",
+        help="what each group's size is a multiple of",
+    )
+    parser.add_argument("--bias", action="store_true", help="calls have a bias")
+    parser.add_argument("--inference", action="store_true", help="forward only; otherwise dgrad and wgrad as well")
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+
+
 def _choice(parser: argparse.ArgumentParser, name: str, values: Sequence[str], default: str, meaning: str) -> None:
-    help_ = f"{meaning}: {', '.join(values)}"
+    help_ = f"{meaning}: {', '.join(values)} (%(default)s)"
     parser.add_argument(name, type=str.lower, choices=values, default=default, help=help_, metavar="NAME")
 
 
@@ -184,7 +281,20 @@ def _at_least(least: int) -> Callable[[str], int]:
 def _demo(parser: argparse.ArgumentParser) -> Run:
     from grouped_gemm import demo
 
-    demo.add_arguments(parser)
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU, else cpu")
+    parser.add_argument(
+        "--steps",
+        type=_at_least(2),
+        default=120,
+        metavar="N",
+        help="batches in each run; the first is not timed (%(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=_at_least(0), default=0, metavar="N", help="of weights and batches (%(default)s)"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo.png"), metavar="FILE", help="where the chart goes (%(default)s)"
+    )
     return demo.run
 
 

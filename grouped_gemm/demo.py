@@ -16,6 +16,7 @@ import argparse
 import functools
 import importlib.util
 import math
+import os
 import sys
 import sysconfig
 import time
@@ -232,7 +233,7 @@ def train(
         device: where.
         seed: of torch's generators.
         config: sizes; None: those of the demo.
-        progress: whether a bar is shown on standard error.
+        progress: whether a bar is shown on standard error, where that is a terminal.
     """
     from tqdm import tqdm
 
@@ -243,7 +244,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / _WARM_UP, 1 - step / steps))
     window = torch.arange(config.sequence + 1)
     losses: list[float] = []
-    bar = tqdm(range(steps), desc=f"{recipe.value:13}", unit="step", disable=not progress)
+    bar = tqdm(range(steps), desc=f"{recipe.value:13}", unit="step", disable=None if progress else True)
     for step in bar:
         starts = torch.randint(len(text) - config.sequence, (config.batch, 1))
         batch = text[starts + window].to(device, torch.int64)
@@ -278,78 +279,93 @@ def table(curves: Sequence[Curve]) -> str:
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """Writes a PNG of the smoothed losses, and of the gaps of all but the first curve to the first."""
+    """Writes a chart of the smoothed losses, and of the gaps of all but the first curve to the first.
+
+    Args:
+        curves: of as many steps each; the first is bf16.
+        path: its suffix says the format, of those that matplotlib writes.
+    """
     from matplotlib.figure import Figure  # of its own: no display, no state that others share
 
     bf16, *others = curves
     steps = len(bf16.losses)
     middle = (steps - len(bf16.smoothed)) / 2 + 1  # a mean is drawn in the middle of its window
     windows = torch.arange(len(bf16.smoothed)) + middle
-    figure = Figure(figsize=(8, 5.4), dpi=150, layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
+    figure = Figure(figsize=(9, 7), dpi=150, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(5, 3))
 
-    top.plot(range(1, steps + 1), bf16.losses, color=_COLORS[0], alpha=0.2, linewidth=0.8)
-    top.plot(windows, bf16.smoothed, color=_COLORS[0], alpha=0.3, linewidth=5, label=bf16.label)
-    bottom.axhspan(-LIMIT, LIMIT, color=_COLORS[0], alpha=0.07, linewidth=0)
-    bottom.axhline(0, color=_COLORS[0], alpha=0.3, linewidth=2)
+    ink = _COLORS[0]
+    top.plot(range(1, steps + 1), bf16.losses, color=ink, alpha=0.3, linewidth=0.8, label="bf16, each step")
+    top.plot(windows, bf16.smoothed, color=ink, alpha=0.3, linewidth=6, label="bf16")
+    bottom.axhspan(-LIMIT, LIMIT, color=ink, alpha=0.07, linewidth=0, label=f"limit of the tests, {LIMIT:g}%")
+    bottom.axhline(0, color=ink, alpha=0.3, linewidth=3, label="bf16")
     for curve, color in zip(others, _COLORS[1:]):
         gap = curve.gap_to(bf16)
-        label = f"{curve.label}, within {gap.abs().max():.1f}%"
-        top.plot(windows, curve.smoothed, color=color, linewidth=1.3, label=label)
-        bottom.plot(windows, gap, color=color, linewidth=1.3)
+        top.plot(windows, curve.smoothed, color=color, linewidth=1.3, label=curve.label)
+        bottom.plot(windows, gap, color=color, linewidth=1.3, label=f"{curve.label}, at most {gap.abs().max():.1f}%")
+    top.axhline(
+        unigram_entropy(),
+        color=ink,
+        linewidth=1,
+        linestyle=(0, (4, 3)),
+        zorder=0,
+        label="best guess from byte frequencies alone",
+    )
 
-    entropy = unigram_entropy()
-    top.axhline(entropy, color=_COLORS[0], linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-    top.text(steps, entropy, "best guess without context ", ha="right", va="bottom", fontsize="small", color=_COLORS[0])
-    top.set_title("A mixture-of-experts language model learns in FP8 as it does in bf16", loc="left", weight="bold")
-    top.set_ylabel(f"loss, nats per byte\n(mean of {WINDOW} steps)")
+    top.set_title("A mixture-of-experts language model trains in FP8 as it does in bf16", loc="left", weight="bold")
+    top.set_ylabel(f"training loss, nats per byte\n(mean of {WINDOW} steps)")
     top.legend(frameon=False)
-    bottom.set(xlabel="step", ylabel="gap to bf16, %", xlim=(1, steps))
+    bottom.set(xlabel="training step", ylabel="loss relative to bf16, %", xlim=(1, steps))
     bottom.set_ymargin(0.1)
+    bottom.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2, linewidth=0.6)
-    figure.savefig(path, format="png")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that `run` reads."""
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU, else cpu")
-    parser.add_argument("--steps", type=_steps, default=120, metavar="N", help="batches in each run (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights and batches (%(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo.png"), metavar="PNG", help="where the chart goes (%(default)s)"
-    )
-
-
-def _steps(text: str) -> int:
-    steps = int(text)
-    if steps < 2:
-        raise argparse.ArgumentTypeError(f"expected at least 2, since the first step is not timed; found {steps}")
-    return steps
+    figure.savefig(path)
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains in every recipe, prints the table and writes the chart.
 
+    Args:
+        args: device ("cpu", "cuda" or None), steps, seed, output (a path; its suffix says the format of the chart).
+
     Returns:
-        0, or 1 where something is missing: a package, a GPU, the standard library's source.
+        0, or 1 where something is missing: a package, a GPU, a place for the chart, the standard library's source.
     """
     missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
         return _fail(f"The demo needs {' and '.join(missing)}: pip install grouped-gemm-dispatch[demo]")
+    problem = _problem_with(args.output)
+    if problem:
+        return _fail(f"--output {args.output}: {problem}")
     if args.device == "cuda" and not torch.cuda.is_available():
         return _fail("--device cuda needs a GPU that torch sees; without the option the demo runs on the CPU.")
     if not len(corpus()):
         return _fail("The demo needs the source files of Python's standard library, which this Python lacks.")
     device = torch.device(args.device) if args.device else default_device()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     print(f"{len(RECIPES)} runs of {args.steps} steps on {machine_of(device).name}\n", flush=True)
     curves = [train(recipe, steps=args.steps, device=device, seed=args.seed) for recipe in RECIPES]
     print(f"\n{table(curves)}")
     draw(curves, args.output)
     print(f"The curves are in {args.output}.")
     return 0
+
+
+def _problem_with(output: Path) -> str | None:
+    """Why no chart can be written there, found out before the training; None where one can."""
+    from matplotlib.figure import Figure
+
+    formats = Figure().canvas.get_supported_filetypes()
+    if output.suffix[1:].lower() not in formats:
+        return (
+            f"expected a file name that ends in one of .{', .'.join(formats)}; found {output.suffix or 'no suffix'!r}"
+        )
+    if not output.parent.is_dir():
+        return f"expected a directory that exists; found no {output.parent}"
+    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
+        return "expected a file that may be written; found a directory or no permission"
+    return None
 
 
 def _fail(message: str) -> int:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import re
 from dataclasses import dataclass
 from importlib import metadata
 
 import torch
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
+
+PACKAGES = ("torch", "triton", "deep_gemm", "cuda", "rocm", "mslk")  # whose versions a machine may have
+_BUILDS = {"nvidia": ("cuda", "mslk"), "amd": ("rocm",), "cpu": ()}  # those that come with torch's build for a vendor
+_ARCHS = {"nvidia": r"sm_\d+", "amd": r"gfx[0-9a-f]+", "cpu": "cpu"}
 
 # The distributions that may provide an import; which versions of it are installed decides what works.
 _DISTRIBUTIONS = {
@@ -67,6 +72,48 @@ def machine_of(device: torch.device | str) -> Machine:
 def default_device() -> torch.device:
     """The device that the command line speaks of: the current GPU where torch sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def imagined(here: Machine, arch: str | None, vendor: str | None, packages: dict[str, str]) -> Machine:
+    """A machine that is not there, to explain what would run on it.
+
+    Args:
+        here: whose software it is assumed to have, as far as that fits the vendor.
+        arch: its exact architecture; None: that of ``here``.
+        vendor: None: whoever makes ``arch``.
+        packages: versions of those `PACKAGES` that are not as they are here; "none" for one that is not there.
+
+    Returns:
+        The machine; ``here`` itself, where that is what was described.
+
+    Raises:
+        ValueError: there is no such architecture or package, or vendor and architecture do not fit each other.
+    """
+    arch = here.arch if arch is None else arch
+    maker = next((maker for maker, pattern in _ARCHS.items() if re.fullmatch(pattern, arch)), None)
+    if maker is None:
+        raise ValueError(f"arch: expected one like sm_90 (nvidia) or gfx942 (amd), or cpu; found {arch!r}")
+    if vendor not in (None, maker):
+        raise ValueError(
+            f"vendor: expected {maker}, to which arch {arch} belongs; found {vendor!r}. Name an arch of that vendor or "
+            "leave the vendor out"
+        )
+    for package, version in packages.items():
+        if package not in PACKAGES:
+            raise ValueError(f"packages: expected some of {', '.join(PACKAGES)}; found {package!r}")
+        if version != "none":
+            try:
+                Version(version)
+            except InvalidVersion:
+                raise ValueError(
+                    f"packages: expected a version of {package} such as 2.11.0; found {version!r}"
+                ) from None
+    foreign = () if maker == here.vendor else {"cuda", "mslk", "rocm"}.difference(_BUILDS[maker])
+    assumed = {package: version for package, version in here.versions if package not in foreign} | packages
+    found = tuple((package, assumed[package]) for package in assumed if assumed[package] != "none")
+    if arch == here.arch and dict(found) == dict(here.versions):
+        return here
+    return Machine(maker, arch, arch, found)
 
 
 def is_capturing(x: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from grouped_gemm import KernelPreference, Machine, Pass, Recipe, demo, doctor, explain
+from grouped_gemm import KernelPreference, Machine, Pass, Recipe, __version__, demo, doctor, explain
 from grouped_gemm import __main__ as cli
 from grouped_gemm.backends import Candidate, candidates, emulated
 from grouped_gemm.backends.base import Health, requires_arch, requires_recipe
@@ -19,7 +20,8 @@ from grouped_gemm.device import default_device, machine_of
 
 CPU = torch.device("cpu")
 B200 = Machine("nvidia", "sm_100", "NVIDIA B200")
-EXPLAIN = "explain --m 96 --n 48 --k 32 --experts 4"
+CALL = "--experts 4 --k 32 --n 48"
+EXPLAIN = f"explain {CALL} --m 96"
 
 
 class _HopperWgrad(emulated.Backend):
@@ -190,11 +192,11 @@ def test_explain_follows_the_environment(monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--m -1", "argument --m: expected a whole number of at least 0; found '-1'"),
-        ("--k 0", "argument --k: expected a whole number of at least 1; found '0'"),
-        ("--experts many", "argument --experts: expected a whole number of at least 1; found 'many'"),
+        ("--m -1", "argument --m/-m: expected a whole number of at least 0; found '-1'"),
+        ("--k 0", "argument --k/-k: expected a whole number of at least 1; found '0'"),
+        ("--experts many", "argument --experts/--groups: expected a whole number of at least 1; found 'many'"),
         ("--recipe fp4", "argument --recipe: invalid choice: 'fp4' (choose from"),
-        ("--dtype int8", "argument --dtype: invalid choice: 'int8' (choose from"),
+        ("--dtype int8", "argument --dtype: expected one of bfloat16, float16, float32; found 'int8'"),
         ("--backend cutlass", "argument --backend: invalid choice: 'cutlass' (choose from"),
     ],
 )
@@ -203,7 +205,7 @@ def test_explain_names_a_bad_argument(arguments: str, message: str, capsys: pyte
 
 
 def test_explain_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "required: --n, --k, --experts" in _error("explain --m 1", capsys)
+    assert "required: --experts/--groups, --k/-k, --n/-n" in _error("explain --m 1", capsys)
 
 
 def test_explain_names_a_bad_switch(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +213,90 @@ def test_explain_names_a_bad_switch(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "GROUPED_GEMM_BACKEND: expected one of auto," in _error(EXPLAIN, capsys)
 
 
+@pytest.mark.parametrize("options", ["--bias", "--out-dtype float32", "--group-alignment 32", "--b-contiguous n"])
+def test_explain_takes_what_a_call_can_be(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"{EXPLAIN} {options} --backend emulated") == 0
+    assert _run(f"explain {CALL} {options} --m 96 --arch sm_90 --backend deepgemm --packages deep_gemm=0.1.5") == 1
+    refused = {
+        "--bias": "requires no bias",
+        "--out-dtype float32": "requires output in bfloat16; found float32",
+        "--group-alignment 32": "requires K and N in multiples of",
+        "--b-contiguous n": "requires K and N in multiples of",
+    }
+    assert refused[options] in capsys.readouterr().out
+
+
+def test_explain_without_m_speaks_of_every_row_class(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"explain {CALL} --json") == 0
+    assert [found["problem"]["rows"] for found in json.loads(capsys.readouterr().out)] == ["decode", "small", "large"]
+
+
+def test_explain_of_another_machine_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> None:
+    _run(f"{EXPLAIN} --recipe fp8_rowwise --arch gfx942 --packages triton=3.6.0,rocm=7.0,deep_gemm=none")
+    head, assumed, *rest = capsys.readouterr().out.splitlines()
+    here = machine_of(default_device())
+    assert "another machine, amd gfx942;" in head and here.arch in head
+    assert f"torch {here.version('torch')}, triton 3.6.0, rocm 7.0; no deep_gemm, cuda, mslk" in assumed
+    assert assumed.endswith("FP8 data in float8_e4m3fnuz")
+    assert "  forward     triton" in rest
+
+
+def test_explain_of_another_machine_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    _run(f"{EXPLAIN} --arch sm_100 --vendor NVIDIA --packages deep_gemm=0.1.5 --json")
+    found = json.loads(capsys.readouterr().out)
+    assert (found["problem"]["arch"], found["chosen"]["forward"]) == ("sm_100", "triton")
+    assert (found["assumed"]["vendor"], found["assumed"]["versions"]["deep_gemm"]) == ("nvidia", "0.1.5")
+
+
+def test_this_machine_described_is_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    here = machine_of(default_device())
+    _run(EXPLAIN)
+    expected = capsys.readouterr().out
+    _run(f"{EXPLAIN} --arch {here.arch} --vendor {here.vendor} --packages torch={torch.__version__}")
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--arch sm_100 --vendor amd", "vendor: expected nvidia, to which arch sm_100 belongs; found 'amd'"),
+        ("--arch gfx942 --vendor cpu", "vendor: expected amd, to which arch gfx942 belongs; found 'cpu'"),
+        ("--arch hopper", "arch: expected one like sm_90 (nvidia) or gfx942 (amd), or cpu; found 'hopper'"),
+        ("--packages cudnn=9", "packages: expected some of torch, triton, deep_gemm, cuda, rocm, mslk; found 'cudnn'"),
+        ("--packages torch=new", "packages: expected a version of torch such as 2.11.0; found 'new'"),
+        ("--packages torch", "argument --packages: expected NAME=VERSION, or NAME=none, separated by commas;"),
+        ("--rows small", "argument --rows: not allowed with argument --m/-m"),
+    ],
+)
+def test_explain_names_what_does_not_fit(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in _error(f"{EXPLAIN} {options}", capsys)
+
+
+def test_explain_and_warmup_take_the_same_options(capsys: pytest.CaptureFixture[str]) -> None:
+    def options(command: str) -> set[str]:
+        with pytest.raises(SystemExit):
+            _run(f"{command} -h")
+        return set(re.findall(r"(?<!\w)--?[a-z][a-z-]*", capsys.readouterr().out))
+
+    assert options("explain") - options("warmup") == {"--arch", "--vendor", "--packages"}
+    assert options("warmup") <= options("explain")
+
+
+@pytest.mark.parametrize(
+    "command", [f"{EXPLAIN} --recipes mxfp8", f"warmup {CALL} --arch sm_90", "doctor all", "--all"]
+)
+def test_an_unknown_argument_is_named_with_what_is_known(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = _error(command, capsys)
+    assert re.search(r"unknown arguments: (--recipes mxfp8|--arch sm_90|all|--all); expected \[-h\] ", error)
+
+
+def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        _run("--version")
+    assert (exit_.value.code, capsys.readouterr().out) == (0, f"grouped_gemm {__version__}\n")
+
+
+# in the spellings that came before those of explain
 WARMUP = "warmup --groups 4 -k 32 -n 48 --backend emulated"
 
 
@@ -238,7 +324,7 @@ def test_warmup_fails_where_no_backend_runs_it(capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         ("--rows big", "rows: expected row classes, of decode, small, large; found 'big'"),
-        ("-k 0", "argument -k/--k: expected a whole number of at least 1; found '0'"),
+        ("-k 0", "argument --k/-k: expected a whole number of at least 1; found '0'"),
     ],
 )
 def test_warmup_names_a_bad_argument(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

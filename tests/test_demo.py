@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
+import io
 import sys
 
 import pytest
 
+from grouped_gemm import __main__ as cli
 from grouped_gemm import demo
 
 STEPS = 40
@@ -18,10 +19,27 @@ def curves() -> list[demo.Curve]:
     return [demo.train(recipe, steps=STEPS, config=SMALL, progress=False) for recipe in demo.RECIPES]
 
 
-def parsed(*options: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    return parser.parse_args(options)
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run(*options: str) -> int:
+    return cli.main(["demo", *options])
+
+
+@pytest.fixture
+def trained(curves, monkeypatch) -> list[object]:
+    """The recipes that a demo has trained; it gets curves that are there already."""
+    recipes: list[object] = []
+    by_recipe = {curve.recipe: curve for curve in curves}
+
+    def train(recipe, **_: object) -> demo.Curve:
+        recipes.append(recipe)
+        return by_recipe[recipe]
+
+    monkeypatch.setattr(demo, "train", train)
+    return recipes
 
 
 def test_the_model_learns_more_than_how_often_each_byte_occurs(curves):
@@ -60,11 +78,53 @@ def test_the_chart_is_a_png(curves, tmp_path):
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None if name == "tqdm" else object())
-    assert demo.run(parsed()) == 1
+    assert run() == 1
     assert capsys.readouterr().err == "The demo needs tqdm: pip install grouped-gemm-dispatch[demo]\n"
 
 
-def test_a_run_needs_two_steps(capsys):
+def test_the_format_of_the_chart_follows_the_suffix(trained, tmp_path, capsys):
+    assert run("--output", str(tmp_path / "chart.SVG")) == 0
+    assert "<svg" in (tmp_path / "chart.SVG").read_text()
+    assert (trained, "chart.SVG" in capsys.readouterr().out) == (list(demo.RECIPES), True)
+
+
+def test_every_line_and_band_is_in_a_legend(curves, monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path: figures.append(figure))
+    demo.draw(curves, tmp_path / "chart.png")
+    for axes in figures[0].axes:
+        drawn = {artist.get_label() for artist in (*axes.lines, *axes.patches)}
+        assert drawn == {text.get_text() for text in axes.get_legend().get_texts()}
+        assert axes.get_ylabel().rstrip(")").endswith(("%", "steps"))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("chart.txt", "expected a file name that ends in one of ."),
+        ("chart", "found 'no suffix'"),
+        ("missing/chart.png", "expected a directory that exists; found no "),
+        ("folder.png", "expected a file that may be written; found a directory"),
+    ],
+)
+def test_output_is_checked_before_the_training(trained, tmp_path, capsys, output, message):
+    (tmp_path / "folder.png").mkdir()
+    assert run("--output", str(tmp_path / output)) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith(f"--output {tmp_path / output}: ") and message in err
+    assert (trained, out) == ([], "")
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_progress_bars_are_for_terminals(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream())
+    demo.train(demo.RECIPES[0], steps=2, config=SMALL)
+    assert ("2/2" in sys.stderr.getvalue()) == (stream is Terminal)
+
+
+@pytest.mark.parametrize(("option", "least"), [("--steps", 2), ("--seed", 0)])
+@pytest.mark.parametrize("value", ["-1", "many"])
+def test_an_option_that_is_no_number_is_named(capsys, option, least, value):
     with pytest.raises(SystemExit):
-        parsed("--steps", "1")
-    assert "expected at least 2" in capsys.readouterr().err
+        run(option, value)
+    assert f"argument {option}: expected a whole number of at least {least}; found '{value}'" in capsys.readouterr().err
