@@ -1,21 +1,21 @@
-"""A run of grouped_mm.py as a picture: our share of the measured ceilings, peers as marks on the bars. No GPU."""
+"""A run of grouped_mm.py as a bar chart: our share of the measured ceilings, peers as marks on the bars. No GPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from _report import CEILINGS, PASSES, Row, rate, share
+from _report import CEILINGS, PASSES, Row, rate, share, sizes
 
 NEEDED = "--plot needs matplotlib: pip install grouped-gemm-dispatch[bench]"
 _INK = "#3b3f46"
 _BARS = {"balanced": "#0072b2", "ragged": "#8ec1e0"}  # told apart by the colour-blind, too (Okabe, Ito)
-_PEERS = {"torch": ("D", "#d55e00"), "deep_gemm": ("^", "#009e73")}
+_PEERS = {"torch": ("torch", "D", "#d55e00"), "deep_gemm": ("DeepGEMM", "^", "#009e73")}
 _RECIPES = {"none": "bf16", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8_blockwise"}
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
-    """Writes a PNG: a panel for each recipe, by shape and pass, and one of the quantizers.
+    """Writes a bar chart as a PNG: a panel for each recipe, by shape and pass, and one of the quantizers.
 
     Raises:
         ImportError: there is no matplotlib.
@@ -23,28 +23,31 @@ def draw(run: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure  # of its own: no display, no state that others share
 
     products, quantizers = [r for r in run["rows"] if "pass" in r], [r for r in run["rows"] if "quantizer" in r]
-    panels: list[tuple[str, list[Row], str]] = []
+    panels: list[tuple[str, str, list[Row], str]] = []
     for recipe, label in _RECIPES.items():
         ceiling = run["ceilings"].get(CEILINGS[recipe])
-        title = f"{label}: share of one large {CEILINGS[recipe]} matmul"
-        title += f", {ceiling:.0f} TFLOP/s; in the bars: TFLOP/s" if ceiling else ", which failed"
-        panels.append((title, [r for r in products if r["recipe"] == recipe], "pass"))
+        title = f"{label} GEMMs, TFLOP/s in the bars; ceiling: one large {CEILINGS[recipe]} matmul"
+        title += f", {ceiling:.0f} TFLOP/s" if ceiling else ", which failed"
+        panels.append((title, "share of the matmul", [r for r in products if r["recipe"] == recipe], "pass"))
     copies = sorted({r["copy"] for r in quantizers if r["copy"]})
-    title = "quantizers: share of a copy" + (
-        f", {copies[0]:.0f} to {copies[-1]:.0f} GB/s; in the bars: GB/s" if copies else ""
+    title = "quantizers, GB/s in the bars; ceiling: a copy" + (
+        f", {copies[0]:.0f} to {copies[-1]:.0f} GB/s" if copies else ", which failed"
     )
-    panels.append((title, quantizers, "quantizer"))
-    panels = [panel for panel in panels if panel[1]]
-    figure = Figure(figsize=(12, 1 + 2.9 * max(len(panels), 1)), dpi=130, layout="constrained")
+    panels.append((title, "share of a copy", quantizers, "quantizer"))
+    panels = [panel for panel in panels if panel[2]]
+    figure = Figure(figsize=(13, 1.2 + 3.6 * max(len(panels), 1)), dpi=120, layout="constrained")
     versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
-    figure.suptitle(f"grouped_gemm on {run['device']} ({versions})", x=0.01, ha="left", weight="bold", color=_INK)
+    title = f"Share of the measured ceiling: grouped_gemm on {run['device']} ({versions})"
+    figure.suptitle(title, x=0.01, ha="left", weight="bold", color=_INK)
     axes = figure.subplots(max(len(panels), 1), 1, squeeze=False)[:, 0]
-    for axis, (title, rows, what) in zip(axes, panels):
+    for axis, (title, unit, rows, what) in zip(axes, panels):
         _panel(axis, title, rows, what, run["ceilings"])
+        axis.set_ylabel(unit, color=_INK)
+        axis.set_xlabel(
+            "shape, M x E x N x K: tokens, experts, out features, in features", fontsize=9, color=_INK, labelpad=40
+        )
     handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=len(handles) or 1, frameon=False, fontsize="small"
-    )
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles) or 1, frameon=False)
     figure.savefig(path, format="png")
 
 
@@ -67,23 +70,23 @@ def _panel(axis: Any, title: str, rows: list[Row], what: str, ceilings: dict[str
             axis.plot(x, 0.02, "x", color="red", label="failed", linestyle="none", markersize=6)
         else:
             axis.bar(x, mine, width * 0.94, color=_BARS[row["kind"]], label=f"grouped_gemm, {row['kind']}")
-            axis.text(x, 0.015, f"{rate(row, row['ms']):.0f}", ha="center", va="bottom", fontsize=6, rotation=90,
+            axis.text(x, 0.015, f"{rate(row, row['ms']):.0f}", ha="center", va="bottom", fontsize=10, rotation=90,
                       color="white" if row["kind"] == "balanced" else _INK)  # fmt: skip
         for peer, ms in row.get("peers", {}).items():
             theirs = share(row, ceilings, ms)
-            marker, color = _PEERS.get(peer, ("o", _INK))
+            label, marker, color = _PEERS.get(peer, (peer, "o", _INK))
             if theirs is not None:
-                axis.plot(x, theirs, marker, color=color, label=peer, markersize=7, markeredgecolor="white",
+                axis.plot(x, theirs, marker, color=color, label=label, markersize=8, markeredgecolor="white",
                           linestyle="none")  # fmt: skip
-    axis.axhline(1, color=_INK, linewidth=1)
+    axis.axhline(1, color=_INK, linewidth=1, label="ceiling")
     if by_recipe:
-        axis.axhline(0.9, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label="goal of quantizers")
-    axis.set_title(title, loc="left", fontsize="medium", color=_INK)
-    axis.set_xticks(list(ticks), list(ticks.values()), fontsize=7)
+        axis.axhline(0.9, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label="goal of quantizers, 0.9")
+    axis.set_title(title, loc="left", color=_INK)
+    axis.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
     for group, (shape, recipe) in enumerate(outer):
         middle = group * (len(inner) + 0.8) + (len(inner) - 1) / 2
-        label = f"{shape}\n{recipe}" if recipe else shape
-        axis.text(middle, -0.13, label, ha="center", va="top", fontsize=8, color=_INK,
+        label = "\n".join(filter(None, (f"{shape} {recipe}".rstrip(), sizes(shape))))
+        axis.text(middle, -0.1, label, ha="center", va="top", fontsize=10, color=_INK,
                   transform=axis.get_xaxis_transform())  # fmt: skip
     axis.set_xlim(-0.8, len(outer) * (len(inner) + 0.8) - 1)
     axis.set_ylim(0, max(1.08, axis.get_ylim()[1]))

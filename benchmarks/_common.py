@@ -14,14 +14,6 @@ from grouped_gemm.backends import get_backend
 from grouped_gemm.preference import KernelPreference
 
 DEVICE = "cuda"
-# name: (M tokens, E experts, N out features, K in features)
-SHAPES = {
-    "seed": (32768, 8, 2048, 7168),
-    "dsv3_gateup": (32768, 32, 4096, 7168),
-    "dsv3_down": (32768, 32, 7168, 2048),
-    "qwen3_gateup": (131072, 128, 1536, 2048),
-    "qwen3_down": (131072, 128, 2048, 768),
-}
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)
 TRITON = get_backend(KernelPreference.TRITON)
 FP8 = torch.float8_e4m3fn

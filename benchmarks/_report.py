@@ -11,6 +11,14 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
+# name: (M tokens, E experts, N out features, K in features); "seed" is the shape that was measured first
+SHAPES = {
+    "seed": (32768, 8, 2048, 7168),
+    "dsv3_gateup": (32768, 32, 4096, 7168),
+    "dsv3_down": (32768, 32, 7168, 2048),
+    "qwen3_gateup": (131072, 128, 1536, 2048),
+    "qwen3_down": (131072, 128, 2048, 768),
+}
 PASSES = ("forward", "dgrad", "wgrad")
 CEILINGS = {"none": "bf16", "fp8_rowwise": "fp8", "fp8_blockwise": "fp8"}  # the matmul that a recipe is held against
 
@@ -35,6 +43,16 @@ def name(row: Row) -> str:
     if "host" in row:
         return f"host time of {row['host']}"
     return f"{row['shape']} {row['kind']} {row['recipe']} {row.get('pass') or 'quantizer, ' + row['quantizer']}"
+
+
+def sizes(shape: str) -> str:
+    """``32768x8x2048x7168``, M x E x N x K; empty for the name of another version of `SHAPES`."""
+    return "x".join(map(str, SHAPES.get(shape, ())))
+
+
+def legend(shapes: Iterable[str]) -> str:
+    """What the names of shapes stand for."""
+    return "shapes, M x E x N x K: " + ", ".join(f"{shape} {sizes(shape)}".rstrip() for shape in dict.fromkeys(shapes))
 
 
 def rate(row: Row, ms: float | None) -> float | None:
@@ -134,6 +152,7 @@ def print_run(run: dict[str, Any], write: Callable[[str], Any] = print) -> None:
     ceilings = ", ".join(f"{what} {_number(value, '.0f')} TFLOP/s" for what, value in run["ceilings"].items())
     write(f"{run['device']}, {versions}; one large matmul: {ceilings}")
     write("x: how many times as fast as the peer")
+    write(legend(row["shape"] for row in run["rows"] if "shape" in row))
     for row in run["rows"]:
         write(describe(row, run["ceilings"]))
     write("\ngoals, in this run")

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import DEVICE, SHAPES, ends_of, failures
+from _common import DEVICE, ends_of, failures
+from _report import SHAPES, legend
 
 from grouped_gemm import NoBackendError, Recipe, explain, grouped_mm
 from grouped_gemm.device import machine_of
@@ -129,7 +130,8 @@ def main() -> int:
         print("This benchmark needs a CUDA GPU, which torch does not see here.", file=sys.stderr)
         return 1
     machine, begin = machine_of(DEVICE), time.time()
-    print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions), flush=True)
+    print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions))
+    print(legend(args.shapes), flush=True)
     for shape in args.shapes:
         for name in args.cases:
             for kind in args.kinds:

@@ -17,7 +17,8 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from _common import DEVICE, SHAPES, failures
+from _common import DEVICE, failures
+from _report import SHAPES
 
 from grouped_gemm import Pass, Problem, Recipe
 from grouped_gemm.backends import candidates

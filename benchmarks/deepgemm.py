@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import DEVICE, SHAPES, attempt, ends_of, failures, milliseconds, milliseconds_by_turns
+from _common import DEVICE, attempt, ends_of, failures, milliseconds, milliseconds_by_turns
+from _report import SHAPES, legend
 
 from grouped_gemm import Pass, Problem, Recipe, grouped_mm
 from grouped_gemm.backends import _deep_gemm, candidates, get_backend
@@ -199,6 +200,7 @@ def main() -> None:
     decide(problem, KernelPreference.DEEPGEMM, candidates(device)).check()
     machine = machine_of(device)
     print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions))
+    print(legend(args.shapes))
     for shape in args.shapes:
         attempt(f"{shape} products", lambda shape=shape: time_products(shape))
         torch.cuda.empty_cache()

@@ -30,7 +30,6 @@ from _common import (
     DEVICE,
     FP8,
     RECIPES,
-    SHAPES,
     TRITON,
     attempt,
     ends_of,
@@ -39,7 +38,7 @@ from _common import (
     milliseconds_by_turns,
 )
 from _peers import make_peers
-from _report import check_form, describe, print_run
+from _report import SHAPES, check_form, describe, print_run
 
 from grouped_gemm import Recipe, grouped_mm
 from grouped_gemm.backends.base import OffsetPlan

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.text import Text
 
 from grouped_gemm import __main__ as cli
 
@@ -118,6 +119,28 @@ def test_a_run_is_drawn_and_written_again(shown, tmp_path):
     assert code == 0 and str(picture) in out
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert json.loads(again.read_text()) == failed
+
+
+def test_the_names_of_shapes_are_explained(shown):
+    _, out, _ = shown(RUN)
+    assert "shapes, M x E x N x K: seed 32768x8x2048x7168\n" in out
+
+
+def test_the_chart_explains_itself(shown, tmp_path, monkeypatch):
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
+    shown(RUN | {"rows": [*RUN["rows"], product("none", "dgrad", None)]}, "--plot", str(tmp_path / "run.png"))
+    (figure,) = figures
+    (legend,) = figure.legends
+    named = {text.get_text() for text in legend.get_texts()}
+    assert named == {"grouped_gemm, balanced", "grouped_gemm, ragged", "torch", "DeepGEMM", "ceiling", "failed",
+                     "goal of quantizers, 0.9"}  # fmt: skip
+    for axes in figure.axes:
+        texts = [text for text in axes.findobj(Text) if text.get_text()]
+        assert min(text.get_fontsize() for text in texts) >= 8
+        assert axes.get_ylabel() in ("share of the matmul", "share of a copy")
+        assert axes.get_xlabel().startswith("shape, M x E x N x K")
+        assert any("seed" in text.get_text() and "32768x8x2048x7168" in text.get_text() for text in texts)
 
 
 @pytest.mark.parametrize("part", ("pass", "quantizer", "host", "nothing"))
