@@ -1,7 +1,8 @@
 """`warmup`: compiles, and where GROUPED_GEMM_AUTOTUNE=1 tunes, what a model's calls need, ahead of its first step.
 
 It makes real calls, small ones, so that it reaches the very code that the model's calls reach. One size for each row
-class is enough: kernels are specialized on E, K, N, strides and dtypes, and not on M.
+class is enough for this package's kernels: they are specialized on E, K, N, strides and dtypes, and not on M. DeepGEMM
+chooses its tile by M as well, so a call with another M may still compile there.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -181,6 +182,8 @@ def warmup(
     kernel_preference: KernelPreference | str = KernelPreference.AUTO,
 ) -> Warmup:
     """Compiles what `grouped_mm` with these weights needs, so that no step of a model waits for a compiler.
+
+    The exception is DeepGEMM, which chooses its tile by M as well: a new M may still compile there.
 
     Call it once for each kind of expert weights, with the arguments that the model's calls have, under the same
     `prefer` and autocast. It makes a few small calls for each row class, on random rows, and waits for the device.

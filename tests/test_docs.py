@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from grouped_gemm import Machine, Recipe, doctor
+from grouped_gemm import Machine, Recipe, ahead, doctor
+from grouped_gemm import __main__ as cli
 from grouped_gemm.backends import Candidate, candidates
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -38,6 +39,23 @@ def test_the_examples_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeyp
     for block in blocks:
         above = "\n" * text.count("\n", 0, block.start(1))  # so that an error names the line of the page
         exec(compile(above + block[1], str(page), "exec"), names)
+
+
+def commands() -> list[str]:
+    """Every command that a page shows, but those that train or need a GPU."""
+    pages = [README, *sorted(DOCS.glob("*.md"))]
+    lines = re.findall(
+        r"^(?:\w+=\S+ )?python -m grouped_gemm ((?:doctor|explain|warmup)\b.*)$",
+        "\n".join(p.read_text() for p in pages),
+        re.M,
+    )
+    return list(dict.fromkeys(line.partition("#")[0].strip() for line in lines))
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_of_a_page_is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "warmup", lambda *_, **__: "compiled")
+    assert cli.main(command.split()) in (0, 1)  # 1: no backend runs it here
 
 
 def architectures(text: str) -> set[str]:
