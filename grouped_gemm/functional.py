@@ -64,7 +64,7 @@ def grouped_mm(
 
     Rows ``offs[e-1]`` to ``offs[e]`` of ``a`` are multiplied by ``b[e]``, as `torch.nn.functional.grouped_mm` does;
     rows at and past ``offs[-1]`` give zeros, whatever they hold. Where ``b`` has 2 dimensions, ``offs`` splits the
-    contraction instead: ``out[e] = a[:, group] @ b[group]``. Torch's two other forms, with ``a`` of 3 dimensions, are not
+    contraction instead: ``out[e] = a[:, group] @ b[group]``. Torch's two forms with a 3-dimensional ``a`` are not
     here. The host never waits for the device unless `explain` says so. A DTensor stands for its local shard
     (docs/training.md), and the result is a plain tensor.
 
