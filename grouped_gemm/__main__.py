@@ -16,6 +16,7 @@ import torch
 
 from grouped_gemm import __version__
 from grouped_gemm.device import PACKAGES, Machine
+from grouped_gemm.problem import dtype_name
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -130,7 +131,7 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
     other = parser.add_argument_group(
         "another machine", "explain what would run there; nothing of it can be tried here"
     )
-    other.add_argument("--arch", help="its exact architecture: sm_90, gfx942, cpu")
+    other.add_argument("--arch", type=str.lower, help="its exact architecture: sm_90, gfx942, cpu")
     other.add_argument("--vendor", type=str.lower, help="nvidia, amd or cpu; follows from --arch, and has to fit it")
     other.add_argument(
         "--packages",
@@ -147,7 +148,7 @@ def _assumed(machine: Machine) -> dict[str, Any]:
     versions = dict(machine.versions)
     return {
         "vendor": machine.vendor,
-        "fp8_dtype": str(machine.fp8_dtype).removeprefix("torch."),
+        "fp8_dtype": dtype_name(machine.fp8_dtype),
         "versions": {package: versions.get(package) for package in PACKAGES},
     }
 
@@ -212,7 +213,7 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     """The options that describe a kind of call, for every command that speaks of one."""
     from grouped_gemm import arguments
     from grouped_gemm.preference import KernelPreference
-    from grouped_gemm.problem import RowClass, dtype_name
+    from grouped_gemm.problem import RowClass
     from grouped_gemm.recipes import Recipe
 
     dtypes = {dtype_name(dtype): dtype for dtype in arguments.DTYPES}
@@ -243,8 +244,8 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
         "all of them where neither is given",
     )
     _choice(parser, "--recipe", [recipe.value for recipe in Recipe], "none", "how operands are quantized")
-    names = ", ".join(dtypes)
-    parser.add_argument("--dtype", type=dtype, default=torch.bfloat16, help=f"of the operands: {names}", metavar="NAME")
+    help_ = f"of the operands: {', '.join(dtypes)} (bfloat16)"
+    parser.add_argument("--dtype", type=dtype, default=torch.bfloat16, help=help_, metavar="NAME")
     parser.add_argument("--out-dtype", type=dtype, help="of the output; default: that of the operands", metavar="NAME")
     _choice(parser, "--backend", [kind.value for kind in KernelPreference], "auto", "who should run it")
     _choice(parser, "--b-contiguous", ["k", "n"], "k", "the fastest axis of b; k: (E, N, K) weights, transposed")
@@ -335,7 +336,7 @@ def _first_line(script: Path) -> str:
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
     "doctor": ("show this machine, its backends, and which of them runs what", _doctor),
-    "explain": ("show who would run a grouped_mm of a given size here, and why", _explain),
+    "explain": ("show who would run a grouped_mm of a given size, here or on another machine, and why", _explain),
     "warmup": ("compile, and where GROUPED_GEMM_AUTOTUNE=1 tune, what calls of a given size need", _warmup),
     "demo": ("train a small mixture-of-experts language model in every recipe", _demo),
     "bench": ("run a benchmark of the source repository", _bench),

@@ -363,8 +363,10 @@ def _problem_with(output: Path) -> str | None:
         )
     if not output.parent.is_dir():
         return f"expected a directory that exists; found no {output.parent}"
-    if output.is_dir() or not os.access(output if output.exists() else output.parent, os.W_OK):
-        return "expected a file that may be written; found a directory or no permission"
+    if output.is_dir():
+        return "expected a file; found a directory"
+    if not os.access(output if output.exists() else output.parent, os.W_OK):
+        return "expected a file that may be written; found no permission"
     return None
 
 

@@ -104,7 +104,7 @@ def test_every_line_and_band_is_in_a_legend(curves, monkeypatch, tmp_path):
         ("chart.txt", "expected a file name that ends in one of ."),
         ("chart", "found 'no suffix'"),
         ("missing/chart.png", "expected a directory that exists; found no "),
-        ("folder.png", "expected a file that may be written; found a directory"),
+        ("folder.png", "expected a file; found a directory"),
     ],
 )
 def test_output_is_checked_before_the_training(trained, tmp_path, capsys, output, message):

@@ -145,3 +145,30 @@ def test_the_command_line_speaks_of_the_gpu_where_there_is_one(monkeypatch, is_a
 def test_triton_is_found_under_the_name_of_any_of_its_distributions(monkeypatch, installed, version):
     monkeypatch.setattr(device, "_distribution_version", installed.get)
     assert dict(device._versions.__wrapped__()).get("triton") == version
+
+
+CUDA = (("torch", "2.11.0"), ("cuda", "13.0"), ("mslk", "2.11.0"), ("triton", "3.6.0"))
+
+
+@pytest.mark.parametrize(
+    ("here", "arch", "versions"),
+    (
+        (Machine("nvidia", "sm_90", "NVIDIA H200", CUDA), "sm_100", CUDA),
+        (Machine("nvidia", "sm_90", "NVIDIA H200", CUDA), "gfx942", (CUDA[0], CUDA[3])),
+        (Machine("cpu", "cpu", "cpu", CUDA), "sm_90", CUDA),  # torch is built for a GPU that this machine lacks
+    ),
+)
+def test_another_machine_has_the_software_of_this_one_as_far_as_it_fits(here, arch, versions):
+    there = device.imagined(here, arch, None, {})
+    assert (there.arch, there.versions, there.name) == (arch, versions, arch)
+
+
+def test_packages_of_another_machine_may_differ():
+    here = Machine("nvidia", "sm_90", "NVIDIA H200", CUDA)
+    there = device.imagined(here, None, None, {"deep_gemm": "0.1.5", "mslk": "none", "triton": "3.7.1"})
+    assert dict(there.versions) == {"torch": "2.11.0", "cuda": "13.0", "triton": "3.7.1", "deep_gemm": "0.1.5"}
+
+
+def test_a_description_of_this_machine_is_this_machine():
+    for here in (Machine("cpu", "cpu", "cpu", CUDA), Machine("nvidia", "sm_90", "NVIDIA H200", CUDA)):
+        assert device.imagined(here, here.arch, here.vendor, {"triton": "3.6.0"}) is here
