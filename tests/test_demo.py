@@ -115,6 +115,13 @@ def test_output_is_checked_before_the_training(trained, tmp_path, capsys, output
     assert (trained, out) == ([], "")
 
 
+def test_an_output_that_may_not_be_written_is_named(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    assert run("--output", str(tmp_path / "chart.png")) == 1
+    assert capsys.readouterr().err.endswith("expected a file that may be written; found no permission\n")
+    assert trained == []
+
+
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
 def test_progress_bars_are_for_terminals(monkeypatch, stream):
     monkeypatch.setattr(sys, "stderr", stream())
