@@ -93,7 +93,8 @@ VALIDATE = Switch(
     "GROUPED_GEMM_VALIDATE",
     ("0", "1"),
     "0",
-    "1: offs and the promise of group_alignment are checked at every call, which waits for the device.",
+    "1: values are checked, which is a host sync at every call: offs and group_alignment, weights that cache_weights "
+    "keeps, and whether a checkpoint's scales are the powers of two that a recipe wants.",
 )
 AUTOTUNE = Switch(
     "GROUPED_GEMM_AUTOTUNE",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -260,6 +262,210 @@ def test_a_change_without_a_trace_needs_clear():
         assert torch.equal(layer(layer.a), before)
         cache.clear()
         assert not torch.equal(layer(layer.a), before)
+
+
+# Changes that move no version counter, and GROUPED_GEMM_VALIDATE=1, which finds them
+
+
+@pytest.fixture
+def ranks() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def validate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
+
+
+def swapped(w: Tensor) -> None:
+    """Two values of one line, which differ, change places."""
+    line = w.data[-1, -1]
+    i, j = int(line.argmin()), int(line.argmax())
+    line[i], line[j] = line[j].clone(), line[i].clone()
+
+
+def moved_by_a_bit(w: Tensor) -> None:
+    codes = w.data.view(torch.int16 if w.element_size() == 2 else torch.int32)
+    codes[0, 0, 0] ^= 1
+
+
+UNSEEN = {
+    "copy": lambda w: w.data.copy_(w.data.flip(1)),
+    "merge": lambda w: w.data.add_(torch.ones_like(w)),
+    "signs": lambda w: w.data.neg_(),
+    "one sign": lambda w: w.data[0, 1, 2:3].neg_(),
+    "swapped values": swapped,
+    "swapped experts": lambda w: w.data.copy_(w.data.flip(0)),
+    "permuted columns": lambda w: w.data.copy_(w.data.roll(1, 2)),
+    "one bit": moved_by_a_bit,
+    "shared memory": lambda w: torch.from_dlpack(w.detach()).mul_(2),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("change", UNSEEN.values(), ids=UNSEEN)
+def test_a_change_that_moves_no_counter_is_found(change, dtype, validate):
+    layer = Layer(dataclasses.replace(EMULATED, dtype=dtype), torch.device("cpu"))
+    with torch.no_grad(), cache_weights() as cache:
+        for w in layer.weights:
+            layer(layer.a)
+            change(w)
+            shape = re.escape(str(tuple(w.transpose(1, 2).shape)))
+            with pytest.raises(RuntimeError, match=shape + r".*found others.*cache\.clear\(\)"):
+                layer(layer.a)
+            cache.clear()
+        kept = layer(layer.a)
+    assert torch.equal(kept, layer(layer.a).detach())
+
+
+COLLECTIVES = {
+    "scatter": lambda w, new: dist.scatter(w, [new], 0),
+    "all_gather": lambda w, new: dist.all_gather([w], new),
+    "all_gather_into_tensor": dist.all_gather_into_tensor,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor.*:FutureWarning")
+@pytest.mark.parametrize("into", [lambda w: w, lambda w: w.data], ids=["parameter", "data"])
+@pytest.mark.parametrize("collective", COLLECTIVES.values(), ids=COLLECTIVES)
+def test_a_collective_into_weights_is_seen_or_found(collective, into, ranks, validate):
+    layer = Layer(EMULATED, torch.device("cpu"))
+    with torch.no_grad(), cache_weights():
+        before, version = layer(layer.a), layer.up._version
+        collective(into(layer.up), layer.up * 2)
+        if layer.up._version > version:  # as all_gather_into_tensor moves it, on a parameter itself
+            assert not torch.equal(layer(layer.a), before)
+        else:
+            with pytest.raises(RuntimeError, match=r"cache\.clear"):
+                layer(layer.a)
+
+
+def flattened(layer: Layer) -> Tensor:
+    flat = torch.cat([w.detach().flatten() for w in layer.weights])
+    for w, part in zip(layer.weights, flat.split([w.numel() for w in layer.weights])):
+        w.data = part.view_as(w)
+    return flat
+
+
+def set_into(layer: Layer) -> Tensor:
+    flat, first = torch.cat([w.detach().flatten() for w in layer.weights]), 0
+    with torch.no_grad():
+        for w in layer.weights:
+            w.set_(flat.untyped_storage(), first, w.shape, w.stride())
+            first += w.numel()
+    return flat
+
+
+@pytest.mark.parametrize("flatten", [flattened, set_into])
+def test_weights_in_a_flat_buffer_are_kept_and_its_changes_found(flatten, validate, quantized):
+    layer = Layer(EMULATED, torch.device("cpu"))
+    flat, written = flatten(layer), quantized(EMULATED)
+    with cache_weights() as cache:
+        layer.accumulate()
+        assert len(written) == 2
+        flat.mul_(2)
+        with pytest.raises(RuntimeError, match=r"cache\.clear"):
+            layer.accumulate(1)
+        cache.clear()
+        found = layer.accumulate(1)
+    assert_equal(found, layer.accumulate(1))
+
+
+def test_a_change_of_another_part_of_the_memory_is_none(validate):
+    """Gate and up in one parameter: only what a call reads is compared."""
+    layer = Layer(EMULATED, torch.device("cpu"))
+    half = layer.up.shape[1] // 2
+
+    def call(w: Tensor) -> Tensor:
+        return grouped_mm(layer.a, w.transpose(1, 2), layer.offs, recipe="mxfp8")
+
+    with torch.no_grad(), cache_weights():
+        before = call(layer.up[:, :half])
+        layer.up.data[:, half:].mul_(2)
+        assert torch.equal(call(layer.up[:, :half]), before)
+        layer.up.data[:, :half].mul_(2)
+        with pytest.raises(RuntimeError, match=r"cache\.clear"):
+            call(layer.up[:, :half])
+
+
+@A_RECIPE
+def test_validation_changes_nothing_else(case, device, quantized, validate):
+    layer = Layer(case, device)
+    wanted, written = layer.accumulate(), quantized(case)
+    with cache_weights():
+        assert_equal(layer.accumulate(call=lambda a: checkpoint(layer, a, use_reentrant=False)), wanted)
+    assert written == [(True, True)] * 2
+
+
+def test_what_was_kept_before_validation_is_not_trusted(monkeypatch):
+    layer = Layer(EMULATED, torch.device("cpu"))
+    with torch.no_grad(), cache_weights():
+        before = layer(layer.a)
+        layer.up.data.mul_(2)
+        monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
+        after = layer(layer.a)
+        assert not torch.equal(after, before)
+    assert torch.equal(after, layer(layer.a))
+
+
+def test_weights_that_a_graph_steps_are_not_kept(monkeypatch, quantized):
+    """A replay runs no Python: nothing tells that it has changed the weights."""
+    layer, other = Layer(EMULATED, torch.device("cpu")), Layer(EMULATED, torch.device("cpu"))
+    layer.accumulate(1)
+    with monkeypatch.context() as capture:
+        capture.setattr(weight_cache, "is_capturing", lambda x: True)
+        torch.optim.SGD(layer.weights, lr=0.1).step()
+    written = quantized(EMULATED)
+    with torch.no_grad(), cache_weights() as cache:
+        before = layer(layer.a)
+        assert cache.nbytes == 0
+        layer.up.data.mul_(2)  # a replay
+        assert not torch.equal(layer(layer.a), before)
+        del written[:]
+        other(other.a), other(other.a)
+    assert len(written) == 2
+
+
+def test_data_of_a_parameter_is_never_taken_for_an_earlier_one():
+    """Each ``p.data`` is a new tensor with a counter of its own, and may have the id of one that is gone."""
+    layer = Layer(EMULATED, torch.device("cpu"))
+
+    def call(w: Tensor) -> Tensor:
+        return grouped_mm(layer.a, w.transpose(1, 2), layer.offs, recipe="fp8_blockwise")
+
+    with torch.no_grad(), cache_weights():
+        for _ in range(8):
+            layer.up.mul_(-1)
+            assert torch.equal(call(layer.up.data), call(layer.up.clone()))
+
+
+# Modules that are moved
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_a_module_may_swap_its_parameters(swapping, quantized):
+    layer, module, written = Layer(EMULATED, torch.device("cpu")), torch.nn.Module(), quantized(EMULATED)
+    module.up, module.down = layer.weights
+    with cache_weights() as cache:
+        layer.accumulate()
+        both, up = cache.nbytes, layer.up
+        del written[:]
+        module.to(torch.float32)
+        assert module.up is up and up.dtype == torch.float32
+        gc.collect()
+        assert cache.nbytes == 0
+        layer.a = layer.a.float()
+        found = layer.accumulate()
+        assert len(written) == 2 and cache.nbytes == both
+    assert_equal(found, layer.accumulate())
 
 
 @A_RECIPE
