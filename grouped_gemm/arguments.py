@@ -1,6 +1,6 @@
 """Checks of what a caller passes. Every message names the argument, what was found and what was expected.
 
-Shapes and dtypes only: nothing here looks at values, except `checked_offs`, which exists to do so.
+Shapes and dtypes only: nothing here looks at values, except under GROUPED_GEMM_VALIDATE=1.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from grouped_gemm import reference
 from grouped_gemm.operand import QuantizedWeights
 from grouped_gemm.ops import define_op
+from grouped_gemm.preference import VALIDATE
 from grouped_gemm.problem import dtype_name
 from grouped_gemm.recipes import Recipe
 from grouped_gemm.tracing import holds
@@ -112,24 +113,87 @@ def check_contraction(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None) -
         fail("bias", "None where b has 2 dimensions", type(bias).__name__)
 
 
-def check_weights(b: Tensor, scale: Tensor | None, recipe: Recipe, dtype: torch.dtype | None) -> None:
-    """``b`` (E, K, N) is to be quantized, or is a checkpoint's fp8 with ``scale`` in the shape of ``recipe``."""
-    if scale is None and isinstance(b, Tensor) and b.dtype in FP8_DTYPES:
-        fail("scale", "the factors of weights that are fp8 already", "None")
+def check_weights(b: Tensor, scale: Tensor | None, dtype: torch.dtype | None) -> None:
+    """``b`` (E, K, N) is to be quantized, or is a checkpoint's fp8 with ``scale``, which `as_scale` checks."""
+    is_fp8 = isinstance(b, Tensor) and b.dtype in FP8_DTYPES
+    if scale is None and is_fp8:
+        fail("scale", "the factors of weights that are fp8 already", "None; pass the checkpoint's scales")
+    if scale is not None and isinstance(b, Tensor) and not is_fp8:
+        found = f"{dtype_name(b.dtype)}; leave scale out to quantize these values"
+        fail("b.dtype", "float8_e4m3fn, as a checkpoint's weights with scales have", found)
     check_tensor("b", b, (3,), DTYPES if scale is None else FP8_DTYPES)
     if min(b.shape) < 1:
         fail("b", "E, K and N of at least 1", tuple(b.shape))
     if dtype is not None and dtype not in DTYPES:
         fail("dtype", f"one of {_DTYPE_NAMES}", dtype)
-    if scale is None:
-        return
-    check_tensor("scale", scale, (3,), (recipe.scale_dtype,))
+
+
+def as_scale(scale: Tensor, b: Tensor, recipe: Recipe) -> Tensor:
+    """A checkpoint's scales as backends adopt them: in the dtype of ``recipe``, which is exact, one for each block.
+
+    Args:
+        scale: in the shape of the recipe, or one for each expert, (E,), (E, 1) or (E, 1, 1).
+        b: the checkpoint's weights, (E, K, N).
+        recipe: the recipe that they follow.
+
+    Raises:
+        TypeError: ``scale`` is no tensor.
+        ValueError: dtype, device or shape do not fit; or under GROUPED_GEMM_VALIDATE=1, which is a host sync, a scale
+            is no power of two though the recipe wants them.
+    """
+    is_mx = recipe is Recipe.MXFP8
+    dtypes = (torch.float8_e8m0fnu, torch.uint8) if is_mx else (*DTYPES, torch.float8_e8m0fnu)
+    if isinstance(scale, Tensor) and scale.dtype not in dtypes:
+        expected = f"one of {', '.join(map(dtype_name, dtypes))} for {recipe.value}"
+        codes = "scale.to(torch.float8_e8m0fnu) keeps powers of two" if is_mx else "scale.float() has numbers"
+        other = "" if is_mx else ", scale.view(torch.float8_e8m0fnu) E8M0 codes"
+        fail("scale.dtype", expected, f"{dtype_name(scale.dtype)}; {codes}{other}")
+    check_tensor("scale", scale, (1, 2, 3), dtypes)
+    if scale.device != b.device:
+        fail("scale.device", f"{b.device}, where b is", f"{scale.device}; pass scale.to(b.device)")
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
     blocks = reference.weight_blocks(recipe, 1)
     shape = tuple(1 if side is None else -(-size // side) for size, side in zip(b.shape, blocks))
-    if tuple(scale.shape) != shape:
-        fail("scale", f"shape {shape} for {recipe.value} and b of {tuple(b.shape)}", tuple(scale.shape))
-    if scale.device != b.device:
-        fail("scale.device", f"{b.device}, where b is", scale.device)
+    is_each = scale.shape[0] == scale.numel() == b.shape[0]  # one for each expert
+    if tuple(scale.shape) != shape and not is_each:
+        expected = f"shape {shape} for {recipe.value} and b of {tuple(b.shape)}, or one for each expert, {shape[:1]}"
+        fail("scale", expected, f"{tuple(scale.shape)}; {_remedy_of_shape(scale, b, recipe, shape)}")
+    if recipe.power_of_two_scales and VALIDATE.is_on():
+        _check_powers_of_two(scale, recipe)
+    scale = scale.detach().to(recipe.scale_dtype)
+    return scale.reshape(-1, 1, 1).expand(shape).contiguous() if is_each else scale
+
+
+def _remedy_of_shape(scale: Tensor, b: Tensor, recipe: Recipe, shape: tuple[int, ...]) -> str:
+    """What to do about scales whose shape is not ``shape``."""
+    num_groups, blocks, _ = shape
+    side, half = recipe.weight_lines, b.shape[2] // 2
+    parts = -(-half // side)
+    if side > 1 and b.shape[2] % 2 == 0 and tuple(scale.shape) == (num_groups, blocks, 2 * parts):
+        return (
+            f"these are the scales of two parts of {half} columns, gate and up, that were quantized apart: a block of "
+            f"{side} columns across both has no scale. Pass the parts apart, b[:, :, :{half}] with "
+            f"scale[:, :, :{parts}], and b[:, :, {half}:] with scale[:, :, {parts}:]"
+        )
+    if scale.dim() == 3 and tuple(scale.transpose(1, 2).shape) == shape:
+        return "pass scale.transpose(1, 2): scales have the axes of b"
+    if scale.dim() == 2 and tuple(scale.unsqueeze(1).shape) == shape:
+        return "pass scale.unsqueeze(1)"
+    return "scales have the axes of b, one for each block: docs/layouts.md has the shapes"
+
+
+def _check_powers_of_two(scale: Tensor, recipe: Recipe) -> None:
+    wrong = torch.frexp(scale.float()).mantissa != 0.5
+    if not wrong.any():
+        return
+    index = wrong.nonzero()[0].tolist()
+    found = float(scale[tuple(index)])
+    if found != found:
+        remedy = "a NaN makes every value of its block NaN: mend the checkpoint"
+    else:
+        remedy = f"use {recipe.value.removesuffix('_pow2')}, which takes any scale"
+    fail(f"scale{index}", f"a power of two, as {recipe.value} has", f"{found}; {remedy}")
 
 
 def _check_together(a: Tensor, b: Tensor | QuantizedWeights) -> None:

@@ -159,7 +159,10 @@ def quantize_weights(
             checkpoint's float8_e4m3fn with ``scale``.
         recipe: a `Recipe` that scales, or its name.
         scale: a checkpoint's dequantization factors (``value = data * scale``), with the axes of ``b``: rowwise
-            (E, 1, N), blockwise (E, ceil(K/128), ceil(N/128)), MXFP8 (E, ceil(K/32), N) as float8_e8m0fnu.
+            (E, 1, N), blockwise (E, ceil(K/128), ceil(N/128)), MXFP8 (E, ceil(K/32), N); or one for each expert, (E,),
+            (E, 1) or (E, 1, 1). float32, bfloat16, float16 or float8_e8m0fnu, all of them exact; MXFP8: float8_e8m0fnu,
+            or its codes in uint8. Parts that were quantized apart, such as gate and up, are passed apart
+            (docs/layouts.md).
         dtype: dtype of the activations that will meet the weights; None: that of ``b``, or bfloat16 for a checkpoint's.
         dgrad: whether gradients will flow to the activations, which takes a second layout on most backends.
         kernel_preference: the backend whose layouts are written, as in `grouped_mm`. Only that backend reads them.
@@ -168,14 +171,17 @@ def quantize_weights(
         What `grouped_mm` takes as ``b``.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it, what was expected and found.
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and found. Under
+            GROUPED_GEMM_VALIDATE=1 also where a recipe wants powers of two and a scale is none.
         NoBackendError: no backend, or not the one that was asked for, runs the recipe.
     """
     recipe = Recipe.parse(recipe)
     if not recipe.is_scaled:
         arguments.fail("recipe", "one that scales", recipe.value)
     b, scale = shards.local(b=b, scale=scale)
-    arguments.check_weights(b, scale, recipe, dtype)
+    arguments.check_weights(b, scale, dtype)
+    if scale is not None:
+        scale = arguments.as_scale(scale, b, recipe)
     b, b_contiguous = dense_weights(b.detach())
     if dtype is None:
         dtype = b.dtype if scale is None else torch.bfloat16
@@ -195,7 +201,7 @@ def quantize_weights(
     if scale is None:
         forward, backward = weights_for(b, recipe, route.forward, route.dgrad)
     else:
-        data, scale = reference.convert_fp8(b, materialized(scale.detach()), machine_of(b.device).fp8_dtype)
+        data, scale = reference.convert_fp8(b, scale, machine_of(b.device).fp8_dtype)
         forward, backward = layouts(
             route.forward,
             route.dgrad,

@@ -117,7 +117,10 @@ def convert_fp8(data: Tensor, scale: Tensor, fp8_dtype: torch.dtype) -> tuple[Te
         return data, scale
     if fp8_dtype != torch.float8_e4m3fnuz:
         expected, found = (str(dtype).removeprefix("torch.") for dtype in (fp8_dtype, data.dtype))
-        raise ValueError(f"b.dtype: expected {expected}, the fp8 type of this device; found {found}")
+        raise ValueError(
+            f"b.dtype: expected {expected}, the fp8 type of this device; found {found}; dequantize the weights and "
+            "quantize them again, without scale"
+        )
     doubled = scale.float() * 2
     doubled = to_e8m0(doubled) if scale.dtype == torch.float8_e8m0fnu else doubled
     return torch.empty_like(data, dtype=fp8_dtype).copy_(data.float() * 0.5), doubled

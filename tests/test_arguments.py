@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from grouped_gemm import Recipe, explain, grouped_mm, quantize_weights
+from grouped_gemm import QuantizedWeights, Recipe, explain, grouped_mm, quantize_weights
 from grouped_gemm.preference import SWITCHES
 
 M, E, K, N = 12, 3, 48, 32
@@ -190,13 +192,38 @@ BAD_WEIGHTS = {
     "scale has 2 dimensions": (
         CHECKPOINT | {"scale": torch.ones(2, 2)},
         ValueError,
-        ("scale", "rank 3", "(2, 2)"),
+        ("scale", "shape (3, 2, 2)", "(2, 2); scales have the axes of b"),
     ),
-    "scale is bfloat16": (CHECKPOINT | {"scale": ones(E, 2, 2)}, ValueError, ("scale.dtype", "float32", "bfloat16")),
+    "scale is a scalar": (CHECKPOINT | {"scale": torch.tensor(1.0)}, ValueError, ("scale", "rank 1 or 2 or 3", "0")),
+    "scale is float64": (
+        CHECKPOINT | {"scale": torch.ones(E, 2, 2, dtype=torch.float64)},
+        ValueError,
+        ("scale.dtype", "float32, float8_e8m0fnu for fp8_blockwise", "float64; scale.float()"),
+    ),
+    "scale is uint8": (
+        CHECKPOINT | {"scale": torch.full((E, 2, 2), 127, dtype=torch.uint8)},
+        ValueError,
+        ("scale.dtype", "bfloat16", "uint8; scale.float() has numbers, scale.view(torch.float8_e8m0fnu) E8M0 codes"),
+    ),
     "scale is on another device": (
         CHECKPOINT | {"scale": torch.ones(E, 2, 2, device="meta")},
         ValueError,
-        ("scale.device", "cpu", "meta"),
+        ("scale.device", "cpu", "meta; pass scale.to(b.device)"),
+    ),
+    "scale is not transposed": (
+        CHECKPOINT | {"b": ones(E, 160, 300).to(torch.float8_e4m3fn), "scale": torch.ones(E, 3, 2)},
+        ValueError,
+        ("scale", "shape (3, 2, 3)", "(3, 3, 2); pass scale.transpose(1, 2)"),
+    ),
+    "scale is one for each column, without its axis of one": (
+        CHECKPOINT | {"recipe": "fp8_rowwise", "scale": torch.ones(E, 130)},
+        ValueError,
+        ("scale", "shape (3, 1, 130)", "(3, 130); pass scale.unsqueeze(1)"),
+    ),
+    "scale is that of gate and up, quantized apart": (
+        CHECKPOINT | {"b": ones(E, 160, 384).to(torch.float8_e4m3fn), "scale": torch.ones(E, 2, 4)},
+        ValueError,
+        ("scale", "shape (3, 2, 3)", "quantized apart"),
     ),
 }
 
@@ -229,7 +256,86 @@ def test_the_scales_of_a_checkpoint_fit_their_recipe(recipe):
 
 def test_mxfp8_takes_scales_in_e8m0_only():
     arguments = {"b": CHECKPOINT["b"], "recipe": "mxfp8", "scale": torch.ones(SCALE_SHAPES[Recipe.MXFP8])}
-    assert_named(ValueError, quantize_weights, arguments, ("scale.dtype", "float8_e8m0fnu", "float32"))
+    words = "scale.dtype", "float8_e8m0fnu", "float32; scale.to(torch.float8_e8m0fnu)"
+    assert_named(ValueError, quantize_weights, arguments, words)
+
+
+def checkpoint(recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """fp8 weights and scales that are different powers of two: exact in every dtype that scales may have."""
+    generator = torch.Generator().manual_seed(0)
+    shape = SCALE_SHAPES[recipe]
+    data = torch.randn(E, 160, 130, generator=generator).to(torch.float8_e4m3fn)
+    return data, 2.0 ** torch.randint(-9, -4, shape, generator=generator)
+
+
+def assert_same(found: QuantizedWeights, wanted: QuantizedWeights) -> None:
+    for ours, theirs in ((found.forward, wanted.forward), (found.dgrad, wanted.dgrad)):
+        assert ours.form == theirs.form and ours.scale.dtype == theirs.scale.dtype
+        assert ours.scale.shape == theirs.scale.shape and ours.scale.stride() == theirs.scale.stride()
+        assert torch.equal(ours.data.float(), theirs.data.float())
+        assert torch.equal(ours.scale.float(), theirs.scale.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("recipe", [recipe for recipe in SCALE_SHAPES if recipe is not Recipe.MXFP8], ids=str)
+def test_the_scales_of_a_checkpoint_may_have_any_dtype_that_is_exact_in_fp32(recipe, dtype):
+    data, scale = checkpoint(recipe)
+    found = quantize_weights(data, recipe, scale=scale.to(dtype), dgrad=True)
+    assert found.forward.scale.dtype == torch.float32
+    assert_same(found, quantize_weights(data, recipe, scale=scale, dgrad=True))
+
+
+def test_the_mx_scales_of_a_checkpoint_may_be_codes():
+    data, scale = checkpoint(Recipe.MXFP8)
+    codes = scale.to(torch.float8_e8m0fnu)
+    found = quantize_weights(data, "mxfp8", scale=codes.view(torch.uint8), dgrad=True)
+    assert_same(found, quantize_weights(data, "mxfp8", scale=codes, dgrad=True))
+
+
+@pytest.mark.parametrize("ones_behind", range(3))
+@pytest.mark.parametrize("recipe", SCALE_SHAPES, ids=lambda recipe: recipe.value)
+def test_a_checkpoint_may_have_one_scale_for_each_expert(recipe, ones_behind):
+    data, scale = checkpoint(recipe)
+    each = scale[:, 0, 0].clone()
+    each, every = (x.to(recipe.scale_dtype) for x in (each, each[:, None, None].expand(scale.shape).contiguous()))
+    found = quantize_weights(data, recipe, scale=each.view(E, *(1,) * ones_behind), dgrad=True)
+    assert_same(found, quantize_weights(data, recipe, scale=every, dgrad=True))
+
+
+POW2 = [recipe for recipe in SCALE_SHAPES if recipe.power_of_two_scales and recipe is not Recipe.MXFP8]
+
+
+@pytest.mark.parametrize("wrong", [1.3, 0.0, -0.5, math.inf])
+@pytest.mark.parametrize("recipe", POW2, ids=lambda recipe: recipe.value)
+def test_validation_finds_a_scale_that_is_no_power_of_two(recipe, wrong, monkeypatch):
+    data, scale = checkpoint(recipe)
+    scale[1, 0, 1] = wrong
+    arguments = {"b": data, "recipe": recipe, "scale": scale}
+    quantize_weights(**arguments)
+    monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
+    found = f"{float(scale[1, 0, 1])}; use {recipe.value.removesuffix('_pow2')}, which"
+    assert_named(ValueError, quantize_weights, arguments, ("scale[1, 0, 1]", "a power of two", found))
+    each = arguments | {"scale": scale[:, 0, 1]}
+    assert_named(ValueError, quantize_weights, each, ("scale[1]", "a power of two", found))
+    quantize_weights(data, recipe.value.removesuffix("_pow2"), scale=scale)
+
+
+@pytest.mark.parametrize("recipe", [*POW2, Recipe.MXFP8], ids=lambda recipe: recipe.value)
+def test_validation_finds_a_scale_that_is_nan(recipe, monkeypatch):
+    data, scale = checkpoint(recipe)
+    monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
+    quantize_weights(data, recipe, scale=scale.to(torch.float8_e8m0fnu))
+    scale[2, 0, 1] = math.nan
+    arguments = {"b": data, "recipe": recipe, "scale": scale.to(torch.float8_e8m0fnu)}
+    words = "scale[2, 0, 1]", "a power of two", "nan; a NaN makes every value of its block NaN"
+    assert_named(ValueError, quantize_weights, arguments, words)
+
+
+def test_validation_takes_the_smallest_and_the_largest_power_of_two(monkeypatch):
+    monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
+    data, scale = checkpoint(Recipe.FP8_BLOCKWISE_POW2)
+    scale[0, 0, :2] = torch.tensor([2.0**-127, 2.0**127])
+    quantize_weights(data, "fp8_blockwise_pow2", scale=scale)
 
 
 def test_weights_that_train_are_quantized_without_a_gradient():
