@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from grouped_gemm.backends import product_ops, register_ops
 from grouped_gemm.device import Machine
 from grouped_gemm.functional import explain, grouped_mm, quantize_weights
+from grouped_gemm.linear import QuantizedGroupedLinear
 from grouped_gemm.operand import Quantized, QuantizedWeights
 from grouped_gemm.override import override_torch
 from grouped_gemm.preference import KernelPreference, prefer
@@ -32,6 +33,7 @@ __all__ = [
     "Pass",
     "Problem",
     "Quantized",
+    "QuantizedGroupedLinear",
     "QuantizedWeights",
     "Recipe",
     "Warmup",

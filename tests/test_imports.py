@@ -25,7 +25,7 @@ LAYERS = (
     ("integrations.*",),
     ("moe", "moe.*"),
     ("__init__",),
-    ("ahead", "override"),
+    ("ahead", "linear", "override"),
     ("functional",),
     ("shards",),
     ("arguments", "autograd", "contests", "report"),

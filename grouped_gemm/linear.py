@@ -1,0 +1,121 @@
+"""`QuantizedGroupedLinear`: quantized weights as a module.
+
+E, K, N: groups, in and out features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouped_gemm.functional import grouped_mm
+from grouped_gemm.operand import QuantizedWeights, compact, other_version, weights_of, with_strides
+
+_NAMES = ("forward_data", "forward_scale", "dgrad_data", "dgrad_scale")
+_CODES = {1: torch.uint8, 4: torch.int32}
+
+
+class QuantizedGroupedLinear(torch.nn.Module):
+    """A grouped linear layer whose weights were quantized beforehand: ``grouped_mm(a, weights, offs, bias=bias)``.
+
+    Runs forward, and dgrad where the weights were quantized with ``dgrad=True``: weights get no gradient.
+
+    Data and scales are buffers of integers, their bits, so that ``.half()`` and ``.to(torch.bfloat16)`` leave them as
+    they are. ``.to(device)``, ``state_dict``, ``load_state_dict`` and ``copy.deepcopy`` work as usual. The state also
+    says its form, that is shape, recipe, backends and the version of the layouts; a state of another form is refused.
+    For a shard of the experts, pass ``weights[first:last]``: what a slice leaves out is neither kept nor saved.
+
+    Args:
+        weights: from `quantize_weights`.
+        bias: (E, N), added to each row of its group. A `torch.nn.Parameter` stays one; a tensor becomes a buffer.
+
+    Raises:
+        TypeError: ``weights`` are no `QuantizedWeights`.
+    """
+
+    forward_data: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weights: QuantizedWeights, bias: Tensor | None = None) -> None:
+        super().__init__()
+        if not isinstance(weights, QuantizedWeights):
+            found = type(weights).__name__
+            raise TypeError(f"weights: expected QuantizedWeights, from quantize_weights; found {found}")
+        tensors = {name: compact(x) for name, x in weights.tensors.items()}
+        self._form = weights.form
+        self._made: tuple[Any, QuantizedWeights] | None = None  # `weights`, and where the buffers were
+        self._views = {name: (x.dtype, x.stride()) for name, x in tensors.items()}
+        for name in _NAMES:
+            x = tensors.get(name)
+            self.register_buffer(name, None if x is None else x.view(_CODES[x.element_size()]))
+        if isinstance(bias, torch.nn.Parameter):
+            self.bias = bias
+        else:
+            self.register_buffer("bias", bias)
+
+    @property
+    def weights(self) -> QuantizedWeights:
+        """The weights, in the memory of the buffers."""
+        buffers = []
+        for name, (_, strides) in self._views.items():
+            codes = self._buffers[name]
+            assert codes is not None, "it was registered with these strides"
+            if codes.stride() != strides:
+                # A copy to another device, or a state that was assigned, has lost the padding of lines.
+                self._buffers[name] = codes = with_strides(codes, strides)
+            buffers.append(codes)
+        if torch.compiler.is_compiling():
+            return self._make(buffers)
+        where = [(x.untyped_storage()._cdata, x.storage_offset()) for x in buffers]
+        if self._made is None or self._made[0] != where:
+            self._made = where, self._make(buffers)  # which keeps the storage, so no other one gets its address
+        return self._made[1]
+
+    def _make(self, buffers: list[Tensor]) -> QuantizedWeights:
+        views = zip(self._views.items(), buffers)
+        return weights_of(self._form, {name: x.view(dtype) for (name, (dtype, _)), x in views})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_made": None}
+
+    def forward(self, a: Tensor, offs: Tensor, *, group_alignment: int = 1) -> Tensor:
+        """(M, N) from rows ``a`` (M, K) in groups that end at ``offs`` (E,) int32; as `grouped_mm`."""
+        return grouped_mm(a, self.weights, offs, bias=self.bias, group_alignment=group_alignment)
+
+    def extra_repr(self) -> str:
+        """The weights in short."""
+        return f"{self.weights!r}, bias={self.bias is not None}"
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the buffers mean, as plain data."""
+        return dict(self._form)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Nothing: a state that differs is refused before its buffers are loaded."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        saved = state_dict.get(f"{prefix}_extra_state", self._form)
+        differing = [name for name in self._form if saved.get(name) != self._form[name]]
+        if "layout_version" in differing:
+            error_msgs.append(other_version(saved.get("layout_version")))
+        elif differing:
+            expected, found = ({name: form.get(name) for name in differing} for form in (self._form, saved))
+            error_msgs.append(
+                f"{prefix}weights: expected {expected}; found {found}; make the module of weights that were quantized "
+                "like those that were saved: same experts, recipe, dtype, dgrad and kernel_preference"
+            )
+        else:
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
