@@ -134,8 +134,8 @@ def cache_weights() -> Iterator[WeightCache]:
     The block holds for this thread, and for the backward passes of what is called in it: activation checkpointing finds
     there what forward has kept. A block inside another one changes nothing. Some calls neither keep nor find anything:
     those inside torch.compile, during CUDA graph capture, and under a ``TorchDispatchMode``, such as that of selective
-    activation checkpointing; those whose ``b`` is new at each call, as under autocast that casts it; and those whose
-    weights are stepped by an optimizer whose step was captured in a CUDA graph.
+    activation checkpointing; those whose ``b`` is new at each call, as under autocast that casts it; and those with
+    parameters whose optimizer's step was captured in a CUDA graph.
 
     Some changes of weights move no version counter that a call could see. After one of these, `WeightCache.clear`:
 
@@ -146,7 +146,8 @@ def cache_weights() -> Iterator[WeightCache]:
     - a replay of a CUDA graph that changes weights in any other way than by the step of an optimizer of their own;
     - raw kernels, which do not tell torch.
 
-    GROUPED_GEMM_VALIDATE=1 finds all of these: each call compares a checksum of the values, which is a host sync.
+    GROUPED_GEMM_VALIDATE=1 finds all of these: each call compares a checksum of the values. That reads all weights and
+    is a host sync, too much to do at each call without being asked.
 
     Yields:
         The cache.
@@ -244,14 +245,14 @@ _stepped_in_graphs = WeakIdKeyDictionary()  # storages of parameters
 
 
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    """Empties every cache, and remembers the parameters of a step that is only being captured."""
+    """Empties every cache; and remembers the parameters of a step that is captured, and may be replayed."""
     for cache in tuple(_open):
         cache.clear()
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            if is_capturing(p):
-                local = getattr(p, "_local_tensor", p)  # of a DTensor
-                _stepped_in_graphs[local.untyped_storage()] = None
+        params = group["params"]
+        for p in params if params and is_capturing(params[0]) else ():
+            local = getattr(p, "_local_tensor", p)  # of a DTensor
+            _stepped_in_graphs[local.untyped_storage()] = None
 
 
 register_optimizer_step_post_hook(_after_step)  # now: a graph may be captured before the first block
