@@ -1,41 +1,52 @@
-"""`override_torch`: the grouped products that a model asks torch for run through `grouped_mm` instead."""
+"""`override_torch`: the grouped GEMMs that a model asks torch for run through `grouped_mm` instead."""
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode, get_overridable_functions
+from torch._ops import HigherOrderOperator
+from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, get_overridable_functions
+from torch.utils import checkpoint as checkpointing
 
 from grouped_gemm import arguments
 from grouped_gemm.functional import grouped_mm
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.recipes import Recipe
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
 _NAMES = {"input", "self", "weight", "mat2", "offs", "bias", "out_dtype"}
 
+# Classes of tensors that stand for a plain one: those that trace a program, and the result of a collective, for which
+# each op waits.
+_PLAIN = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor")
 
-@contextmanager
-def override_torch(
-    recipe: Recipe | str | None = None,
-    *,
-    group_alignment: int = 1,
-    kernel_preference: KernelPreference | str = KernelPreference.AUTO,
-) -> Iterator[None]:
+# Ops of Dynamo's that call functions, which it traces while the mode is off, and which arguments these are. Others, and
+# functions of nested_compile_region, are refused by Dynamo if they are wrapped to turn the mode on again.
+_CALLERS = {"tag_activation_checkpoint": "0", "cond": "12", "while_loop": "01"}
+_CLOSED_CALLERS = ("scan", "map", "map_impl", "invoke_subgraph")
+
+
+class override_torch(TorchFunctionMode):
     """Runs what a model multiplies with `torch.nn.functional.grouped_mm` inside the block through this package.
 
     A context manager and a decorator. It catches ``torch._grouped_mm`` as well, on which the public function is built,
     its op, and the op that transformers calls where it does not trust torch's. With a matrix for each group, and with
-    two 2-dimensional operands that ``offs`` splits; whatever else torch is asked for goes to torch: products without
-    ``offs``, other dtypes, a bias, tensors of another class than Tensor and Parameter, such as DTensor.
+    two 2-dimensional operands that ``offs`` splits. Everything else runs in torch, with one warning for each reason:
+    no ``offs``, other dtypes, a bias, tensor subclasses such as DTensor.
 
-    Gradients follow the forward pass, wherever backward is called. Activation checkpointing runs the forward pass again
-    in backward, where no block reaches: decorate what is checkpointed. Under torch.compile the block may be around the
-    compiled function or inside it. Blocks nest, the innermost wins, and a block holds for its own thread.
+    Gradients follow the forward pass, wherever backward is called, and so does `torch.utils.checkpoint`: what is
+    checkpointed inside the block is recomputed under it. Other code that recomputes the forward pass has to run it
+    inside a block of its own: decorate what it calls. Under torch.compile and torch.export the block may be around the
+    call or inside what is traced. Blocks nest, the innermost wins, and a block holds for its own thread.
 
     Args:
         recipe: how operands are quantized, a `Recipe` or its name. None: not at all.
@@ -45,39 +56,51 @@ def override_torch(
     Raises:
         ValueError: an argument is none that `grouped_mm` takes.
     """
-    if recipe is not None:
-        recipe = Recipe.parse(recipe)
-    kernel_preference = KernelPreference.parse(kernel_preference)
-    arguments.check_options(None, group_alignment)
-    _show_to_dynamo()
-    with _Override(recipe, group_alignment, kernel_preference):
-        yield
 
-
-class _Override(TorchFunctionMode):
-    """Sends calls of torch's product to `grouped_mm`. While it handles one, torch keeps the mode out of the way."""
-
-    def __init__(self, recipe: Recipe | None, group_alignment: int, kernel_preference: KernelPreference) -> None:
+    def __init__(
+        self,
+        recipe: Recipe | str | None = None,
+        *,
+        group_alignment: int = 1,
+        kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+    ) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.recipe = None if recipe is None else Recipe.parse(recipe)
+        self.kernel_preference = KernelPreference.parse(kernel_preference)
+        arguments.check_options(None, group_alignment)
         self.group_alignment = group_alignment
-        self.kernel_preference = kernel_preference
         op = torch.ops.aten._grouped_mm
-        self.products: tuple[Callable[..., Any], ...] = (torch._grouped_mm, op, op.default)
+        self.gemms: tuple[Callable[..., Any], ...] = (torch._grouped_mm, op, op.default)
         loop = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # where transformers has been imported
         if loop is not None:
-            self.products += (loop, loop.default)
+            self.gemms += (loop, loop.default)
+        _prepare_torch()
+        if torch.compiler.is_dynamo_compiling():
+            _allow_push()
+
+    def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
+        """``function``, as a function that runs inside the block."""
+        return functools.wraps(function)(_inside(self, function))
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # While torch runs this, the mode is off.
         kwargs = kwargs or {}
-        if func not in self.products or not kwargs.keys() <= _NAMES:
+        if func not in self.gemms:
+            if torch.compiler.is_dynamo_compiling() and isinstance(func, HigherOrderOperator):
+                called = _called(func)
+                args = tuple(_inside(self, x) if str(i) in called else x for i, x in enumerate(args))
+            return func(*args, **kwargs)
+        if not kwargs.keys() <= _NAMES:
             return func(*args, **kwargs)
         a, b, offs, bias, out_dtype = _bind(*args, **kwargs)
-        if not _takes(a, b, offs, bias, out_dtype):
-            return func(*args, **kwargs)
-        with torch.autocast(a.device.type, enabled=False):  # which torch's product does not know
+        refused, found = _refusal(a, b, offs, bias, out_dtype)
+        if refused:
+            result = func(*args, **kwargs)
+            _warn_once(refused, found)  # where torch does not raise
+            return result
+        with torch.autocast(a.device.type, enabled=False):  # which torch's GEMM does not know
             return grouped_mm(
                 a,
                 b,
@@ -87,6 +110,16 @@ class _Override(TorchFunctionMode):
                 group_alignment=self.group_alignment,
                 kernel_preference=self.kernel_preference,
             )
+
+
+def _inside(block: override_torch, function: Callable[_P, _R]) -> Callable[_P, _R]:
+    def inside(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_dynamo_compiling():
+            _allow_push()
+        with block:
+            return function(*args, **kwargs)
+
+    return inside
 
 
 def _bind(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
@@ -101,34 +134,120 @@ def _bind(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
     return args + given[len(args) :]
 
 
-def _takes(a: Any, b: Any, offs: Any, bias: Any, out_dtype: Any) -> bool:
-    """Whether `grouped_mm` means the same by these arguments."""
-    tensors = (a, b, offs)
-    return (
-        all(type(x) is Tensor or type(x) is torch.nn.Parameter for x in tensors)
-        and not a.is_meta
-        and a.dim() == 2
-        and b.dim() in (2, 3)
-        and a.dtype == b.dtype
-        and a.dtype in arguments.DTYPES
-        and (out_dtype is None or out_dtype in arguments.DTYPES)
-        and offs.dtype == torch.int32
-        and bias is None
-    )
+def _refusal(a: Any, b: Any, offs: Any, bias: Any, out_dtype: Any) -> tuple[str, Any]:
+    """Which of `_REASONS` keeps `grouped_mm` from the call, or has it mean something else, and what was found."""
+    if offs is None:
+        return "offs", None
+    for x in (a, b, offs):
+        if type(x) is not Tensor and type(x) is not Parameter and type(x).__name__ not in _PLAIN:
+            return "DTensor" if type(x).__name__ == "DTensor" else "class", type(x).__name__
+    if a.is_meta:
+        return "meta", None
+    if a.dim() != 2 or b.dim() not in (2, 3):
+        return "rank", None
+    if a.dtype != b.dtype or a.dtype not in arguments.DTYPES:
+        return "dtype", a.dtype
+    if out_dtype is not None and out_dtype not in arguments.DTYPES:
+        return "out_dtype", out_dtype
+    if offs.dtype != torch.int32:
+        return "offs.dtype", offs.dtype
+    return "" if bias is None else "bias", None
 
 
-def _show_to_dynamo() -> None:
-    """Makes Dynamo ask modes about ``torch._grouped_mm``, as eager calls do.
+def _called(op: HigherOrderOperator) -> str:
+    """The positions of arguments that ``op`` calls, and that may be wrapped."""
+    if op.__name__ in _CLOSED_CALLERS:
+        _warn_once("body", op.__name__)
+    return _CALLERS.get(op.__name__, "")
 
-    It asks about what torch lists as overridable, where names that begin with an underscore are left out.
+
+_REASONS = {
+    "offs": "it has no offs. Pass the end row of each group; a batched GEMM is torch.bmm",
+    "class": "an argument is a {}. Pass plain tensors, such as x.as_subclass(torch.Tensor)",
+    "DTensor": "an argument is a DTensor. Pass local shards, x.to_local()",
+    "meta": "the operands are on the meta device. Move them to a device that computes",
+    "rank": "a has 3 dimensions. Transpose: grouped_mm(b.t(), a.transpose(1, 2), offs=offs).t()",
+    "dtype": "an operand is {}. Pass two of bfloat16, float16 or float32",
+    "out_dtype": "out_dtype is {}. Ask for bfloat16, float16 or float32, and cast the result",
+    "offs.dtype": "offs is {}. Pass offs.int()",
+    "bias": "it has a bias. Add the bias to the result",
+    "body": "it may be in a function that {} calls, which Dynamo traces without the override. Decorate that function",
+}
+_warned: set[str] = set()
+
+
+def _warn_once(reason: str, found: Any) -> None:
+    """Warns, once for each reason, of what torch runs itself."""
+    text = f"override_torch leaves a call of grouped_mm to torch, without a recipe: {_REASONS[reason].format(found)}."
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=4)  # the line that calls torch.nn.functional.grouped_mm
+
+
+_is_prepared = False
+
+
+def _prepare_torch() -> None:
+    """Changes of torch that blocks need, made once: what Dynamo asks modes about, and what checkpoints recompute.
+
+    Dynamo asks about what torch lists as overridable, where names that begin with an underscore are left out.
+    Eager checkpoints recompute in backward, after the block or inside ``Tensor.backward``, where modes are off.
     """
+    global _is_prepared
+    if _is_prepared:
+        return
     function, listed = torch._grouped_mm, get_overridable_functions()[torch]
-    if function not in listed:
-        listed.append(function)
-        tracer = sys.modules.get("torch._dynamo.variables.torch")
-        if tracer is not None:  # which keeps a set of what was listed
-            tracer.get_overridable_functions().add(function)
+    listed.append(function)
+    tracer = sys.modules.get("torch._dynamo.variables.torch")
+    if tracer is not None:  # which keeps a set of what was listed
+        tracer.get_overridable_functions().add(function)
+
+    generator = checkpointing._checkpoint_without_reentrant_generator
+    forward = checkpointing.CheckpointFunction.forward
+
+    @functools.wraps(generator)
+    def not_reentrant(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return generator(_in_current_blocks(function), *args, **kwargs)
+
+    @functools.wraps(forward)
+    def reentrant(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
+        return forward(ctx, _in_current_blocks(function), *args)
+
+    checkpointing._checkpoint_without_reentrant_generator = not_reentrant  # type: ignore[assignment]
+    checkpointing.CheckpointFunction.forward = staticmethod(reentrant)  # type: ignore[method-assign]
+    _is_prepared = True
 
 
-# Dynamo runs it while tracing, so that it concerns what is traced next; see `functional._chosen`.
-_show_to_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _in_current_blocks(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    for mode in reversed(_get_current_function_mode_stack()):  # the innermost is the last
+        if isinstance(mode, override_torch):
+            function = _inside(mode, function)
+    return function
+
+
+def _allow_push() -> None:
+    """Has Dynamo, which calls this while it traces, take the stack of modes for changed already.
+
+    To enter a block is a side effect, which Dynamo refuses in the body of a checkpoint, although the block ends there.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+        from torch._dynamo.variables.torch_function import TorchFunctionModeStackVariable
+
+        tx = InstructionTranslator.current_tx()
+        tracer = tx.output.current_tracer
+        before = tracer.unsafe_allow_externally_visible_side_effects
+    except (ImportError, AttributeError):  # another version of torch: Dynamo says what it refuses
+        return
+    tracer.unsafe_allow_externally_visible_side_effects = True
+    try:
+        TorchFunctionModeStackVariable.register_mutation(tx)
+    finally:
+        tracer.unsafe_allow_externally_visible_side_effects = before
+
+
+# Dynamo runs these while tracing, so that they concern what is traced next; see `functional._chosen`.
+_called._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_prepare_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_allow_push._dynamo_marked_constant = True  # type: ignore[attr-defined]
