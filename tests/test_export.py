@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grouped_gemm import KernelPreference, Recipe, grouped_mm
+from grouped_gemm import KernelPreference, Recipe, grouped_mm, override_torch
 from grouped_gemm.testing import FORWARD, Case, Shape, cases, make_inputs
 
 SHAPE = Shape("whole_blocks", (0, 7, 1, 30), tail=2, k=128, n=256)
@@ -71,6 +71,32 @@ def test_a_program_is_saved_and_loaded(case, device):
     file.seek(0)
     x, offs = inputs_of(case, device, 100)
     assert torch.equal(torch.export.load(file).module()(x, offs), model(x, offs))
+
+
+class Overridden(Experts):
+    """Experts that call torch, which go to the program as this package's ops."""
+
+    def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+        y = torch.nn.functional.grouped_mm(x, self.up.transpose(1, 2), offs=offs)
+        return torch.nn.functional.grouped_mm(torch.nn.functional.silu(y), self.down.transpose(1, 2), offs=offs)
+
+
+class Decorated(Overridden):
+    forward = override_torch("fp8_blockwise", kernel_preference="emulated")(Overridden.forward)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize("kind", [Overridden, Decorated])
+def test_override_torch_holds_in_a_program(kind, strict):
+    case, device = Case(KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
+    model = kind(case, device).requires_grad_(False)
+    if kind is Overridden:
+        with override_torch("fp8_blockwise", kernel_preference="emulated"):
+            program = export(model, case, device, strict)
+    else:
+        program = export(model, case, device, strict)
+    x, offs = inputs_of(case, device, 100)
+    assert torch.equal(program.module()(x, offs), Experts.forward(model, x, offs))
 
 
 LOAD = """

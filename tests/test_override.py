@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from grouped_gemm import KernelPreference, NoBackendError, grouped_mm, override, override_torch
+from grouped_gemm import KernelPreference, NoBackendError, grouped_mm, override, override_torch, product_ops
 
 OFFS = torch.tensor([3, 3, 24], dtype=torch.int32)
 
@@ -88,24 +93,62 @@ def test_a_backend_that_refuses_says_so():
         F.grouped_mm(a, b, offs=OFFS)
 
 
+def test_the_result_of_a_collective_is_taken(ours):
+    a, b = operands()
+    with warnings.catch_warnings(), override_torch("mxfp8"):
+        warnings.simplefilter("error")
+        y = F.grouped_mm(AsyncCollectiveTensor(a.detach()), b, offs=OFFS)
+    assert len(ours) == 1 and type(y) is Tensor and torch.equal(y, grouped_mm(a, b, OFFS, recipe="mxfp8"))
+
+
 class Subclass(Tensor):
     pass
 
 
 LEFT_TO_TORCH = {
-    "batched": lambda a, b: F.grouped_mm(b.transpose(1, 2), b),
-    "columns_in_groups": lambda a, b: F.grouped_mm(b, torch.ones(64, 24, dtype=b.dtype).contiguous(), offs=OFFS),
-    "of_another_class": lambda a, b: F.grouped_mm(a.detach().as_subclass(Subclass), b, offs=OFFS),
-    "a_sum": lambda a, b: a.sum(),
+    "batched": (lambda a, b: F.grouped_mm(b.transpose(1, 2), b), "it has no offs. Pass the end row"),
+    "columns_in_groups": (
+        lambda a, b: F.grouped_mm(b, torch.ones(64, 24, dtype=b.dtype), offs=OFFS),
+        r"a has 3 dimensions. Transpose: grouped_mm\(b.t\(\)",
+    ),
+    "of_another_class": (
+        lambda a, b: F.grouped_mm(a.detach().as_subclass(Subclass), b, offs=OFFS),
+        "is a Subclass. Pass plain tensors",
+    ),
+    "on_meta": (lambda a, b: F.grouped_mm(a.to("meta"), b.to("meta"), offs=OFFS.to("meta")).shape, "meta device. Move"),
 }
 
 
-@pytest.mark.parametrize("call", LEFT_TO_TORCH.values(), ids=LEFT_TO_TORCH)
-def test_what_grouped_mm_does_not_do_is_left_to_torch(call, ours):
+@pytest.mark.parametrize(("call", "reason"), LEFT_TO_TORCH.values(), ids=LEFT_TO_TORCH)
+def test_what_grouped_mm_does_not_do_is_left_to_torch_and_said_once(call, reason, ours, monkeypatch):
+    monkeypatch.setattr(override, "_warned", set())
     a, b = operands()
     with override_torch("mxfp8"):
-        found = call(a, b)
-    assert not ours and torch.equal(found, call(a, b))
+        with pytest.warns(UserWarning, match=f"override_torch leaves .*{reason}"):
+            found = call(a, b)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(a, b)
+    wanted = call(a, b)
+    assert not ours and (found == wanted if isinstance(wanted, torch.Size) else torch.equal(found, wanted))
+
+
+def test_a_loop_of_transformers_with_other_offs_is_left_to_it(ours, monkeypatch):
+    monkeypatch.setattr(override, "_warned", set())
+    a, b = operands()
+    with torch.library._scoped_library("transformers", "FRAGMENT") as library:
+        library.define("grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -> Tensor")
+        library.impl("grouped_mm_fallback", lambda a, b, offs: a[:, :1] * 2, "CompositeImplicitAutograd")
+        with override_torch("mxfp8"), pytest.warns(UserWarning, match=r"offs is torch.int64. Pass offs.int\(\)"):
+            torch.ops.transformers.grouped_mm_fallback(a, b, offs=OFFS.long())
+    assert not ours
+
+
+def test_other_functions_run_as_ever_and_nothing_is_said():
+    a, _ = operands()
+    with warnings.catch_warnings(), override_torch("mxfp8"):
+        warnings.simplefilter("error")
+        assert torch.equal(a.sum(), sum(a.split(24)).sum())
 
 
 @pytest.mark.parametrize(
@@ -119,9 +162,11 @@ def test_what_grouped_mm_does_not_do_is_left_to_torch(call, ours):
     ),
     ids=str,
 )
-def test_what_torch_refuses_is_refused_by_torch(changed, ours):
+def test_what_torch_refuses_is_refused_by_torch_and_nothing_is_said(changed, ours, monkeypatch):
+    monkeypatch.setattr(override, "_warned", set())
     a, b = operands()
-    with override_torch("mxfp8"), pytest.raises(RuntimeError):
+    with warnings.catch_warnings(), override_torch("mxfp8"), pytest.raises(RuntimeError):
+        warnings.simplefilter("error", UserWarning)
         F.grouped_mm(**{"mat_a": a, "mat_b": b, "offs": OFFS} | changed)
     assert not ours
 
@@ -185,12 +230,75 @@ def test_autocast_is_as_for_torchs_product():
     assert y.dtype == torch.float32 and torch.equal(y, grouped_mm(a, b, OFFS, recipe="mxfp8"))
 
 
-def test_what_is_checkpointed_runs_the_same_again_where_it_is_decorated(ours):
+class Experts(torch.nn.Module):
+    """A layer that routes rows to experts and calls torch, as those of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = torch.nn.Parameter(torch.randn(3, 64, 32).bfloat16())
+        self.down = torch.nn.Parameter(torch.randn(3, 32, 64).bfloat16())
+
+    def forward(self, x: Tensor, ids: Tensor, gemm: Callable[..., Tensor] = F.grouped_mm) -> Tensor:
+        ids, order = torch.sort(ids)
+        ends = torch.histc(ids.float(), bins=3, min=0, max=2).cumsum(0, dtype=torch.int32)
+        y = F.silu(gemm(x[order], self.up.transpose(1, 2), offs=ends))
+        y = gemm(y, self.down.transpose(1, 2), offs=ends)
+        return y[torch.argsort(order)]
+
+
+class Decorated(Experts):
+    forward = override_torch("mxfp8")(Experts.forward)
+
+
+def train(layer: Callable[..., Tensor], model: Experts, block: str = "") -> list[Tensor]:
+    """Output and gradients of ``layer``, with a block around "forward" or "everything"."""
+    x, ids = torch.linspace(-1, 1, 24 * 32).view(24, 32).bfloat16().requires_grad_(), torch.arange(24) * 7 % 3
+    model.zero_grad(set_to_none=True)
+    with override_torch("mxfp8") if block else contextlib.nullcontext():
+        y = layer(x, ids)
+        if block == "everything":
+            y.sum().backward()
+    if block != "everything":
+        y.sum().backward()
+    return [y.detach(), x.grad, model.up.grad, model.down.grad]
+
+
+def checkpointed(function: Callable[..., Tensor], **options) -> Callable[..., Tensor]:
+    return lambda x, ids: checkpoint(function, x, ids, **options)
+
+
+of_products = functools.partial(create_selective_checkpoint_contexts, list(product_ops()))
+CHECKPOINTS = {
+    "none": lambda f: f,
+    "reentrant": lambda f: checkpointed(f, use_reentrant=True),
+    "not_reentrant": lambda f: checkpointed(f, use_reentrant=False),
+    "selective": lambda f: checkpointed(f, use_reentrant=False, context_fn=of_products),
+    "nested": lambda f: checkpointed(checkpointed(f, use_reentrant=False), use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("wrap", CHECKPOINTS.values(), ids=CHECKPOINTS)
+@pytest.mark.parametrize("place", ("forward", "everything", "decorated", "inside"))
+@pytest.mark.parametrize("is_compiled", (False, True), ids=("eager", "compiled"))
+def test_checkpoints_recompute_under_it(wrap, place, is_compiled):
+    """With the gradients of `grouped_mm` itself: torch's GEMM in a recomputation would give others."""
+    model = Decorated() if place == "decorated" else Experts()
+    layer = wrap(model)
+    if place == "inside":
+        layer = override_torch("mxfp8")(layer)
+    if is_compiled:
+        torch._dynamo.reset()
+        layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found = train(layer, model, "" if place in ("decorated", "inside") else place)
+    wanted = train(functools.partial(model.forward, gemm=functools.partial(grouped_mm, recipe="mxfp8")), model)
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_a_checkpoint_in_nested_blocks_is_recomputed_under_the_innermost():
     a, b = operands()
-    forward = override_torch("mxfp8")(lambda a, b: F.grouped_mm(a, b, offs=OFFS))
-    found = gradients(checkpoint(forward, a, b, use_reentrant=False), a, b)
-    assert len(ours) == 2
-    assert all(map(torch.equal, found, gradients(grouped_mm(a, b, OFFS, recipe="mxfp8"), a, b)))
+    with override_torch("mxfp8"), override_torch("fp8_rowwise"):
+        y = checkpoint(lambda a, b: F.grouped_mm(a, b, offs=OFFS), a, b, use_reentrant=False)
+    assert all(map(torch.equal, gradients(y, a, b), gradients(grouped_mm(a, b, OFFS, recipe="fp8_rowwise"), a, b)))
 
 
 def test_the_loop_of_transformers_is_caught(ours):
@@ -229,3 +337,51 @@ def test_compiled_functions_follow_it_and_are_not_compiled_anew(place):
     assert counter.frame_count == 1
     if place == "around":
         assert torch.equal(compiled(a, b), plain(a, b))
+
+
+BODIES = {
+    "cond": lambda f, a: torch.cond(a.sum() > 0, f, lambda a: f(a * 2), (a,)),
+    "while_loop": lambda f, a: torch._higher_order_ops.while_loop(
+        lambda i, a: i < 1, lambda i, a: (i + 1, f(a)), (torch.zeros((), dtype=torch.int32), a)
+    )[1],
+}
+
+
+@pytest.mark.parametrize("call", BODIES.values(), ids=BODIES)
+def test_functions_that_compiled_control_flow_calls_are_traced_under_it(call):
+    a, b = torch.randn(24, 32).bfloat16().abs(), torch.randn(3, 32, 32).bfloat16().transpose(1, 2)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda a: call(lambda a: F.grouped_mm(a, b, offs=OFFS), a), fullgraph=True, backend="aot_eager"
+    )
+    with override_torch("mxfp8"):
+        y = compiled(a)
+    assert torch.equal(y, grouped_mm(a, b, OFFS, recipe="mxfp8"))
+
+
+def test_a_region_that_cannot_be_traced_under_it_is_named_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(override, "_warned", set())
+    a, b = (x.detach() for x in operands())
+
+    def gemm(a: Tensor) -> Tensor:
+        return F.grouped_mm(a, b, offs=OFFS)
+
+    def compiled(function: Callable[[Tensor], Tensor]) -> Tensor:
+        torch._dynamo.reset()
+        region = torch.compiler.nested_compile_region(function)
+        return torch.compile(lambda a: region(a) + 0, fullgraph=True, backend="aot_eager")(a)
+
+    with override_torch("mxfp8"), pytest.warns(UserWarning, match="invoke_subgraph .* Decorate that function"):
+        compiled(gemm)
+    assert torch.equal(compiled(override_torch("mxfp8")(gemm)), grouped_mm(a, b, OFFS, recipe="mxfp8"))
+
+
+def test_a_compiled_call_that_is_left_to_torch_is_in_one_graph_and_said_once(monkeypatch):
+    monkeypatch.setattr(override, "_warned", set())
+    _, b = operands()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda b: F.grouped_mm(b.transpose(1, 2), b), fullgraph=True, backend="aot_eager")
+    with override_torch("mxfp8"), pytest.warns(UserWarning, match="it has no offs") as said:
+        compiled(b)
+        compiled(b)
+    assert len(said) == 1

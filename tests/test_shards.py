@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from grouped_gemm import cache_weights, explain, grouped_mm, quantize_weights, warmup
+from grouped_gemm import cache_weights, explain, grouped_mm, override, override_torch, quantize_weights, warmup
 
 M, E, K, N = 12, 3, 48, 32
 OFFS = torch.tensor([4, 4, 12], dtype=torch.int32)
@@ -168,3 +168,15 @@ def test_a_step_on_a_dtensor_ends_what_is_kept_of_its_shard(form, mesh):
         before.sum().backward()
         optimizer.step()
         assert not torch.equal(call(), before)
+
+
+def test_override_torch_leaves_a_dtensor_to_torch_and_says_so(mesh, monkeypatch):
+    """For torch a DTensor is the whole tensor, and the result is one."""
+    monkeypatch.setattr(override, "_warned", set())
+    a, b = (
+        DTensor.from_local(x, mesh, REPLICAS) for x in (torch.randn(M, K).bfloat16(), torch.randn(E, K, N).bfloat16())
+    )
+    offs = DTensor.from_local(OFFS, mesh, REPLICAS)
+    with override_torch("mxfp8"), pytest.warns(UserWarning, match="an argument is a DTensor. Pass local shards"):
+        y = torch.nn.functional.grouped_mm(a, b, offs=offs)
+    assert torch.equal(y.to_local(), torch.nn.functional.grouped_mm(a.to_local(), b.to_local(), offs=OFFS))
