@@ -123,7 +123,7 @@ def _inside(block: override_torch, function: Callable[_P, _R]) -> Callable[_P, _
 
 
 def _bind(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """``a``, ``b``, ``offs``, ``bias`` and ``out_dtype``, None where it is not given, whatever a product calls them."""
+    """``a``, ``b``, ``offs``, ``bias`` and ``out_dtype``, None where it is not given, whatever a GEMM calls them."""
     given = (
         kwargs.get("input", kwargs.get("self")),
         kwargs.get("mat2", kwargs.get("weight")),
