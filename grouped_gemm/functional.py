@@ -181,7 +181,7 @@ def quantize_weights(
     b, scale = shards.local(b=b, scale=scale)
     arguments.check_weights(b, scale, dtype)
     if scale is not None:
-        scale = arguments.as_scale(scale, b, recipe)
+        scale = arguments.as_scale(materialized(scale.detach()) if isinstance(scale, Tensor) else scale, b, recipe)
     b, b_contiguous = dense_weights(b.detach())
     if dtype is None:
         dtype = b.dtype if scale is None else torch.bfloat16
