@@ -201,7 +201,8 @@ def quantize_weights(
     if scale is None:
         forward, backward = weights_for(b, recipe, route.forward, route.dgrad)
     else:
-        data, scale = reference.convert_fp8(b, scale, machine_of(b.device).fp8_dtype)
+        blocks, fp8_dtype = reference.weight_blocks(recipe, 1), machine_of(b.device).fp8_dtype
+        data, scale = reference.convert_fp8(b, scale, blocks, fp8_dtype)
         forward, backward = layouts(
             route.forward,
             route.dgrad,

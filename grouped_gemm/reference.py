@@ -105,10 +105,11 @@ def dequantize(data: Tensor, scale: Tensor | None, blocks: Blocks) -> Tensor:
     return values if scale is None else values * spread(scale, blocks, data.shape)
 
 
-def convert_fp8(data: Tensor, scale: Tensor, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def convert_fp8(data: Tensor, scale: Tensor, blocks: Blocks, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """fp8 data and scales of the same values in another e4m3 type.
 
-    Halves of e4m3fn values are e4m3fnuz values, so e4m3fn to e4m3fnuz is exact with doubled scales.
+    Halves of e4m3fn values are e4m3fnuz values, so e4m3fn to e4m3fnuz is exact with doubled scales. A scale of 2^127 or
+    more cannot be doubled, and its data stay as they are: those that e4m3fnuz lacks, above 240, stand for Inf in fp32.
 
     Raises:
         ValueError: the other direction, which is not exact.
@@ -121,9 +122,12 @@ def convert_fp8(data: Tensor, scale: Tensor, fp8_dtype: torch.dtype) -> tuple[Te
             f"b.dtype: expected {expected}, the fp8 type of this device; found {found}; dequantize the weights and "
             "quantize them again, without scale"
         )
-    doubled = scale.float() * 2
-    doubled = to_e8m0(doubled) if scale.dtype == torch.float8_e8m0fnu else doubled
-    return torch.empty_like(data, dtype=fp8_dtype).copy_(data.float() * 0.5), doubled
+    factor = torch.where(scale.float().abs() < 2.0**127, 2.0, 1.0)
+    limit = torch.finfo(fp8_dtype).max
+    values = (data.float() / spread(factor, blocks, data.shape)).clamp(-limit, limit)
+    larger = scale.float() * factor
+    larger = to_e8m0(larger) if scale.dtype == torch.float8_e8m0fnu else larger
+    return torch.empty_like(data, dtype=fp8_dtype).copy_(values), larger
 
 
 def group_ends(offs: Tensor, num_rows: int) -> list[int]:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from grouped_gemm import Recipe, grouped_mm, reference
+from grouped_gemm import Recipe, grouped_mm, quantize_weights, reference
 from grouped_gemm.backends import emulated
 
+ENDS = torch.tensor([3], dtype=torch.int32)
 SCALED = [recipe for recipe in Recipe if recipe.is_scaled]
 
 
@@ -43,6 +44,34 @@ def test_operands_are_dequantized_as_the_reference_does(recipe, size, is_transpo
     for blocks in every_form:
         data, scale = reference.quantize(x, blocks, recipe, torch.float8_e4m3fn)
         assert torch.equal(emulated._dequantize(data, scale, blocks), reference.dequantize(data, scale, blocks))
+
+
+@pytest.mark.parametrize("recipe", SCALED, ids=lambda r: r.value)
+def test_large_scales_give_the_values_of_the_reference(recipe):
+    """A scale of 2^120 or more, beside ordinary ones and one that is NaN."""
+    x = torch.randn(256, 256)
+    x[1] *= 3.1e38 / x[1].abs().max()  # from 3.3e38 a power-of-two scale rounds values up to Inf
+    x[2] = 0
+    for blocks in (reference.row_blocks(recipe), reference.weight_blocks(recipe, 1)[1:]):
+        data, scale = reference.quantize(x, blocks, recipe, torch.float8_e4m3fn)
+        assert scale.float().max() >= 2.0**119
+        scale[-1] = float("nan")
+        expected = reference.dequantize(data, scale, blocks)
+        assert torch.equal(emulated._dequantize(data, scale, blocks).nan_to_num(nan=7), expected.nan_to_num(nan=7))
+    y = grouped_mm(x[:3], torch.full((1, 256, 16), 2.0**-20), ENDS, recipe=recipe)
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("exponent", [119, 120, 127])
+@pytest.mark.parametrize("recipe", [Recipe.FP8_BLOCKWISE, Recipe.MXFP8], ids=lambda r: r.value)
+def test_a_checkpoint_with_large_scales_keeps_its_finite_values(recipe, exponent):
+    w = torch.tensor([0.0, -1.0]).repeat_interleave(16).expand(1, 128, 32).to(torch.float8_e4m3fn)
+    shape = (1, 1, 1) if recipe is Recipe.FP8_BLOCKWISE else (1, 4, 32)
+    scale = reference.to_e8m0(torch.tensor(2.0**exponent)).to(recipe.scale_dtype).expand(shape)
+    weights = quantize_weights(w, recipe, scale=scale, dtype=torch.float32)
+    y = grouped_mm(torch.full((3, 128), 2.0**-20), weights, ENDS)
+    assert torch.equal(y[:, :16], torch.zeros(3, 16))
+    assert torch.equal(y[:, 16:], torch.full((3, 16), -(2.0 ** (exponent - 13))))
 
 
 def test_a_row_does_not_depend_on_where_its_group_starts_with_several_threads(two_threads):

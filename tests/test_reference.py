@@ -457,32 +457,45 @@ def test_the_rows_of_scales_suffice_however_the_groups_fall(sizes, past):
 
 
 @pytest.mark.parametrize("scale_dtype", (torch.float32, torch.float8_e8m0fnu), ids=str)
-@pytest.mark.parametrize("exponent", (-126, -1, 0, 100))
+@pytest.mark.parametrize("exponent", (-126, -1, 0, 100, 126, 127))
 def test_e4m3fn_becomes_e4m3fnuz_of_exactly_the_same_values(scale_dtype, exponent):
     data = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     scale = reference.to_e8m0(torch.tensor([2.0**exponent])).to(scale_dtype)
-    converted, doubled = reference.convert_fp8(data, scale, torch.float8_e4m3fnuz)
+    converted, doubled = reference.convert_fp8(data, scale, (None,), torch.float8_e4m3fnuz)
     before, after = data.float() * scale.float(), converted.float() * doubled.float()
     assert converted.dtype == torch.float8_e4m3fnuz and doubled.dtype == scale_dtype
     assert torch.equal(after.isnan(), before.isnan())
     assert torch.equal(after.nan_to_num(), before.nan_to_num())
 
 
+def test_only_blocks_whose_scale_cannot_be_doubled_keep_their_data():
+    data = torch.full((2, 4, 3), -1.75).to(torch.float8_e4m3fn)
+    scale = torch.tensor([1.0, 2.0**127, float("inf"), float("nan")]).view(2, 2, 1)
+    converted, doubled = reference.convert_fp8(data, scale, (1, 2, None), torch.float8_e4m3fnuz)
+    assert converted.float()[:, ::2, 0].flatten().tolist() == [-0.875, -1.75, -1.75, -1.75]
+    torch.testing.assert_close(
+        doubled, scale * torch.tensor([2.0, 1, 1, 1]).view(2, 2, 1), equal_nan=True, rtol=0, atol=0
+    )
+
+
 def test_conversion_keeps_the_order_in_memory():
     data = wide(2, 3, 5).to(torch.float8_e4m3fn).transpose(1, 2)
-    assert reference.convert_fp8(data, torch.ones(2, 1, 3), torch.float8_e4m3fnuz)[0].stride() == data.stride()
+    assert (
+        reference.convert_fp8(data, torch.ones(2, 1, 3), (1, None, 1), torch.float8_e4m3fnuz)[0].stride()
+        == data.stride()
+    )
 
 
 @every_format
 def test_conversion_to_the_same_type_is_no_conversion(fp8):
     data, scale = torch.zeros(2, dtype=fp8.dtype), torch.ones(2)
-    same_data, same_scale = reference.convert_fp8(data, scale, fp8.dtype)
+    same_data, same_scale = reference.convert_fp8(data, scale, (None,), fp8.dtype)
     assert same_data is data and same_scale is scale
 
 
 def test_conversion_to_e4m3fn_is_refused_because_it_is_not_exact():
     with pytest.raises(ValueError, match=r"expected .*float8_e4m3fn, .*; found .*float8_e4m3fnuz"):
-        reference.convert_fp8(torch.zeros(2, dtype=torch.float8_e4m3fnuz), torch.ones(2), torch.float8_e4m3fn)
+        reference.convert_fp8(torch.zeros(2, dtype=torch.float8_e4m3fnuz), torch.ones(2), (1,), torch.float8_e4m3fn)
 
 
 # Groups

@@ -313,7 +313,7 @@ class _GroupedMMBackend(ABC):
         """A checkpoint's fp8 weights in the layouts for forward and dgrad: the same values where the recipe lets them.
 
         Args:
-            data_EKN: (E, K, N) fp8, K or N contiguous.
+            data_EKN: (E, K, N) in the device's fp8 type, K or N contiguous.
             scale: dequantization factors: rowwise (E, 1, N), blockwise (E, ceil(K/128), ceil(N/128)), both fp32;
                 MXFP8 (E, ceil(K/32), N) in float8_e8m0fnu.
             recipe: the recipe that data and scale follow.

@@ -154,7 +154,11 @@ def _dequantize(data: Tensor, scale: Tensor | None, blocks: reference.Blocks) ->
     if scale is None:
         return data.to(torch.float32, copy=True)
     values, power = _to_fp32(data)
-    scale = scale.float() * power
+    scale = scale.float()
+    if power != 1 and (scale.abs() >= 2.0**120).any():  # the scale times 256 would be Inf
+        values *= power
+    else:
+        scale = scale * power
     axis = 0 if blocks[0] is not None and blocks[0] > 1 else 1
     side = blocks[axis]
     if side is None or side == 1:

@@ -27,7 +27,6 @@ from grouped_gemm.backends.base import (
     requires_triton,
     unscaled_weights,
 )
-from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import layouts
 from grouped_gemm.kernels.layouts import Operands
 from grouped_gemm.operand import Quantized
@@ -116,7 +115,6 @@ class Backend(_GroupedMMBackend):
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        data_EKN, scale = reference.convert_fp8(data_EKN, scale, machine_of(data_EKN.device).fp8_dtype)
         if recipe.weight_lines > 1:  # square blocks serve both
             return (
                 Quantized(_contiguous(data_EKN, 1), scale, recipe, 1, _WEIGHTS) if forward else None,
