@@ -109,7 +109,7 @@ def compile_wgrad(arch: str, kind: str, tile: Tile) -> Any:
         box = f"1, 1, {tile.depth}, {side}" if kind.endswith("bit") else f"{side}, {tile.depth}"
         types[name] = f"tensordesc<{dtype}[{box}]>" if tma else f"*{dtype}"
     constants = {
-        "KIND": kind, "TMA": tma, "TOKEN_BLOCK": 128, "E_PADDED": 256,
+        "KIND": kind, "TMA": tma, "TOKEN_BLOCK": 128, "E_AT_ONCE": 256,
         "BLOCK_P": tile.rows, "BLOCK_Q": tile.columns, "BLOCK_T": tile.depth, "BAND": tile.band,
         "ACCUMULATE": False,
     }  # fmt: skip
@@ -131,7 +131,7 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
     activations = numbers | tile | {"ROWS": True, "COLUMNS": True, "SCALE_ALIGNMENT": 4}
     weights = numbers | tile | {"STRAIGHT": True, "TRANSPOSED": True}
     no_amax = {"row_amax": None, "line_amax": None, "column_amax": None}
-    find = {"E_PADDED": 256, "BLOCK": 128, "SCALE_ALIGNMENT": 4, "AT_ONCE": 32}
+    find = {"E_AT_ONCE": 256, "BLOCK": 128, "SCALE_ALIGNMENT": 4, "AT_ONCE": 32}
 
     def build(kernel: Any, constants: dict[str, Any], warps: int) -> Any:
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
@@ -165,7 +165,7 @@ def compile_deepgemm_quantizers(arch: str) -> dict[str, Any]:
     sides = {"BLOCK": 128, "FIELDS": 5}
     tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, **sides, "BAND": 8}
     kernels = {
-        "deepgemm plan": (quantize_deepgemm._lay_out, {"E_PADDED": 512, **sides, "AT_ONCE": 8}),
+        "deepgemm plan": (quantize_deepgemm._lay_out, {"E_AT_ONCE": 512, **sides, "AT_ONCE": 8}),
         "deepgemm rows": (quantize_deepgemm._quantize_tiles, {"ROWS": True, "COLUMNS": False, **tile}),
         "deepgemm both": (quantize_deepgemm._quantize_tiles, {"ROWS": True, "COLUMNS": True, **tile}),
         "deepgemm both packed": (quantize_deepgemm._quantize_packed, {"ROWS": True, "COLUMNS": True, **tile}),
@@ -260,7 +260,7 @@ def compile_mx_quantizers(arch: str) -> dict[str, Any]:
     types = dict.fromkeys(("x", "w"), "*bf16") | {"offs": "*i32"}
     types |= dict.fromkeys(("by_row", "by_column", "straight", "transposed"), fp8)
     types |= dict.fromkeys(("row_scales", "column_scales", "straight_scales", "transposed_scales"), "*i32")
-    tokens = {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_PADDED": 256, "TOKEN_BLOCK": 128}
+    tokens = {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_AT_ONCE": 256, "TOKEN_BLOCK": 128}
     weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit, "SWIZZLED": False}
     kernels = {"mx": (quantize_mx._quantize_tiles, tokens), "weights mx": (quantize_mx._quantize_weights, weights)}
     if arch == "sm_100":
@@ -285,7 +285,7 @@ def compile_hipblaslt_quantizers(arch: str) -> dict[str, Any]:
     fp32, words = dict.fromkeys(scales, "*fp32"), dict.fromkeys(scales, "*i32")
     numbers = {"LIMIT": limit, "POWER_OF_TWO": False, "NVIDIA": False, "BLOCK": 128, "BAND": 8}
     tiles, mx_tiles = quantize_hipblaslt._quantize_tiles, quantize_hipblaslt._quantize_mx_tiles
-    both, mx = {"ROWS": True, **numbers}, {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_PADDED": 256}
+    both, mx = {"ROWS": True, **numbers}, {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_AT_ONCE": 256}
     compiled = {"hipblaslt": compile_kernel(tiles, arch, types | fp32, both)}
     if arch == "gfx950":
         weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit}

@@ -8,6 +8,20 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import fake_rocm
+
+from grouped_gemm import Recipe, device
+from grouped_gemm.kernels import (
+    gemm,
+    layouts,
+    layouts_deepgemm,
+    layouts_hipblaslt,
+    quantize,
+    quantize_deepgemm,
+    quantize_hipblaslt,
+    quantize_mx,
+    wgrad,
+)
 from grouped_gemm.kernels import launch as launching
 
 
@@ -136,3 +150,73 @@ def test_whole_numbers_are_rounded_up_as_triton_rounds_them(n):
 
     assert launching.next_power_of_2(n) == triton.next_power_of_2(n)
     assert [launching.cdiv(n, b) for b in (1, 3, 128)] == [triton.cdiv(n, b) for b in (1, 3, 128)]
+
+
+# Compiled in seconds, and launched, for any number of groups
+
+
+@pytest.fixture
+def launches(monkeypatch) -> list[tuple[str, tuple[int, ...], tuple]]:
+    """What is launched, instead of launching it: the kernel, its grid, its constants."""
+    found = []
+
+    def record(self, grid, *args):
+        found.append((self._kernel.__name__, grid, self._values))
+
+    monkeypatch.setattr(launching.Launcher, "__call__", record)
+    for module in (gemm, wgrad):
+        monkeypatch.setattr(module, "_products", {})
+    return found
+
+
+def launch_all(num_groups: int, recipe: Recipe) -> None:
+    """Every kernel of the Triton backend, and those that quantize for DeepGEMM."""
+    num_rows, k, n = 64, 128, 16
+    x, b = torch.empty(num_rows, k), torch.empty(num_groups, k, n, dtype=torch.bfloat16)
+    offs = torch.empty(num_groups, dtype=torch.int32)
+    activations = layouts.activations(x, num_groups, recipe, rows=True, columns=True)
+    weights = layouts.weights(b, recipe, forward=True, dgrad=True)
+    if recipe is Recipe.MXFP8:
+        quantize_mx.quantize_activations(x, offs, activations)
+        quantize_mx.quantize_weights(b, weights)
+    else:
+        quantize.quantize_activations(x, offs, recipe, activations)
+        quantize.quantize_weights(b, recipe, weights)
+    rows, row_scale, columns, column_scale = activations
+    gemm.grouped_mm(rows, row_scale, weights[0].transpose(1, 2), weights[2], None, offs, recipe, torch.bfloat16)
+    wgrad.wgrad(columns, column_scale, columns, column_scale, offs, num_rows, recipe, torch.bfloat16)
+    wgrad.group_sums(x, offs, torch.bfloat16)
+    plan = layouts_deepgemm.plan(offs, num_rows, False)
+    quantize_deepgemm.fill_plan(offs, num_rows, plan)
+    quantize_deepgemm.pad(x, plan[1])
+
+
+def launch_all_for_hipblaslt(num_groups: int, recipe: Recipe) -> None:
+    """Every kernel that quantizes for hipBLASLt."""
+    x, b = torch.empty(64, 128), torch.empty(num_groups, 128, 16, dtype=torch.bfloat16)
+    offs = torch.empty(num_groups, dtype=torch.int32)
+    activations = layouts_hipblaslt.activations(x, num_groups, recipe, rows=True, columns=True)
+    quantize_hipblaslt.quantize_activations(x, offs, recipe, activations)
+    quantize_hipblaslt.quantize_weights(b, recipe, layouts_hipblaslt.weights(b, recipe, forward=True, dgrad=True))
+
+
+def assert_same_for_many(launch_for, recipe: Recipe, launches: list[tuple[str, tuple[int, ...], tuple]]) -> None:
+    launch_for(2000, recipe)
+    few = list(launches)
+    launches.clear()
+    launch_for(70_000, recipe)
+    assert few
+    assert [(kernel, constants) for kernel, _, constants in launches] == [(k, c) for k, _, c in few]
+    for kernel, grid, _ in launches:
+        assert all(programs <= 65535 for programs in grid[1:]), kernel  # of y and z; x may have 2^31 - 1
+
+
+@pytest.mark.parametrize("recipe", (Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8), ids=lambda r: r.value)
+def test_no_constant_of_a_kernel_grows_with_the_number_of_groups(recipe, launches):
+    assert_same_for_many(launch_all, recipe, launches)
+
+
+@pytest.mark.parametrize("recipe", (Recipe.FP8_ROWWISE, Recipe.MXFP8), ids=lambda r: r.value)
+def test_no_constant_for_hipblaslt_grows_with_the_number_of_groups(recipe, launches, monkeypatch):
+    monkeypatch.setattr(device, "_probe", lambda kind, index: fake_rocm.machine("gfx950", "7.1"))
+    assert_same_for_many(launch_all_for_hipblaslt, recipe, launches)

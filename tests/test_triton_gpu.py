@@ -21,10 +21,22 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_checks import BACKEND, activations, assert_same_bits, check_activations, check_weights
-from large import RAGGED, TRITON, Passes, cases_of, compile_at_once, layer, of_module, train, training, with_sizes
+from large import (
+    RAGGED,
+    RECIPES,
+    TRITON,
+    Passes,
+    cases_of,
+    compile_at_once,
+    layer,
+    of_module,
+    train,
+    training,
+    with_sizes,
+)
 
 from grouped_gemm import Pass, Recipe
-from grouped_gemm.testing import TRAINING, Case, Shape, make_inputs
+from grouped_gemm.testing import TRAINING, Case, Inputs, Shape, make_inputs
 
 pytestmark = pytest.mark.gpu
 
@@ -126,6 +138,23 @@ def test_a_graph_replays_a_call_with_other_offs(case, device):
         graph.replay()
         for pass_, x, truth in zip(Pass, found, wanted):
             assert_same_bits(x, truth, f"{pass_.value} of groups {sizes}")
+
+
+# A call with more groups than kernels look at in one step, and than a grid has programs along its second axis.
+
+
+@pytest.mark.parametrize("num_groups", (5000, 70_000))
+@pytest.mark.parametrize("case", [Case(TRITON, recipe, passes=TRAINING) for recipe in RECIPES], ids=str)
+def test_thousands_of_groups_give_the_bits_of_those_that_have_rows(case, num_groups, device):
+    a, b = torch.randn(700, 128, device=device), torch.randn(num_groups, 64, 128, device=device)
+    a, b, dy = a.bfloat16(), b.bfloat16(), torch.randn(700, 64, device=device).bfloat16()
+    offs = torch.randint(0, 701, (num_groups,), dtype=torch.int32, device=device).sort().values
+    has_rows = offs.diff(prepend=offs.new_zeros(1)) > 0
+    y, da, db = train(layer(case), Inputs(a, b.transpose(1, 2), None, offs, dy, []))
+    few = train(layer(case), Inputs(a, b[has_rows].transpose(1, 2), None, offs[has_rows], dy, []))
+    for pass_, found, expected in zip(Pass, (y, da, db[has_rows]), few):
+        assert_same_bits(found, expected, pass_.value)
+    assert not db[~has_rows].any()
 
 
 # 11. One process may use several streams.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import quantize_packed
-from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
+from grouped_gemm.kernels.groups import at_once, groups_of_blocks, tile_position
 from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK, Operands
 from grouped_gemm.kernels.scaling import four_to_fp8, inverse_of, magnitude, scale_of, to_fp8
@@ -109,7 +109,7 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
     num_groups, lines, columns = w_ERC.shape
     fp8 = forward.dtype if forward.dim() == 3 else dgrad.dtype
     shape = lines, columns, w_ERC.stride(0), w_ERC.stride(1)
-    grid = (cdiv(lines, 128) * cdiv(columns, 128), num_groups)
+    grid = (num_groups * cdiv(lines, 128) * cdiv(columns, 128),)
     with on_device(b_EKN):
         line_amax = column_amax = None
         wants_straight, wants_transposed = straight.dim() == 3, transposed.dim() == 3
@@ -141,7 +141,7 @@ def find_blocks(offs: Tensor, num_rows: int) -> Tensor:
     launch(
         _find_blocks, (cdiv(num_blocks, 32),), offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
         constants={
-            "E_PADDED": next_power_of_2(num_groups + 1), "BLOCK": TOKEN_BLOCK,
+            "E_AT_ONCE": at_once(num_groups), "BLOCK": TOKEN_BLOCK,
             "SCALE_ALIGNMENT": SCALE_ALIGNMENT, "AT_ONCE": 32,
         },
     )  # fmt: skip
@@ -273,26 +273,19 @@ def _quantize_rows(
 @triton.jit(do_not_specialize=["M", "E", "T"])
 def _find_blocks(
     offs, blocks, M, E, T,
-    E_PADDED: tl.constexpr, BLOCK: tl.constexpr, SCALE_ALIGNMENT: tl.constexpr, AT_ONCE: tl.constexpr,
+    E_AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, SCALE_ALIGNMENT: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Of each block of tokens: its group, E past the last one; its first row; rows from there to the end of its group,
     0 past the last one; where the scales of its rows begin. (T / BLOCK, 4)."""
-    starts, ends, first_blocks, last_blocks = groups_in_blocks(offs, M, E, BLOCK, E_PADDED)
-    padded = tl.cdiv(ends - starts, SCALE_ALIGNMENT) * SCALE_ALIGNMENT
-    groups = tl.arange(0, E_PADDED)
     block = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
-    e = tl.minimum(tl.sum((last_blocks[None, :] <= block[:, None]).to(tl.int32), 1), E)
-    is_own = groups[None, :] == e[:, None]
-    below = (block - tl.sum(tl.where(is_own, first_blocks[None, :], 0), 1)) * BLOCK
-    row = tl.sum(tl.where(is_own, starts[None, :], 0), 1) + below
-    end = tl.sum(tl.where(is_own, ends[None, :], 0), 1)
-    scale_row = tl.sum(tl.where(groups[None, :] < e[:, None], padded[None, :], 0), 1) + below
+    e, start, end, first, _, scale_start = groups_of_blocks(block, offs, M, E, BLOCK, SCALE_ALIGNMENT, E_AT_ONCE)
+    row = start + (block - first) * BLOCK
     target = blocks + 4 * block
     mask = block * BLOCK < T
     tl.store(target, e, mask=mask)
     tl.store(target + 1, row, mask=mask)
     tl.store(target + 2, tl.where(e < E, end - row, 0), mask=mask)
-    tl.store(target + 3, scale_row, mask=mask)
+    tl.store(target + 3, scale_start + row - start, mask=mask)
 
 
 @triton.jit
@@ -384,10 +377,12 @@ def _weight_amax(
     w, line_amax, column_amax, R, C, w_stride_e, w_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The largest `scaling.magnitude` of each line (E, R) and each column (E, C), if wanted; zero before."""
+    r_blocks = tl.cdiv(R, BLOCK)
     c_blocks = tl.cdiv(C, BLOCK)
-    e = tl.program_id(1).to(tl.int64)
-    rs = tl.program_id(0) // c_blocks * BLOCK + tl.arange(0, BLOCK)
-    cs = tl.program_id(0) % c_blocks * BLOCK + tl.arange(0, BLOCK)
+    e = (tl.program_id(0) // (r_blocks * c_blocks)).to(tl.int64)
+    tile = tl.program_id(0) % (r_blocks * c_blocks)
+    rs = tile // c_blocks * BLOCK + tl.arange(0, BLOCK)
+    cs = tile % c_blocks * BLOCK + tl.arange(0, BLOCK)
     sources = w + e * w_stride_e + rs.to(tl.int64)[:, None] * w_stride + cs[None, :]
     magnitudes = magnitude(tl.load(sources, mask=(rs < R)[:, None] & (cs < C)[None, :], other=0))
     if line_amax is not None:
@@ -409,8 +404,10 @@ def _quantize_weights(
 
     Blockwise, the tile has one scale, in ``line_scales``. Rowwise, scales are those of `_weight_amax`.
     """
-    r_block, c_block = tile_position(tl.program_id(0), tl.cdiv(R, BLOCK), tl.cdiv(C, BLOCK), BAND)
-    e = tl.program_id(1).to(tl.int64)
+    r_blocks = tl.cdiv(R, BLOCK)
+    c_blocks = tl.cdiv(C, BLOCK)
+    e = (tl.program_id(0) // (r_blocks * c_blocks)).to(tl.int64)
+    r_block, c_block = tile_position(tl.program_id(0) % (r_blocks * c_blocks), r_blocks, c_blocks, BAND)
     rs = r_block * BLOCK + tl.arange(0, BLOCK)
     cs = c_block * BLOCK + tl.arange(0, BLOCK)
     lines_left = R - r_block * BLOCK

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import quantize_packed
-from grouped_gemm.kernels.groups import groups_in_blocks, tile_position
-from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device
+from grouped_gemm.kernels.groups import MOST_AT_ONCE, at_once, groups_from, groups_of_blocks, tile_position
+from grouped_gemm.kernels.launch import cdiv, launch, on_device
 from grouped_gemm.kernels.layouts_deepgemm import BLOCK, FIELDS
 from grouped_gemm.kernels.quantize import _load_quarter, _store_quarter, _transpose
 from grouped_gemm.kernels.quantize_packed import (
@@ -49,7 +49,7 @@ def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor, Tensor]) -
             _lay_out, (cdiv(num_blocks + 1, _AT_ONCE),),
             offs, row_map, blocks, sizes, num_rows, num_groups, num_blocks,
             constants={
-                "E_PADDED": next_power_of_2(num_groups + 1), "BLOCK": BLOCK, "FIELDS": FIELDS, "AT_ONCE": _AT_ONCE,
+                "E_AT_ONCE": at_once(num_groups), "BLOCK": BLOCK, "FIELDS": FIELDS, "AT_ONCE": _AT_ONCE,
             },
         )  # fmt: skip
 
@@ -117,20 +117,17 @@ def _move(mode: str, source: Tensor, target: Tensor, blocks: Tensor) -> None:
 @triton.jit(do_not_specialize=["M", "E", "B"])
 def _lay_out(
     offs, row_map, blocks, sizes, M, E, B,
-    E_PADDED: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, AT_ONCE: tl.constexpr,
+    E_AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Fields of each block; the group of each row, also of the block past the last one, which has none; sizes."""
-    starts, ends, first_blocks, last_blocks = groups_in_blocks(offs, M, E, BLOCK, E_PADDED)
-    groups = tl.arange(0, E_PADDED)
-    if tl.program_id(0) == 0:
-        tl.store(sizes + groups, (last_blocks - first_blocks) * BLOCK, mask=groups < E)
     block = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
-    e = tl.minimum(tl.sum((last_blocks[None, :] <= block[:, None]).to(tl.int32), 1), E)
-    is_own = groups[None, :] == e[:, None]
-    first = tl.sum(tl.where(is_own, first_blocks[None, :], 0), 1)
-    last = tl.sum(tl.where(is_own, last_blocks[None, :], 0), 1)
-    start = tl.sum(tl.where(is_own, starts[None, :], 0), 1)
-    end = tl.sum(tl.where(is_own, ends[None, :], 0), 1)
+    e, start, end, first, last, _ = groups_of_blocks(block, offs, M, E, BLOCK, 1, E_AT_ONCE)
+    if tl.program_id(0) == 0:
+        next_row = 0
+        for first_group in range(0, E_AT_ONCE if E_AT_ONCE < MOST_AT_ONCE else E, E_AT_ONCE):
+            groups, _starts, ends, firsts, lasts = groups_from(first_group, next_row, 0, offs, M, E, BLOCK, E_AT_ONCE)
+            tl.store(sizes + groups, (lasts - firsts) * BLOCK, mask=groups < E)
+            next_row = tl.max(ends)
     row = tl.minimum(start + (block - first) * BLOCK, M)
     left = tl.maximum(end - row, 0)
     own = tl.where(e < E, left, 0)

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from grouped_gemm.kernels import quantize
-from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
-from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device
+from grouped_gemm.kernels.groups import at_once, group_of_block, tile_position
+from grouped_gemm.kernels.launch import cdiv, launch, on_device
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK, Operands
 from grouped_gemm.kernels.quantize import (
     _amax,
@@ -58,7 +58,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
                 num_rows, offs.shape[0], features, x_MD.stride(0), by_column.stride(0),
                 constants={
                     "ROWS": rows, "COLUMNS": columns, "LIMIT": torch.finfo((by_row if rows else by_column).dtype).max,
-                    "E_PADDED": next_power_of_2(offs.shape[0] + 1),
+                    "E_AT_ONCE": at_once(offs.shape[0]),
                 },
                 num_warps=8,
             )  # fmt: skip
@@ -108,7 +108,7 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
     num_groups, lines, columns = w_ERC.shape
     with on_device(b_EKN):
         launch(
-            _quantize_mx_weights, (cdiv(lines, 128) * cdiv(columns, 128), num_groups),
+            _quantize_mx_weights, (num_groups * cdiv(lines, 128) * cdiv(columns, 128),),
             w_ERC, straight, _words(straight_scale), transposed, _words(transposed_scale),
             lines, columns, w_ERC.stride(0), w_ERC.stride(1),
             constants={
@@ -162,7 +162,7 @@ def _quantize_tiles(
 def _quantize_mx_tiles(
     x, offs, by_row, row_scales, by_column, column_scales,
     M, E, D, x_stride, column_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, E_PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, E_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """128 rows by 128 features. Where columns are wanted, these rows are of one group, or past the last one."""
     d_blocks = tl.cdiv(D, 128)
@@ -175,10 +175,8 @@ def _quantize_mx_tiles(
     scale_stride = 0
     first_scale = row
     if COLUMNS:
-        _, _, first_blocks, last_blocks = groups_in_blocks(offs, M, E, 128, E_PADDED)
-        e = tl.sum((last_blocks <= block).to(tl.int32))
-        first = pick(first_blocks, e)
-        scale_stride = pick(last_blocks, e) - first
+        e, _, _, first, last = group_of_block(block, offs, M, E, 128, E_AT_ONCE)
+        scale_stride = last - first
         tokens = tl.where(e < E, height, 0)
         first_scale = first.to(tl.int64) * (d_blocks * 128) + d * scale_stride + block - first
     _quantize_tile(
@@ -199,9 +197,10 @@ def _quantize_mx_weights(
     """A square tile of one matrix. Scales of each matrix are those of whole tiles: (128 r_blocks, c_blocks) words."""
     c_blocks = tl.cdiv(C, 128)
     r_blocks = tl.cdiv(R, 128)
-    r_block = tl.program_id(0) // c_blocks
-    c_block = tl.program_id(0) % c_blocks
-    e = tl.program_id(1).to(tl.int64)
+    e = (tl.program_id(0) // (r_blocks * c_blocks)).to(tl.int64)
+    tile = tl.program_id(0) % (r_blocks * c_blocks)
+    r_block = tile // c_blocks
+    c_block = tile % c_blocks
     r = r_block.to(tl.int64) * 128
     c = c_block.to(tl.int64) * 128
     height = tl.minimum(R - r_block * 128, 128)

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grouped_gemm.kernels.groups import groups_in_blocks, pick
-from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device, packed
+from grouped_gemm.kernels.groups import at_once, group_of_block
+from grouped_gemm.kernels.launch import cdiv, launch, on_device, packed
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK, Operands
 from grouped_gemm.kernels.mx import ONES
 from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
@@ -46,7 +46,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, out: Operands) -> None:
             num_rows, num_groups, features, x_MD.stride(0), by_row.stride(0),
             constants={
                 "ROWS": rows, "COLUMNS": columns, "LIMIT": torch.finfo((by_row if rows else by_column).dtype).max,
-                "E_PADDED": next_power_of_2(num_groups + 1), "TOKEN_BLOCK": TOKEN_BLOCK,
+                "E_AT_ONCE": at_once(num_groups), "TOKEN_BLOCK": TOKEN_BLOCK,
             },
             num_warps=8,
         )  # fmt: skip
@@ -70,7 +70,7 @@ def quantize_weights(b_EKN: Tensor, out: Operands, *, swizzled: bool = False) ->
     fp8 = forward.dtype if forward.dim() == 3 else dgrad.dtype
     with on_device(b_EKN):
         launch(
-            _quantize_weights, (cdiv(lines, 128) * cdiv(columns, 128), num_groups),
+            _quantize_weights, (num_groups * cdiv(lines, 128) * cdiv(columns, 128),),
             w_ERC, straight, packed(straight_scale), transposed, packed(transposed_scale),
             lines, columns, w_ERC.stride(0), w_ERC.stride(1),
             straight.stride(0), straight.stride(-2) if straight.dim() == 3 else 0,
@@ -150,7 +150,7 @@ def _quantize_tiles(
     x, offs, by_row, row_scales, by_column, column_scales,
     M, E, D, x_stride, row_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr,
-    E_PADDED: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
+    E_AT_ONCE: tl.constexpr, TOKEN_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """128 rows of one group, or past the last one, by 128 features."""
     tl.static_assert(TOKEN_BLOCK == 128)
@@ -160,10 +160,9 @@ def _quantize_tiles(
     summed = 0
     stored = 0
     if COLUMNS:
-        starts, ends, first_blocks, last_blocks = groups_in_blocks(offs, M, E, TOKEN_BLOCK, E_PADDED)
-        e = tl.sum((last_blocks <= block).to(tl.int32))
-        row = pick(starts, e) + (block - pick(first_blocks, e)) * TOKEN_BLOCK
-        height = tl.minimum(pick(ends, e) - row, 128)
+        e, start, end, first_block, _ = group_of_block(block, offs, M, E, TOKEN_BLOCK, E_AT_ONCE)
+        row = start + (block - first_block) * TOKEN_BLOCK
+        height = tl.minimum(end - row, 128)
         summed = tl.where(e < E, height, 0)
         stored = tl.where(block < M // TOKEN_BLOCK + E, 128, 0)
     else:
@@ -190,9 +189,10 @@ def _quantize_weights(
     """A square tile of one matrix."""
     c_blocks = tl.cdiv(C, 128)
     r_blocks = tl.cdiv(R, 128)
-    r_block = tl.program_id(0) // c_blocks
-    c_block = tl.program_id(0) % c_blocks
-    e = tl.program_id(1).to(tl.int64)
+    e = (tl.program_id(0) // (r_blocks * c_blocks)).to(tl.int64)
+    tile = tl.program_id(0) % (r_blocks * c_blocks)
+    r_block = tile // c_blocks
+    c_block = tile % c_blocks
     r = r_block.to(tl.int64) * 128
     c = c_block.to(tl.int64) * 128
     height = tl.minimum(R - r_block * 128, 128)

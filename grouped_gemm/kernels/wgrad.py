@@ -22,8 +22,8 @@ from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm.device import machine_of
-from grouped_gemm.kernels.groups import groups_in_blocks, pick, tile_position
-from grouped_gemm.kernels.launch import can_use_tma, cdiv, kind_of, launch, launcher, next_power_of_2, on_device, packed
+from grouped_gemm.kernels.groups import at_once, group_at, tile_position
+from grouped_gemm.kernels.launch import can_use_tma, cdiv, kind_of, launch, launcher, on_device, packed
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK
 from grouped_gemm.kernels.mx import ONES, add_mx_product
 from grouped_gemm.kernels.tiles import Tile
@@ -109,7 +109,7 @@ class _Product:
                 "KIND": kind,
                 "TMA": tma,
                 "TOKEN_BLOCK": TOKEN_BLOCK,
-                "E_PADDED": next_power_of_2(num_groups + 1),
+                "E_AT_ONCE": at_once(num_groups),
                 "BLOCK_P": tile.rows,
                 "BLOCK_Q": tile.columns,
                 "BLOCK_T": tile.depth,
@@ -188,7 +188,7 @@ def _wgrad(
     KIND: tl.constexpr,
     TMA: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
-    E_PADDED: tl.constexpr,
+    E_AT_ONCE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -209,14 +209,11 @@ def _wgrad(
     qs = first_q + tl.arange(0, BLOCK_Q)
     ts = tl.arange(0, BLOCK_T)
 
-    starts, ends, first_blocks, last_blocks = groups_in_blocks(offs, M, E, TOKEN_BLOCK, E_PADDED)
+    start, end, first_block, last_block = group_at(e, offs, M, E, TOKEN_BLOCK, E_AT_ONCE)
+    length = end - start
     if SCALED:
-        first_block = pick(first_blocks, e)
         start = first_block * TOKEN_BLOCK
-        length = (pick(last_blocks, e) - first_block) * TOKEN_BLOCK
-    else:
-        start = pick(starts, e)
-        length = pick(ends, e) - start
+        length = (last_block - first_block) * TOKEN_BLOCK
     if not TMA:
         if SCALED:
             lhs_tiles = ps[:, None] * TOKEN_BLOCK + ts[None, :]  # in a block of tokens, which 32 bits address
@@ -283,7 +280,7 @@ def group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
             _group_sums, (num_groups, cdiv(columns, 64)),
             x_MN, offs, out_EN, num_rows, num_groups, columns, x_MN.stride(0),
             constants={
-                "TOKEN_BLOCK": TOKEN_BLOCK, "E_PADDED": next_power_of_2(num_groups + 1),
+                "TOKEN_BLOCK": TOKEN_BLOCK, "E_AT_ONCE": at_once(num_groups),
                 "BLOCK_M": 128, "BLOCK_N": 64,
             },
         )  # fmt: skip
@@ -293,14 +290,13 @@ def group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
 @triton.jit(do_not_specialize=["M", "E"])
 def _group_sums(
     x, offs, out, M, E, N, x_stride,
-    TOKEN_BLOCK: tl.constexpr, E_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TOKEN_BLOCK: tl.constexpr, E_AT_ONCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     e = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    starts, ends, _, _ = groups_in_blocks(offs, M, E, TOKEN_BLOCK, E_PADDED)
-    end = pick(ends, e)
+    start, end, _, _ = group_at(e, offs, M, E, TOKEN_BLOCK, E_AT_ONCE)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for row in range(pick(starts, e), end, BLOCK_M):
+    for row in range(start, end, BLOCK_M):
         rows = row + tl.arange(0, BLOCK_M)
         source = x + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
         acc += tl.load(source, mask=(rows < end)[:, None] & (columns < N)[None, :], other=0).to(tl.float32)
