@@ -210,7 +210,7 @@ _lock = threading.Lock()
 def known(machine: Machine) -> Table:
     """What was measured on this GPU with these versions, here or in an earlier process: the file, read once.
 
-    A damaged file is ignored with a warning.
+    A file that is damaged or cannot be read is ignored with a warning.
     """
     if machine not in _known:
         _known[machine] = _read(machine)
@@ -218,15 +218,21 @@ def known(machine: Machine) -> Table:
 
 
 def _read(machine: Machine) -> Table:
+    entries = []
     try:
         entries = _entries()
+    except OSError as error:
+        warnings.warn(
+            f"contests-{SCHEMA}.json: expected a file that can be read; found {error}. Shipped measurements are used. "
+            "Set GROUPED_GEMM_CACHE_DIR to a directory that can be read and written.",
+            stacklevel=3,
+        )
     except DAMAGE as error:
         warnings.warn(
             f"{path()}: expected measurements of backends; found {type(error).__name__}: {error}. The file is ignored. "
             "Delete it; grouped_gemm.warmup then measures again.",
             stacklevel=3,
         )
-        entries = []
     here = [entry for entry in entries if entry["setting"] == _setting(machine)]
     day = max((entry["date"] for entry in here), default="")
     return Table(machine.name, machine.arch, day, "as now", tuple(map(_case, here)), is_exact=True)
@@ -239,8 +245,8 @@ def store(machine: Machine, cases: Sequence[Case]) -> None:
     """
     today = date.today().isoformat()
     new = [{"setting": _setting(machine), "date": today, **_entry(case)} for case in cases]
-    file = path()
     try:
+        file = path()
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file.with_suffix(".lock")):
             try:
@@ -253,7 +259,7 @@ def store(machine: Machine, cases: Sequence[Case]) -> None:
             cases = [*map(_case, others), *map(_case, added)]
     except OSError as error:
         warnings.warn(
-            f"{file.parent}: expected a directory to keep measurements in; found {error}. This process uses them, "
+            f"contests-{SCHEMA}.json: expected a directory to keep it in; found {error}. This process uses them, "
             "later ones have to measure again. Set GROUPED_GEMM_CACHE_DIR to a directory that can be written.",
             stacklevel=2,
         )
@@ -320,7 +326,7 @@ def _entries() -> list[dict[str, Any]]:
         if not (
             isinstance(entry["setting"], dict)
             and isinstance(case.whole_blocks, bool)
-            and all(isinstance(size, int) for size in sizes)
+            and all(type(size) is int and 1 <= size < 2**63 for size in sizes)
             and all(isinstance(name, str) for name in names)
             and all(0 <= us < math.inf for us in times)
         ):

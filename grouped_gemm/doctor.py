@@ -17,7 +17,17 @@ from grouped_gemm import __version__, contests
 from grouped_gemm.backends import Candidate, candidates
 from grouped_gemm.backends.base import ALL_PASSES, _GroupedMMBackend
 from grouped_gemm.device import Machine, default_device, machine_of
-from grouped_gemm.preference import AUTOTUNE, STRICT, SWITCHES, KernelPreference, Switch, resolve
+from grouped_gemm.preference import (
+    AUTOTUNE,
+    CACHE_DIR,
+    STRICT,
+    SWITCHES,
+    KernelPreference,
+    Switch,
+    Variable,
+    cache_directory,
+    resolve,
+)
 from grouped_gemm.problem import Pass, Problem, RowClass, dtype_name
 from grouped_gemm.recipes import Recipe
 from grouped_gemm.select import AUTO_ORDER, MARGIN, decide
@@ -35,12 +45,13 @@ def gather(machine: Machine | None = None, backends: Sequence[Candidate] | None 
         versions: version by package.
         backends: for each its name, whether it is ready, that is, runs any pass of any recipe; the passes that it
             ``runs`` by recipe; its ``reasons`` (passes, reason, fix) against the recipe that suits it best; a summary.
-        switches: for each its name, value, default, meaning, and error: None, or why its value is not known.
+        switches: for each its name, value, default, meaning, and error: None, or why its value is not known. Last,
+            GROUPED_GEMM_CACHE_DIR; its value is the directory in use, None where there is no home directory.
         choices: by recipe and pass, the backend of a training call that names none; None: no backend runs it.
     """
     machine = machine_of(default_device()) if machine is None else machine
     backends = candidates(default_device()) if backends is None else backends
-    switches = [_switch(switch) for switch in SWITCHES]
+    switches = [*map(_switch, SWITCHES), _cache_dir()]
     return {
         "machine": {
             "name": machine.name,
@@ -92,7 +103,19 @@ def _switch(switch: Switch) -> dict[str, str | None]:
         value = switch.read()
     except ValueError as unknown:
         error = str(unknown)
-    return {"name": switch.name, "value": value, "default": switch.default, "meaning": switch.meaning, "error": error}
+    return _described(switch, value, error)
+
+
+def _cache_dir() -> dict[str, str | None]:
+    try:
+        return _described(CACHE_DIR, str(cache_directory()), None)
+    except OSError:  # no call raises it
+        return _described(CACHE_DIR, None, None)
+
+
+def _described(variable: Variable, value: str | None, error: str | None) -> dict[str, str | None]:
+    described = {"name": variable.name, "value": value, "default": variable.default, "meaning": variable.meaning}
+    return {**described, "error": error}
 
 
 def _choices(machine: Machine, backends: Sequence[Candidate], is_broken: bool) -> dict[str, dict[str, str | None]]:
@@ -122,7 +145,11 @@ def render(findings: dict[str, Any]) -> str:
         lines += _backend_lines(backend)
     lines += ["", "environment"]
     for switch in findings["switches"]:
-        found = f"error: {switch['error']}" if switch["error"] else f"{switch['value']} (default {switch['default']})"
+        found = (
+            f"error: {switch['error']}"
+            if switch["error"]
+            else f"{switch['value'] or 'none'} (default {switch['default']})"
+        )
         lines += [f"  {switch['name']:24}{found}", f"    {switch['meaning']}"]
     lines += ["", "choice for training in bfloat16 (E=8, K=4096, N=4096)"]
     if errors(findings):
@@ -206,11 +233,12 @@ def _backend_page(backend: _GroupedMMBackend) -> list[str]:
 
 
 def env_markdown() -> str:
-    """The table of docs/env.md: every switch that is read from the environment."""
+    """The table of docs/env.md: every variable of this package that is read from the environment."""
     rows = [
         (f"`{switch.name}`", ", ".join(f"`{v}`" for v in switch.values), f"`{switch.default}`", switch.meaning)
         for switch in SWITCHES
     ]
+    rows.append((f"`{CACHE_DIR.name}`", "a directory", CACHE_DIR.default, CACHE_DIR.meaning))
     return "\n".join(_table(("variable", "values", "default", "meaning"), rows))
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # What `read` raises for a file that is damaged, and what looks at its entries may raise.
-DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
 def read(file: Path, schema: int, name: str) -> list[dict[str, Any]]:
@@ -32,20 +31,29 @@ def read(file: Path, schema: int, name: str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Alone among the processes that do this; where the file system has no locks, as it comes."""
+    """Alone among the processes that do this; where there can be no lock, as it comes.
+
+    The directory may be shared: what is in the place of ``file`` is left as it is, and a link there is not followed.
+    """
     import fcntl  # not on Windows, where there is no Triton
 
-    with file.open("w") as lock:
-        with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file gives it up
+    lock = None
+    try:
+        with contextlib.suppress(OSError):  # a link, another user's file, a file system without locks
+            lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        if lock is not None:
+            os.close(lock)  # which gives it up
 
 
 def replace(file: Path, text: str) -> None:
     """Writes ``file`` as a whole or not at all: a reader sees it as it was before or after. Call it under `locked`."""
-    temporary = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    temporary = file.with_name(f"{file.name}.{os.urandom(8).hex()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")  # others may read it, as the process's umask has it
+        with temporary.open("x", encoding="utf-8") as output:  # a new file, which others may read, as the umask has it
+            output.write(text)
         os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -46,13 +46,17 @@ _BY_NAME = {preference.value: preference for preference in KernelPreference}
 
 
 @dataclass(frozen=True)
-class Switch:
-    """An environment variable. Read at every call, except inside `torch.compile`, where it is read while tracing."""
+class Variable:
+    """An environment variable, as docs/env.md and doctor describe it."""
 
     name: str
-    values: tuple[str, ...]
+    values: tuple[str, ...]  # empty: any directory
     default: str
     meaning: str
+
+
+class Switch(Variable):
+    """One of a few values. Read at every call, except inside `torch.compile`, where it is read while tracing."""
 
     def read(self) -> str:
         """Its value in lower case.
@@ -103,14 +107,27 @@ AUTOTUNE = Switch(
     "1: warmup times backends and searches tiles for the Triton kernels; calls use what the files of both hold.",
 )
 SWITCHES = (BACKEND, STRICT, LOG, VALIDATE, AUTOTUNE)
+CACHE_DIR = Variable(
+    "GROUPED_GEMM_CACHE_DIR",
+    (),
+    "grouped_gemm in XDG_CACHE_HOME or ~/.cache",
+    "The directory of the files that warmup writes with GROUPED_GEMM_AUTOTUNE=1.",
+)
 
 
 def cache_directory() -> Path:
-    """Where files are kept: GROUPED_GEMM_CACHE_DIR, else "grouped_gemm" in XDG_CACHE_HOME or ~/.cache."""
-    named = os.environ.get("GROUPED_GEMM_CACHE_DIR")
-    if named:
+    """Where files are kept: GROUPED_GEMM_CACHE_DIR, else "grouped_gemm" in XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        OSError: that is in a home directory, and there is none.
+    """
+    named = os.environ.get(CACHE_DIR.name) or os.path.join(
+        os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "grouped_gemm"
+    )
+    try:
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grouped_gemm"
+    except RuntimeError as error:
+        raise OSError(f"no home directory for {named}") from error
 
 
 _environ: Mapping[Any, Any] = os.environ

@@ -147,6 +147,7 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
         }
     return {
         "find blocks": build(quantize._find_blocks, find, 4),
+        "find blocks of many groups": build(quantize._find_blocks, find | {"E_AT_ONCE": 1024}, 4),
         "rows": build(quantize._quantize_rows, numbers | {"BLOCK_M": 1, "BLOCK_D": 8192, "WHOLE": True}, 8),
         "amax": build(quantize._amax, tile, 4),
         "tiles rowwise": build(quantize._quantize_tiles, activations | {"ROWWISE": True}, 4),
@@ -165,7 +166,7 @@ def compile_deepgemm_quantizers(arch: str) -> dict[str, Any]:
     sides = {"BLOCK": 128, "FIELDS": 5}
     tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, **sides, "BAND": 8}
     kernels = {
-        "deepgemm plan": (quantize_deepgemm._lay_out, {"E_AT_ONCE": 512, **sides, "AT_ONCE": 8}),
+        "deepgemm plan": (quantize_deepgemm._lay_out, {"E_AT_ONCE": 1024, **sides, "AT_ONCE": 8}),
         "deepgemm rows": (quantize_deepgemm._quantize_tiles, {"ROWS": True, "COLUMNS": False, **tile}),
         "deepgemm both": (quantize_deepgemm._quantize_tiles, {"ROWS": True, "COLUMNS": True, **tile}),
         "deepgemm both packed": (quantize_deepgemm._quantize_packed, {"ROWS": True, "COLUMNS": True, **tile}),

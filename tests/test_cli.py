@@ -121,6 +121,15 @@ def test_a_switch_shows_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (switches["GROUPED_GEMM_LOG"]["value"], switches["GROUPED_GEMM_LOG"]["default"]) == ("1", "0")
 
 
+def test_doctor_shows_where_files_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for named, value in (("/some/where", "/some/where"), ("~no_such_user_/x", None)):
+        found = _findings(monkeypatch, GROUPED_GEMM_CACHE_DIR=named)
+        directory = found["switches"][-1]
+        assert (directory["name"], directory["value"], directory["error"]) == ("GROUPED_GEMM_CACHE_DIR", value, None)
+        assert f"  GROUPED_GEMM_CACHE_DIR  {value or 'none'} (default grouped_gemm in" in doctor.render(found)
+        assert not doctor.errors(found)
+
+
 def test_doctor_fails_on_an_unknown_value(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("GROUPED_GEMM_STRICT", "yes")
     assert _run("doctor") == 1

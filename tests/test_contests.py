@@ -250,8 +250,13 @@ def damaged(**changes: object) -> str:
         lambda: damaged(times={"mill": {}}),
         lambda: damaged(times={"triton": {"plan": math.nan}}),
         lambda: damaged(hosts={"triton": {"plan": -1.0}}),
+        lambda: damaged(times={"triton": {"plan": 10**400}}),
+        lambda: damaged(times={"triton": {"plan": math.inf}}),
+        lambda: damaged(n=0),
+        lambda: damaged(k=True),
+        lambda: damaged(num_rows=10**30),
     ),
-    ids=range(10),
+    ids=range(15),
 )
 def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(folder, text):
     folder.mkdir()
@@ -270,5 +275,17 @@ def test_a_directory_that_cannot_be_written_is_named(folder):
     folder.write_text("a file, where a directory should be")
     with pytest.warns(UserWarning) as caught:
         contests.store(H200, [CASE])
-    assert any("expected a directory to keep measurements in" in str(warning.message) for warning in caught)
+    assert all(str(folder) in str(warning.message) for warning in caught)
+    assert any("expected a directory to keep it in" in str(warning.message) for warning in caught)
     assert contests.known(H200).cases == (CASE,), "this process knows"
+
+
+def test_a_home_directory_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", "~no_such_user_/x")
+    with pytest.warns(
+        UserWarning, match="no home directory for ~no_such_user_/x.*Set GROUPED_GEMM_CACHE_DIR"
+    ) as caught:
+        assert contests.known(H200).cases == ()
+        contests.store(H200, [CASE])
+    assert len(caught) == 2
+    assert contests.known(H200).cases == (CASE,)

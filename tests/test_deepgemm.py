@@ -196,6 +196,36 @@ def test_the_directory_of_compiled_kernels_is_ours_alone_and_can_be_named(packag
     assert _deep_gemm._cache_directory() is None
 
 
+@pytest.mark.parametrize(
+    "mode, is_taken", ((0o755, True), (0o1777, True), (0o1775, True), (0o777, False), (0o775, False))
+)
+@pytest.mark.parametrize("below", ("", "mine"), ids=("parent", "grandparent"))
+def test_nobody_can_replace_the_directory_of_compiled_kernels(mode, is_taken, below, monkeypatch, tmp_path):
+    scratch = tmp_path / "scratch"
+    (scratch / below).mkdir(parents=True)
+    scratch.chmod(mode)
+    monkeypatch.setattr(_deep_gemm.tempfile, "gettempdir", lambda: str(scratch / below))
+    directory = _deep_gemm._cache_directory()
+    assert (directory is not None) == is_taken
+    assert directory is None or directory.parent == scratch / below
+
+
+def test_a_link_to_the_directory_for_temporary_files_is_resolved(monkeypatch, tmp_path):
+    shared, safe = tmp_path / "shared", tmp_path / "safe"
+    shared.mkdir()
+    safe.mkdir()
+    shared.chmod(0o777)  # anybody could change the link
+    (shared / "link").symlink_to(safe)
+    monkeypatch.setattr(_deep_gemm.tempfile, "gettempdir", lambda: str(shared / "link"))
+    directory = _deep_gemm._cache_directory()
+    assert directory is not None and directory.parent == safe.resolve()
+
+
+def test_another_users_directory_above_that_of_compiled_kernels_is_refused():
+    status = SimpleNamespace(st_mode=0o1755, st_uid=os.getuid() + 1)
+    assert not _deep_gemm._keeps(status)
+
+
 # The real package, on a GPU
 
 # DeepGEMM compiles for each E, K and N, some seconds for each kernel: few of them.

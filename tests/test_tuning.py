@@ -158,6 +158,12 @@ TILES = {
     "a negative number": {"stages": -1},
     "a text": {"warps": "8"},
     "an unknown field": {"color": 1},
+    "more rows than there are": {"rows": 2**40},
+    "more warps than there are": {"warps": 32},
+    "a billion stages": {"stages": 10**9},
+    "no band": {"band": 0},
+    "no number": {"band": True},
+    "less than a matrix instruction": {"depth": 8},
 }
 
 
@@ -188,14 +194,108 @@ def test_a_tile_that_no_kernel_takes_is_damage(changes):
     assert_ignored_with_one_warning()
 
 
-def test_a_directory_that_cannot_be_written_is_named_with_its_remedy(folder):
-    folder.write_text("a file, where a directory should be")
-    with pytest.warns(UserWarning, match="Delete it"):  # it cannot be read either
-        tuning.known()
+@pytest.mark.parametrize("changes", ({"depth": 64}, {"columns": 256}), ids=str)
+def test_a_tile_that_parts_a_block_of_scales_is_damage(changes):
+    blockwise = tiles.gemm_tile("nvidia", "sm_90", "blockwise", RowClass.LARGE)
+    tuning.store({SITE._replace(kind="blockwise"): Found(blockwise, 1.1)})
+    change()
+    assert tuning.known()
+    change(tile=blockwise._asdict() | changes)
+    assert_ignored_with_one_warning()
+
+
+@pytest.mark.parametrize("speedup", (0, -1.5, float("nan"), float("inf"), True, "2"))
+def test_a_speedup_that_is_none_is_damage(speedup):
+    tuning.store({SITE: Found(OTHER, 1.1)})
+    change(speedup=speedup)
+    assert_ignored_with_one_warning()
+
+
+@pytest.mark.parametrize("kernel", ("gemm", "wgrad"))
+@pytest.mark.parametrize("kind", ("16 bit", "32 bit", "rowwise", "blockwise", "mx upcast"))
+def test_every_shipped_tile_could_have_been_found(kernel, kind):
+    shipped = (
+        [tiles.wgrad_tile("nvidia", "sm_90", kind)]
+        if kernel == "wgrad"
+        else [tiles.gemm_tile("nvidia", "sm_90", kind, rows) for rows in RowClass]
+    )
+    for tile in shipped:
+        tuning._check({**SITE._replace(kernel=kernel, kind=kind)._asdict(), "tile": tile._asdict(), "speedup": 1})
+
+
+def assert_unusable(reason: str) -> None:
+    """Reading and storing warn, and name the remedy; calls go on, in this process with what was found."""
     with pytest.warns(UserWarning, match="Set GROUPED_GEMM_CACHE_DIR") as caught:
+        assert tuning.gemm_tile(*USE) == SHIPPED
         tuning.store({SITE: Found(OTHER, 1.1)})
-    assert str(caught[0].message).startswith(f"{folder}: ")
-    assert tuning.gemm_tile(*USE) == OTHER  # in this process
+    assert [reason in str(warning.message) for warning in caught] == [True, True]
+    assert tuning.gemm_tile(*USE) == OTHER
+
+
+def test_a_directory_that_is_a_file_is_named_with_its_remedy(folder):
+    folder.write_text("a file, where a directory should be")
+    assert_unusable(str(folder))
+
+
+def test_a_home_directory_that_is_not_there_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", "~no_such_user_/x")
+    assert_unusable("no home directory for ~no_such_user_/x")
+
+
+def test_no_home_directory_at_all_is_named_with_its_remedy(monkeypatch):
+    def no_home(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("GROUPED_GEMM_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    assert_unusable("no home directory for ~/.cache/grouped_gemm")
+
+
+def test_a_lock_that_is_a_link_is_not_followed(folder):
+    folder.mkdir()
+    precious, new = folder / "precious", folder / "new"
+    precious.write_text("precious")
+    for target in (precious, new):
+        lock = folder / f"tiles-{tuning.SCHEMA}.lock"
+        lock.unlink(missing_ok=True)
+        lock.symlink_to(target)
+        tuning.store({SITE: Found(OTHER, 1.1)})
+    assert precious.read_text() == "precious" and not new.exists()
+    in_a_new_process()
+    assert tuning.gemm_tile(*USE) == OTHER
+
+
+def test_a_lock_is_not_emptied(folder):
+    folder.mkdir()
+    lock = folder / f"tiles-{tuning.SCHEMA}.lock"
+    lock.write_text("precious")
+    tuning.store({SITE: Found(OTHER, 1.1)})
+    assert lock.read_text() == "precious"
+
+
+def test_a_file_that_is_a_link_is_read_and_then_replaced(folder, tmp_path):
+    tuning.store({SITE: Found(OTHER, 1.1)})
+    elsewhere = tmp_path / "elsewhere.json"
+    tuning.path().rename(elsewhere)
+    tuning.path().symlink_to(elsewhere)
+    before = elsewhere.read_text()
+    in_a_new_process()
+    assert tuning.gemm_tile(*USE) == OTHER
+    tuning.store({SITE._replace(gpu="NVIDIA H100"): Found(OTHER, 1.1)})
+    assert elsewhere.read_text() == before and not tuning.path().is_symlink()
+
+
+def test_what_is_in_the_place_of_a_temporary_file_is_left_alone(folder, monkeypatch):
+    folder.mkdir()
+    monkeypatch.setattr(os, "urandom", bytes)
+    precious = folder / "precious"
+    precious.write_text("precious")
+    guessed = folder / f"tiles-{tuning.SCHEMA}.json.{bytes(8).hex()}.tmp"
+    guessed.symlink_to(precious)
+    with pytest.warns(UserWarning, match="File exists"):
+        tuning.store({SITE: Found(OTHER, 1.1)})
+    assert precious.read_text() == "precious"
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch):
@@ -339,7 +439,7 @@ def test_variants_are_tiles_that_the_kernels_allow(kernel, kind):
     shipped = tiles.wgrad_tile("nvidia", "sm_90", kind)
     for variants in (tuning._sides, tuning._depths, tuning._stages, tuning._bands):
         for tile in variants(site, shipped):
-            tuning._check({"tile": tile._asdict(), "speedup": 1})
+            tuning._check({**site._asdict(), "tile": tile._asdict(), "speedup": 1})
             assert 128 % tile.depth == 0
             if kind == "blockwise":
                 assert tile.depth == 128 and (kernel == "wgrad" or 128 % tile.columns == 0)

@@ -11,6 +11,7 @@ import functools
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -139,14 +140,23 @@ def _find_nvcc() -> str | None:
 
 
 def _cache_directory() -> Path | None:
-    """A directory of this node that nobody else writes to; None where there is none: kernels are loaded from it."""
+    """A directory of this node that nobody else writes to; None where there is none: kernels are loaded from it.
+
+    Nor may anybody else put another one in its place, or in that of a directory above it. The path has no links.
+    """
     if not hasattr(os, "getuid"):
         return None
-    directory = Path(tempfile.gettempdir()) / f"grouped_gemm-deep_gemm-{os.getuid()}"
     try:
+        directory = Path(tempfile.gettempdir()).resolve() / f"grouped_gemm-deep_gemm-{os.getuid()}"
         directory.mkdir(mode=0o700, exist_ok=True)
         status = directory.lstat()
+        is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
+        return directory if is_private and all(_keeps(parent.lstat()) for parent in directory.parents) else None
     except OSError:
         return None
-    is_private = directory.is_dir() and not directory.is_symlink() and status.st_uid == os.getuid()
-    return directory if is_private and not status.st_mode & 0o022 else None
+
+
+def _keeps(parent: os.stat_result) -> bool:
+    """Whether what is in a directory can be replaced by its owner and by root only."""
+    others_write, is_sticky = parent.st_mode & 0o022, parent.st_mode & stat.S_ISVTX
+    return parent.st_uid in (0, os.getuid()) and (not others_write or bool(is_sticky))

@@ -13,8 +13,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import threading
-import typing
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,7 +34,9 @@ from grouped_gemm.problem import RowClass
 SCHEMA = 1  # of the file; another number is another file
 MARGIN = 1.02  # how many times as fast as the shipped tile one must be: repeated medians differ by up to 1%
 _POWERS_OF_TWO = ("rows", "columns", "depth", "warps")
-_TYPES = typing.get_type_hints(Tile)
+_BOUNDS = {
+    "rows": (16, 256), "columns": (16, 256), "depth": (16, 128), "warps": (1, 16), "stages": (1, 16), "band": (1, 16),
+}  # fmt: skip
 
 
 class Site(NamedTuple):
@@ -171,10 +173,17 @@ def path() -> Path:
 def known() -> dict[Site, Found]:
     """What was found for this Triton and these kernels, here or in an earlier process: the file, read once.
 
-    A damaged file is ignored with a warning.
+    A file that is damaged or cannot be read is ignored with a warning.
     """
     try:
         entries = _entries()
+    except OSError as error:
+        warnings.warn(
+            f"tiles-{SCHEMA}.json: expected a file that can be read; found {error}. Shipped tiles are used. Set "
+            "GROUPED_GEMM_CACHE_DIR to a directory that can be read and written.",
+            stacklevel=2,
+        )
+        return {}
     except DAMAGE as error:
         warnings.warn(
             f"{path()}: expected tiles that a search has found; found {type(error).__name__}: {error}. The file is "
@@ -214,16 +223,20 @@ def _site(entry: dict[str, Any]) -> Site:
 
 
 def _check(entry: dict[str, Any]) -> None:
-    """The tile of an entry is one that a kernel can be launched with."""
-    tile = Tile(**entry["tile"])
+    """The tile of an entry is one that its kernel takes, no larger than a search tries."""
+    site, tile = _site(entry), Tile(**entry["tile"])
     for name, value in tile._asdict().items():
-        is_number = isinstance(value, int) and not isinstance(value, bool)
-        if not isinstance(value, _TYPES[name]) or (is_number and value < 0):
-            raise TypeError(f"{name} of a tile is {value!r}")
-    if any(value < 1 or value & (value - 1) for value in (getattr(tile, name) for name in _POWERS_OF_TWO)):
+        least, most = _BOUNDS[name]
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{name} of a tile is {value!r}, and not from {least} to {most}")
+    if any(value & (value - 1) for value in (getattr(tile, name) for name in _POWERS_OF_TWO)):
         raise ValueError(f"no powers of two: {tile}")
-    if not isinstance(entry["speedup"], (int, float)):
-        raise TypeError(f"speedup is {entry['speedup']!r}")
+    if site.kind in ("blockwise", "mx", "mx upcast") and tile.depth != 128:
+        raise ValueError(f"depth of a tile is {tile.depth}, and a block of scales 128")
+    if (site.kernel, site.kind) == ("gemm", "blockwise") and tile.columns > 128:
+        raise ValueError(f"a tile has {tile.columns} columns, and a block of scales 128")
+    if type(entry["speedup"]) not in (int, float) or not 0 < entry["speedup"] < math.inf:
+        raise ValueError(f"speedup is {entry['speedup']!r}")
 
 
 @functools.cache
@@ -242,8 +255,8 @@ def store(found: dict[Site, Found]) -> None:
     file as it was before or after. Where the directory cannot be written, a warning says so.
     """
     known().update(found)
-    file = path()
     try:
+        file = path()
         file.parent.mkdir(parents=True, exist_ok=True)
         with locked(file.with_suffix(".lock")):
             try:
@@ -255,7 +268,7 @@ def store(found: dict[Site, Found]) -> None:
             replace(file, json.dumps({"schema": SCHEMA, "tiles": kept + new}, indent=1))
     except OSError as error:
         warnings.warn(
-            f"{file.parent}: expected a directory to keep tiles in; found {error}. This process uses what it found, "
+            f"tiles-{SCHEMA}.json: expected a directory to keep it in; found {error}. This process uses what it found, "
             "later ones have to search again. Set GROUPED_GEMM_CACHE_DIR to a directory that can be written.",
             stacklevel=2,
         )
