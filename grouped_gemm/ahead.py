@@ -216,6 +216,7 @@ def warmup(
     if not isinstance(b, QuantizedWeights):
         arguments.check_tensor("b", b, (3,), arguments.DTYPES)
     arguments.check_options(out_dtype, group_alignment)
+    arguments.check_bool("training", training)
     row_classes = dict.fromkeys(map(_row_class, (rows,) if isinstance(rows, (str, RowClass)) else rows))
     options = {
         "recipe": recipe,

@@ -21,6 +21,8 @@ from grouped_gemm.tracing import holds
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+MOST_ROWS = 2**31 - 1  # that offs, which is int32, can speak of
+_OTHER_INTEGERS = (torch.int64, torch.int16, torch.int8, torch.uint8)
 _DTYPE_NAMES = ", ".join(map(dtype_name, DTYPES))
 
 
@@ -34,20 +36,28 @@ def check_tensor(argument: str, value: Any, dims: tuple[int, ...], dtypes: tuple
 
     Raises:
         TypeError: it is no tensor.
-        ValueError: rank or dtype is another.
+        ValueError: rank or dtype is another, or it is sparse or nested.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a torch.Tensor; found {type(value).__name__}")
-    if value.dim() not in dims:
-        fail(argument, f"a tensor of rank {' or '.join(map(str, dims))}", f"{value.dim()}, shape {tuple(value.shape)}")
+    if value.is_nested:  # before its shape, which some of them do not have
+        fail(argument, "a dense tensor, as values() of a jagged one is", "a nested tensor")
     if value.layout is not torch.strided:
         fail(argument, "a dense tensor", value.layout)
+    if value.dim() not in dims:
+        fail(argument, f"a tensor of rank {' or '.join(map(str, dims))}", f"{value.dim()}, shape {tuple(value.shape)}")
     if value.dtype not in dtypes:
         fail(f"{argument}.dtype", "one of " + ", ".join(map(dtype_name, dtypes)), dtype_name(value.dtype))
 
 
 def check_offs(offs: Tensor, num_groups: int | None, device: torch.device) -> None:
     """``offs`` has one int32 end row per group, on the operands' device."""
+    if isinstance(offs, Tensor) and offs.dtype in _OTHER_INTEGERS:
+        fail(
+            "offs.dtype",
+            "int32: offs.int() if these are end rows, offs.cumsum(0, dtype=torch.int32) if they are group sizes",
+            dtype_name(offs.dtype),
+        )
     check_tensor("offs", offs, (1,), (torch.int32,))
     if offs.device != device:
         fail("offs.device", f"{device}, where a is", offs.device)
@@ -70,12 +80,27 @@ def check_tangents(**operands: Any) -> None:
 
 def check_options(out_dtype: torch.dtype | None, group_alignment: int) -> None:
     """``out_dtype`` and ``group_alignment`` are such values."""
-    if out_dtype is not None and out_dtype not in DTYPES:
-        fail("out_dtype", f"one of {_DTYPE_NAMES}", out_dtype)
+    check_dtype("out_dtype", out_dtype)
     if isinstance(group_alignment, bool) or not isinstance(group_alignment, int):
         raise TypeError(f"group_alignment: expected an int; found {type(group_alignment).__name__}")
-    if group_alignment < 1:
-        fail("group_alignment", "at least 1", group_alignment)
+    if not 1 <= group_alignment <= MOST_ROWS:
+        fail("group_alignment", f"at least 1 and at most {MOST_ROWS}, the largest end row", group_alignment)
+
+
+def check_dtype(argument: str, dtype: Any) -> None:
+    """``dtype`` is one that operands may have, or None."""
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in DTYPES):
+        fail(argument, f"one of {_DTYPE_NAMES}", dtype)
+
+
+def check_bool(argument: str, value: Any) -> None:
+    """``value`` is True or False.
+
+    Raises:
+        TypeError: it is something else, even if that has a truth.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{argument}: expected a bool; found {type(value).__name__}")
 
 
 def check_operands(a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None) -> None:
@@ -124,8 +149,7 @@ def check_weights(b: Tensor, scale: Tensor | None, dtype: torch.dtype | None) ->
     check_tensor("b", b, (3,), DTYPES if scale is None else FP8_DTYPES)
     if min(b.shape) < 1:
         fail("b", "E, K and N of at least 1", tuple(b.shape))
-    if dtype is not None and dtype not in DTYPES:
-        fail("dtype", f"one of {_DTYPE_NAMES}", dtype)
+    check_dtype("dtype", dtype)
 
 
 def as_scale(scale: Tensor, b: Tensor, recipe: Recipe) -> Tensor:
@@ -215,7 +239,10 @@ def checked_offs(offs: Tensor, num_rows: int, group_alignment: int) -> Tensor:
         ValueError: ends are out of order, outside [0, M], or a group's size breaks the promise of its alignment.
     """
     start = 0
-    for e, end in enumerate(offs.tolist()):
+    ends = offs.tolist()
+    if ends != sorted(ends) and min(ends) >= 0 and sum(ends) == num_rows:
+        fail("offs", "end rows: offs.cumsum(0, dtype=torch.int32)", f"group sizes, whose sum is M = {num_rows}")
+    for e, end in enumerate(ends):
         if not 0 <= end <= num_rows:
             fail(f"offs[{e}]", f"an end row from 0 to M = {num_rows}", end)
         if end < start:

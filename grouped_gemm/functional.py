@@ -175,13 +175,14 @@ def quantize_weights(
             GROUPED_GEMM_VALIDATE=1 also where a recipe wants powers of two and a scale is none.
         NoBackendError: no backend, or not the one that was asked for, runs the recipe.
     """
+    arguments.check_bool("dgrad", dgrad)
     recipe = Recipe.parse(recipe)
     if not recipe.is_scaled:
         arguments.fail("recipe", "one that scales", recipe.value)
     b, scale = shards.local(b=b, scale=scale)
     arguments.check_weights(b, scale, dtype)
     if scale is not None:
-        scale = arguments.as_scale(materialized(scale.detach()) if isinstance(scale, Tensor) else scale, b, recipe)
+        scale = materialized(arguments.as_scale(scale, b, recipe))
     b, b_contiguous = dense_weights(b.detach())
     if dtype is None:
         dtype = b.dtype if scale is None else torch.bfloat16

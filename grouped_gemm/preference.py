@@ -177,8 +177,11 @@ def prefer(kernel_preference: KernelPreference | str | None = None, *, host_sync
             What is not given stays as the surrounding block has it.
 
     Raises:
+        TypeError: ``host_sync`` is no bool.
         ValueError: no backend has this name.
     """
+    if host_sync is not None and not isinstance(host_sync, bool):
+        raise TypeError(f"host_sync: expected a bool; found {type(host_sync).__name__}")
     before = surrounding.kernel_preference, surrounding.host_sync
     if kernel_preference is not None:
         surrounding.kernel_preference = KernelPreference.parse(kernel_preference)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from grouped_gemm import QuantizedWeights, Recipe, explain, grouped_mm, quantize_weights
+from grouped_gemm import QuantizedWeights, Recipe, explain, grouped_mm, override_torch, prefer, quantize_weights, warmup
 from grouped_gemm.preference import SWITCHES
 
 M, E, K, N = 12, 3, 48, 32
@@ -29,6 +30,11 @@ def ones(*shape: int, dtype: torch.dtype = BF16, device: str = "cpu") -> torch.T
 
 def ends(*values: int, dtype: torch.dtype = torch.int32, device: str = "cpu") -> torch.Tensor:
     return torch.tensor(values, dtype=dtype, device=device)
+
+
+def nested(*shape: int, layout: torch.layout = torch.strided) -> torch.Tensor:
+    """Two tensors in one, the second of twice as many rows."""
+    return torch.nested.nested_tensor([ones(*shape), ones(2 * shape[0], *shape[1:])], layout=layout)
 
 
 def assert_named(error: type[Exception], function: Any, arguments: dict[str, Any], words: tuple[str, str, str]) -> None:
@@ -81,7 +87,24 @@ BAD_CALLS = {
     "b is on another device": ({"b": ones(E, K, N, device="meta")}, ValueError, ("b.device", "cpu", "meta")),
     "offs is a list": ({"offs": [4, 4, 12]}, TypeError, ("offs", "torch.Tensor", "list")),
     "offs is None": ({"offs": None}, TypeError, ("offs", "torch.Tensor", "NoneType")),
-    "offs is int64": ({"offs": ends(4, 4, 12, dtype=torch.int64)}, ValueError, ("offs.dtype", "int32", "int64")),
+    "offs is int64": ({"offs": ends(4, 4, 12, dtype=torch.int64)}, ValueError, ("offs.dtype", "offs.int()", "int64")),
+    "offs is sizes": (
+        {"offs": ends(4, 0, 8, dtype=torch.int64)},
+        ValueError,
+        ("offs.dtype", "offs.cumsum(0, dtype=torch.int32) if they are group sizes", "int64"),
+    ),
+    "a is nested": ({"a": nested(M, K)}, ValueError, ("a", "a dense tensor", "nested")),
+    "a is jagged": ({"a": nested(M, K, layout=torch.jagged)}, ValueError, ("a", "a dense tensor", "nested")),
+    "b is nested": ({"b": nested(K, N)}, ValueError, ("b", "a dense tensor", "nested")),
+    "b is jagged": ({"b": nested(K, N, layout=torch.jagged)}, ValueError, ("b", "a dense tensor", "nested")),
+    "offs is nested": ({"offs": nested(2).int()}, ValueError, ("offs", "a dense tensor", "nested")),
+    "bias is nested": ({"bias": nested(N)}, ValueError, ("bias", "a dense tensor", "nested")),
+    "a is sparse": ({"a": ones(M, K).to_sparse()}, ValueError, ("a", "a dense tensor", "torch.sparse_coo")),
+    "a is compressed": ({"a": ones(M, K).to_sparse_csr()}, ValueError, ("a", "a dense tensor", "torch.sparse_csr")),
+    "b is sparse": ({"b": ones(E, K, N).to_sparse()}, ValueError, ("b", "a dense tensor", "torch.sparse_coo")),
+    "offs is sparse": ({"offs": ends(4, 4, 12).to_sparse()}, ValueError, ("offs", "a dense tensor", "sparse_coo")),
+    "bias is sparse": ({"bias": ones(E, N).to_sparse()}, ValueError, ("bias", "a dense tensor", "torch.sparse_coo")),
+    "a is complex": ({"a": ones(M, K, dtype=torch.complex64)}, ValueError, ("a.dtype", "bfloat16", "complex64")),
     "offs is float32": ({"offs": ends(4, 4, 12, dtype=torch.float32)}, ValueError, ("offs.dtype", "int32", "float32")),
     "offs has 2 dimensions": (
         {"offs": ends(4, 4, 12).view(1, 3)},
@@ -107,9 +130,21 @@ BAD_CALLS = {
         ValueError,
         ("out_dtype", "bfloat16, float16, float32", "float8_e4m3fn"),
     ),
+    "out_dtype is a tensor": ({"out_dtype": torch.ones(2)}, ValueError, ("out_dtype", "bfloat16", "tensor([1., 1.])")),
+    "out_dtype is a NumPy dtype": ({"out_dtype": numpy.float32}, ValueError, ("out_dtype", "bfloat16", "numpy")),
     "out_dtype is a name": ({"out_dtype": "float32"}, ValueError, ("out_dtype", "bfloat16", "float32")),
     "group_alignment is 0": ({"group_alignment": 0}, ValueError, ("group_alignment", "at least 1", "0")),
     "group_alignment is negative": ({"group_alignment": -16}, ValueError, ("group_alignment", "at least 1", "-16")),
+    "group_alignment is beyond all rows": (
+        {"group_alignment": 10**30},
+        ValueError,
+        ("group_alignment", "at most 2147483647", str(10**30)),
+    ),
+    "group_alignment is a NumPy number": (
+        {"group_alignment": numpy.int64(16)},
+        TypeError,
+        ("group_alignment", "int", "int64"),
+    ),
     "group_alignment is True": ({"group_alignment": True}, TypeError, ("group_alignment", "int", "bool")),
     "group_alignment is a float": ({"group_alignment": 16.0}, TypeError, ("group_alignment", "int", "float")),
     "group_alignment is None": ({"group_alignment": None}, TypeError, ("group_alignment", "int", "NoneType")),
@@ -163,6 +198,11 @@ CHECKPOINT = {"b": ones(E, 160, 130).to(torch.float8_e4m3fn), "recipe": "fp8_blo
 BAD_WEIGHTS = {
     "b is a list": (WEIGHTS | {"b": [1.0]}, TypeError, ("b", "torch.Tensor", "list")),
     "b has 2 dimensions": (WEIGHTS | {"b": ones(K, N)}, ValueError, ("b", "rank 3", "2, shape (48, 32)")),
+    "b is nested": (WEIGHTS | {"b": nested(K, N)}, ValueError, ("b", "a dense tensor", "nested")),
+    "b is sparse": (WEIGHTS | {"b": ones(E, K, N).to_sparse()}, ValueError, ("b", "a dense tensor", "sparse_coo")),
+    "dgrad is a word": (WEIGHTS | {"dgrad": "no"}, TypeError, ("dgrad", "bool", "str")),
+    "dgrad is a number": (WEIGHTS | {"dgrad": 1}, TypeError, ("dgrad", "bool", "int")),
+    "dtype is a name": (WEIGHTS | {"dtype": "bf16"}, ValueError, ("dtype", "bfloat16", "bf16")),
     "b has no groups": (WEIGHTS | {"b": ones(0, K, N)}, ValueError, ("b", "at least 1", "(0, 48, 32)")),
     "b is int8": (WEIGHTS | {"b": ones(E, K, N, dtype=torch.int8)}, ValueError, ("b.dtype", "bfloat16", "int8")),
     "b is fp8 without scale": (CHECKPOINT | {"scale": None}, ValueError, ("scale", "weights that are fp8", "None")),
@@ -189,6 +229,11 @@ BAD_WEIGHTS = {
         ("b.dtype", "float8_e4m3fn", "float8_e4m3fnuz"),
     ),
     "scale is a number": (CHECKPOINT | {"scale": 1.0}, TypeError, ("scale", "torch.Tensor", "float")),
+    "scale is nested": (
+        CHECKPOINT | {"scale": nested(2, 2).float()},
+        ValueError,
+        ("scale", "a dense tensor", "nested"),
+    ),
     "scale has 2 dimensions": (
         CHECKPOINT | {"scale": torch.ones(2, 2)},
         ValueError,
@@ -366,6 +411,8 @@ def test_what_does_not_fit_quantized_weights_is_named(change, words):
 BAD_OFFS = {
     "out of order": (ends(4, 2, 12), 1, ("offs[1]", "at least offs[0] = 4", "2")),
     "past M": (ends(4, 8, 13), 1, ("offs[2]", "from 0 to M = 12", "13")),
+    "sizes of groups": (ends(4, 0, 8), 4, ("offs", "offs.cumsum(0, dtype=torch.int32)", "whose sum is M = 12")),
+    "negative, and M in sum": (ends(20, -20, 12), 1, ("offs[0]", "from 0 to M = 12", "20")),
     "negative": (ends(-1, 4, 12), 1, ("offs[0]", "from 0 to M = 12", "-1")),
     "negative later": (ends(4, -4, 12), 1, ("offs[1]", "from 0 to M = 12", "-4")),
     "a broken promise": (ends(4, 8, 11), 4, ("offs[2]", "multiple of group_alignment = 4", "3")),
@@ -397,6 +444,37 @@ def test_validation_changes_nothing_where_all_is_well(monkeypatch, good):
 def test_validation_allows_rows_past_the_last_group_and_groups_without_rows(monkeypatch):
     monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
     assert grouped_mm(**GOOD | {"offs": ends(0, 8, 8)})[8:].count_nonzero() == 0
+
+
+OPTIONS = {
+    "prefer": (prefer, {"host_sync": "no"}, ("host_sync", "bool", "str")),
+    "prefer a number": (prefer, {"host_sync": 0}, ("host_sync", "bool", "int")),
+    "override_torch": (override_torch, {"group_alignment": "16"}, ("group_alignment", "int", "str")),
+    "warmup": (warmup, {"b": GOOD["b"], "training": "no"}, ("training", "bool", "str")),
+}
+
+
+@pytest.mark.parametrize(("function", "arguments", "words"), OPTIONS.values(), ids=OPTIONS)
+def test_an_option_of_another_type_is_named(function, arguments, words):
+    def enter(**arguments: Any) -> None:
+        with function(**arguments):
+            pass
+
+    assert_named(TypeError, enter, arguments, words)
+
+
+@pytest.mark.parametrize("function", (override_torch, warmup))
+def test_an_alignment_beyond_all_rows_is_named_everywhere(function):
+    def enter(**arguments: Any) -> None:
+        with function(**arguments):
+            pass
+
+    arguments = {"group_alignment": 2**31} | ({"b": GOOD["b"]} if function is warmup else {})
+    assert_named(ValueError, enter, arguments, ("group_alignment", "at most 2147483647", "2147483648"))
+
+
+def test_the_largest_alignment_is_one():
+    assert not grouped_mm(**GOOD | {"offs": ends(0, 0, 0)}, group_alignment=2**31 - 1).any()
 
 
 def test_forward_mode_derivatives_are_refused_and_not_lost():
