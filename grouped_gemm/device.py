@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from importlib import metadata
@@ -37,12 +38,14 @@ class Machine:
         name: the device's own name, for people.
         versions: (name, version) of torch, triton, deep_gemm, cuda and rocm, as far as they are there. "mslk" are the
             kernels of that library that torch itself was built with, and have its version.
+        interprets: whether Triton interprets kernels in this process instead of compiling them.
     """
 
     vendor: str
     arch: str
     name: str
     versions: tuple[tuple[str, str], ...] = ()
+    interprets: bool = False
 
     @property
     def is_gpu(self) -> bool:
@@ -124,12 +127,29 @@ def is_capturing(x: Tensor) -> bool:
 @functools.cache
 def _probe(device_type: str, index: int | None) -> Machine:
     if device_type != "cuda":
-        return Machine(device_type, device_type, device_type, _versions())
+        return Machine(device_type, device_type, device_type, _versions(), _interprets())
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         # "gfx942:sramecc+:xnack-" -> "gfx942"
-        return Machine("amd", properties.gcnArchName.split(":")[0], properties.name, _versions())
-    return Machine("nvidia", f"sm_{properties.major}{properties.minor}", properties.name, _versions())
+        return Machine("amd", properties.gcnArchName.split(":")[0], properties.name, _versions(), _interprets())
+    return Machine("nvidia", f"sm_{properties.major}{properties.minor}", properties.name, _versions(), _interprets())
+
+
+@functools.cache
+def _interprets() -> bool:
+    """Whether Triton interprets kernels.
+
+    Triton reads TRITON_INTERPRET at every ``@triton.jit``, which includes its own library at its import. A later change
+    would mix kernels of both kinds, which cannot call each other. So the first answer holds for the process.
+    """
+    if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
+        return False
+    try:
+        import triton.language
+        from triton.runtime.interpreter import InterpretedFunction
+    except ImportError:  # a run of the backend says what is missing
+        return True
+    return isinstance(triton.language.zeros, InterpretedFunction)
 
 
 @functools.cache

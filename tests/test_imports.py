@@ -41,17 +41,18 @@ LAYERS = (
     ("kernels.hopper", "kernels.layouts_hipblaslt", "kernels.layouts_torch"),
     ("kernels", "kernels.*"),
     ("operand", "ops", "problem", "reference"),
-    ("device", "preference", "recipes"),
+    ("device", "kernels.interpreter", "preference", "recipes"),
     ("files", "timing", "vmap"),
 )
 
 # What may be imported besides the standard library: whenever the module is, or inside a function.
 EVERYWHERE = {"torch", "packaging"}
-AT_ONCE = {"kernels.*": {"triton"}}
+AT_ONCE = {"kernels.*": {"triton"}, "kernels.interpreter": {"numpy"}}
 WHEN_USED = {
     "backends._deep_gemm": {"deep_gemm"},
     "backends.triton": {"triton"},
     "demo": {"matplotlib", "tqdm"},
+    "device": {"triton"},
     "integrations.*": {"torchao", "torchtitan", "transformers"},
 }
 
@@ -184,7 +185,7 @@ import json, sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {packages!r}:
-            raise ImportError(name + " is not here")
+            raise ModuleNotFoundError(name + " is not here")
 
 sys.meta_path.insert(0, Missing())
 import torch

@@ -1,21 +1,106 @@
-"""Runs `tests/interpreter`, whose kernels Triton interprets, in a process of its own: the mode is per process."""
+"""Kernels that Triton interprets, in processes of their own: the mode is per process."""
 
 from __future__ import annotations
 
-import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
+
+from grouped_gemm import Machine
+from grouped_gemm.backends import get_backend
+from grouped_gemm.preference import KernelPreference
+from grouped_gemm.problem import Problem, RowClass
 
 pytest.importorskip("triton")
 
-TESTS = Path(__file__).parent
+FILES = sorted(path.name for path in Path(__file__).with_name("interpreter").glob("test_*.py"))
+SLOWEST = ("test_products.py", "test_deepgemm.py")
 
 
-def test_kernels_under_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(TESTS.parent), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "interpreter"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """Log and exit code of each file of tests/interpreter."""
+    logs = tmp_path_factory.mktemp("interpreted")
+    environment = processes.environment(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+    def run(file: str) -> tuple[Path, int]:
+        log = logs / f"{file}.log"
+        path = Path(__file__).with_name("interpreter") / file
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", path]
+        return log, processes.run(command, log, environment)
+
+    with processes.two_at_a_time(request, "file", run) as running:
+        yield running
+
+
+@pytest.mark.parametrize("file", sorted(FILES, key=lambda file: file not in SLOWEST))  # those first
+def test_kernels_under_the_interpreter(file, runs):
+    log, code = runs[file].result()
+    text = log.read_text()
+    failing = re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE)
+    assert code == 0, "\n".join([f"exit code {code}; all of it is in {log}", *failing, text[-6000:]])
+
+
+CALL = """
+import os, sys, torch
+from grouped_gemm import NoBackendError, grouped_mm
+
+a, b, offs = torch.randn(4, 16).bfloat16(), torch.randn(1, 16, 16).bfloat16(), torch.tensor([4], dtype=torch.int32)
+
+def call(recipe=None):
+    try:
+        y = grouped_mm(a, b, offs, recipe=recipe, kernel_preference="triton")
+    except NoBackendError as error:
+        return str(error)
+    right = grouped_mm(a, b, offs, recipe=recipe, kernel_preference="emulated")
+    return "right" if torch.allclose(y, right, rtol=1e-2, atol=1e-2) else "wrong"
+
+"""
+
+
+def printed(script: str, **variables: str | None) -> list[str]:
+    """The lines that ``script``, after CALL, prints in a new process."""
+    environment = processes.environment(CUDA_VISIBLE_DEVICES="", **variables)
+    done = subprocess.run([sys.executable, "-c", CALL + script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_process_that_starts_interpreting_goes_on():
+    """Kernels that are first launched after the change are imported before it."""
+    script = "print(call()); os.environ['TRITON_INTERPRET'] = '0'; print(call()); print(call('fp8_blockwise'))"
+    assert printed(script, TRITON_INTERPRET="1") == ["right"] * 3
+
+
+@pytest.mark.parametrize("before", ("call()", "import triton"))
+def test_a_process_cannot_start_interpreting_later(before):
+    script = f"{before}; os.environ['TRITON_INTERPRET'] = '1'; print(call().replace(chr(10), ' '))"
+    (refusal,) = printed(script, TRITON_INTERPRET=None)
+    assert "found cpu" in refusal and "set TRITON_INTERPRET=1 when the process starts" in refusal
+
+
+def test_a_missing_numpy_is_named():
+    script = "sys.modules['numpy'] = None; print(call().replace(chr(10), ' '))"
+    (refusal,) = printed(script, TRITON_INTERPRET="1")
+    assert "is installed but broken" in refusal and "needs numpy" in refusal
+
+
+@pytest.mark.parametrize(
+    "vendor, interprets, runs",
+    (
+        ("cpu", True, True),
+        ("cpu", False, False),
+        ("nvidia", True, False),
+        ("nvidia", False, True),
+        ("amd", True, False),
+        ("meta", True, False),
+    ),
+)
+def test_interpreted_kernels_are_for_a_cpu_and_compiled_ones_for_a_gpu(vendor, interprets, runs):
+    problem = Problem(Machine(vendor, vendor, vendor, interprets=interprets), 1, 16, 16, RowClass.DECODE)
+    first_two = get_backend(KernelPreference.TRITON).requirements[:2]
+    assert all(requirement.holds(problem) for requirement in first_two) is runs

@@ -7,7 +7,6 @@ M, E, K, N: rows, groups, in and out features. D: K or N.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
@@ -43,11 +42,6 @@ _COLUMNS = "triton columns"
 _WEIGHTS = "triton weights"
 
 
-def _runs_interpreted(problem: Problem) -> bool:
-    """On a CPU, Triton interprets kernels where the environment asks for it: right, and slow beyond use."""
-    return problem.machine.vendor == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _requires_gpu_in(archs: tuple[str, ...], purpose: str, concerns: Callable[[Problem], bool]) -> Requirement:
     """The GPU is one of ``archs``, where the problem is one that this ``concerns``."""
     return Requirement(
@@ -66,9 +60,15 @@ class Backend(_GroupedMMBackend):
     requirements = (
         Requirement(
             what="a GPU",
-            holds=lambda p: p.machine.is_gpu or _runs_interpreted(p),
+            holds=lambda p: p.machine.is_gpu or (p.machine.vendor == "cpu" and p.machine.interprets),
             found=lambda p: p.machine.vendor,
-            fix="Use another backend; TRITON_INTERPRET=1 runs the kernels on a CPU, for tests.",
+            fix="Use another backend; for tests, set TRITON_INTERPRET=1 when the process starts.",
+        ),
+        Requirement(
+            what="compiled kernels on a GPU",  # interpreted ones would copy everything to the host
+            holds=lambda p: not (p.machine.is_gpu and p.machine.interprets),
+            found=lambda p: "TRITON_INTERPRET=1",
+            fix="Unset it when the process starts.",
         ),
         _requires_gpu_in((*_NVIDIA, *_AMD), "", lambda p: True),
         requires_triton(),
@@ -79,18 +79,24 @@ class Backend(_GroupedMMBackend):
 
     def health(self, device: torch.device) -> Health:
         """A small ragged product and its wgrad, beside `reference`."""
+        fix = "Install the triton that this torch was built with."
+        if device.type == "cpu":
+            fix = "Triton's interpreter needs numpy, and Triton 3.6 needs numpy<2.4."
         run = TinyRun([3, 3, 20], 24, k=16, n=16)
         a, b, offs = run.operands(device)
         try:
+            if device.type == "cpu":
+                # All at once: Triton reads TRITON_INTERPRET at each of these imports, and it may change in between.
+                from grouped_gemm.kernels import gemm, quantize, quantize_mx, wgrad  # noqa: F401
             y = ops.triton_grouped_mm(a, None, b, None, None, offs, "none", torch.float32)
             db = ops.triton_wgrad(a, None, y.bfloat16(), None, offs, run.num_rows, "none", torch.float32)
         except Exception as error:
-            return Health(f"{type(error).__name__}: {error}", "Install the triton that this torch was built with.")
+            return Health(f"{type(error).__name__}: {error}", fix)
         right_y = reference.grouped_mm(a, b, run.ends, dtype=torch.float32)
         right_db = reference.wgrad(a, y.bfloat16(), run.ends, dtype=torch.float32)
         if torch.allclose(y, right_y, rtol=1e-3, atol=1e-3) and torch.allclose(db, right_db, rtol=1e-3, atol=1e-3):
             return Health()
-        return Health("a tiny product is wrong", "Install the triton that this torch was built with.")
+        return Health("a tiny product is wrong", fix)
 
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
         return OffsetPlan(offs, num_rows)  # the kernels find the groups themselves

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -172,7 +173,18 @@ class Launcher:
         expected, found = self._kernel.arg_names[len(args) :], list(self._constants)
         if found != expected:
             raise ValueError(f"constants: expected {expected}; found {found}")
-        return self._kernel[grid](*args, **self._constants, **self._options)
+        if not _is_interpreted(self._kernel):
+            return self._kernel[grid](*args, **self._constants, **self._options)
+        from grouped_gemm.kernels.interpreter import hardware_arithmetic  # needs numpy
+
+        with hardware_arithmetic():
+            return self._kernel[grid](*args, **self._constants, **self._options)
+
+
+def _is_interpreted(kernel: Any) -> bool:
+    """Whether Triton interprets ``kernel``; does not import Triton's interpreter, which needs numpy."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    return interpreter is not None and isinstance(kernel, interpreter.InterpretedFunction)
 
 
 def _is_watched() -> bool:

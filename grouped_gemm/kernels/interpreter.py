@@ -1,11 +1,19 @@
-"""Puts Triton's interpreter right: it rounds fp8 wrongly, truncates fp32 to bf16, and takes bf16 for its raw bits.
-Before Triton 3.9 it does not know e4m3fnuz either.
+"""Launches under Triton's interpreter, with the arithmetic of the hardware.
 
-`install` sends float conversions through torch and computes bf16 and fp8 operands in fp32, as the hardware does. It
-must run in a process with TRITON_INTERPRET=1, before the first launch. `tl.sum` over bf16 stays wrong: cast first.
+Triton's own interpreter rounds fp8 wrongly, truncates fp32 to bf16, and takes bf16 operands for their raw bits. Before
+Triton 3.9 it does not know e4m3fnuz either. `hardware_arithmetic` sends float conversions through torch and computes
+bf16 and fp8 operands in fp32. It lasts for one launch, so other people's kernels run as they do without this package.
+`tl.sum` over bf16 stays wrong: cast first.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,12 +90,27 @@ def _patch_lang_core(lang, scope):
     scope.set_attr(lang.dtype, "to_ir", with_e4m3fnuz)
 
 
-def install() -> None:
-    """Replaces what rounds wrongly or is missing, in this process."""
-    interpreter._patch_lang_core = _patch_lang_core
-    builder = interpreter.InterpreterBuilder
-    interpreter._convert_float = _convert_float
-    builder.create_dot = _create_dot
-    builder.unary_op = _in_fp32(builder.unary_op, 1)
-    builder.binary_op = _in_fp32(builder.binary_op, 2)
-    builder.ternary_op = _in_fp32(builder.ternary_op, 3)
+_BUILDER = interpreter.InterpreterBuilder
+_REPLACED: tuple[tuple[Any, str, Any], ...] = (
+    (interpreter, "_convert_float", _convert_float),
+    (interpreter, "_patch_lang_core", _patch_lang_core),
+    (_BUILDER, "create_dot", _create_dot),
+    (_BUILDER, "unary_op", _in_fp32(_BUILDER.unary_op, 1)),
+    (_BUILDER, "binary_op", _in_fp32(_BUILDER.binary_op, 2)),
+    (_BUILDER, "ternary_op", _in_fp32(_BUILDER.ternary_op, 3)),
+)
+_lock = threading.RLock()  # the interpreter runs one launch at a time: its state is global
+
+
+@contextmanager
+def hardware_arithmetic() -> Iterator[None]:
+    """Replaces what Triton's interpreter computes wrongly or lacks. Inside it, other threads wait to enter."""
+    with _lock:
+        originals = [getattr(owner, name) for owner, name, _ in _REPLACED]
+        for owner, name, replacement in _REPLACED:
+            setattr(owner, name, replacement)
+        try:
+            yield
+        finally:
+            for (owner, name, _), original in zip(_REPLACED, originals):
+                setattr(owner, name, original)
