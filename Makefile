@@ -1,10 +1,12 @@
-# Every target works in .venv, which is made from constraints.txt when it is missing or older than its inputs.
+# Every target works in VENV, which is made from constraints.txt when it is missing or older than its inputs.
 
 PYTHON ?= python3
 ARGS ?=
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 
-BIN := .venv/bin
-INSTALLED := .venv/.installed
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test gpu lint format clean
@@ -41,7 +43,7 @@ clean: ## remove .venv, caches and build outputs
 
 # Without build isolation the build uses the pinned setuptools, and nothing is fetched beside constraints.txt.
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
-	$(BIN)/python -m pip install --no-build-isolation -c constraints.txt -e '.[demo,test]'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) setuptools
+	$(BIN)/python -m pip install --no-build-isolation -c $(CONSTRAINTS) -e '.[demo,test]'
 	touch $@

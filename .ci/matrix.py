@@ -1,7 +1,7 @@
 """The rows of the CI matrix: `python -m grouped_gemm doctor --json | python .ci/matrix.py [MACHINE ...]`.
 
 Rows of backends that doctor does not list are left out, and so are those of self-hosted machines that are not named
-as arguments: without a runner they would wait in vain.
+as arguments: without a runner they would wait in vain. `row.py` installs and tests a row.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import sys
 from collections.abc import Collection
 from dataclasses import dataclass
 
-CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-OLDEST_TRITON = "3.6.0"  # the floor in pyproject.toml
-NEWEST_TRITON = "3.9.0"
-EXTRAS = {"deepgemm": "deepgemm"}  # what a backend needs installed, as an extra of pyproject.toml
+OLDEST_TRITON = "triton==3.6.0"  # the floors in pyproject.toml
+OLDEST_TORCH = "torch==2.10.0"
+NEWEST_TRITON = "triton==3.9.0"
+NEWEST_TORCH = "torch==2.15.0"
+EXTRAS = {"deepgemm": "deepgemm"}  # what a backend needs installed on its machine, as an extra of pyproject.toml
+ALL = ("emulated", "torch", "triton", "deepgemm", "hipblaslt")
 
 
 @dataclass(frozen=True)
@@ -24,61 +26,91 @@ class Row:
     Attributes:
         name: of the job.
         backends: which it is for; those of this version make the row.
-        pytest: arguments.
+        pytest: arguments; empty: all tests.
+        min_passed: how many tests have to pass at least: fewer are a row that has come to skip or deselect its tests.
         env: environment variables.
-        triton: version; empty: the one that constraints.txt and torch agree on.
-        must_be_ready: whether doctor has to find the backends ready; else they are compiled and not run.
+        python: version.
+        pins: requirements that take the place of those in constraints.txt.
+        without: distributions that are uninstalled again.
+        has_fake_deep_gemm: whether `import deep_gemm` gets tests/fake_deep_gemm.py.
+        must_be_ready: those of the backends that doctor has to find ready.
         machine: label of a self-hosted runner, whose own pip configuration finds the torch of its GPU; empty: hosted.
     """
 
     name: str
-    backends: tuple[str, ...]
+    backends: tuple[str, ...] = ALL
     pytest: str = ""
+    min_passed: int = 1
     env: tuple[tuple[str, str], ...] = ()
-    triton: str = ""
-    must_be_ready: bool = True
+    python: str = "3.11"
+    pins: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    has_fake_deep_gemm: bool = False
+    must_be_ready: tuple[str, ...] = ()
     machine: str = ""
 
-    def job(self, listed: Collection[str]) -> dict[str, object]:
+    def arguments(self) -> list[str]:
+        """Those of pytest."""
+        return [*self.pytest.split(), "--min-passed", str(self.min_passed)]
+
+    def job(self) -> dict[str, object]:
         """The row as the workflow reads it."""
-        backends = [name for name in self.backends if name in listed]
-        env = self.env if self.machine else (("PIP_EXTRA_INDEX_URL", CPU_INDEX), *self.env)
-        return {
-            "name": self.name,
-            "runs_on": ["self-hosted", self.machine] if self.machine else ["ubuntu-latest"],
-            "env": "\n".join(f"{name}={value}" for name, value in env),
-            "extras": ",".join(EXTRAS[name] for name in backends if name in EXTRAS),
-            "triton": self.triton,
-            "ready": backends if self.must_be_ready else [],
-            "pytest": self.pytest,
-        }
+        runs_on = ["self-hosted", self.machine] if self.machine else ["ubuntu-latest"]
+        return {"name": self.name, "runs_on": runs_on, "python": self.python}
+
+
+INTERPRETED = (("TRITON_INTERPRET", "1"),)
 
 
 def _compiled_ahead(triton: str) -> Row:
     return Row(
-        f"triton {triton}, compiled ahead of time",
+        f"{triton}, compiled ahead of time",
         ("triton",),
-        pytest="--backend triton",
-        env=(("TRITON_INTERPRET", "0"),),
-        triton=triton,
-        must_be_ready=False,
+        pytest="tests/test_compile_ahead.py",
+        min_passed=6,
+        pins=(triton,),
     )
 
 
+def _on_a_gpu(name: str, machine: str, *backends: str, pins: tuple[str, ...] = ()) -> Row:
+    return Row(name, backends, min_passed=1000, pins=pins, must_be_ready=backends, machine=machine)
+
+
 ROWS = (
-    Row("emulated", ("emulated",), pytest="--backend emulated"),
-    Row("torch", ("torch",), pytest="--backend torch"),
+    Row("emulated", ("emulated",), pytest="--backend emulated", must_be_ready=("emulated",)),
+    Row("torch", ("torch",), pytest="--backend torch", must_be_ready=("torch",)),
     Row(
         "triton, interpreted",
         ("triton",),
         pytest="--backend triton",
-        env=(("TRITON_INTERPRET", "1"),),
-        triton=NEWEST_TRITON,
+        env=INTERPRETED,
+        pins=(NEWEST_TRITON,),
+        must_be_ready=("triton",),
+    ),
+    Row(
+        "Triton kernels, interpreted",
+        ("triton",),
+        pytest="tests/interpreter",
+        env=INTERPRETED,
+        pins=(NEWEST_TRITON,),
+        must_be_ready=("triton",),
     ),
     _compiled_ahead(OLDEST_TRITON),
     _compiled_ahead(NEWEST_TRITON),
-    Row("Hopper", ("emulated", "torch", "triton", "deepgemm"), machine="hopper"),
-    Row("ROCm", ("emulated", "torch", "triton", "hipblaslt"), machine="rocm"),
+    Row(
+        "fake deep_gemm, interpreted",
+        ("deepgemm",),
+        pytest="tests/test_deepgemm.py tests/test_cli.py tests/interpreter/test_deepgemm.py",
+        env=INTERPRETED,
+        has_fake_deep_gemm=True,
+    ),
+    Row("two processes of gloo", pytest="tests/test_ranks.py tests/test_shards.py"),
+    Row("without triton", without=("triton",), must_be_ready=("emulated", "torch")),
+    Row("oldest Python, torch and triton", python="3.10", pins=(OLDEST_TORCH, OLDEST_TRITON)),
+    Row("newest Python, torch and triton", python="3.13", pins=(NEWEST_TORCH, NEWEST_TRITON)),
+    # deep_gemm is built for one torch, which pins its triton.
+    _on_a_gpu("Hopper", "hopper", "emulated", "torch", "triton", "deepgemm", pins=("torch==2.11.0", "triton==3.6.0")),
+    _on_a_gpu("ROCm", "rocm", "emulated", "torch", "triton", "hipblaslt"),
 )
 
 
@@ -86,14 +118,14 @@ def matrix(listed: Collection[str], machines: Collection[str]) -> dict[str, list
     """The matrix of a version with the backends ``listed``, where the self-hosted ``machines`` are there.
 
     Raises:
-        ValueError: a backend has no row, or no row is for a machine of this name.
+        ValueError: a backend has no row of its own, or no row is for a machine of this name.
     """
-    if unknown := set(listed) - {name for row in ROWS for name in row.backends}:
+    if unknown := set(listed) - {name for row in ROWS if row.backends != ALL for name in row.backends}:
         raise ValueError(f"no row of .ci/matrix.py is for backend {', '.join(sorted(unknown))}")
     if unknown := set(machines) - {row.machine for row in ROWS}:
         raise ValueError(f"no row of .ci/matrix.py is for machine {', '.join(sorted(unknown))}")
     rows = [row for row in ROWS if not row.machine or row.machine in machines]
-    return {"include": [row.job(listed) for row in rows if any(name in listed for name in row.backends)]}
+    return {"include": [row.job() for row in rows if any(name in listed for name in row.backends)]}
 
 
 if __name__ == "__main__":

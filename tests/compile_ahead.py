@@ -65,6 +65,7 @@ def compile_kernel(
     kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], form: Any = ASTSource, **options: int
 ) -> Any:
     """``types`` of arguments that are no integers; ``constants`` of those that are compiled in."""
+    print(f"{kernel.__name__} {constants} {options}", file=sys.stderr, flush=True)  # where it fails or hangs
     names = kernel.arg_names
     free = [name for name in names if name not in constants]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
@@ -331,7 +332,10 @@ def main(arch: str) -> None:
         tile = tiles.wgrad_tile(vendor, arch, kind)
         print(json.dumps(facts_of(f"wgrad {kind} {tuple(tile)}", compile_wgrad(arch, kind, tile))), flush=True)
     tile = tiles.gemm_tile(vendor, arch, "16 bit", RowClass.LARGE)
-    print(json.dumps(facts_of(f"gemm 16 bit {tuple(tile)}, N contiguous", compile_gemm(arch, "16 bit", tile, False))))
+    print(
+        json.dumps(facts_of(f"gemm 16 bit {tuple(tile)}, N contiguous", compile_gemm(arch, "16 bit", tile, False))),
+        flush=True,
+    )
     quantizers = compile_quantizers(arch) if arch in ("sm_90", "gfx942", "gfx950") else {}
     quantizers |= compile_mx_quantizers(arch) if has_fp8 else {}
     quantizers |= compile_deepgemm_quantizers(arch) if arch in ("sm_90", "sm_100") else {}

@@ -18,6 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     names = [kind.value for kind in testing.backend_kinds()]
     parser.addoption("--backend", choices=names, help="run only the tests that are about this backend")
     parser.addoption("--device", help="where the tests of backends run; default: the GPU where there is one, else cpu")
+    parser.addoption("--min-passed", type=int, default=0, help="fail where fewer tests than these have passed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,6 +29,14 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> str:
     backend = config.getoption("--backend") or "all"
     return f"grouped_gemm: backend {backend}, device {_device(config)}"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    passed, least = len(reporter.stats.get("passed", ())), session.config.getoption("--min-passed")
+    if passed < least and session.exitstatus == pytest.ExitCode.OK:
+        reporter.write_line(f"\n--min-passed: expected at least {least} tests to pass; found {passed}", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

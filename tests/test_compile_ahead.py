@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 
 pytest.importorskip("triton")
 
-TESTS = Path(__file__).parent
 # What multiplies MX operands: the matrix cores themselves, or those of bf16 after our kernels have widened them.
 MX = {
     "sm_89": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16",
@@ -32,15 +30,28 @@ EXPECTED = {
 }
 
 
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """Log and exit code of what compiles each architecture's kernels."""
+    logs = tmp_path_factory.mktemp("compiled")
+    script = Path(__file__).with_name("compile_ahead.py")
+
+    def run(arch: str) -> tuple[Path, int]:
+        log = logs / f"{arch}.log"
+        environment = processes.environment(TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(logs / arch))
+        return log, processes.run([sys.executable, script, arch], log, environment)
+
+    with processes.two_at_a_time(request, "arch", run) as running:
+        yield running
+
+
 @pytest.mark.parametrize("arch", EXPECTED)
-def test_shipped_tiles_compile_well(arch, tmp_path):
+def test_shipped_tiles_compile_well(arch, runs):
     instruction, most_shared = EXPECTED[arch]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(TESTS.parent)}
-    command = [sys.executable, TESTS / "compile_ahead.py", arch]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    kernels = [json.loads(line) for line in run.stdout.splitlines()]
+    log, code = runs[arch].result()
+    text = log.read_text()
+    assert code == 0, f"exit code {code}; all of it is in {log}\n{text[-6000:]}"
+    kernels = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert kernels
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
