@@ -18,7 +18,7 @@ from grouped_gemm.problem import Problem, RowClass
 pytest.importorskip("triton")
 
 FILES = sorted(path.name for path in Path(__file__).with_name("interpreter").glob("test_*.py"))
-SLOWEST = ("test_products.py", "test_deepgemm.py")
+SLOWEST = ("test_deepgemm.py", "test_torch_native.py", "test_products.py")
 
 
 @pytest.fixture(scope="module")

@@ -44,9 +44,14 @@ def check(case: Case, device_type: str, meeting: Path) -> None:
     assert not found, "\n\n".join(f"{name}\n{text}" for name, text in found.items())
 
 
-@pytest.mark.parametrize(
-    "case", cases(backends=[KernelPreference.EMULATED], recipes=RECIPES, passes=(TRAINING,), shapes=[SHAPE]), ids=str
+ON_CPU = (
+    (KernelPreference.EMULATED, Recipe.NONE),
+    (KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE),
+    (KernelPreference.TORCH, Recipe.NONE),
 )
+
+
+@pytest.mark.parametrize("case", [Case(*which, passes=TRAINING, shape=SHAPE) for which in ON_CPU], ids=str)
 def test_two_ranks(case, tmp_path):
     check(case, "cpu", tmp_path / "meeting")
 
