@@ -50,7 +50,6 @@ EVERYWHERE = {"torch", "packaging"}
 AT_ONCE = {"kernels.*": {"triton"}, "kernels.interpreter": {"numpy"}}
 WHEN_USED = {
     "backends._deep_gemm": {"deep_gemm"},
-    "backends.triton": {"triton"},
     "demo": {"matplotlib", "tqdm"},
     "device": {"triton"},
     "integrations.*": {"torchao", "torchtitan", "transformers"},
@@ -144,7 +143,7 @@ def in_a_fresh_process(script: str) -> dict[str, Any]:
 def imported() -> dict[str, Any]:
     """The modules that `import grouped_gemm` adds to those of `import torch`, and whether it starts a GPU.
 
-    There seems to be one. Whatever uses it has to call torch.cuda._lazy_init first, tensors on it as well.
+    torch is made to say that it has one. Whatever uses it, tensors too, calls torch.cuda._lazy_init first.
     """
     return in_a_fresh_process(
         """
