@@ -84,7 +84,7 @@ ROWS = (
         "triton, interpreted",
         ("triton",),
         # What is small: an interpreted tile takes milliseconds.
-        pytest="--backend triton -k 'one_row or no_rows or empty_middle or odd or test_export'",
+        pytest="--backend triton -k 'one_row or no_rows or empty_middle or odd'",
         env=INTERPRETED,
         pins=(NEWEST_TRITON,),
         must_be_ready=("triton",),
