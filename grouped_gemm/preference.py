@@ -97,8 +97,7 @@ VALIDATE = Switch(
     "GROUPED_GEMM_VALIDATE",
     ("0", "1"),
     "0",
-    "1: values are checked, which is a host sync at every call: offs and group_alignment, weights that cache_weights "
-    "keeps, and whether a checkpoint's scales are the powers of two that a recipe wants.",
+    "1: values are checked, with a host sync at every call: offs, weights in cache_weights, a checkpoint's scales.",
 )
 AUTOTUNE = Switch(
     "GROUPED_GEMM_AUTOTUNE",

@@ -22,7 +22,7 @@ _NOTHING = nullcontext()
 
 def batched_gradient(dy: Tensor) -> AbstractContextManager[Any]:
     """Inside it, ops take ``dy`` also where it is one of ``is_grads_batched``. Without that it does nothing."""
-    if torch.compiler.is_compiling() or not torch._C._dispatch_keys(dy).has("Batched"):
+    if torch.compiler.is_compiling() or not torch._C._functorch.is_legacy_batchedtensor(dy):
         return _NOTHING
     return BaseTorchFunctionMode()  # ops take no shortcut past the dispatcher while a mode is on
 

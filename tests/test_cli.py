@@ -84,7 +84,7 @@ def test_doctor_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
     _run("doctor")
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    assert max(map(len, out.splitlines())) <= 120
+    assert max(map(len, out.splitlines())) <= 120, max(out.splitlines(), key=len)
 
 
 def test_doctor_json_has_the_documented_form(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -51,6 +51,25 @@ def packed(scale: Tensor | None) -> Tensor | None:
     if scale is None or scale.dtype != torch.float8_e8m0fnu:
         return scale
     return scale.view(torch.int32).squeeze(-1)
+
+
+_MOST_PROGRAMS = 65535  # along the second axis of a grid
+
+
+def in_parts(b_EKN: Tensor, out: Sequence[Tensor]) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
+    """Weights and the tensors that they are quantized into, as many experts at a time as a grid's second axis takes.
+
+    Args:
+        b_EKN: (E, K, N).
+        out: tensors whose first axis is E; those that are not wanted are empty.
+    """
+    num_groups = b_EKN.shape[0]
+    if num_groups <= _MOST_PROGRAMS:
+        yield b_EKN, out
+        return
+    for first in range(0, num_groups, _MOST_PROGRAMS):
+        part = slice(first, first + _MOST_PROGRAMS)
+        yield b_EKN[part], [x[part] for x in out]
 
 
 def cdiv(a: int, b: int) -> int:

@@ -14,6 +14,7 @@ R, C: lines and columns of a weight matrix as it lies in memory, C contiguous.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from grouped_gemm.device import machine_of
 from grouped_gemm.kernels import quantize_packed
 from grouped_gemm.kernels.groups import at_once, groups_of_blocks, tile_position
-from grouped_gemm.kernels.launch import cdiv, launch, next_power_of_2, on_device
+from grouped_gemm.kernels.launch import cdiv, in_parts, launch, next_power_of_2, on_device
 from grouped_gemm.kernels.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK, Operands
 from grouped_gemm.kernels.scaling import four_to_fp8, inverse_of, magnitude, scale_of, to_fp8
 from grouped_gemm.recipes import Recipe
@@ -96,6 +97,11 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
         recipe: rowwise or blockwise.
         out: data for forward and for dgrad, then their scales.
     """
+    for part, into in in_parts(b_EKN, out):
+        _quantize_part(part, recipe, into)
+
+
+def _quantize_part(b_EKN: Tensor, recipe: Recipe, out: Sequence[Tensor]) -> None:
     forward, dgrad, forward_scale, dgrad_scale = out
     rowwise = recipe.block is None
     # Scales run along lines (straight) or across them (transposed), whichever of K and N the lines are.
@@ -109,7 +115,7 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
     num_groups, lines, columns = w_ERC.shape
     fp8 = forward.dtype if forward.dim() == 3 else dgrad.dtype
     shape = lines, columns, w_ERC.stride(0), w_ERC.stride(1)
-    grid = (num_groups * cdiv(lines, 128) * cdiv(columns, 128),)
+    grid = (cdiv(lines, 128) * cdiv(columns, 128), num_groups)
     with on_device(b_EKN):
         line_amax = column_amax = None
         wants_straight, wants_transposed = straight.dim() == 3, transposed.dim() == 3
@@ -377,12 +383,10 @@ def _weight_amax(
     w, line_amax, column_amax, R, C, w_stride_e, w_stride, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The largest `scaling.magnitude` of each line (E, R) and each column (E, C), if wanted; zero before."""
-    r_blocks = tl.cdiv(R, BLOCK)
     c_blocks = tl.cdiv(C, BLOCK)
-    e = (tl.program_id(0) // (r_blocks * c_blocks)).to(tl.int64)
-    tile = tl.program_id(0) % (r_blocks * c_blocks)
-    rs = tile // c_blocks * BLOCK + tl.arange(0, BLOCK)
-    cs = tile % c_blocks * BLOCK + tl.arange(0, BLOCK)
+    e = tl.program_id(1).to(tl.int64)
+    rs = tl.program_id(0) // c_blocks * BLOCK + tl.arange(0, BLOCK)
+    cs = tl.program_id(0) % c_blocks * BLOCK + tl.arange(0, BLOCK)
     sources = w + e * w_stride_e + rs.to(tl.int64)[:, None] * w_stride + cs[None, :]
     magnitudes = magnitude(tl.load(sources, mask=(rs < R)[:, None] & (cs < C)[None, :], other=0))
     if line_amax is not None:
@@ -404,10 +408,8 @@ def _quantize_weights(
 
     Blockwise, the tile has one scale, in ``line_scales``. Rowwise, scales are those of `_weight_amax`.
     """
-    r_blocks = tl.cdiv(R, BLOCK)
-    c_blocks = tl.cdiv(C, BLOCK)
-    e = (tl.program_id(0) // (r_blocks * c_blocks)).to(tl.int64)
-    r_block, c_block = tile_position(tl.program_id(0) % (r_blocks * c_blocks), r_blocks, c_blocks, BAND)
+    r_block, c_block = tile_position(tl.program_id(0), tl.cdiv(R, BLOCK), tl.cdiv(C, BLOCK), BAND)
+    e = tl.program_id(1).to(tl.int64)
     rs = r_block * BLOCK + tl.arange(0, BLOCK)
     cs = c_block * BLOCK + tl.arange(0, BLOCK)
     lines_left = R - r_block * BLOCK

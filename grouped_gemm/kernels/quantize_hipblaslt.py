@@ -11,6 +11,8 @@ R, C: lines and columns of a weight matrix as it lies in memory, C contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from grouped_gemm.kernels import quantize
 from grouped_gemm.kernels.groups import at_once, group_of_block, tile_position
-from grouped_gemm.kernels.launch import cdiv, launch, on_device
+from grouped_gemm.kernels.launch import cdiv, in_parts, launch, on_device
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK, Operands
 from grouped_gemm.kernels.quantize import (
     _amax,
@@ -100,6 +102,12 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
         by_line = [scale.squeeze(1) if scale.dim() == 3 else scale for scale in (forward_scale, dgrad_scale)]
         quantize.quantize_weights(b_EKN, recipe, (forward, dgrad, by_line[0], by_line[1]))
         return
+    for part, into in in_parts(b_EKN, out):
+        _quantize_mx_part(part, into)
+
+
+def _quantize_mx_part(b_EKN: Tensor, out: Sequence[Tensor]) -> None:
+    forward, dgrad, forward_scale, dgrad_scale = out
     # Whichever of forward and dgrad sums over the contiguous axis is written straight.
     w_ERC, straight, transposed, straight_scale, transposed_scale = b_EKN, dgrad, forward, dgrad_scale, forward_scale
     if b_EKN.stride(1) == 1:
@@ -108,7 +116,7 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
     num_groups, lines, columns = w_ERC.shape
     with on_device(b_EKN):
         launch(
-            _quantize_mx_weights, (num_groups * cdiv(lines, 128) * cdiv(columns, 128),),
+            _quantize_mx_weights, (cdiv(lines, 128) * cdiv(columns, 128), num_groups),
             w_ERC, straight, _words(straight_scale), transposed, _words(transposed_scale),
             lines, columns, w_ERC.stride(0), w_ERC.stride(1),
             constants={
@@ -197,10 +205,9 @@ def _quantize_mx_weights(
     """A square tile of one matrix. Scales of each matrix are those of whole tiles: (128 r_blocks, c_blocks) words."""
     c_blocks = tl.cdiv(C, 128)
     r_blocks = tl.cdiv(R, 128)
-    e = (tl.program_id(0) // (r_blocks * c_blocks)).to(tl.int64)
-    tile = tl.program_id(0) % (r_blocks * c_blocks)
-    r_block = tile // c_blocks
-    c_block = tile % c_blocks
+    r_block = tl.program_id(0) // c_blocks
+    c_block = tl.program_id(0) % c_blocks
+    e = tl.program_id(1).to(tl.int64)
     r = r_block.to(tl.int64) * 128
     c = c_block.to(tl.int64) * 128
     height = tl.minimum(R - r_block * 128, 128)

@@ -12,13 +12,15 @@ R, C: lines and columns of a weight matrix as it lies in memory, C contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from grouped_gemm.kernels.groups import at_once, group_of_block
-from grouped_gemm.kernels.launch import cdiv, launch, on_device, packed
+from grouped_gemm.kernels.launch import cdiv, in_parts, launch, on_device, packed
 from grouped_gemm.kernels.layouts import TOKEN_BLOCK, Operands
 from grouped_gemm.kernels.mx import ONES
 from grouped_gemm.kernels.scaling import inverse_of, magnitude, scale_of, to_fp8
@@ -60,6 +62,11 @@ def quantize_weights(b_EKN: Tensor, out: Operands, *, swizzled: bool = False) ->
         out: data for forward and for dgrad, then their scales.
         swizzled: whether ``out`` is from `layouts_torch.weights`.
     """
+    for part, into in in_parts(b_EKN, out):
+        _quantize_part(part, into, swizzled)
+
+
+def _quantize_part(b_EKN: Tensor, out: Sequence[Tensor], swizzled: bool) -> None:
     forward, dgrad, forward_scale, dgrad_scale = out
     # Whichever of forward and dgrad sums over the contiguous axis is written straight.
     w_ERC, straight, transposed, straight_scale, transposed_scale = b_EKN, dgrad, forward, dgrad_scale, forward_scale
@@ -70,7 +77,7 @@ def quantize_weights(b_EKN: Tensor, out: Operands, *, swizzled: bool = False) ->
     fp8 = forward.dtype if forward.dim() == 3 else dgrad.dtype
     with on_device(b_EKN):
         launch(
-            _quantize_weights, (num_groups * cdiv(lines, 128) * cdiv(columns, 128),),
+            _quantize_weights, (cdiv(lines, 128) * cdiv(columns, 128), num_groups),
             w_ERC, straight, packed(straight_scale), transposed, packed(transposed_scale),
             lines, columns, w_ERC.stride(0), w_ERC.stride(1),
             straight.stride(0), straight.stride(-2) if straight.dim() == 3 else 0,
@@ -189,10 +196,9 @@ def _quantize_weights(
     """A square tile of one matrix."""
     c_blocks = tl.cdiv(C, 128)
     r_blocks = tl.cdiv(R, 128)
-    e = (tl.program_id(0) // (r_blocks * c_blocks)).to(tl.int64)
-    tile = tl.program_id(0) % (r_blocks * c_blocks)
-    r_block = tile // c_blocks
-    c_block = tile % c_blocks
+    r_block = tl.program_id(0) // c_blocks
+    c_block = tl.program_id(0) % c_blocks
+    e = tl.program_id(1).to(tl.int64)
     r = r_block.to(tl.int64) * 128
     c = c_block.to(tl.int64) * 128
     height = tl.minimum(R - r_block * 128, 128)

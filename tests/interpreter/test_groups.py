@@ -11,7 +11,7 @@ import triton.language as tl
 from kernel_checks import BACKEND, activations, check_activations
 
 from grouped_gemm import Recipe, device, grouped_mm, reference
-from grouped_gemm.kernels import groups, quantize_deepgemm, wgrad
+from grouped_gemm.kernels import groups, launch, quantize_deepgemm, wgrad
 
 # ends of groups, M: empty groups, blocks that are short, rows past the last group; out of order and range
 GROUPS = (([0, 130, 130, 131, 262], 270), ([-5, 200, 40, 999, 7], 263))
@@ -56,3 +56,16 @@ def test_the_plan_of_many_groups_for_deepgemm(ends, num_rows):
 def test_mx_activations_in_many_groups_for_hipblaslt(monkeypatch):
     monkeypatch.setattr(device, "_probe", lambda kind, index: fake_rocm.machine("gfx950", "7.1"))
     hipblaslt_checks.check_activations((128, 64, 128, 256), 260, 128, Recipe.MXFP8)
+
+
+@pytest.mark.parametrize("recipe", [Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8], ids=lambda r: r.value)
+@pytest.mark.parametrize("contiguous", ["k", "n"])
+def test_weights_of_more_experts_than_a_grid_has_programs(recipe, contiguous, monkeypatch):
+    torch.manual_seed(0)
+    b = torch.randn(5, 40, 72).transpose(1, 2) if contiguous == "k" else torch.randn(5, 72, 40)
+    right = BACKEND.quantize_weights(b, recipe, forward=True, dgrad=True)
+    monkeypatch.setattr(launch, "_MOST_PROGRAMS", 2)
+    found = BACKEND.quantize_weights(b, recipe, forward=True, dgrad=True)
+    for ours, theirs in zip(found, right):
+        assert torch.equal(ours.data.view(torch.uint8), theirs.data.view(torch.uint8))
+        assert torch.equal(ours.scale.view(torch.uint8), theirs.scale.view(torch.uint8))
