@@ -33,6 +33,7 @@ def pytest_collection_finish(session):
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory) -> list[tuple[str, str | None]]:
     """Name and backend of every test, those that are interpreted too."""
+    pytest.importorskip("triton")
     directory = tmp_path_factory.mktemp("plugin")
     (directory / "which_tests.py").write_text(PLUGIN)
     environment = processes.environment(TRITON_INTERPRET="1")
