@@ -42,7 +42,8 @@ def check_tensor(argument: str, value: Any, dims: tuple[int, ...], dtypes: tuple
         raise TypeError(f"{argument}: expected a torch.Tensor; found {type(value).__name__}")
     if value.is_nested:  # before its shape, which some of them do not have
         fail(argument, "a dense tensor, as values() of a jagged one is", "a nested tensor")
-    if value.layout is not torch.strided:
+    # Dynamo compiles dense tensors only, and in the backward of an autograd.Function does not let anybody ask.
+    if not torch.compiler.is_compiling() and value.layout is not torch.strided:
         fail(argument, "a dense tensor", value.layout)
     if value.dim() not in dims:
         fail(argument, f"a tensor of rank {' or '.join(map(str, dims))}", f"{value.dim()}, shape {tuple(value.shape)}")
