@@ -103,22 +103,25 @@ def test_quantized_weights_compile_with_a_gradient_to_the_activations():
     assert torch.equal(torch.autograd.grad(ours, a, dy)[0], torch.autograd.grad(eager, a, dy)[0])
 
 
+class Layer(torch.autograd.Function):
+    """A user's own Function around the call."""
+
+    @staticmethod
+    def forward(ctx, a, w, offs):
+        ctx.save_for_backward(w, offs)
+        return grouped_mm(a, w.transpose(1, 2), offs)
+
+    @staticmethod
+    def backward(ctx, dy):
+        w, offs = ctx.saved_tensors
+        return grouped_mm(dy, w, offs), None, None
+
+
 def test_the_backward_of_an_autograd_function_compiles():
     a, w, _, offs = operands(100)
-    b = w.detach().transpose(1, 2)
-
-    class Layer(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, a):
-            return grouped_mm(a, b, offs)
-
-        @staticmethod
-        def backward(ctx, dy):
-            return grouped_mm(dy, b.transpose(1, 2), offs)
-
-    dy = torch.randn(100, N, dtype=torch.bfloat16)
-    compiled = torch.compile(Layer.apply, fullgraph=True, backend="aot_eager")
-    right = torch.autograd.grad(grouped_mm(a, b, offs), a, dy)[0]
+    w, dy = w.detach(), torch.randn(100, N, dtype=torch.bfloat16)
+    compiled = torch.compile(lambda a: Layer.apply(a, w, offs), fullgraph=True, backend="aot_eager")
+    right = torch.autograd.grad(grouped_mm(a, w.transpose(1, 2), offs), a, dy)[0]
     assert torch.equal(torch.autograd.grad(compiled(a), a, dy)[0], right)
 
 
