@@ -78,8 +78,8 @@ def _on_a_gpu(name: str, machine: str, *backends: str, pins: tuple[str, ...] = (
 
 
 ROWS = (
-    Row("emulated", ("emulated",), pytest="--backend emulated", must_be_ready=("emulated",)),
-    Row("torch", ("torch",), pytest="--backend torch", must_be_ready=("torch",)),
+    Row("emulated", ("emulated",), pytest="--backend emulated", min_passed=1700, must_be_ready=("emulated",)),
+    Row("torch", ("torch",), pytest="--backend torch", min_passed=250, must_be_ready=("torch",)),
     Row(
         "triton, interpreted",
         ("triton",),
