@@ -89,6 +89,13 @@ def test_no_operand_is_kept_alive():
     assert [reference() for reference in gone] == [None] * 3
 
 
+def test_the_warning_about_a_fallback_names_the_line_of_the_call(monkeypatch):
+    monkeypatch.setattr(functional.Decision, "falls_back", True)
+    with pytest.warns(UserWarning, match="runs on the Emulated backend") as caught:
+        grouped_mm(A, B, OFFS)
+    assert caught[0].filename == __file__
+
+
 # What must be seen
 
 
