@@ -38,11 +38,11 @@ format: $(INSTALLED) ## fix what ruff can fix
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo.png
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Without build isolation the build uses the pinned setuptools, and nothing is fetched beside constraints.txt.
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) setuptools
 	$(BIN)/python -m pip install --no-build-isolation -c $(CONSTRAINTS) -e '.[demo,test]'

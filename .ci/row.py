@@ -38,7 +38,8 @@ def install(row: Row, directory: Path) -> Path:
     """Makes the row's environment, and returns its Python."""
     venv, pins = directory / "venv", directory / "constraints.txt"
     python = venv / "bin" / "python"
-    pins.write_text(constraints(row))
+    if not pins.exists() or pins.read_text() != constraints(row):  # make looks at when it was written
+        pins.write_text(constraints(row))
     run("make", "venv", f"VENV={venv}", f"CONSTRAINTS={pins}", f"PYTHON=python{row.python}")
     extras = [EXTRAS[name] for name in row.backends if name in EXTRAS and row.machine]
     if extras:
@@ -65,7 +66,9 @@ def check_ready(row: Row, python: Path, directory: Path) -> None:
 
 def main(name: str, directory: str) -> int:
     """The exit code of the row's tests."""
-    row = next(row for row in ROWS if row.name == name)
+    row = next((row for row in ROWS if row.name == name), None)
+    if row is None:
+        sys.exit(f"NAME: expected one of {', '.join(row.name for row in ROWS)}; found {name}")
     os.environ.update(row.env)
     if not row.machine:
         os.environ.setdefault("PIP_EXTRA_INDEX_URL", CPU_INDEX)

@@ -161,7 +161,7 @@ def _not_here(machine: Machine, here: Machine) -> str:
     known_as = [" ".join(dict.fromkeys((m.vendor, m.arch))) for m in (machine, here)]  # a CPU is just "cpu"
     return "\n".join(
         [
-            f"This speaks of another machine, {known_as[0]}; this one is {known_as[1]}. No backend was tried.",
+            f"This describes another machine, {known_as[0]}; this one is {known_as[1]}. No backend was tried.",
             f"  {'assumed':12}{', '.join(there)}; no {', '.join(missing)}; FP8 data in {assumed['fp8_dtype']}",
         ]
     )

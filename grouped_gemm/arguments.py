@@ -41,7 +41,7 @@ def check_tensor(argument: str, value: Any, dims: tuple[int, ...], dtypes: tuple
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}: expected a torch.Tensor; found {type(value).__name__}")
     if value.is_nested:  # before its shape, which some of them do not have
-        fail(argument, "a dense tensor, as values() of a jagged one is", "a nested tensor")
+        fail(argument, "a dense tensor, such as x.values() of a jagged tensor", "a nested tensor")
     # Dynamo compiles dense tensors only, and in the backward of an autograd.Function does not let anybody ask.
     if not torch.compiler.is_compiling() and value.layout is not torch.strided:
         fail(argument, "a dense tensor", value.layout)
@@ -170,9 +170,10 @@ def as_scale(scale: Tensor, b: Tensor, recipe: Recipe) -> Tensor:
     dtypes = (torch.float8_e8m0fnu, torch.uint8) if is_mx else (*DTYPES, torch.float8_e8m0fnu)
     if isinstance(scale, Tensor) and scale.dtype not in dtypes:
         expected = f"one of {', '.join(map(dtype_name, dtypes))} for {recipe.value}"
-        codes = "scale.to(torch.float8_e8m0fnu) keeps powers of two" if is_mx else "scale.float() has numbers"
-        other = "" if is_mx else ", scale.view(torch.float8_e8m0fnu) E8M0 codes"
-        fail("scale.dtype", expected, f"{dtype_name(scale.dtype)}; {codes}{other}")
+        codes = "use scale.to(torch.float8_e8m0fnu) if these are powers of two"
+        if not is_mx:
+            codes = "use scale.float() if these are numbers, or scale.view(torch.float8_e8m0fnu) if they are E8M0 codes"
+        fail("scale.dtype", expected, f"{dtype_name(scale.dtype)}; {codes}")
     check_tensor("scale", scale, (1, 2, 3), dtypes)
     if scale.device != b.device:
         fail("scale.device", f"{b.device}, where b is", f"{scale.device}; pass scale.to(b.device)")

@@ -51,17 +51,22 @@ class Route(NamedTuple):
 
 
 def materialized(x: Tensor) -> Tensor:
-    """``x`` with its values in memory, as kernels read them: a copy where its negation is pending (`torch._neg_view`,
-    or the imaginary part of a conjugate) or zeros are implied, which only the dispatcher knows."""
+    """``x`` with its values in memory, as kernels read them.
+
+    It is a copy where a negation is pending, which only the dispatcher carries out: of `torch._neg_view`, and of the
+    imaginary part of a conjugate.
+    """
     if torch.compiler.is_compiling():  # compiled code goes through the dispatcher
         return x
-    return x.clone() if x.is_neg() or x._is_zerotensor() else x
+    return x.clone() if x.is_neg() else x
 
 
 def dense_rows(x: Tensor) -> Tensor:
     """``x`` (M, D) with contiguous rows: itself, unless it is a transpose or an expanded gradient."""
-    x = materialized(x)
-    return x if tracing.holds(x.stride(1) == 1) else x.contiguous()
+    if torch.compiler.is_compiling():
+        return x if tracing.holds(x.stride(1) == 1) else x.contiguous()
+    x = x.clone() if x.is_neg() else x
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def dense_weights(b_EKN: Tensor) -> tuple[Tensor, str]:

@@ -73,6 +73,7 @@ def grouped_mm(
         b: (E, K, N) in the dtype of ``a``, usually (E, N, K) weights seen through ``transpose(1, 2)``, or such weights
             from `quantize_weights`; or (M', N).
         offs: (E,) int32, the end row of each group, on the operands' device. Groups may be empty; ``offs[-1] <= M``.
+            Group sizes are another thing: pass ``sizes.cumsum(0, dtype=torch.int32)``.
             Values out of order or range give wrong rows, never a wrong address.
         recipe: how operands are quantized on the fly, a `Recipe` or its name. None: not at all, or as ``b`` is.
         bias: (E, N), added to each row of its group.
@@ -106,13 +107,15 @@ def _grouped_mm(
     if route is None:
         call = _prepare(a, b, offs, bias, *options)
         route = _route(call.facts)
-        if key is not None and call.took_as_is(a, b, offs) and not call.facts["captured"]:
+        if key is not None and call.took_as_is(a, b, offs, bias) and not call.facts["captured"]:
             _remember(key, route)
         a, b, offs, bias = call.a, call.b, call.offs, call.bias
     if isinstance(b, Tensor) and b.dim() == 2:
+        vmap.check_differentiable()
         return Contraction.apply(a, b, offs, route)
     if route.dgrad is None and route.wgrad is None and (bias is None or not _needs_grad(bias)):
         return run_forward(a, b, bias, offs, route)[0]
+    vmap.check_differentiable()
     return GroupedMM.apply(a, b, bias, offs, route)
 
 
@@ -223,9 +226,9 @@ class _Call:
     bias: Tensor | None
     facts: dict[str, Any]  # arguments of _decision
 
-    def took_as_is(self, a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor) -> bool:
+    def took_as_is(self, a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None) -> bool:
         """Whether these operands were not copied or transposed, nor would others with their strides be, for any M."""
-        return self.a is a and a.stride(1) == 1 and self.b is b and self.offs is offs
+        return self.a is a and a.stride(1) == 1 and self.b is b and self.offs is offs and self.bias is bias
 
 
 _MANY_GROUPS = 1024  # what selection takes E for where only the device knows it: a backend with a limit on E refuses
@@ -385,10 +388,9 @@ def _route(facts: dict[str, Any]) -> Route:
         NoBackendError: a pass has no backend.
     """
     chosen = _chosen(**facts)
-    if chosen.startswith("NoBackendError: "):
-        raise NoBackendError(chosen.removeprefix("NoBackendError: "))
-    if chosen.startswith("ValueError: "):
-        raise ValueError(chosen.removeprefix("ValueError: "))
+    name, _, text = chosen.partition(": ")
+    if name in _ERRORS:
+        raise _ERRORS[name](text)
     forward, dgrad, wgrad = [KernelPreference.parse(name) if name else None for name in chosen.split(",")]
     backends: tuple[KernelPreference, ...] = ()
     for kind in (forward, dgrad, wgrad):
@@ -397,6 +399,9 @@ def _route(facts: dict[str, Any]) -> Route:
     recipe, dtype, out_dtype, b_contiguous = (facts[f] for f in ("recipe", "dtype", "out_dtype", "b_contiguous"))
     group_alignment = facts.get("group_alignment", 1)
     return Route(forward, dgrad, wgrad, recipe, dtype, out_dtype, b_contiguous, backends, group_alignment)
+
+
+_ERRORS: dict[str, type[Exception]] = {"NoBackendError": NoBackendError, "ValueError": ValueError}
 
 
 def _chosen(**facts: Any) -> str:
@@ -483,4 +488,7 @@ def _warn_once(decision: Decision) -> None:
     text = "\n".join([head, *(f"  {line}" for line in decision.refusal_lines()), tail])
     if text not in _warned:
         _warned.add(text)
-        warnings.warn(text, stacklevel=7)  # the line that calls grouped_mm
+        frame, level = sys._getframe(), 1
+        while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("grouped_gemm."):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(text, stacklevel=level)  # the line that calls this package

@@ -36,7 +36,7 @@ _CLOSED_CALLERS = ("scan", "map", "map_impl", "invoke_subgraph")
 
 
 class override_torch(TorchFunctionMode):
-    """Runs what a model multiplies with `torch.nn.functional.grouped_mm` inside the block through this package.
+    """Runs a model's calls of `torch.nn.functional.grouped_mm` inside the block through this package.
 
     A context manager and a decorator. It catches ``torch._grouped_mm`` as well, on which the public function is built,
     its op, and the op that transformers calls where it does not trust torch's. With a matrix for each group, and with

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 from torch.overrides import BaseTorchFunctionMode
 
 is_transformed = torch._C._are_functorch_transforms_active
@@ -34,10 +35,34 @@ def each_sample(function: Callable[..., Any], *operands: Any) -> Any:
         function: takes the operands, and returns a tensor or a tuple of tensors and None.
         operands: tensors and anything else.
     """
-    is_batched = torch._C._functorch.is_batchedtensor
-    if any(isinstance(x, Tensor) and is_batched(x) for x in operands):
+    if not is_transformed():
+        return function(*operands)
+    functorch = torch._C._functorch
+    is_batched = any(isinstance(x, Tensor) and functorch.is_batchedtensor(x) for x in operands)
+    if functorch.peek_interpreter_stack().key() != functorch.TransformType.Vmap:
+        if is_batched:
+            raise RuntimeError(_NOT_DIFFERENTIABLE)
+        return function(*operands)
+    if is_batched:
         return _EachSample.apply(function, *operands)
-    return function(*operands)
+    with retrieve_current_functorch_interpreter().lower():  # this vmap is about other tensors
+        return each_sample(function, *operands)
+
+
+_NOT_DIFFERENTIABLE = (
+    "grouped_mm: expected no torch.func transform but vmap around a call that needs gradients; found torch.func.grad "
+    "or another one; use torch.autograd.grad, with is_grads_batched for several gradients"
+)
+
+
+def check_differentiable() -> None:
+    """No `torch.func.grad` or its like is around the call.
+
+    Raises:
+        RuntimeError: one is.
+    """
+    if not torch.compiler.is_compiling() and is_transformed():
+        raise RuntimeError(_NOT_DIFFERENTIABLE)
 
 
 class _EachSample(torch.autograd.Function):
@@ -45,8 +70,8 @@ class _EachSample(torch.autograd.Function):
 
     @staticmethod
     def forward(function: Callable[..., Any], *operands: Any) -> Any:
-        """Reached only where a transform other than vmap is around vmap."""
-        raise RuntimeError("grouped_mm: expected no torch.func transform around vmap; found torch.func.grad or jvp")
+        """Never reached: `each_sample` leaves out what is not batched."""
+        return function(*operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -999,5 +999,9 @@ def test_the_weight_gradient_form_has_second_gradients(case, device):
 def test_a_graph_of_scaled_gradients_is_refused(case, dy_needs_grad, device):
     inputs = leaves(make_inputs(case, device))
     y = call(case, inputs)
-    with pytest.raises(RuntimeError, match=f"create_graph=False with recipe {case.recipe.value}; found True"):
+    refused = pytest.raises(RuntimeError, match=f"create_graph=False with recipe {case.recipe.value}; found True")
+    with refused:
         torch.autograd.grad(y, inputs.a, inputs.dy.requires_grad_(dy_needs_grad), create_graph=True, allow_unused=True)
+    c = grouped_mm(inputs.a.t(), inputs.dy, inputs.offs, recipe=case.recipe, kernel_preference=case.backend)
+    with refused:
+        torch.autograd.grad(c.sum(), inputs.a, create_graph=True)

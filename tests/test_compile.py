@@ -186,6 +186,14 @@ def test_columns_of_a_weight_gradient_that_a_mask_keeps(recipe, data_dependent):
     assert_compiles(layer, a, torch.randn(100, N).bfloat16().requires_grad_(), MASK, ends_of(KEPT))
 
 
+def test_rows_that_a_mask_keeps_may_lie_in_columns(data_dependent):
+    def layer(a, w, mask, offs):
+        return grouped_mm(a[mask].t().contiguous().t(), w.transpose(1, 2), offs)
+
+    a, w, _, _ = operands(100)
+    assert_compiles(layer, a, w, MASK, ends_of(KEPT))
+
+
 def test_split_sizes_of_an_exchange_between_ranks(data_dependent):
     def layer(w, sizes, offs):
         received = w.new_ones(sum(sizes.tolist()), K)

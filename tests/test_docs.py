@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from grouped_gemm import Machine, Recipe, ahead, doctor
+from grouped_gemm import Machine, Recipe, ahead, doctor, grouped_mm, override_torch
 from grouped_gemm import __main__ as cli
 from grouped_gemm.backends import Candidate, candidates
 
@@ -40,6 +42,25 @@ def test_the_examples_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeyp
     for block in blocks:
         above = "\n" * text.count("\n", 0, block.start(1))  # so that an error names the line of the page
         exec(compile(above + block[1], str(page), "exec"), names)
+
+
+def test_the_example_for_transformers_registers_a_decorated_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its block is no `python` one, as it needs transformers: here it gets what it imports."""
+    registered: dict[str, Any] = {}
+    a, b = torch.randn(6, 16, dtype=torch.bfloat16), torch.randn(2, 16, 16, dtype=torch.bfloat16)
+    offs = torch.tensor([2, 6], dtype=torch.int32)
+    moe = types.ModuleType("transformers.integrations.moe")
+    moe.ALL_EXPERTS_FUNCTIONS = types.SimpleNamespace(register=registered.__setitem__)
+    moe.grouped_mm_experts_forward = lambda: torch.nn.functional.grouped_mm(a, b, offs=offs)
+    for name in ("transformers", "transformers.integrations"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, moe.__name__, moe)
+    chosen: list[str] = []
+    model = types.SimpleNamespace(set_experts_implementation=chosen.append)
+    (block,) = re.findall(r"^```py\n(.*?)^```$", (DOCS / "training.md").read_text(encoding="utf-8"), re.M | re.S)
+    exec(block, {"override_torch": override_torch, "model": model})
+    (name,) = chosen
+    assert torch.equal(registered[name](), grouped_mm(a, b, offs, recipe="fp8_blockwise"))
 
 
 def commands() -> list[str]:

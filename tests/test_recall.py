@@ -10,7 +10,15 @@ import weakref
 import pytest
 import torch
 
-from grouped_gemm import KernelPreference, NoBackendError, functional, grouped_mm, prefer, quantize_weights
+from grouped_gemm import (
+    KernelPreference,
+    NoBackendError,
+    functional,
+    grouped_mm,
+    override_torch,
+    prefer,
+    quantize_weights,
+)
 from grouped_gemm.preference import SWITCHES, environment
 
 M, E, K, N = 12, 3, 48, 32
@@ -91,9 +99,17 @@ def test_no_operand_is_kept_alive():
 
 def test_the_warning_about_a_fallback_names_the_line_of_the_call(monkeypatch):
     monkeypatch.setattr(functional.Decision, "falls_back", True)
-    with pytest.warns(UserWarning, match="runs on the Emulated backend") as caught:
-        grouped_mm(A, B, OFFS)
-    assert caught[0].filename == __file__
+    calls = (
+        lambda: grouped_mm(A, B, OFFS),
+        lambda: quantize_weights(B, "mxfp8"),
+        lambda: override_torch()(torch._grouped_mm)(A, B, offs=OFFS),
+    )
+    for call in calls:
+        functional._warned.clear()
+        functional._routes.clear()
+        with pytest.warns(UserWarning, match="runs on the Emulated backend") as caught:
+            call()
+        assert caught[0].filename == __file__
 
 
 # What must be seen

@@ -125,6 +125,31 @@ def test_vmap_takes_quantized_weights_and_finds_those_of_the_cache():
         assert b in cache
 
 
+def test_vmap_over_other_tensors_leaves_the_layer_alone():
+    a, b = torch.randn(6, 16, requires_grad=True), torch.randn(3, 16, 32, requires_grad=True)
+    offs, factors = torch.tensor([1, 1, 6], dtype=torch.int32), torch.randn(4)
+    found = vmap(lambda factor: grouped_mm(a, b, offs) * factor)(factors)
+    right = torch.stack([grouped_mm(a, b, offs) * factor for factor in factors])
+    assert torch.equal(found, right)
+    torch.testing.assert_close(torch.autograd.grad(found.sum(), (a, b)), torch.autograd.grad(right.sum(), (a, b)))
+
+
+@pytest.mark.parametrize("nesting", ["grad", "vmap of grad", "grad in vmap"])
+def test_other_transforms_are_refused_with_a_remedy(nesting):
+    a, b, offs = torch.randn(6, 16), torch.randn(3, 16, 32), torch.tensor([1, 1, 6], dtype=torch.int32)
+
+    def loss(a, b):
+        return grouped_mm(a, b, offs).sum()
+
+    calls = {
+        "grad": lambda: torch.func.grad(loss)(a, b),
+        "vmap of grad": lambda: vmap(torch.func.grad(loss), in_dims=(0, None))(samples_of(a), b),
+        "grad in vmap": lambda: vmap(lambda b: torch.func.grad(loss)(a, b))(samples_of(b)),
+    }
+    with pytest.raises(RuntimeError, match=r"found torch\.func\.grad.*use torch\.autograd\.grad"):
+        calls[nesting]()
+
+
 def test_vmap_over_no_samples_is_refused():
     b, offs = torch.randn(3, 16, 32), torch.tensor([1, 1, 6], dtype=torch.int32)
     with pytest.raises(ValueError, match="at least one sample under vmap"):

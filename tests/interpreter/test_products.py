@@ -75,15 +75,17 @@ def test_operands_without_scales(ends, num_rows, dtype, k, n, contiguous, tma):
     assert db.stride() == b.stride()
 
 
-LAYOUTS = {
-    "overlapping": lambda dy: torch.randn(sum(dy.shape) - 1).unfold(0, dy.shape[1], 1),
-    "negated": lambda dy: torch._neg_view(dy),
-    "transposed": lambda dy: dy.t().contiguous().t(),
-}
+OVERLAPPING = pytest.param(lambda dy: torch.randn(sum(dy.shape) - 1).unfold(0, dy.shape[1], 1), id="overlapping")
+LAYOUTS = [
+    *((recipe, OVERLAPPING) for recipe in ("none", "fp8_rowwise", "fp8_blockwise", "mxfp8")),
+    ("fp8_blockwise", pytest.param(torch._neg_view, id="negated")),
+    ("fp8_blockwise", pytest.param(lambda dy: dy.t().contiguous().t(), id="transposed")),
+]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize("recipe", ("none", "fp8_rowwise", "fp8_blockwise", "mxfp8"))
+@pytest.mark.parametrize(
+    "recipe, layout", [pytest.param(recipe, *layout.values, id=f"{recipe}-{layout.id}") for recipe, layout in LAYOUTS]
+)
 def test_the_gradient_of_an_output_in_another_dtype_may_lie_anyhow(recipe, layout):
     a, b, bias, dy, offs = case([1, 1, 5], 5, 32, 31, torch.bfloat16, "k")
     dy, options = layout(dy.float()), {"recipe": recipe, "out_dtype": torch.float32}
@@ -98,8 +100,9 @@ def test_a_pending_negation_of_an_operand_is_carried_out(operand):
     *operands, dy, offs = case([1, 1, 5], 5, 32, 31, torch.bfloat16, "k")
     right = passes("triton", *operands, dy, offs)
     operands[operand] = torch._neg_view(-operands[operand].detach()).requires_grad_()
-    for ours, theirs in zip(passes("triton", *operands, dy, offs), right):
-        assert torch.equal(ours, theirs)
+    for _ in range(2):  # a second call like it, and one like the first
+        for ours, theirs in zip(passes("triton", *operands, dy, offs), right):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.fixture(params=("mx", "mx upcast"))
