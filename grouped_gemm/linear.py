@@ -107,6 +107,11 @@ class QuantizedGroupedLinear(torch.nn.Module):
     ) -> None:
         saved = state_dict.get(f"{prefix}_extra_state", self._form)
         differing = [name for name in self._form if saved.get(name) != self._form[name]]
+        for name in () if differing else self._views:
+            codes, own = state_dict.get(prefix + name), self._buffers[name]
+            if codes is not None and own is not None and codes.dtype != own.dtype:  # a copy would convert its bits
+                error_msgs.append(f"{prefix}{name}: expected {own.dtype}, the bits; found {codes.dtype}; view it so")
+                return
         if "layout_version" in differing:
             error_msgs.append(other_version(saved.get("layout_version")))
         elif differing:

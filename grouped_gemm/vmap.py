@@ -25,6 +25,11 @@ def batched_gradient(dy: Tensor) -> AbstractContextManager[Any]:
     """Inside it, ops take ``dy`` also where it is one of ``is_grads_batched``. Without that it does nothing."""
     if torch.compiler.is_compiling() or not torch._C._functorch.is_legacy_batchedtensor(dy):
         return _NOTHING
+    if torch.is_grad_enabled():  # torch would take the history of the batch away with it
+        raise RuntimeError(
+            "grouped_mm: expected create_graph=False with batched gradients (is_grads_batched, vectorize=True); "
+            "found True; compute them one by one where they need gradients themselves"
+        )
     return BaseTorchFunctionMode()  # ops take no shortcut past the dispatcher while a mode is on
 
 

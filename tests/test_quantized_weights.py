@@ -381,3 +381,11 @@ def test_a_module_compiles():
     assert torch.equal(found, wanted)
     found.sum().backward()
     assert a.grad.abs().sum() > 0
+
+
+def test_a_state_whose_codes_have_another_dtype_is_refused():
+    layer = QuantizedGroupedLinear(quantize_weights(torch.randn(2, 32, 48), "fp8_rowwise"))
+    state = layer.state_dict()
+    state["forward_scale"] = state["forward_scale"].view(torch.float32)
+    with pytest.raises(RuntimeError, match=r"forward_scale: expected torch\.int32, the bits; found torch\.float32"):
+        layer.load_state_dict(state)

@@ -150,6 +150,13 @@ def test_other_transforms_are_refused_with_a_remedy(nesting):
         calls[nesting]()
 
 
+def test_batched_gradients_refuse_a_graph_that_would_be_lost():
+    a, b = torch.randn(6, 16, requires_grad=True), torch.randn(3, 16, 32)
+    y = grouped_mm(a, b, torch.tensor([1, 1, 6], dtype=torch.int32))
+    with pytest.raises(RuntimeError, match="create_graph=False with batched gradients"):
+        torch.autograd.grad(y, a, samples_of(y), is_grads_batched=True, create_graph=True)
+
+
 def test_vmap_over_no_samples_is_refused():
     b, offs = torch.randn(3, 16, 32), torch.tensor([1, 1, 6], dtype=torch.int32)
     with pytest.raises(ValueError, match="at least one sample under vmap"):
