@@ -112,14 +112,14 @@ def check_operands(a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: 
     num_groups, k, n = b.shape
     if a.shape[1] != k:
         fail("b.shape[1]", f"K = {a.shape[1]}, as a has it", k)
-    if num_groups < 1 or k < 1 or n < 1:
+    if holds(num_groups < 1) or k < 1 or n < 1:
         fail("b", "E, K and N of at least 1", tuple(b.shape))
     _check_together(a, b)
     check_offs(offs, num_groups, a.device)
     if bias is None:
         return
     check_tensor("bias", bias, (2,), DTYPES)
-    if tuple(bias.shape) != (num_groups, n):
+    if holds(bias.shape[0] != num_groups) or bias.shape[1] != n:
         fail("bias", f"shape (E, N) = {(num_groups, n)}", tuple(bias.shape))
     if bias.device != a.device:
         fail("bias.device", f"{a.device}, where a is", bias.device)
@@ -256,17 +256,19 @@ def checked_offs(offs: Tensor, num_rows: int, group_alignment: int) -> Tensor:
 
 
 @define_op(
-    "counted_offs(Tensor offs, int num_groups) -> Tensor",
+    "counted_offs(Tensor offs, SymInt num_groups) -> Tensor",
     fake=lambda offs, num_groups: offs.new_empty(num_groups),
 )
 def counted_offs(offs: Tensor, num_groups: int) -> Tensor:
-    """A copy of ``offs`` whose length was data-dependent while a graph was traced, and has been looked at.
+    """A copy of ``offs``, checked when the graph runs: its length or E was data-dependent while the graph was traced.
 
     AOTAutograd drops what `torch._check` asserts of a size that it can replace by a constant.
 
     Raises:
-        ValueError: there are more or fewer ends than ``num_groups``.
+        ValueError: there are more or fewer ends than ``num_groups``, or none.
     """
+    if num_groups < 1:
+        fail("b", "E of at least 1", num_groups)
     if offs.shape[0] != num_groups:
         fail("offs", f"{num_groups} entries, one for each matrix of b", offs.shape[0])
     return offs.clone()

@@ -326,7 +326,10 @@ def _prepare(
         a, b = dense_rows(a.t()), dense_rows(b)  # columns of a become rows: what is summed over comes first
         if tracing.is_data_dependent(a.shape[0]) or tracing.is_data_dependent(b.shape[0]):
             torch._check(a.shape[0] == b.shape[0])
-        num_groups = _MANY_GROUPS if tracing.is_data_dependent(offs.shape[0]) else offs.shape[0]
+        num_groups = offs.shape[0]
+        if tracing.is_data_dependent(num_groups):
+            torch._check(num_groups >= 1)
+            num_groups = _MANY_GROUPS
         shape, b_contiguous = (num_groups, a.shape[1], b.shape[1]), "n"
         needs_grad = ((Pass.WGRAD, True), (Pass.DGRAD, _needs_grad(a)), (Pass.FORWARD, _needs_grad(b)))
     else:
@@ -339,9 +342,12 @@ def _prepare(
             b_contiguous, b_needs_grad = "k", False
             weights = b.forward_backend, b.dgrad_backend
             recipe = b.recipe if recipe is None else recipe
-        shape = (b.shape[0], b.shape[1], b.shape[2])
-        if tracing.is_data_dependent(offs.shape[0]):
-            offs = torch.ops.grouped_gemm.counted_offs(offs, operator.index(shape[0]))
+        num_groups, k, n = b.shape
+        if tracing.is_data_dependent(offs.shape[0]) or tracing.is_data_dependent(num_groups):
+            offs = torch.ops.grouped_gemm.counted_offs(offs, num_groups)
+        if tracing.is_data_dependent(num_groups):
+            num_groups = _MANY_GROUPS
+        shape = (num_groups, k, n)
         needs_grad = ((Pass.FORWARD, True), (Pass.DGRAD, _needs_grad(a)), (Pass.WGRAD, b_needs_grad))
     offs = materialized(offs).contiguous()
     bias = None if bias is None else materialized(bias)

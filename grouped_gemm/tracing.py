@@ -30,8 +30,11 @@ def is_data_dependent(size: int) -> bool:
         return False
     from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
-    # Nobody states whether a size is even, so the two answer differently only where it is data-dependent.
-    return guard_or_true(size % 2 == 0) and not guard_or_false(size % 2 == 0)
+    # Fermat's little theorem holds for every size, so that a guard on it costs no compilation, and neither bounds nor
+    # factors of the size prove it to torch. So the two differ only where there is no size to try it on.
+    remainder = size % 13
+    condition = remainder**13 % 13 == remainder
+    return guard_or_true(condition) and not guard_or_false(condition)
 
 
 def row_class_of(num_rows: int, num_groups: int) -> RowClass:

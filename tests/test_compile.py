@@ -8,7 +8,7 @@ from kernel_checks import assert_same_bits
 from large import RAGGED, layer, train, training, with_sizes
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from grouped_gemm import KernelPreference, NoBackendError, Pass, Recipe, grouped_mm, prefer, quantize_weights
+from grouped_gemm import KernelPreference, NoBackendError, Pass, Recipe, grouped_mm, prefer, quantize_weights, tracing
 from grouped_gemm.testing import make_inputs
 
 NUM_GROUPS, K, N = 4, 32, 64
@@ -253,6 +253,75 @@ def test_offs_of_another_length_than_b_are_found_when_the_graph_runs(data_depend
     compiled(a, w, torch.arange(100) * NUM_GROUPS // 100)
     with pytest.raises(ValueError, match="offs: expected 4 entries, one for each matrix of b; found 5"):
         compiled(a, w, torch.arange(100) * (NUM_GROUPS + 1) // 100)
+
+
+@RECIPES_AND_NONE
+def test_matrices_that_a_mask_keeps(recipe, data_dependent):
+    def layer(a, w, bias, mask, offs):
+        return grouped_mm(a, w[mask].transpose(1, 2), offs[mask], recipe=recipe, bias=bias[mask])
+
+    a, w, bias, offs = operands(100)
+    assert_compiles(layer, a, w, bias, torch.tensor([True, False, True, True]), offs)
+
+
+def test_matrices_that_a_mask_keeps_are_counted_when_the_graph_runs(data_dependent):
+    def layer(a, w, offs, mask):
+        return grouped_mm(a, w[mask].transpose(1, 2), offs)
+
+    a, w, _, offs = operands(100)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(a, w, offs, torch.ones(NUM_GROUPS, dtype=torch.bool))
+    with pytest.raises(ValueError, match="offs: expected 3 entries, one for each matrix of b; found 4"):
+        compiled(a, w, offs, torch.tensor([True, False, True, True]))
+    with pytest.raises(ValueError, match="b: expected E of at least 1; found 0"):
+        compiled(a, w, offs, torch.zeros(NUM_GROUPS, dtype=torch.bool))
+
+
+def test_a_weight_gradient_without_groups_is_found_when_the_graph_runs(data_dependent):
+    def layer(a, offs, mask):
+        return grouped_mm(a.t(), a, offs[mask])
+
+    a, _, _, offs = operands(100)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(a, offs, torch.ones(NUM_GROUPS, dtype=torch.bool))
+    with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+        compiled(a, offs, torch.zeros(NUM_GROUPS, dtype=torch.bool))
+
+
+def at_most_300(size):
+    torch._check(size >= 2)
+    torch._check(size <= 300)
+    return size
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        (lambda kept: kept.shape[0], True),
+        (lambda kept: kept.shape[0] * 2, True),
+        (lambda kept: kept.reshape(-1, 7).shape[0], True),
+        (lambda kept: kept.shape[1], False),
+        (lambda kept: at_most_300(kept.shape[0]), True),
+    ],
+    ids=["rows", "twice the rows", "reshaped", "static", "bounded"],
+)
+def test_what_is_data_dependent(size, expected, data_dependent):
+    def layer(a, mask):
+        return a * 2 if tracing.is_data_dependent(size(a[mask])) else a * 3
+
+    a = torch.ones(4, 14)
+    found = torch.compile(layer, fullgraph=True, backend="eager")(a, torch.tensor([True, True, True, False]))
+    assert (found[0, 0] == 2) == expected
+
+
+def test_asking_what_is_data_dependent_compiles_nothing_again():
+    def layer(a):
+        return a * 2 if tracing.is_data_dependent(a.shape[0]) else a * 3
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    assert [int(compiled(torch.ones(m))[0]) for m in (4, 5, 11, 100)] == [3, 3, 3, 3]
+    assert counter.frame_count == 1
 
 
 def test_operands_of_a_weight_gradient_with_other_rows_are_found_when_the_graph_runs(data_dependent):
