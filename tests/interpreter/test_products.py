@@ -95,6 +95,31 @@ def test_the_gradient_of_an_output_in_another_dtype_may_lie_anyhow(recipe, layou
         assert_near(ours, right, BOUNDS[torch.bfloat16])
 
 
+def test_such_a_gradient_may_need_a_graph():
+    a, b, bias, dy, offs = case([1, 1, 5], 5, 32, 31, torch.bfloat16, "k")
+    dy = OVERLAPPING.values[0](dy)
+
+    def gradients(backend):
+        y = grouped_mm(a, b, offs, bias=bias, out_dtype=torch.float32, kernel_preference=backend)
+        return torch.autograd.grad(y, (a, b, bias), dy, create_graph=True)
+
+    for ours, right in zip(gradients("triton"), gradients("emulated")):
+        assert_near(ours, right, BOUNDS[torch.bfloat16])
+
+
+@pytest.mark.parametrize("create_graph", (False, True), ids=("plain", "with a graph"))
+def test_the_gradient_of_a_weight_gradient_may_lie_anyhow(create_graph):
+    x, _, _, g, offs = case([1, 1, 5], 5, 32, 31, torch.bfloat16, "k")
+    dc = torch.randn(3 + 32 + 31 - 2).as_strided((3, 32, 31), (1, 1, 1))  # a cast makes its first axis contiguous
+
+    def gradients(backend):
+        c = grouped_mm(x.t(), g.requires_grad_(), offs, out_dtype=torch.float32, kernel_preference=backend)
+        return torch.autograd.grad(c, (x, g), dc, create_graph=create_graph)
+
+    for ours, right in zip(gradients("triton"), gradients("emulated")):
+        assert_near(ours, right, BOUNDS[torch.bfloat16])
+
+
 @pytest.mark.parametrize("operand", range(3), ids=("a", "b", "bias"))
 def test_a_pending_negation_of_an_operand_is_carried_out(operand):
     *operands, dy, offs = case([1, 1, 5], 5, 32, 31, torch.bfloat16, "k")
