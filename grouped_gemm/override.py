@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
@@ -100,7 +101,10 @@ class override_torch(TorchFunctionMode):
             result = func(*args, **kwargs)
             _warn_once(refused, found)  # where torch does not raise
             return result
-        with torch.autocast(a.device.type, enabled=False):  # which torch's GEMM does not know
+        # Autocast does not cast for torch's GEMM. Where it is off, a region of it would only be in the way: a program that
+        # torch.export traces in strict mode, with gradients, cannot be loaded with such a region in it.
+        is_casting = torch.is_autocast_enabled(a.device.type)
+        with torch.autocast(a.device.type, enabled=False) if is_casting else contextlib.nullcontext():
             return grouped_mm(
                 a,
                 b,

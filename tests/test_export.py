@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -43,9 +45,20 @@ def inputs_of(case: Case, device: torch.device, num_rows: int) -> tuple[Tensor, 
     return x, torch.tensor(list(itertools.accumulate(sizes)), dtype=torch.int32, device=device)
 
 
-def export(model: Experts, case: Case, device: torch.device, strict: bool) -> torch.export.ExportedProgram:
-    rows = torch.export.Dim("rows", min=2, max=2**20)
+BOUNDED = torch.export.Dim("rows", min=2, max=2**20)
+
+
+def export(
+    model: Experts, case: Case, device: torch.device, strict: bool, rows: Any = BOUNDED
+) -> torch.export.ExportedProgram:
     return torch.export.export(model, inputs_of(case, device, 40), dynamic_shapes=({0: rows}, None), strict=strict)
+
+
+def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    return torch.export.load(file)
 
 
 @of_cases
@@ -63,14 +76,24 @@ def test_a_program_is_for_every_row_class(case, strict, grad, device):
         assert torch.equal(program.module()(x, offs), model(x, offs))
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize("rows", [torch.export.Dim("rows"), torch.export.Dim.AUTO], ids=["unbounded", "auto"])
+def test_a_number_of_rows_without_bounds_is_not_narrowed_down(rows, strict):
+    """Selection must not ask for the row class of the example."""
+    case, device = Case(KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
+    model = Experts(case, device).requires_grad_(False)
+    program = export(model, case, device, strict, rows)
+    for num_rows in (8, 65, 1100):
+        x, offs = inputs_of(case, device, num_rows)
+        assert torch.equal(program.module()(x, offs), model(x, offs))
+
+
 @of_cases
 def test_a_program_is_saved_and_loaded(case, device):
     model = Experts(case, device).requires_grad_(False)
-    file = io.BytesIO()
-    torch.export.save(export(model, case, device, strict=False), file)
-    file.seek(0)
+    program = saved_and_loaded(export(model, case, device, strict=False))
     x, offs = inputs_of(case, device, 100)
-    assert torch.equal(torch.export.load(file).module()(x, offs), model(x, offs))
+    assert torch.equal(program.module()(x, offs), model(x, offs))
 
 
 class Overridden(Experts):
@@ -86,17 +109,16 @@ class Decorated(Overridden):
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("kind", [Overridden, Decorated])
-def test_override_torch_holds_in_a_program(kind, strict):
+def test_override_torch_holds_in_a_program(kind, grad, strict):
     case, device = Case(KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
-    model = kind(case, device).requires_grad_(False)
-    if kind is Overridden:
-        with override_torch("fp8_blockwise", kernel_preference="emulated"):
-            program = export(model, case, device, strict)
-    else:
+    model = kind(case, device).requires_grad_(grad)
+    block = override_torch("fp8_blockwise", kernel_preference="emulated")
+    with contextlib.nullcontext() if kind is Decorated else block, torch.set_grad_enabled(grad):
         program = export(model, case, device, strict)
     x, offs = inputs_of(case, device, 100)
-    assert torch.equal(program.module()(x, offs), Experts.forward(model, x, offs))
+    assert torch.equal(saved_and_loaded(program).module()(x, offs), Experts.forward(model, x, offs))
 
 
 LOAD = """
