@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -12,9 +14,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, get_overridable_functions
 from torch.utils import checkpoint as checkpointing
+from torch.utils._contextlib import context_decorator
 
 from grouped_gemm import arguments
 from grouped_gemm.functional import grouped_mm
@@ -80,8 +83,23 @@ class override_torch(TorchFunctionMode):
             _allow_push()
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
-        """``function``, as a function that runs inside the block."""
-        return functools.wraps(function)(_inside(self, function))
+        """``function``, as a function that runs inside the block.
+
+        The body of a generator or coroutine runs inside the block, the code that it yields to does not.
+
+        Raises:
+            TypeError: ``function`` is a class, a module, an asynchronous generator function, or is not callable.
+        """
+        if isinstance(function, (staticmethod, classmethod)):
+            return type(function)(self(function.__func__))
+        _check_decorated(function)
+        if _is_kind(inspect.iscoroutinefunction, function):
+            inside = _awaited_inside(self, function)
+        elif _is_kind(inspect.isgeneratorfunction, function):
+            inside = _resumed_inside(self, function)
+        else:
+            inside = _inside(self, function)
+        return functools.wraps(function)(inside)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -101,8 +119,8 @@ class override_torch(TorchFunctionMode):
             result = func(*args, **kwargs)
             _warn_once(refused, found)  # where torch does not raise
             return result
-        # Autocast does not cast for torch's GEMM. Where it is off, a region of it would only be in the way: a program that
-        # torch.export traces in strict mode, with gradients, cannot be loaded with such a region in it.
+        # Autocast does not cast for torch's GEMM. Where it is off, the region would only do harm: torch.export.load
+        # refuses it in a program that was traced in strict mode with gradients.
         is_casting = torch.is_autocast_enabled(a.device.type)
         with torch.autocast(a.device.type, enabled=False) if is_casting else contextlib.nullcontext():
             return grouped_mm(
@@ -124,6 +142,45 @@ def _inside(block: override_torch, function: Callable[_P, _R]) -> Callable[_P, _
             return function(*args, **kwargs)
 
     return inside
+
+
+def _resumed_inside(block: override_torch, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A generator function that is inside the block while its body runs, and outside while it is suspended."""
+
+    def steps(*args: Any, **kwargs: Any) -> Any:
+        return (yield from function(*args, **kwargs))
+
+    return context_decorator(lambda: block, steps)
+
+
+def _awaited_inside(block: override_torch, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A coroutine function that is inside the block while its body runs, and outside while it waits."""
+    steps = types.coroutine(_resumed_inside(block, lambda *args, **kwargs: function(*args, **kwargs).__await__()))
+
+    async def inside(*args: Any, **kwargs: Any) -> Any:
+        return await steps(*args, **kwargs)
+
+    return inside
+
+
+def _is_kind(is_kind: Callable[[Any], bool], function: Any) -> bool:
+    """Whether ``is_kind`` holds for a function, or for the ``__call__`` of an object that is called like one."""
+    return is_kind(function) or is_kind(type(function).__call__)
+
+
+def _check_decorated(function: Any) -> None:
+    if isinstance(function, type):
+        found, remedy = f"the class {function.__name__}", "Decorate its methods that call grouped_mm, such as forward"
+    elif isinstance(function, Module):
+        found = f"the module {type(function).__name__}, which would become a function without parameters"
+        remedy = "Decorate forward in its class, or call the module in a block: with override_torch(...)"
+    elif not callable(function):
+        found, remedy = type(function).__name__, "Write @override_torch(...) above a function"
+    elif _is_kind(inspect.isasyncgenfunction, function):
+        found, remedy = "an asynchronous generator function", "Decorate the functions that it calls"
+    else:
+        return
+    raise TypeError(f"override_torch: expected a function to decorate; found {found}. {remedy}.")
 
 
 def _bind(*args: Any, **kwargs: Any) -> tuple[Any, ...]:

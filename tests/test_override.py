@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
+import inspect
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 import torch
@@ -204,6 +206,120 @@ def test_it_decorates_a_function(ours):
     assert len(ours) == 2
 
 
+def test_a_generator_is_inside_the_block_and_its_caller_is_not(ours):
+    a, b = operands()
+
+    @override_torch("mxfp8")
+    def forward(scale: int) -> Iterator[Tensor]:
+        with contextlib.suppress(KeyError):
+            scale = yield F.grouped_mm(a * scale, b, offs=OFFS)
+        yield F.grouped_mm(a * scale, b, offs=OFFS)
+        return "returned"
+
+    for resume, factor in ((lambda g: g.send(3), 3), (lambda g: g.throw(KeyError()), 2)):
+        layer = forward(2)
+        assert torch.equal(next(layer), grouped_mm(a * 2, b, OFFS, recipe="mxfp8"))
+        count = len(ours)
+        F.grouped_mm(a, b, offs=OFFS)
+        assert len(ours) == count
+        assert torch.equal(resume(layer), grouped_mm(a * factor, b, OFFS, recipe="mxfp8"))
+        with pytest.raises(StopIteration, match="returned"):
+            next(layer)
+    F.grouped_mm(a, b, offs=OFFS)
+    assert len(ours) == 4 and inspect.isgeneratorfunction(forward)
+
+
+class Coroutines:
+    """A coroutine function in each form in which a class can hold one."""
+
+    @override_torch("mxfp8")
+    async def method(self, function: Callable[[], Awaitable[Tensor]]) -> Tensor:
+        return await function()
+
+    @override_torch("mxfp8")
+    @staticmethod
+    async def static(function: Callable[[], Awaitable[Tensor]]) -> Tensor:
+        return await function()
+
+    async def __call__(self, function: Callable[[], Awaitable[Tensor]]) -> Tensor:
+        return await function()
+
+
+COROUTINES = {
+    "method": Coroutines().method,
+    "static": Coroutines().static,
+    "object": override_torch("mxfp8")(Coroutines()),
+    "partial": override_torch("mxfp8")(functools.partial(Coroutines.__call__, None)),
+}
+
+
+@pytest.mark.parametrize("layer", COROUTINES.values(), ids=COROUTINES)
+def test_a_coroutine_is_inside_the_block_and_other_tasks_are_not(layer, ours):
+    a, b = operands()
+    is_waiting, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def inside() -> Tensor:
+        is_waiting.set()
+        await goes_on.wait()
+        return F.grouped_mm(a, b, offs=OFFS)
+
+    async def outside() -> None:
+        await is_waiting.wait()
+        F.grouped_mm(a, b, offs=OFFS)
+        goes_on.set()
+
+    async def both() -> Tensor:
+        y, _ = await asyncio.gather(layer(inside), outside())
+        return y
+
+    assert torch.equal(asyncio.run(both()), grouped_mm(a, b, OFFS, recipe="mxfp8"))
+    assert len(ours) == 1 and inspect.iscoroutinefunction(layer)
+
+
+class Methods:
+    @override_torch("mxfp8")
+    @staticmethod
+    def static(a: Tensor, b: Tensor) -> Tensor:
+        return F.grouped_mm(a, b, offs=OFFS)
+
+    @override_torch("mxfp8")
+    @classmethod
+    def of_class(cls, a: Tensor, b: Tensor) -> Tensor:
+        return F.grouped_mm(a, b, offs=OFFS)
+
+
+FUNCTIONS = {
+    "static": Methods().static,
+    "of_class": Methods.of_class,
+    "partial": override_torch("mxfp8")(functools.partial(F.grouped_mm, offs=OFFS)),
+}
+
+
+@pytest.mark.parametrize("layer", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_it_decorates_what_is_called_like_a_function(layer, ours):
+    a, b = operands()
+    assert torch.equal(layer(a, b), grouped_mm(a, b, OFFS, recipe="mxfp8")) and len(ours) == 1
+
+
+async def stream() -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("decorated", "found", "remedy"),
+    (
+        (torch.nn.Linear, "the class Linear", "its methods .* such as forward"),
+        (torch.nn.Linear(1, 1), "the module Linear", "forward in its class"),
+        (stream, "an asynchronous generator", "the functions that it calls"),
+        (5, "int", "above a function"),
+    ),
+    ids=("class", "module", "async_generator", "number"),
+)
+def test_what_cannot_run_inside_a_block_is_not_decorated(decorated, found, remedy):
+    with pytest.raises(TypeError, match=f"expected a function to decorate; found {found}.*{remedy}"):
+        override_torch("mxfp8")(decorated)
+
+
 def test_a_block_holds_for_its_own_thread(ours):
     a, b = operands()
     with override_torch("mxfp8"):
@@ -293,7 +409,7 @@ def test_checkpoints_recompute_under_it(wrap, place, is_compiled):
     model = Decorated() if place == "decorated" else Experts()
     layer = wrap(model)
     if place == "inside":
-        layer = override_torch("mxfp8")(layer)
+        layer = override_torch("mxfp8")(functools.partial(layer))  # a module itself cannot be decorated
     if is_compiled:
         torch._dynamo.reset()
         layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
