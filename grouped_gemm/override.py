@@ -249,34 +249,58 @@ _is_prepared = False
 
 
 def _prepare_torch() -> None:
-    """Changes of torch that blocks need, made once: what Dynamo asks modes about, and what checkpoints recompute.
-
-    Dynamo asks about what torch lists as overridable, where names that begin with an underscore are left out.
-    Eager checkpoints recompute in backward, after the block or inside ``Tensor.backward``, where modes are off.
-    """
+    """Changes what Dynamo asks modes about, and what checkpoints recompute: once, in torch itself."""
     global _is_prepared
-    if _is_prepared:
-        return
+    if not _is_prepared:
+        _is_prepared = True
+        _list_for_dynamo()
+        _change_checkpoints()
+
+
+def _list_for_dynamo() -> None:
+    """Dynamo asks modes about what torch lists as overridable, which leaves out names that begin with an underscore."""
     function, listed = torch._grouped_mm, get_overridable_functions()[torch]
     listed.append(function)
     tracer = sys.modules.get("torch._dynamo.variables.torch")
     if tracer is not None:  # which keeps a set of what was listed
         tracer.get_overridable_functions().add(function)
 
-    generator = checkpointing._checkpoint_without_reentrant_generator
-    forward = checkpointing.CheckpointFunction.forward
 
-    @functools.wraps(generator)
-    def not_reentrant(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return generator(_in_current_blocks(function), *args, **kwargs)
+# What keeps the function of a checkpoint for backward: a class, its method, and the parameter that the function is.
+# Methods are replaced, not functions, since other code may have imported a function already.
+_CHECKPOINTS = {
+    "use_reentrant=False": ("_CheckpointFrame", "__init__", "recompute_fn"),
+    "use_reentrant=True": ("CheckpointFunction", "forward", "run_function"),
+}
 
-    @functools.wraps(forward)
-    def reentrant(ctx: Any, function: Callable[..., Any], *args: Any) -> Any:
-        return forward(ctx, _in_current_blocks(function), *args)
 
-    checkpointing._checkpoint_without_reentrant_generator = not_reentrant  # type: ignore[assignment]
-    checkpointing.CheckpointFunction.forward = staticmethod(reentrant)  # type: ignore[method-assign]
-    _is_prepared = True
+def _change_checkpoints() -> None:
+    """Eager checkpoints recompute in backward, after the block or inside ``Tensor.backward``, where modes are off."""
+    unknown = []
+    for option, (name, method, parameter) in _CHECKPOINTS.items():
+        keeper = getattr(checkpointing, name, None)
+        original = getattr(keeper, method, None)
+        if original is None or list(inspect.signature(original).parameters)[1:2] != [parameter]:
+            unknown.append(option)
+            continue
+        changed = _keeping_blocks(original)
+        is_static = isinstance(inspect.getattr_static(keeper, method), staticmethod)
+        setattr(keeper, method, staticmethod(changed) if is_static else changed)
+    if unknown:
+        warnings.warn(
+            f"override_torch does not hold where torch {torch.__version__} recomputes a checkpoint with "
+            f"{' or '.join(unknown)}: expected {'.'.join(_CHECKPOINTS[unknown[0]][:2])} in torch.utils.checkpoint as "
+            "torch 2.13 has it. Decorate the function that is checkpointed with override_torch.",
+            stacklevel=4,  # the line that makes the block
+        )
+
+
+def _keeping_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def changed(keeper: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return original(keeper, _in_current_blocks(function), *args, **kwargs)
+
+    return changed
 
 
 def _in_current_blocks(function: Callable[_P, _R]) -> Callable[_P, _R]:

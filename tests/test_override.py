@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,7 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.variables import torch as dynamos_own
+from torch.distributed._composable import checkpoint_activation
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.overrides import get_overridable_functions
+from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from grouped_gemm import KernelPreference, NoBackendError, grouped_mm, override, override_torch, product_ops
@@ -425,6 +430,31 @@ def test_a_checkpoint_in_nested_blocks_is_recomputed_under_the_innermost():
     assert all(map(torch.equal, gradients(y, a, b), gradients(grouped_mm(a, b, OFFS, recipe="fp8_rowwise"), a, b)))
 
 
+def test_a_composable_checkpoint_that_was_imported_earlier_is_recomputed_under_it(monkeypatch):
+    """Its module, and other libraries, have names of torch's own from before the first `override_torch`."""
+    name = "_checkpoint_without_reentrant_generator"
+    monkeypatch.setattr(checkpoint_activation, name, inspect.unwrap(getattr(checkpointing, name)))
+    model = Experts()
+    checkpoint_activation.checkpoint(model)
+    found = train(model, model, "forward")
+    wanted = train(functools.partial(model.forward, gemm=functools.partial(grouped_mm, recipe="mxfp8")), model)
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_checkpoints_of_an_unknown_torch_are_named_and_the_rest_works(monkeypatch, ours):
+    monkeypatch.setattr(override, "_is_prepared", False)
+    monkeypatch.setattr(override, "_list_for_dynamo", lambda: None)
+    monkeypatch.delattr(checkpointing, "_CheckpointFrame")
+    monkeypatch.setattr(checkpointing.CheckpointFunction, "forward", lambda ctx, *args: None)
+    with pytest.warns(UserWarning, match="use_reentrant=False or use_reentrant=True: expected .* Decorate") as said:
+        block = override_torch("mxfp8")
+    assert said[0].filename == __file__
+    with warnings.catch_warnings(), block, override_torch("mxfp8"):
+        warnings.simplefilter("error")
+        F.grouped_mm(*operands(), offs=OFFS)
+    assert len(ours) == 1
+
+
 def test_the_loop_of_transformers_is_caught(ours):
     a, b = operands()
     with torch.library._scoped_library("transformers", "FRAGMENT") as library:
@@ -434,9 +464,51 @@ def test_the_loop_of_transformers_is_caught(ours):
     assert len(ours) == 1 and torch.equal(y, grouped_mm(a, b, OFFS, recipe="mxfp8"))
 
 
+@pytest.fixture
+def unlisted(monkeypatch) -> Iterator[None]:
+    """Torch's list of what modes are asked about as it is before the first `override_torch`."""
+    listed = get_overridable_functions()
+    monkeypatch.setitem(listed, torch, [function for function in listed[torch] if function is not torch._grouped_mm])
+    dynamos_own.get_overridable_functions.cache_clear()
+    yield
+    dynamos_own.get_overridable_functions.cache_clear()
+
+
+@pytest.mark.parametrize("first", ("dynamo", "override"))
+def test_dynamo_asks_the_mode_whichever_comes_first(first, unlisted, monkeypatch):
+    """Dynamo keeps the list once it has read it. It would not ask a mode about ``torch._grouped_mm`` by itself.
+
+    The block is inside what is compiled: around it, the mode would catch what the graph calls as it runs.
+    """
+    with monkeypatch.context() as patch:
+        if first == "dynamo":
+            dynamos_own.get_overridable_functions()
+        else:
+            patch.delitem(sys.modules, dynamos_own.__name__)
+        override._list_for_dynamo()
+    a, b = operands()
+    torch._dynamo.reset()
+    inside = override_torch("mxfp8")(lambda a, b: F.grouped_mm(a, b, offs=OFFS))
+    y = torch.compile(inside, fullgraph=True, backend="eager")(a, b)
+    assert torch.equal(y, grouped_mm(a, b, OFFS, recipe="mxfp8"))
+
+
+def test_a_block_inside_a_compiled_checkpoint():
+    """For Dynamo, a block that is made there has a side effect, which it would not allow."""
+    a, b = operands()
+
+    def inside(a: Tensor, b: Tensor) -> Tensor:
+        with override_torch("mxfp8"):
+            return F.grouped_mm(a, b, offs=OFFS)
+
+    torch._dynamo.reset()
+    y = torch.compile(checkpointed(inside, use_reentrant=False), fullgraph=True, backend="aot_eager")(a, b)
+    wanted = grouped_mm(a, b, OFFS, recipe="mxfp8")
+    assert torch.equal(y, wanted) and all(map(torch.equal, gradients(y, a, b), gradients(wanted, a, b)))
+
+
 @pytest.mark.parametrize("place", ("around", "inside"))
 def test_compiled_functions_follow_it_and_are_not_compiled_anew(place):
-    """Dynamo would not ask a mode about ``torch._grouped_mm`` by itself."""
     a, b = operands()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -459,6 +531,7 @@ def test_compiled_functions_follow_it_and_are_not_compiled_anew(place):
             y = compiled(a, b)
         assert torch.equal(y, wanted) and all(map(torch.equal, gradients(y, a, b), expected))
     assert counter.frame_count == 1
+    assert not torch.equal(plain(a, b), wanted)  # the block has ended
     if place == "around":
         assert torch.equal(compiled(a, b), plain(a, b))
 
