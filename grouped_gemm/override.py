@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack,
 from torch.utils import checkpoint as checkpointing
 from torch.utils._contextlib import context_decorator
 
-from grouped_gemm import arguments
+from grouped_gemm import arguments, tracing
 from grouped_gemm.functional import grouped_mm
 from grouped_gemm.preference import KernelPreference
 from grouped_gemm.recipes import Recipe
@@ -114,6 +114,8 @@ class override_torch(TorchFunctionMode):
         if not kwargs.keys() <= _NAMES:
             return func(*args, **kwargs)
         a, b, offs, bias, out_dtype = _bind(*args, **kwargs)
+        if isinstance(offs, Tensor) and tracing.holds(offs.numel() == 0):
+            return func(*args, **kwargs)  # without groups there is nothing to multiply, which `grouped_mm` refuses
         refused, found = _refusal(a, b, offs, bias, out_dtype)
         if refused:
             result = func(*args, **kwargs)

@@ -178,6 +178,25 @@ def test_what_torch_refuses_is_refused_by_torch_and_nothing_is_said(changed, our
     assert not ours
 
 
+@pytest.mark.parametrize("is_compiled", (False, True), ids=("eager", "compiled"))
+@pytest.mark.parametrize(
+    ("a", "b", "shape"),
+    (((0, 32), (0, 32, 64), (0, 64)), ((32, 24), (24, 64), (0, 32, 64))),
+    ids=("rows_in_groups", "weight_gradient"),
+)
+def test_a_call_without_groups_is_left_to_torch_and_nothing_is_said(a, b, shape, is_compiled, ours):
+    def gemm(*operands: Tensor) -> Tensor:
+        return F.grouped_mm(*operands, offs=OFFS[:0])
+
+    torch._dynamo.reset()
+    if is_compiled:
+        gemm = torch.compile(gemm, fullgraph=True, backend="aot_eager")
+    with warnings.catch_warnings(), override_torch("mxfp8"):
+        warnings.simplefilter("error")
+        assert gemm(torch.ones(a).bfloat16(), torch.ones(b).bfloat16()).shape == shape
+    assert not ours
+
+
 def test_blocks_nest_and_the_innermost_wins(ours):
     a, b = operands()
     with override_torch("mxfp8"):
