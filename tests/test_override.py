@@ -555,6 +555,26 @@ def test_compiled_functions_follow_it_and_are_not_compiled_anew(place):
         assert torch.equal(compiled(a, b), plain(a, b))
 
 
+@pytest.mark.parametrize("place", ("around", "inside"))
+def test_experts_that_a_mask_selects_compile_as_they_do_without_it(place):
+    """With integers that each recipe multiplies exactly, so that the bits do not depend on who runs the call."""
+    a, w = (torch.randint(-2, 3, shape).bfloat16().requires_grad_() for shape in ((24, 32), (3, 64, 32)))
+    is_used = torch.tensor([True, False, True])
+
+    def layer(a: Tensor, w: Tensor) -> Tensor:
+        return F.grouped_mm(a, w[is_used].transpose(1, 2), offs=OFFS[is_used])
+
+    block = override_torch("mxfp8")
+    torch._dynamo.reset()
+    compiled = torch.compile(block(layer) if place == "inside" else layer, fullgraph=True, backend="aot_eager")
+    around = block if place == "around" else contextlib.nullcontext()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True), around:
+        y = compiled(a, w)
+    wanted, dy = layer(a, w), torch.ones(24, 64).bfloat16()
+    assert torch.equal(y, wanted)
+    assert all(map(torch.equal, torch.autograd.grad(y, (a, w), dy), torch.autograd.grad(wanted, (a, w), dy)))
+
+
 BODIES = {
     "cond": lambda f, a: torch.cond(a.sum() > 0, f, lambda a: f(a * 2), (a,)),
     "while_loop": lambda f, a: torch._higher_order_ops.while_loop(
