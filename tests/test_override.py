@@ -376,14 +376,11 @@ class Experts(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up = torch.nn.Parameter(torch.randn(3, 64, 32).bfloat16())
-        self.down = torch.nn.Parameter(torch.randn(3, 32, 64).bfloat16())
 
     def forward(self, x: Tensor, ids: Tensor, gemm: Callable[..., Tensor] = F.grouped_mm) -> Tensor:
         ids, order = torch.sort(ids)
         ends = torch.histc(ids.float(), bins=3, min=0, max=2).cumsum(0, dtype=torch.int32)
-        y = F.silu(gemm(x[order], self.up.transpose(1, 2), offs=ends))
-        y = gemm(y, self.down.transpose(1, 2), offs=ends)
-        return y[torch.argsort(order)]
+        return F.silu(gemm(x[order], self.up.transpose(1, 2), offs=ends))[torch.argsort(order)]
 
 
 class Decorated(Experts):
@@ -400,7 +397,7 @@ def train(layer: Callable[..., Tensor], model: Experts, block: str = "") -> list
             y.sum().backward()
     if block != "everything":
         y.sum().backward()
-    return [y.detach(), x.grad, model.up.grad, model.down.grad]
+    return [y.detach(), x.grad, model.up.grad]
 
 
 def checkpointed(function: Callable[..., Tensor], **options) -> Callable[..., Tensor]:
@@ -417,13 +414,14 @@ CHECKPOINTS = {
 }
 
 
-# A compiled function takes seconds, and where the block is inside the checkpoint all kinds of them trace alike.
+# Compiling takes a second. All kinds of checkpoints are traced alike where the block is inside the compiled function.
+# Backward inside the block is traced in forward, for each kind.
 PLACES = [
     pytest.param(wrap, place, is_compiled, id="-".join(("compiled" if is_compiled else "eager", place, name)))
     for name, wrap in CHECKPOINTS.items()
     for place in ("forward", "everything", "decorated", "inside")
     for is_compiled in (False, True)
-    if not is_compiled or place in ("forward", "everything") or name == "not_reentrant"
+    if not is_compiled or place == "forward" or name == "not_reentrant"
 ]
 
 
@@ -451,8 +449,9 @@ def test_a_checkpoint_in_nested_blocks_is_recomputed_under_the_innermost():
 
 def test_a_composable_checkpoint_that_was_imported_earlier_is_recomputed_under_it(monkeypatch):
     """Its module, and other libraries, have names of torch's own from before the first `override_torch`."""
-    name = "_checkpoint_without_reentrant_generator"
-    monkeypatch.setattr(checkpoint_activation, name, inspect.unwrap(getattr(checkpointing, name)))
+    for name, function in list(vars(checkpoint_activation).items()):
+        if getattr(function, "__module__", "") == checkpointing.__name__:
+            monkeypatch.setattr(checkpoint_activation, name, inspect.unwrap(function))
     model = Experts()
     checkpoint_activation.checkpoint(model)
     found = train(model, model, "forward")
