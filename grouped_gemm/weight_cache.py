@@ -6,7 +6,7 @@ Kept layouts must never outlive the values that they stand for. Several things e
 - A step of an optimizer of torch. Fused ones move no counter; those of a DTensor's local shard and of the parameters
   that FSDP2 gathers, which refills them in place, do not follow the parameter that is stepped. Parameters whose step
   was captured in a CUDA graph are not kept at all, since nothing tells of a replay.
-- The end of the block.
+- The end of the tensor, of its storage, or of the block.
 
 What is left changes the memory of the weights without moving their counter; `cache_weights` lists the ways. Only the
 values would show it, and to read them at each call would take half the time of quantizing, and a host sync to compare
@@ -43,14 +43,14 @@ class _Kept:
     Attributes:
         state: its version then, where its values were, and whether checksums are compared. The storage is a weak
             reference, so that no other storage takes over the address.
-        watched: drops all this when the values go.
+        watched: weak references that drop all this when the tensor or its storage goes.
         layouts: those of forward and dgrad, by all that tells apart what was asked for: views of one tensor, backends,
             recipes, streams.
         checksums: of the values of each view, under GROUPED_GEMM_VALIDATE=1.
     """
 
     state: tuple[int, StorageWeakRef, bool]
-    watched: weakref.ref[Any]
+    watched: tuple[weakref.ref[Any], ...]
     layouts: dict[tuple[Any, ...], Layouts] = field(default_factory=dict)
     checksums: dict[tuple[Any, ...], int] = field(default_factory=dict)
 
@@ -103,15 +103,19 @@ class WeightCache:
             kept.layouts[key] = for_forward, for_dgrad
         return for_forward if forward else None, for_dgrad if dgrad else None
 
-    def _watch(self, source: Tensor) -> weakref.ref[Any]:
-        """Drops what is kept of ``source`` when it goes; of a parameter, when its storage does.
+    def _watch(self, source: Tensor) -> tuple[weakref.ref[Any], ...]:
+        """Drops what is kept of ``source`` when the tensor or its storage goes; the next one may get the same id.
 
-        torch swaps no tensor that has weak references, and `Module.to` may swap parameters; storages may have them. The
-        next tensor with a parameter's id has other storage, or else looks at the same memory.
+        Of a parameter, a mark in its ``__dict__`` has the weak reference: torch swaps no tensor that has one itself,
+        and `Module.to` may swap parameters, their ``__dict__`` included. The mark is an empty set, which any
+        ``torch.load`` of a saved parameter takes.
         """
         kept, key = self._kept, id(source)
-        watched = source.untyped_storage() if isinstance(source, Parameter) else source
-        return weakref.ref(watched, lambda _: kept.pop(key, None))
+        mark = source.__dict__.setdefault(_MARK, set()) if isinstance(source, Parameter) else source
+        return tuple(weakref.ref(x, lambda _: kept.pop(key, None)) for x in (mark, source.untyped_storage()))
+
+
+_MARK = "_grouped_gemm_kept"
 
 
 class _Local(threading.local):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import io
 import re
 import threading
 import weakref
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from grouped_gemm import KernelPreference, Recipe, WeightCache, cache_weights, grouped_mm, weight_cache
@@ -428,6 +430,20 @@ def test_weights_that_a_graph_steps_are_not_kept(monkeypatch, quantized):
     assert len(written) == 2
 
 
+def test_a_dtensor_that_a_graph_steps_is_not_kept(monkeypatch, ranks):
+    """Calls see its local tensor."""
+    layer, mesh = Layer(EMULATED, torch.device("cpu")), dist.init_device_mesh("cpu", (1,))
+    w = torch.nn.Parameter(distribute_tensor(layer.up.detach(), mesh, [Shard(0)]))
+    w.grad = torch.zeros_like(w)
+    with monkeypatch.context() as capture:
+        capture.setattr(weight_cache, "is_capturing", lambda x: True)
+        torch.optim.SGD([w], lr=0.1).step()
+    with torch.no_grad(), cache_weights() as cache:
+        for b in (w, w.to_local()):
+            grouped_mm(layer.a, b.transpose(1, 2), layer.offs, recipe="mxfp8")
+        assert cache.nbytes == 0
+
+
 def test_data_of_a_parameter_is_never_taken_for_an_earlier_one():
     """Each ``p.data`` is a new tensor with a counter of its own, and may have the id of one that is gone."""
     layer = Layer(EMULATED, torch.device("cpu"))
@@ -441,6 +457,33 @@ def test_data_of_a_parameter_is_never_taken_for_an_earlier_one():
             for i in range(8):
                 assert torch.equal(call(layer.up.data), wanted[i % 2])
                 layer.up.neg_()
+
+
+def test_what_is_kept_goes_with_a_parameter_whose_memory_stays(quantized):
+    """The next one of the same memory may have its id and its version. A view and a graph still hold a parameter."""
+    layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
+    with cache_weights() as cache:
+        w = torch.nn.Parameter(layer.down.data)
+        b = w.view_as(w)
+        del w
+        for _ in range(2):
+            y = grouped_mm(layer.a, b, layer.offs, recipe="fp8_blockwise")
+        assert len(written) == 1
+        del b
+        assert cache.nbytes > 0
+        y.sum().backward()
+        del y
+        gc.collect()
+        assert cache.nbytes == 0
+
+
+def test_a_parameter_is_saved_as_before():
+    layer, file = Layer(EMULATED, torch.device("cpu")), io.BytesIO()
+    with cache_weights():
+        layer.accumulate(1)
+        torch.save(layer.up, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), layer.up)
 
 
 # Modules that are moved
