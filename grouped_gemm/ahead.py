@@ -25,7 +25,7 @@ from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.functional import explain, forget, grouped_mm
 from grouped_gemm.kernels import tuning
 from grouped_gemm.operand import Quantized, QuantizedWeights
-from grouped_gemm.preference import AUTOTUNE, KernelPreference
+from grouped_gemm.preference import AUTOTUNE, KernelPreference, check_bool
 from grouped_gemm.problem import Pass, Problem, RowClass
 from grouped_gemm.recipes import Recipe
 from grouped_gemm.select import Decision, able, decide
@@ -216,7 +216,7 @@ def warmup(
     if not isinstance(b, QuantizedWeights):
         arguments.check_tensor("b", b, (3,), arguments.DTYPES)
     arguments.check_options(out_dtype, group_alignment)
-    arguments.check_bool("training", training)
+    check_bool("training", training)
     row_classes = dict.fromkeys(map(_row_class, (rows,) if isinstance(rows, (str, RowClass)) else rows))
     options = {
         "recipe": recipe,

@@ -5,6 +5,7 @@ Shapes and dtypes only: nothing here looks at values, except under GROUPED_GEMM_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -94,16 +95,6 @@ def check_dtype(argument: str, dtype: Any) -> None:
         fail(argument, f"one of {_DTYPE_NAMES}", dtype)
 
 
-def check_bool(argument: str, value: Any) -> None:
-    """``value`` is True or False.
-
-    Raises:
-        TypeError: it is something else, even if that has a truth.
-    """
-    if not isinstance(value, bool):
-        raise TypeError(f"{argument}: expected a bool; found {type(value).__name__}")
-
-
 def check_operands(a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None) -> None:
     """``a`` (M, K), ``b`` (E, K, N), ``offs`` (E,) and ``bias`` (E, N) fit each other."""
     check_tensor("a", a, (2,), DTYPES)
@@ -118,11 +109,17 @@ def check_operands(a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: 
     check_offs(offs, num_groups, a.device)
     if bias is None:
         return
+    check_bias(bias, b.shape)
+    if bias.device != a.device:
+        fail("bias.device", f"{a.device}, where a is", bias.device)
+
+
+def check_bias(bias: Tensor, shape: Sequence[int]) -> None:
+    """``bias`` is (E, N), for weights of ``shape`` (E, K, N)."""
+    num_groups, _, n = shape
     check_tensor("bias", bias, (2,), DTYPES)
     if holds(bias.shape[0] != num_groups) or bias.shape[1] != n:
         fail("bias", f"shape (E, N) = {(num_groups, n)}", tuple(bias.shape))
-    if bias.device != a.device:
-        fail("bias.device", f"{a.device}, where a is", bias.device)
 
 
 def check_contraction(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None) -> None:

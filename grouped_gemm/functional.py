@@ -38,6 +38,7 @@ from grouped_gemm.preference import (
     STRICT,
     VALIDATE,
     KernelPreference,
+    check_bool,
     environment,
     is_current,
     resolve,
@@ -178,7 +179,7 @@ def quantize_weights(
             GROUPED_GEMM_VALIDATE=1 also where a recipe wants powers of two and a scale is none.
         NoBackendError: no backend, or not the one that was asked for, runs the recipe.
     """
-    arguments.check_bool("dgrad", dgrad)
+    check_bool("dgrad", dgrad)
     recipe = Recipe.parse(recipe)
     if not recipe.is_scaled:
         arguments.fail("recipe", "one that scales", recipe.value)

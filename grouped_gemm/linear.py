@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grouped_gemm.arguments import check_bias
 from grouped_gemm.functional import grouped_mm
 from grouped_gemm.operand import QuantizedWeights, compact, other_version, weights_of, with_strides
 
@@ -24,7 +25,8 @@ class QuantizedGroupedLinear(torch.nn.Module):
 
     Data and scales are buffers of integers, their bits, so that ``.half()`` and ``.to(torch.bfloat16)`` leave them as
     they are. ``.to(device)``, ``state_dict``, ``load_state_dict`` and ``copy.deepcopy`` work as usual. The state also
-    says its form, that is shape, recipe, backends and the version of the layouts; a state of another form is refused.
+    says its form, that is shape, recipe, backends and the version of the layouts. A state of another form, or with data
+    but without their form, is refused, with ``strict=False`` as well.
     For a shard of the experts, pass ``weights[first:last]``: what a slice leaves out is neither kept nor saved.
 
     Args:
@@ -32,7 +34,8 @@ class QuantizedGroupedLinear(torch.nn.Module):
         bias: (E, N), added to each row of its group. A `torch.nn.Parameter` stays one; a tensor becomes a buffer.
 
     Raises:
-        TypeError: ``weights`` are no `QuantizedWeights`.
+        TypeError: ``weights`` are no `QuantizedWeights`, or ``bias`` is no tensor.
+        ValueError: ``bias`` has another shape or dtype.
     """
 
     forward_data: Tensor
@@ -43,6 +46,8 @@ class QuantizedGroupedLinear(torch.nn.Module):
         if not isinstance(weights, QuantizedWeights):
             found = type(weights).__name__
             raise TypeError(f"weights: expected QuantizedWeights, from quantize_weights; found {found}")
+        if bias is not None:
+            check_bias(bias, weights.shape)
         tensors = {name: compact(x) for name, x in weights.tensors.items()}
         self._form = weights.form
         self._made: tuple[Any, QuantizedWeights] | None = None  # `weights`, and where the buffers were
@@ -105,22 +110,36 @@ class QuantizedGroupedLinear(torch.nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        saved = state_dict.get(f"{prefix}_extra_state", self._form)
-        differing = [name for name in self._form if saved.get(name) != self._form[name]]
-        for name in () if differing else self._views:
-            codes, own = state_dict.get(prefix + name), self._buffers[name]
-            if codes is not None and own is not None and codes.dtype != own.dtype:  # a copy would convert its bits
-                error_msgs.append(f"{prefix}{name}: expected {own.dtype}, the bits; found {codes.dtype}; view it so")
-                return
-        if "layout_version" in differing:
-            error_msgs.append(other_version(saved.get("layout_version")))
-        elif differing:
-            expected, found = ({name: form.get(name) for name in differing} for form in (self._form, saved))
-            error_msgs.append(
-                f"{prefix}weights: expected {expected}; found {found}; make the module of weights that were quantized "
-                "like those that were saved: same experts, recipe, dtype, dgrad and kernel_preference"
-            )
+        error = self._refusal(state_dict, prefix)
+        if error is not None:
+            error_msgs.append(error)
         else:
             super()._load_from_state_dict(
                 state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
+
+    def _refusal(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """Why a state is not loaded, before anything of it is; None: its bits mean what those of this module do."""
+        codes = {name: state_dict[prefix + name] for name in self._views if prefix + name in state_dict}
+        key = f"{prefix}_extra_state"
+        if key not in state_dict:
+            # Without data and scales there is nothing to misread. Missing keys are the business of `strict`.
+            advice = "save the module's whole state_dict, which has it"
+            return f"{key}: expected the form of {', '.join(codes)}; found none; {advice}" if codes else None
+        saved = state_dict[key]
+        if not isinstance(saved, dict):
+            return f"{key}: expected a dict, as get_extra_state returns it; found {type(saved).__name__}"
+        differing = [name for name in self._form if saved.get(name) != self._form[name]]
+        if "layout_version" in differing:
+            return other_version(saved.get("layout_version"))
+        if differing:
+            expected, found = ({name: form.get(name) for name in differing} for form in (self._form, saved))
+            return (
+                f"{prefix}weights: expected {expected}; found {found}; make the module of weights that were quantized "
+                "like those that were saved: same experts, recipe, dtype, dgrad and kernel_preference"
+            )
+        for name, x in codes.items():
+            own = self.get_buffer(name)
+            if x.dtype != own.dtype:  # a copy would convert its bits
+                return f"{prefix}{name}: expected {own.dtype}, the bits; found {x.dtype}; view it so"
+        return None

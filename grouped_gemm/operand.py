@@ -177,29 +177,46 @@ def weights_of(form: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedWei
     """`QuantizedWeights` of their ``form`` and ``tensors``. Saved files name this function: it keeps its name.
 
     Raises:
-        ValueError: they were saved with another version of the layouts.
+        ValueError: they were saved with another version of the layouts, or the tensors do not have this form.
     """
     if form["layout_version"] != LAYOUT_VERSION:
         raise ValueError(other_version(form["layout_version"]))
-    recipe, dgrad, dgrad_backend = Recipe.parse(form["recipe"]), None, None
-    data, scale = tensors["forward_data"], tensors.get("forward_scale")
+    shape, recipe, dgrad, dgrad_backend = torch.Size(form["shape"]), Recipe.parse(form["recipe"]), None, None
+    _check_tensors(tensors, shape, recipe, form["data_dtype"])
+    data, scale = tensors["forward_data"], tensors["forward_scale"]
     kind, axis, layout = form["forward"]
     forward, forward_backend = Quantized(data, scale, recipe, axis, layout), KernelPreference.parse(kind)
     if form["dgrad"] is not None:
         kind, axis, layout = form["dgrad"]
         data, scale = tensors.get("dgrad_data", data), tensors.get("dgrad_scale", scale)
         dgrad, dgrad_backend = Quantized(data, scale, recipe, axis, layout), KernelPreference.parse(kind)
-    shape = torch.Size(form["shape"])
     return QuantizedWeights(shape, form["dtype"], forward, dgrad, forward_backend, dgrad_backend)
+
+
+def _check_tensors(tensors: dict[str, Tensor], shape: torch.Size, recipe: Recipe, data_dtype: torch.dtype) -> None:
+    """Data have the shape of the weights, and each block has a scale: kernels read no further."""
+    num_groups, k, n = shape
+    for name in dict.fromkeys(("forward_data", "forward_scale", *tensors)):
+        x, is_data = tensors.get(name), name.endswith("data")
+        depth, lines = (k, n) if name.startswith("forward") else (n, k)
+        blocks = num_groups * -(-depth // (recipe.block or depth)) * -(-lines // recipe.weight_lines)
+        dtype = data_dtype if is_data else recipe.scale_dtype
+        if x is None or x.dtype != dtype or (x.shape != shape if is_data else x.numel() < blocks):
+            size = f"shape {tuple(shape)}" if is_data else f"at least {blocks} values"
+            found = "none" if x is None else f"shape {tuple(x.shape)} in {x.dtype}"
+            raise ValueError(
+                f"quantized weights: expected {name} of {size} in {dtype}; found {found}; the file is damaged: "
+                "quantize the weights again"
+            )
 
 
 # So that torch.load(weights_only=True) makes them, after `import grouped_gemm`: it imports nothing itself.
 torch.serialization.add_safe_globals([weights_of])
 
 
-def other_version(found: int) -> str:
+def other_version(found: object) -> str:
     """What an error says of layouts that are not those of this version."""
-    return f"quantized weights: expected layout version {LAYOUT_VERSION}; found {found}; quantize the weights again"
+    return f"quantized weights: expected layout version {LAYOUT_VERSION}; found {found!r}; quantize the weights again"
 
 
 def with_strides(x: Tensor, strides: tuple[int, ...]) -> Tensor:

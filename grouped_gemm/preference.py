@@ -166,6 +166,18 @@ class _Surrounding(threading.local):
 surrounding = _Surrounding()
 
 
+def check_bool(argument: str, value: object) -> None:
+    """``value`` is True or False.
+
+    Raises:
+        TypeError: it is something else, even if that has a truth, such as NumPy's bool.
+    """
+    if not isinstance(value, bool):
+        found = type(value)
+        module = "" if found.__module__ == "builtins" else f"{found.__module__}."
+        raise TypeError(f"{argument}: expected True or False; found {value!r} of type {module}{found.__qualname__}")
+
+
 @contextmanager
 def prefer(kernel_preference: KernelPreference | str | None = None, *, host_sync: bool | None = None) -> Iterator[None]:
     """Sets the preference of the calls inside the block, in this thread. Blocks nest; the innermost wins.
@@ -179,8 +191,8 @@ def prefer(kernel_preference: KernelPreference | str | None = None, *, host_sync
         TypeError: ``host_sync`` is no bool.
         ValueError: no backend has this name.
     """
-    if host_sync is not None and not isinstance(host_sync, bool):
-        raise TypeError(f"host_sync: expected a bool; found {type(host_sync).__name__}")
+    if host_sync is not None:
+        check_bool("host_sync", host_sync)
     before = surrounding.kernel_preference, surrounding.host_sync
     if kernel_preference is not None:
         surrounding.kernel_preference = KernelPreference.parse(kernel_preference)

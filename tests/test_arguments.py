@@ -200,8 +200,13 @@ BAD_WEIGHTS = {
     "b has 2 dimensions": (WEIGHTS | {"b": ones(K, N)}, ValueError, ("b", "rank 3", "2, shape (48, 32)")),
     "b is nested": (WEIGHTS | {"b": nested(K, N)}, ValueError, ("b", "a dense tensor", "nested")),
     "b is sparse": (WEIGHTS | {"b": ones(E, K, N).to_sparse()}, ValueError, ("b", "a dense tensor", "sparse_coo")),
-    "dgrad is a word": (WEIGHTS | {"dgrad": "no"}, TypeError, ("dgrad", "bool", "str")),
-    "dgrad is a number": (WEIGHTS | {"dgrad": 1}, TypeError, ("dgrad", "bool", "int")),
+    "dgrad is a word": (WEIGHTS | {"dgrad": "no"}, TypeError, ("dgrad", "True or False", "'no' of type str")),
+    "dgrad is NumPy's": (
+        WEIGHTS | {"dgrad": numpy.bool_(True)},
+        TypeError,
+        ("dgrad", "True or False", "of type numpy.bool"),
+    ),
+    "dgrad is a number": (WEIGHTS | {"dgrad": 1}, TypeError, ("dgrad", "True or False", "of type int")),
     "dtype is a name": (WEIGHTS | {"dtype": "bf16"}, ValueError, ("dtype", "bfloat16", "bf16")),
     "b has no groups": (WEIGHTS | {"b": ones(0, K, N)}, ValueError, ("b", "at least 1", "(0, 48, 32)")),
     "b is int8": (WEIGHTS | {"b": ones(E, K, N, dtype=torch.int8)}, ValueError, ("b.dtype", "bfloat16", "int8")),
@@ -447,10 +452,10 @@ def test_validation_allows_rows_past_the_last_group_and_groups_without_rows(monk
 
 
 OPTIONS = {
-    "prefer": (prefer, {"host_sync": "no"}, ("host_sync", "bool", "str")),
-    "prefer a number": (prefer, {"host_sync": 0}, ("host_sync", "bool", "int")),
+    "prefer": (prefer, {"host_sync": "no"}, ("host_sync", "True or False", "'no' of type str")),
+    "prefer a number": (prefer, {"host_sync": 0}, ("host_sync", "True or False", "of type int")),
     "override_torch": (override_torch, {"group_alignment": "16"}, ("group_alignment", "int", "str")),
-    "warmup": (warmup, {"b": GOOD["b"], "training": "no"}, ("training", "bool", "str")),
+    "warmup": (warmup, {"b": GOOD["b"], "training": "no"}, ("training", "True or False", "'no' of type str")),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -239,6 +240,46 @@ def test_another_version_of_the_layouts_is_refused(monkeypatch):
         torch.load(file, weights_only=True)
 
 
+def cut(x: Tensor) -> Tensor:
+    return x[..., :-1].contiguous()
+
+
+DAMAGES = {
+    "experts": (
+        "form",
+        "shape",
+        (E + 1, K, N),
+        r"forward_data of shape \(5, 40, 24\) in .*; found shape \(4, 40, 24\)",
+    ),
+    "features": ("form", "shape", (E, K, N + 8), r"forward_data of shape \(4, 40, 32\)"),
+    "data": ("tensors", "forward_data", cut, r"forward_data of shape .*; found shape \(4, 40, 23\)"),
+    "dgrad's data": ("tensors", "dgrad_data", cut, r"dgrad_data of shape .*; found shape \(4, 40, 23\)"),
+    "scales": ("tensors", "forward_scale", cut, r"forward_scale of at least 192 values"),
+    "dgrad's scales": ("tensors", "dgrad_scale", lambda x: x[:2], r"dgrad_scale of at least 160 values"),
+    "no scales": ("tensors", "forward_scale", None, "forward_scale of .*; found none"),
+    "codes": (
+        "tensors",
+        "forward_data",
+        lambda x: x.view(torch.uint8),
+        "in torch.float8_e4m3fn; found .* in torch.uint8",
+    ),
+    "a recipe": ("form", "recipe", "fp8_rowwise", "forward_scale of at least 96 values in torch.float32"),
+}
+
+
+@pytest.mark.parametrize(("part", "name", "value", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_weights_that_do_not_have_their_form_are_refused(part, name, value, words):
+    make, (form, tensors) = small("mxfp8", dgrad=True).__reduce__()
+    if part == "form":
+        form[name] = value
+    elif value is None:
+        del tensors[name]
+    else:
+        tensors[name] = value(tensors[name])
+    with pytest.raises(ValueError, match=f"quantized weights: expected .*{words}.*; the file is damaged"):
+        make(form, tensors)
+
+
 @every_kind
 def test_a_repr_fits_a_line(make):
     weights = make()
@@ -344,20 +385,71 @@ def test_a_state_of_another_form_is_refused_and_changes_nothing(make, words, str
     assert_same(module[0].weights, weights)
 
 
-def test_a_state_of_another_layout_version_is_refused():
+@pytest.mark.parametrize("version", [0, "1", None])
+def test_a_state_of_another_layout_version_is_refused(version):
     module = QuantizedGroupedLinear(small())
     state = module.state_dict()
-    state["_extra_state"]["layout_version"] = 0
-    with pytest.raises(RuntimeError, match="expected layout version 1; found 0; quantize the weights again"):
+    state["_extra_state"]["layout_version"] = version
+    with pytest.raises(RuntimeError, match=f"expected layout version 1; found {version!r}; quantize the weights again"):
         module.load_state_dict(state)
 
 
-def test_a_state_without_a_form_is_missing_it():
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_state_without_a_form_is_refused(strict):
+    """Weights of another recipe may have the same shapes."""
+    weights = small("fp8_rowwise")
+    module = torch.nn.Sequential(QuantizedGroupedLinear(weights))
+    state = torch.nn.Sequential(QuantizedGroupedLinear(small("fp8_rowwise_pow2", seed=1))).state_dict()
+    del state["0._extra_state"]
+    with pytest.raises(
+        RuntimeError, match=r"0\._extra_state: expected the form of forward_data, forward_scale; found none"
+    ):
+        module.load_state_dict(state, strict=strict)
+    assert_same(module[0].weights, weights)
+
+
+def test_a_state_without_weights_may_be_loaded_in_part():
+    weights = small()
+    module = QuantizedGroupedLinear(weights, torch.zeros(E, N))
+    found = module.load_state_dict({"bias": torch.ones(E, N)}, strict=False)
+    assert found.missing_keys == ["forward_data", "forward_scale", "_extra_state"]
+    assert module.bias.eq(1).all()
+    assert_same(module.weights, weights)
+    with pytest.raises(RuntimeError, match=r"Missing key.*forward_data"):
+        module.load_state_dict({"bias": torch.ones(E, N)})
+
+
+@pytest.mark.parametrize("form", [None, "mxfp8", torch.zeros(3)], ids=["None", "str", "Tensor"])
+def test_a_form_that_is_no_dict_is_refused(form):
     module = QuantizedGroupedLinear(small())
-    state = module.state_dict()
-    del state["_extra_state"]
-    with pytest.raises(RuntimeError, match="_extra_state"):
-        module.load_state_dict(state)
+    found = type(form).__name__
+    with pytest.raises(
+        RuntimeError, match=f"_extra_state: expected a dict, as get_extra_state returns it; found {found}"
+    ):
+        module.load_state_dict(module.state_dict() | {"_extra_state": form})
+
+
+@pytest.mark.parametrize(
+    ("bias", "error", "words"),
+    [
+        (torch.zeros(E, K), ValueError, r"bias: expected shape \(E, N\) = \(4, 24\); found \(4, 40\)"),
+        (torch.zeros(N), ValueError, "bias: expected a tensor of rank 2; found 1"),
+        (torch.zeros(E, N, dtype=torch.int32), ValueError, "bias.dtype: expected one of bfloat16"),
+        (0.0, TypeError, "bias: expected a torch.Tensor; found float"),
+    ],
+)
+def test_a_bias_that_does_not_fit_is_named(bias, error, words):
+    with pytest.raises(error, match=words):
+        QuantizedGroupedLinear(small(), bias)
+
+
+def test_a_module_is_pickled_without_the_weights_that_it_has_made():
+    """They are views of its buffers, and know these by their addresses."""
+    module = QuantizedGroupedLinear(small())
+    before = pickle.dumps(module)
+    made = module.weights
+    assert len(pickle.dumps(module)) == len(before)
+    assert_same(pickle.loads(pickle.dumps(module)).weights, made)
 
 
 def test_a_bias_that_is_a_parameter_trains():
