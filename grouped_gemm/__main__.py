@@ -234,7 +234,9 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", "-k", type=_at_least(1), required=True, metavar="K", help="in features")
     parser.add_argument("--n", "-n", type=_at_least(1), required=True, metavar="N", help="out features")
     rows = parser.add_mutually_exclusive_group()
-    rows.add_argument("--m", "-m", type=_at_least(0), metavar="M", help="rows of a, of all experts together")
+    rows.add_argument(
+        "--m", "-m", type=_at_least(0, arguments.MOST_ROWS), metavar="M", help="rows of a, of all experts together"
+    )
     rows.add_argument(
         "--rows",
         type=row_classes,
@@ -251,7 +253,7 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     _choice(parser, "--b-contiguous", ["k", "n"], "k", "the fastest axis of b; k: (E, N, K) weights, transposed")
     parser.add_argument(
         "--group-alignment",
-        type=_at_least(1),
+        type=_at_least(1, arguments.MOST_ROWS),
         default=1,
         metavar="ROWS",
         help="what each group's size is a multiple of",
@@ -266,14 +268,16 @@ def _choice(parser: argparse.ArgumentParser, name: str, values: Sequence[str], d
     parser.add_argument(name, type=str.lower, choices=values, default=default, help=help_, metavar="NAME")
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
+    limit = "" if most is None else f" and at most {most}"
+
     def parse(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}; found {text!r}")
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}{limit}; found {text!r}")
         return value
 
     return parse

@@ -182,6 +182,11 @@ def test_explain_allocates_nothing_of_the_size(capsys: pytest.CaptureFixture[str
     assert "E=1000, K=1000000, N=1000000" in capsys.readouterr().out
 
 
+def test_explain_takes_as_many_rows_as_offs_can_speak_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(f"explain {CALL} --m {2**31 - 1} --group-alignment {2**31 - 1} --backend emulated") == 0
+    assert "M = 2147483647" in capsys.readouterr().out
+
+
 def test_explain_succeeds_where_a_backend_runs_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(f"{EXPLAIN} --dtype float32 --backend emulated") == 0
     assert "asked for by the argument" in capsys.readouterr().out
@@ -201,7 +206,12 @@ def test_explain_follows_the_environment(monkeypatch: pytest.MonkeyPatch, capsys
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--m -1", "argument --m/-m: expected a whole number of at least 0; found '-1'"),
+        ("--m -1", "argument --m/-m: expected a whole number of at least 0 and at most 2147483647; found '-1'"),
+        ("--m 2147483648", "argument --m/-m: expected a whole number of at least 0 and at most 2147483647; found"),
+        (
+            "--group-alignment 2147483648",
+            "argument --group-alignment: expected a whole number of at least 1 and at most",
+        ),
         ("--k 0", "argument --k/-k: expected a whole number of at least 1; found '0'"),
         ("--experts many", "argument --experts/--groups: expected a whole number of at least 1; found 'many'"),
         ("--recipe fp4", "argument --recipe: invalid choice: 'fp4' (choose from"),
@@ -334,6 +344,7 @@ def test_warmup_fails_where_no_backend_runs_it(capsys: pytest.CaptureFixture[str
     [
         ("--rows big", "rows: expected row classes, of decode, small, large; found 'big'"),
         ("-k 0", "argument --k/-k: expected a whole number of at least 1; found '0'"),
+        (f"-m {10**30}", "argument --m/-m: expected a whole number of at least 0 and at most 2147483647; found '1000"),
     ],
 )
 def test_warmup_names_a_bad_argument(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
