@@ -16,7 +16,6 @@ import argparse
 import functools
 import importlib.util
 import math
-import os
 import sys
 import sysconfig
 import time
@@ -363,10 +362,13 @@ def _problem_with(output: Path) -> str | None:
         )
     if not output.parent.is_dir():
         return f"expected a directory that exists; found no {output.parent}"
-    if output.is_dir():
-        return "expected a file; found a directory"
-    if not os.access(output if output.exists() else output.parent, os.W_OK):
-        return "expected a file that may be written; found no permission"
+    is_there = output.exists()
+    try:
+        output.open("ab").close()
+        if not is_there:
+            output.resolve().unlink()  # not a link that leads there
+    except OSError as error:
+        return f"expected a file that can be written; found: {error.strerror}"
     return None
 
 

@@ -104,7 +104,7 @@ def test_every_line_and_band_is_in_a_legend(curves, monkeypatch, tmp_path):
         ("chart.txt", "expected a file name that ends in one of ."),
         ("chart", "found 'no suffix'"),
         ("missing/chart.png", "expected a directory that exists; found no "),
-        ("folder.png", "expected a file; found a directory"),
+        ("folder.png", "expected a file that can be written; found: Is a directory"),
     ],
 )
 def test_output_is_checked_before_the_training(trained, tmp_path, capsys, output, message):
@@ -115,11 +115,31 @@ def test_output_is_checked_before_the_training(trained, tmp_path, capsys, output
     assert (trained, out) == ([], "")
 
 
-def test_an_output_that_may_not_be_written_is_named(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    assert run("--output", str(tmp_path / "chart.png")) == 1
-    assert capsys.readouterr().err.endswith("expected a file that may be written; found no permission\n")
+def test_an_output_that_cannot_be_written_is_named(trained, tmp_path, capsys):
+    """Not even root may write to /proc."""
+    (tmp_path / "dangling.png").symlink_to(tmp_path / "missing" / "chart.png")
+    for output in (tmp_path / "dangling.png", "/proc/chart.png"):
+        assert run("--output", str(output)) == 1
+        expected = f"--output {output}: expected a file that can be written; found: No such file or directory\n"
+        assert capsys.readouterr().err == expected
     assert trained == []
+
+
+@pytest.mark.parametrize("before", [None, b"a chart of before"])
+def test_a_run_that_fails_leaves_the_output_as_it_was(tmp_path, monkeypatch, before):
+    chart, link = tmp_path / "chart.png", tmp_path / "link.png"
+    link.symlink_to(chart)
+    if before is not None:
+        chart.write_bytes(before)
+
+    def train(*_: object, **__: object):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        run("--output", str(link))
+    assert link.is_symlink()
+    assert (chart.read_bytes() if chart.exists() else None) == before
 
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
