@@ -140,7 +140,8 @@ def _interprets() -> bool:
     """Whether Triton interprets kernels.
 
     Triton reads TRITON_INTERPRET at every ``@triton.jit``, which includes its own library at its import. A later change
-    would mix kernels of both kinds, which cannot call each other. So the first answer holds for the process.
+    would mix kernels of both kinds, which cannot call each other. So the first answer holds for the process, also
+    for devices that `_probe` sees later.
     """
     if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
         return False

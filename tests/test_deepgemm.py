@@ -6,6 +6,7 @@ Its layouts, and whole calls on a package that checks what it is given, are in t
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from types import SimpleNamespace
 
@@ -219,6 +220,28 @@ def test_a_link_to_the_directory_for_temporary_files_is_resolved(monkeypatch, tm
     monkeypatch.setattr(_deep_gemm.tempfile, "gettempdir", lambda: str(shared / "link"))
     directory = _deep_gemm._cache_directory()
     assert directory is not None and directory.parent == safe.resolve()
+
+
+@pytest.mark.parametrize(
+    "mode, is_others, is_private",
+    (
+        (stat.S_IFDIR | 0o755, False, True),
+        (stat.S_IFDIR | 0o755, True, False),
+        (stat.S_IFDIR | 0o775, False, False),
+        (stat.S_IFDIR | 0o757, False, False),
+        (stat.S_IFLNK | 0o755, False, False),  # Linux gives links 0o777, other systems do not
+    ),
+)
+def test_only_a_directory_that_nobody_else_writes_to_is_private(mode, is_others, is_private):
+    assert _deep_gemm._is_private(SimpleNamespace(st_mode=mode, st_uid=os.getuid() + is_others)) is is_private
+
+
+def test_a_link_in_place_of_the_directory_of_compiled_kernels_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(_deep_gemm.tempfile, "gettempdir", lambda: str(tmp_path))
+    directory = _deep_gemm._cache_directory()
+    directory.rename(tmp_path / "elsewhere")
+    directory.symlink_to(tmp_path / "elsewhere")
+    assert _deep_gemm._cache_directory() is None
 
 
 def test_another_users_directory_above_that_of_compiled_kernels_is_refused():

@@ -47,6 +47,7 @@ def test_kernels_under_the_interpreter(file, runs):
 
 CALL = """
 import os, sys, torch
+import grouped_gemm.device
 from grouped_gemm import NoBackendError, grouped_mm
 
 a, b, offs = torch.randn(4, 16).bfloat16(), torch.randn(1, 16, 16).bfloat16(), torch.tensor([4], dtype=torch.int32)
@@ -71,9 +72,10 @@ def printed(script: str, **variables: str | None) -> list[str]:
 
 
 def test_a_process_that_starts_interpreting_goes_on():
-    """Kernels that are first launched after the change are imported before it."""
+    """Kernels that are first launched after the change are imported before it. A second device gets the same answer."""
     script = "print(call()); os.environ['TRITON_INTERPRET'] = '0'; print(call()); print(call('fp8_blockwise'))"
-    assert printed(script, TRITON_INTERPRET="1") == ["right"] * 3
+    script += "; print(grouped_gemm.device.machine_of('meta').interprets)"
+    assert printed(script, TRITON_INTERPRET="1") == ["right"] * 3 + ["True"]
 
 
 @pytest.mark.parametrize("before", ("call()", "import triton"))

@@ -149,11 +149,15 @@ def _cache_directory() -> Path | None:
     try:
         directory = Path(tempfile.gettempdir()).resolve() / f"grouped_gemm-deep_gemm-{os.getuid()}"
         directory.mkdir(mode=0o700, exist_ok=True)
-        status = directory.lstat()
-        is_private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
-        return directory if is_private and all(_keeps(parent.lstat()) for parent in directory.parents) else None
+        is_safe = _is_private(directory.lstat()) and all(_keeps(parent.lstat()) for parent in directory.parents)
     except OSError:
         return None
+    return directory if is_safe else None
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Whether this is a directory, and no link to one, that nobody else writes to."""
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _keeps(parent: os.stat_result) -> bool:
