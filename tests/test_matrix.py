@@ -20,25 +20,40 @@ from grouped_gemm.testing import backend_kinds
 ROOT = Path(__file__).parent.parent
 BACKENDS = [kind.value for kind in backend_kinds()]
 MACHINES = sorted({row.machine for row in matrix.ROWS} - {""})
+ARGUMENTS = argparse.ArgumentParser()
+ARGUMENTS.add_argument("--backend")
+ARGUMENTS.add_argument("--min-passed", type=int)
+ARGUMENTS.add_argument("-k", default="")
+ARGUMENTS.add_argument("paths", nargs="*", default=["tests/"])
+CHOSEN = {row.name: ARGUMENTS.parse_args(row.arguments()) for row in matrix.ROWS}
+# With pytest's own evaluation of -k.
 PLUGIN = """
 import json
 import conftest
+from _pytest.mark import KeywordMatcher
+from _pytest.mark.expression import Expression
 
 def pytest_collection_finish(session):
-    found = [(item.nodeid, conftest._backend(item)) for item in session.items]
-    print("\\n" + json.dumps([(name, kind and kind.value) for name, kind in found]))
+    found, expressions = [], {k: Expression.compile(k) for k in KEYWORDS}
+    for item in session.items:
+        kind, matcher = conftest._backend(item), KeywordMatcher.from_item(item)
+        keywords = [k for k, expression in expressions.items() if expression.evaluate(matcher)]
+        found.append((item.nodeid, kind and kind.value, keywords))
+    print("\\n" + json.dumps(found))
 """
 
 
 @pytest.fixture(scope="module")
-def collected(tmp_path_factory) -> list[tuple[str, str | None]]:
-    """Name and backend of every test, those that are interpreted too."""
+def collected(tmp_path_factory) -> list[tuple[str, str | None, list[str]]]:
+    """Of every test, those that are interpreted too: name, backend, and what of each row's -k it fulfils."""
     pytest.importorskip("triton")
     directory = tmp_path_factory.mktemp("plugin")
-    (directory / "which_tests.py").write_text(PLUGIN)
+    keywords = sorted({chosen.k for chosen in CHOSEN.values()} - {""})
+    (directory / "which_tests.py").write_text(f"KEYWORDS = {keywords}\n{PLUGIN}")
     environment = processes.environment(TRITON_INTERPRET="1")
     environment["PYTHONPATH"] += f"{os.pathsep}{ROOT / 'tests'}{os.pathsep}{directory}"
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-p", "which_tests"]
+    options = ("--collect-only", "-q", "-p", "no:cacheprovider", "-p", "which_tests", "--assert=plain")
+    command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("[[")))
@@ -72,19 +87,14 @@ def test_rows_of_other_backends_are_left_out():
 
 @pytest.mark.parametrize("row", matrix.ROWS, ids=lambda row: row.name)
 def test_a_row_selects_the_tests_that_must_pass(row, collected):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--backend")
-    parser.add_argument("--min-passed", type=int)
-    parser.add_argument("-k", default="")
-    parser.add_argument("paths", nargs="*", default=["tests/"])
-    chosen = parser.parse_args(row.arguments())
+    chosen = CHOSEN[row.name]
     is_interpreted = ("TRITON_INTERPRET", "1") in row.env
     found = [
         name
-        for name, backend in collected
+        for name, backend, keywords in collected
         if name.startswith(tuple(chosen.paths))
         and (is_interpreted or not name.startswith("tests/interpreter/"))
-        and any(word in name for word in chosen.k.split(" or "))
+        and chosen.k in ("", *keywords)
         and chosen.backend in (None, backend)
     ]
     assert len(found) >= chosen.min_passed > 0
@@ -92,18 +102,18 @@ def test_a_row_selects_the_tests_that_must_pass(row, collected):
 
 
 @pytest.mark.parametrize("least, code", ((1, 0), (2, 1)))
-def test_a_run_of_fewer_tests_than_must_pass_fails(tmp_path, least, code):
-    """Its process has one test that passes and one that is skipped."""
+def test_a_run_of_fewer_tests_than_must_pass_fails(tmp_path, capsys, pytestconfig, least, code):
+    """It has one test that passes and one that is skipped."""
     (tmp_path / "pytest.ini").touch()
     (tmp_path / "test_it.py").write_text(
         "import pytest\n\ndef test_a(): pytest.skip('not here')\n\ndef test_b(): ...\n"
     )
-    environment = processes.environment()
-    environment["PYTHONPATH"] += os.pathsep + str(ROOT / "tests")
-    command = [sys.executable, "-m", "pytest", "-p", "conftest", "--min-passed", str(least), tmp_path]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert (f"expected at least {least} tests to pass; found 1" in done.stdout) is bool(code)
+    options = ["-p", "no:cacheprovider", "--import-mode=importlib", "--min-passed", str(least), str(tmp_path)]
+    conftest = pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    found = pytest.main(options, plugins=[conftest])
+    out = capsys.readouterr().out
+    assert found == code, out
+    assert (f"expected at least {least} tests to pass; found 1" in out) is bool(code)
 
 
 def test_pins_take_the_place_of_constraints():
