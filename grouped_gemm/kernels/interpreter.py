@@ -90,6 +90,23 @@ def _patch_lang_core(lang, scope):
     scope.set_attr(lang.dtype, "to_ir", with_e4m3fnuz)
 
 
+_patch_lang_original = interpreter._patch_lang
+
+
+def _patch_lang_once():
+    """`_patch_lang` for one launch. Triton's own patches everything again at each call of a device function."""
+    patched: set[int] = set()
+
+    def patch_lang(fn):
+        modules = {id(value) for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if modules and modules <= patched:
+            return interpreter._LangPatchScope()
+        patched.update(modules)
+        return _patch_lang_original(fn)
+
+    return patch_lang
+
+
 _BUILDER = interpreter.InterpreterBuilder
 _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (interpreter, "_convert_float", _convert_float),
@@ -104,13 +121,14 @@ _lock = threading.RLock()  # the interpreter runs one launch at a time: its stat
 
 @contextmanager
 def hardware_arithmetic() -> Iterator[None]:
-    """Replaces what Triton's interpreter computes wrongly or lacks. Inside it, other threads wait to enter."""
+    """Replaces what Triton's interpreter computes wrongly, lacks or repeats. Inside it, other threads wait to enter."""
     with _lock:
-        originals = [getattr(owner, name) for owner, name, _ in _REPLACED]
-        for owner, name, replacement in _REPLACED:
+        replaced = (*_REPLACED, (interpreter, "_patch_lang", _patch_lang_once()))
+        originals = [getattr(owner, name) for owner, name, _ in replaced]
+        for owner, name, replacement in replaced:
             setattr(owner, name, replacement)
         try:
             yield
         finally:
-            for (owner, name, _), original in zip(_REPLACED, originals):
+            for (owner, name, _), original in zip(replaced, originals):
                 setattr(owner, name, original)
