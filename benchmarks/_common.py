@@ -11,7 +11,7 @@ import torch
 
 from grouped_gemm import Recipe
 from grouped_gemm.backends import get_backend
-from grouped_gemm.preference import KernelPreference
+from grouped_gemm.core.preference import KernelPreference
 
 DEVICE = "cuda"
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)

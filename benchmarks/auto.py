@@ -26,9 +26,9 @@ from _common import DEVICE, ends_of, failures
 from _report import SHAPES, legend
 
 from grouped_gemm import NoBackendError, Recipe, explain, grouped_mm
-from grouped_gemm.device import machine_of
-from grouped_gemm.preference import KernelPreference
-from grouped_gemm.timing import device_microseconds, wall_microseconds
+from grouped_gemm.autotune.timing import device_microseconds, wall_microseconds
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.preference import KernelPreference
 
 GOAL = 1.03
 MOST_RUNS = 5

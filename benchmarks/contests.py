@@ -3,8 +3,8 @@
     python -m grouped_gemm bench contests --write grouped_gemm/measured_h200.csv
 
 The cases are those of `SHAPES`: large groups, ragged and in whole blocks of 128 rows, then small and decode ones.
-`grouped_gemm.costs` says how AUTO reads the table. Backends that are not installed are left out, so a table is only as
-good as the machine is equipped.
+`grouped_gemm.selection.cost_model` says how AUTO reads the table. Backends that are not installed are left out, so a
+table is only as good as the machine is equipped.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from _common import DEVICE, failures
 from _report import SHAPES
 
 from grouped_gemm import Pass, Problem, Recipe
+from grouped_gemm.autotune.profile import measure
 from grouped_gemm.backends import candidates
-from grouped_gemm.contests import measure
-from grouped_gemm.costs import Case, Table, render
-from grouped_gemm.device import machine_of
-from grouped_gemm.problem import RowClass
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.selection.cost_model import Case, Table, render
 
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)  # on which backends compete
 ROWS = {RowClass.SMALL: 128, RowClass.DECODE: 8}  # of a group

@@ -23,11 +23,12 @@ from _common import DEVICE, attempt, ends_of, failures, milliseconds, millisecon
 from _report import SHAPES, legend
 
 from grouped_gemm import Pass, Problem, Recipe, grouped_mm
-from grouped_gemm.backends import _deep_gemm, candidates, get_backend
-from grouped_gemm.device import machine_of
-from grouped_gemm.preference import KernelPreference
-from grouped_gemm.problem import RowClass
-from grouped_gemm.select import decide
+from grouped_gemm.backends import candidates, get_backend
+from grouped_gemm.backends.deepgemm import package as deepgemm_package
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.selection.rules import decide
 
 RECIPE = Recipe.FP8_BLOCKWISE
 BACKEND = get_backend(KernelPreference.DEEPGEMM)
@@ -76,7 +77,7 @@ def time_products(shape: str) -> None:
     dy_rows, dy_columns = BACKEND.quantize_activations(dy, plan, RECIPE, rows=True, columns=True)
     forward, dgrad = BACKEND.quantize_weights(w.transpose(1, 2), RECIPE, forward=True, dgrad=True)
     y, da = torch.empty_like(dy), torch.empty_like(a)
-    package, on_host, tokens = _deep_gemm.functions(), sizes.tolist(), int(sizes.sum())
+    package, on_host, tokens = deepgemm_package.functions(), sizes.tolist(), int(sizes.sum())
 
     def by_hand(lhs: Any, rhs: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
         # contiguous scales, as an example of DeepGEMM's has them

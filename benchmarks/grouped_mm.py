@@ -42,8 +42,8 @@ from _report import SHAPES, check_form, describe, print_run
 
 from grouped_gemm import Recipe, grouped_mm
 from grouped_gemm.backends.base import OffsetPlan
-from grouped_gemm.device import machine_of
-from grouped_gemm.operand import Quantized
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.quantized import Quantized
 
 ERROR = 1e-2  # of a product, with its quantization in the truth: Hopper sums up fp8 products with 13 bits
 SIDE = 8192  # of the matmuls that are ceilings

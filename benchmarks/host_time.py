@@ -20,11 +20,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from grouped_gemm import KernelPreference, Recipe, autograd, backends, functional, grouped_mm, quantize_weights, select
+from grouped_gemm import KernelPreference, Recipe, autograd, backends, functional, grouped_mm, quantize_weights
 from grouped_gemm.backends import triton
 from grouped_gemm.backends.base import _GroupedMMBackend
-from grouped_gemm.kernels import layouts
-from grouped_gemm.ops import ops
+from grouped_gemm.core.library import ops
+from grouped_gemm.kernels.quantize import layouts
+from grouped_gemm.selection import rules
 
 M, E, K, N = 64, 4, 32, 48
 Run = Callable[[], Any]
@@ -178,7 +179,7 @@ def main() -> None:
     with (
         mock.patch.multiple(ops, **NOTHING),
         mock.patch.dict(backends._instances, {KernelPreference.TRITON: Anywhere()}),
-        mock.patch.dict(select.AUTO_ORDER, {"": (KernelPreference.TRITON,)}),
+        mock.patch.dict(rules.AUTO_ORDER, {"": (KernelPreference.TRITON,)}),
     ):
         results = {}
         for recipe in (Recipe.NONE, Recipe.FP8_BLOCKWISE):

@@ -8,20 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from grouped_gemm.backends import product_ops, register_ops
-from grouped_gemm.device import Machine
+from grouped_gemm.core.machine import Machine
+from grouped_gemm.core.preference import KernelPreference, prefer
+from grouped_gemm.core.problem import Pass, Problem
+from grouped_gemm.core.quantized import Quantized, QuantizedWeights
+from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import explain, grouped_mm, quantize_weights
+from grouped_gemm.integrations.torch_function import override_torch
 from grouped_gemm.linear import QuantizedGroupedLinear
-from grouped_gemm.operand import Quantized, QuantizedWeights
-from grouped_gemm.override import override_torch
-from grouped_gemm.preference import KernelPreference, prefer
-from grouped_gemm.problem import Pass, Problem
-from grouped_gemm.recipes import Recipe
-from grouped_gemm.report import Explanation
-from grouped_gemm.select import Decision, NoBackendError
+from grouped_gemm.selection.explanation import Explanation
+from grouped_gemm.selection.rules import Decision, NoBackendError
 from grouped_gemm.weight_cache import WeightCache, cache_weights
 
 if TYPE_CHECKING:
-    from grouped_gemm.ahead import Warmup, warmup
+    from grouped_gemm.autotune.warmup import Warmup, warmup
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,12 +51,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What `ahead` has is imported when it is first asked for: it takes a quarter of the time of all the rest."""
+    """`autotune.warmup` is imported when it is first asked for: it takes a quarter of the time of all the rest."""
     if name not in ("Warmup", "warmup"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from grouped_gemm import ahead
+    from grouped_gemm.autotune import warmup as warmup_module
 
-    return getattr(ahead, name)
+    return getattr(warmup_module, name)
 
 
 def __dir__() -> list[str]:

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import torch
 
 from grouped_gemm import __version__
-from grouped_gemm.device import PACKAGES, Machine
-from grouped_gemm.problem import dtype_name
+from grouped_gemm.core.machine import PACKAGES, Machine
+from grouped_gemm.core.problem import dtype_name
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _doctor(parser: argparse.ArgumentParser) -> Run:
-    from grouped_gemm import doctor
+    from grouped_gemm.cli import doctor
 
     def run(args: argparse.Namespace) -> int:
         findings = doctor.gather()
@@ -73,14 +73,14 @@ def _doctor(parser: argparse.ArgumentParser) -> Run:
 
 
 def _explain(parser: argparse.ArgumentParser) -> Run:
-    from grouped_gemm import contests
+    from grouped_gemm.autotune import profile
     from grouped_gemm.backends import Candidate, candidates
-    from grouped_gemm.device import default_device, imagined, machine_of
-    from grouped_gemm.preference import AUTOTUNE, STRICT, KernelPreference, resolve
-    from grouped_gemm.problem import Pass, Problem, RowClass, row_class
-    from grouped_gemm.recipes import Recipe
-    from grouped_gemm.report import Explanation
-    from grouped_gemm.select import decide
+    from grouped_gemm.core.machine import default_device, imagined, machine_of
+    from grouped_gemm.core.preference import AUTOTUNE, STRICT, KernelPreference, resolve
+    from grouped_gemm.core.problem import Pass, Problem, RowClass, row_class
+    from grouped_gemm.core.recipes import Recipe
+    from grouped_gemm.selection.explanation import Explanation
+    from grouped_gemm.selection.rules import decide
 
     def run(args: argparse.Namespace) -> int:
         here = machine_of(default_device())
@@ -111,7 +111,7 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
                 group_alignment=args.group_alignment,
                 is_aligned=all(size * args.dtype.itemsize % 16 == 0 for size in (args.k, fastest)),
             )
-            tables = contests.tables(machine, tunes)
+            tables = profile.tables(machine, tunes)
             decision = decide(problem, preference, found, asked_by=asked_by, strict=strict, tables=tables)
             return Explanation(decision, args.m)
 
@@ -177,8 +177,8 @@ def _versions(text: str) -> dict[str, str]:
 
 def _warmup(parser: argparse.ArgumentParser) -> Run:
     from grouped_gemm import NoBackendError, warmup
-    from grouped_gemm.device import default_device
-    from grouped_gemm.problem import row_class
+    from grouped_gemm.core.machine import default_device
+    from grouped_gemm.core.problem import row_class
 
     def run(args: argparse.Namespace) -> int:
         def empty(*shape: int) -> torch.Tensor:
@@ -211,12 +211,12 @@ def _warmup(parser: argparse.ArgumentParser) -> Run:
 
 def _add_call(parser: argparse.ArgumentParser) -> None:
     """The options that describe a kind of call, for every command that speaks of one."""
-    from grouped_gemm import arguments
-    from grouped_gemm.preference import KernelPreference
-    from grouped_gemm.problem import RowClass
-    from grouped_gemm.recipes import Recipe
+    from grouped_gemm.core.preference import KernelPreference
+    from grouped_gemm.core.problem import RowClass
+    from grouped_gemm.core.recipes import Recipe
+    from grouped_gemm.selection import checks
 
-    dtypes = {dtype_name(dtype): dtype for dtype in arguments.DTYPES}
+    dtypes = {dtype_name(dtype): dtype for dtype in checks.DTYPES}
     classes = [rows.value for rows in RowClass]
 
     def dtype(text: str) -> Any:
@@ -235,7 +235,7 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--n", "-n", type=_at_least(1), required=True, metavar="N", help="out features")
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument(
-        "--m", "-m", type=_at_least(0, arguments.MOST_ROWS), metavar="M", help="rows of a, of all experts together"
+        "--m", "-m", type=_at_least(0, checks.MOST_ROWS), metavar="M", help="rows of a, of all experts together"
     )
     rows.add_argument(
         "--rows",
@@ -253,7 +253,7 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     _choice(parser, "--b-contiguous", ["k", "n"], "k", "the fastest axis of b; k: (E, N, K) weights, transposed")
     parser.add_argument(
         "--group-alignment",
-        type=_at_least(1, arguments.MOST_ROWS),
+        type=_at_least(1, checks.MOST_ROWS),
         default=1,
         metavar="ROWS",
         help="what each group's size is a multiple of",
@@ -284,7 +284,7 @@ def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
 
 
 def _demo(parser: argparse.ArgumentParser) -> Run:
-    from grouped_gemm import demo
+    from grouped_gemm.cli import demo
 
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU, else cpu")
     parser.add_argument(

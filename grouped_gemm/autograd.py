@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grouped_gemm import tracing, vmap, weight_cache
+from grouped_gemm import weight_cache
 from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
-from grouped_gemm.operand import Layouts, Quantized, QuantizedWeights
-from grouped_gemm.preference import KernelPreference
-from grouped_gemm.recipes import Recipe
+from grouped_gemm.core import tracing, vmap
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
+from grouped_gemm.core.recipes import Recipe
 
 _Plans = dict[KernelPreference, OffsetPlan]
 

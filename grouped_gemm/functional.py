@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from grouped_gemm import arguments, reference, shards, tracing, vmap
+from grouped_gemm import reference
 from grouped_gemm.autograd import (
     Contraction,
     GroupedMM,
@@ -29,10 +29,10 @@ from grouped_gemm.autograd import (
     weights_for,
 )
 from grouped_gemm.backends import candidates
-from grouped_gemm.device import is_capturing as _is_capturing
-from grouped_gemm.device import machine_of
-from grouped_gemm.operand import QuantizedWeights
-from grouped_gemm.preference import (
+from grouped_gemm.core import tracing, vmap
+from grouped_gemm.core.machine import is_capturing as _is_capturing
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.preference import (
     AUTOTUNE,
     LOG,
     STRICT,
@@ -44,10 +44,12 @@ from grouped_gemm.preference import (
     resolve,
     surrounding,
 )
-from grouped_gemm.problem import Pass, Problem, RowClass, row_class
-from grouped_gemm.recipes import Recipe
-from grouped_gemm.report import Explanation
-from grouped_gemm.select import Decision, NoBackendError, decide
+from grouped_gemm.core.problem import Pass, Problem, RowClass, row_class
+from grouped_gemm.core.quantized import QuantizedWeights
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.selection import checks, dtensor
+from grouped_gemm.selection.explanation import Explanation
+from grouped_gemm.selection.rules import Decision, NoBackendError, decide
 
 
 def grouped_mm(
@@ -102,8 +104,8 @@ def _grouped_mm(
     """`grouped_mm`, outside of vmap. ``options`` are recipe, out_dtype, group_alignment and kernel_preference."""
     a, b, bias = _cast(a, b, bias)
     key, route = _recall(a, b, offs, bias, options)
-    if route is None and any(map(shards.is_dtensor, (a, b, offs, bias))):
-        a, b, offs, bias = shards.local(a=a, b=b, offs=offs, bias=bias)
+    if route is None and any(map(dtensor.is_dtensor, (a, b, offs, bias))):
+        a, b, offs, bias = dtensor.local(a=a, b=b, offs=offs, bias=bias)
         key, route = _recall(a, b, offs, bias, options)
     if route is None:
         call = _prepare(a, b, offs, bias, *options)
@@ -139,7 +141,7 @@ def explain(
     Raises:
         TypeError, ValueError: as `grouped_mm`.
     """
-    a, b, offs, bias = shards.local(a=a, b=b, offs=offs, bias=bias)
+    a, b, offs, bias = dtensor.local(a=a, b=b, offs=offs, bias=bias)
     a, b, bias = _cast(a, b, bias)
     call = _prepare(a, b, offs, bias, recipe, out_dtype, group_alignment, kernel_preference)
     return Explanation(_decision(**call.facts), call.a.shape[0])
@@ -182,11 +184,11 @@ def quantize_weights(
     check_bool("dgrad", dgrad)
     recipe = Recipe.parse(recipe)
     if not recipe.is_scaled:
-        arguments.fail("recipe", "one that scales", recipe.value)
-    b, scale = shards.local(b=b, scale=scale)
-    arguments.check_weights(b, scale, dtype)
+        checks.fail("recipe", "one that scales", recipe.value)
+    b, scale = dtensor.local(b=b, scale=scale)
+    checks.check_weights(b, scale, dtype)
     if scale is not None:
-        scale = materialized(arguments.as_scale(scale, b, recipe))
+        scale = materialized(checks.as_scale(scale, b, recipe))
     b, b_contiguous = dense_weights(b.detach())
     if dtype is None:
         dtype = b.dtype if scale is None else torch.bfloat16
@@ -298,12 +300,12 @@ def _cast(
     device = "cuda" if a.is_cuda else a.device.type  # which takes five times as long
     if device == "meta" or not torch.is_autocast_enabled(device):  # which raises for meta
         return a, b, bias
-    arguments.check_tensor("a", a, (2,), arguments.DTYPES)
+    checks.check_tensor("a", a, (2,), checks.DTYPES)
     dtype = torch.get_autocast_dtype(device)
     return (
         a.to(dtype),
-        b.to(dtype) if isinstance(b, Tensor) and b.dtype in arguments.DTYPES else b,
-        bias.to(dtype) if isinstance(bias, Tensor) and bias.dtype in arguments.DTYPES else bias,
+        b.to(dtype) if isinstance(b, Tensor) and b.dtype in checks.DTYPES else b,
+        bias.to(dtype) if isinstance(bias, Tensor) and bias.dtype in checks.DTYPES else bias,
     )
 
 
@@ -318,12 +320,12 @@ def _prepare(
     kernel_preference: KernelPreference | str,
 ) -> _Call:
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        arguments.check_tangents(a=a, b=b, bias=bias)
+        checks.check_tangents(a=a, b=b, bias=bias)
     preference = KernelPreference.parse(kernel_preference)
-    arguments.check_options(out_dtype, group_alignment)
+    checks.check_options(out_dtype, group_alignment)
     weights = None
     if isinstance(b, Tensor) and b.dim() == 2:
-        arguments.check_contraction(a, b, offs, bias)
+        checks.check_contraction(a, b, offs, bias)
         a, b = dense_rows(a.t()), dense_rows(b)  # columns of a become rows: what is summed over comes first
         if tracing.is_data_dependent(a.shape[0]) or tracing.is_data_dependent(b.shape[0]):
             torch._check(a.shape[0] == b.shape[0])
@@ -334,7 +336,7 @@ def _prepare(
         shape, b_contiguous = (num_groups, a.shape[1], b.shape[1]), "n"
         needs_grad = ((Pass.WGRAD, True), (Pass.DGRAD, _needs_grad(a)), (Pass.FORWARD, _needs_grad(b)))
     else:
-        arguments.check_operands(a, b, offs, bias)
+        checks.check_operands(a, b, offs, bias)
         a = dense_rows(a)
         if isinstance(b, Tensor):
             b, b_contiguous = dense_weights(b)
@@ -354,7 +356,7 @@ def _prepare(
     bias = None if bias is None else materialized(bias)
     recipe = Recipe.NONE if recipe is None else Recipe.parse(recipe)
     if isinstance(b, QuantizedWeights) and recipe is not b.recipe:
-        arguments.fail("recipe", f"{b.recipe.value}, as the weights were quantized", recipe.value)
+        checks.fail("recipe", f"{b.recipe.value}, as the weights were quantized", recipe.value)
     if VALIDATE.is_on():
         offs = torch.ops.grouped_gemm.checked_offs(offs, a.shape[0], group_alignment)
     is_captured = _is_capturing(a)
@@ -476,11 +478,11 @@ def _decide_once(
     shape: tuple[int, int, int],
     **facts: Any,
 ) -> Decision:
-    from grouped_gemm import contests  # what is needed to decide, importing this package need not wait for
+    from grouped_gemm.autotune import profile  # what is needed to decide, importing this package need not wait for
 
     num_groups, k, n = shape
     problem = Problem(machine_of(device), num_groups, k, n, **facts)
-    tables = contests.tables(problem.machine, tunes)
+    tables = profile.tables(problem.machine, tunes)
     return decide(problem, preference, candidates(device), asked_by=asked_by, strict=strict, tables=tables)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm.arguments import check_bias
+from grouped_gemm.core.quantized import QuantizedWeights, compact, other_version, weights_of, with_strides
 from grouped_gemm.functional import grouped_mm
-from grouped_gemm.operand import QuantizedWeights, compact, other_version, weights_of, with_strides
+from grouped_gemm.selection.checks import check_bias
 
 _NAMES = ("forward_data", "forward_scale", "dgrad_data", "dgrad_scale")
 _CODES = {1: torch.uint8, 4: torch.int32}

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grouped_gemm.recipes import Recipe
+from grouped_gemm.core.recipes import Recipe
 
 Blocks = tuple[int | None, ...]  # a block's side along each axis; None: the whole axis
 

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from grouped_gemm import reference
 from grouped_gemm.backends import candidates
-from grouped_gemm.device import Machine, machine_of
+from grouped_gemm.core.machine import Machine, machine_of
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import Pass, Problem, dtype_name, row_class
+from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import grouped_mm
-from grouped_gemm.preference import KernelPreference
-from grouped_gemm.problem import Pass, Problem, dtype_name, row_class
-from grouped_gemm.recipes import Recipe
-from grouped_gemm.select import decide
+from grouped_gemm.selection.rules import decide
 
 Passes = tuple[Pass, ...]
 FORWARD: Passes = (Pass.FORWARD,)

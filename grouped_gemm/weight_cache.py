@@ -30,10 +30,10 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from grouped_gemm.backends.base import _GroupedMMBackend
-from grouped_gemm.device import is_capturing
-from grouped_gemm.operand import Layouts, nbytes
-from grouped_gemm.preference import VALIDATE
-from grouped_gemm.recipes import Recipe
+from grouped_gemm.core.machine import is_capturing
+from grouped_gemm.core.preference import VALIDATE
+from grouped_gemm.core.quantized import Layouts, nbytes
+from grouped_gemm.core.recipes import Recipe
 
 
 @dataclass

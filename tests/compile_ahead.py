@@ -20,24 +20,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from grouped_gemm.kernels import (
-    gemm,
-    gemm_hopper,
-    hopper,
-    launch,
-    quantize,
-    quantize_deepgemm,
-    quantize_hipblaslt,
-    quantize_mx,
-    quantize_packed,
-    quantize_torch,
-    quantize_torch_mx,
-    tiles,
-    wgrad,
-    wgrad_hopper,
-)
-from grouped_gemm.kernels.tiles import Tile
-from grouped_gemm.problem import RowClass
+from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
+from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
+from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
+from grouped_gemm.backends.torch_native import quantize_mx as torch_native_quantize_mx
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.kernels.common import hopper, launch
+from grouped_gemm.kernels.gemm import k_grouped, k_grouped_hopper, m_grouped, m_grouped_hopper, tiles
+from grouped_gemm.kernels.gemm.tiles import Tile
+from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
+from grouped_gemm.kernels.quantize import mx as quantize_mx
+from grouped_gemm.kernels.quantize import packed_bf16
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _TMA = ("sm_90", "sm_100")
@@ -100,7 +93,7 @@ def compile_gemm(arch: str, kind: str, tile: Tile, c_contiguous: bool = True) ->
     }  # fmt: skip
     if kind.endswith("bit"):
         constants |= {"lhs_scale": None, "rhs_scale": None}
-    return compile_kernel(gemm._grouped_mm, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+    return compile_kernel(m_grouped._grouped_mm, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def compile_wgrad(arch: str, kind: str, tile: Tile) -> Any:
@@ -116,7 +109,7 @@ def compile_wgrad(arch: str, kind: str, tile: Tile) -> Any:
     }  # fmt: skip
     if kind.endswith("bit"):
         constants |= {"lhs_scale": None, "rhs_scale": None}
-    return compile_kernel(wgrad._wgrad, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+    return compile_kernel(k_grouped._wgrad, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def compile_quantizers(arch: str) -> dict[str, Any]:
@@ -142,21 +135,21 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
     if nvidia:
         blockwise = activations | no_amax | {"ROWWISE": False}
         packed = {
-            "amax packed": build(quantize_packed._amax, tile, 4),
-            "tiles rowwise packed": build(quantize_packed._quantize_tiles, activations | {"ROWWISE": True}, 4),
-            "tiles blockwise packed": build(quantize_packed._quantize_tiles, blockwise, 4),
+            "amax packed": build(packed_bf16._amax, tile, 4),
+            "tiles rowwise packed": build(packed_bf16._quantize_tiles, activations | {"ROWWISE": True}, 4),
+            "tiles blockwise packed": build(packed_bf16._quantize_tiles, blockwise, 4),
         }
     return {
-        "find blocks": build(quantize._find_blocks, find, 4),
-        "find blocks of many groups": build(quantize._find_blocks, find | {"E_AT_ONCE": 1024}, 4),
-        "rows": build(quantize._quantize_rows, numbers | {"BLOCK_M": 1, "BLOCK_D": 8192, "WHOLE": True}, 8),
-        "amax": build(quantize._amax, tile, 4),
-        "tiles rowwise": build(quantize._quantize_tiles, activations | {"ROWWISE": True}, 4),
-        "tiles blockwise": build(quantize._quantize_tiles, activations | no_amax | {"ROWWISE": False}, 4),
+        "find blocks": build(quantize_fp8._find_blocks, find, 4),
+        "find blocks of many groups": build(quantize_fp8._find_blocks, find | {"E_AT_ONCE": 1024}, 4),
+        "rows": build(quantize_fp8._quantize_rows, numbers | {"BLOCK_M": 1, "BLOCK_D": 8192, "WHOLE": True}, 8),
+        "amax": build(quantize_fp8._amax, tile, 4),
+        "tiles rowwise": build(quantize_fp8._quantize_tiles, activations | {"ROWWISE": True}, 4),
+        "tiles blockwise": build(quantize_fp8._quantize_tiles, activations | no_amax | {"ROWWISE": False}, 4),
         **packed,
-        "weight amax": build(quantize._weight_amax, tile, 8),
-        "weights rowwise": build(quantize._quantize_weights, weights | {"ROWWISE": True}, 8),
-        "weights blockwise": build(quantize._quantize_weights, weights | no_amax | {"ROWWISE": False}, 8),
+        "weight amax": build(quantize_fp8._weight_amax, tile, 8),
+        "weights rowwise": build(quantize_fp8._quantize_weights, weights | {"ROWWISE": True}, 8),
+        "weights blockwise": build(quantize_fp8._quantize_weights, weights | no_amax | {"ROWWISE": False}, 8),
     }
 
 
@@ -167,15 +160,15 @@ def compile_deepgemm_quantizers(arch: str) -> dict[str, Any]:
     sides = {"BLOCK": 128, "FIELDS": 5}
     tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, **sides, "BAND": 8}
     kernels = {
-        "deepgemm plan": (quantize_deepgemm._lay_out, {"E_AT_ONCE": 1024, **sides, "AT_ONCE": 8}),
-        "deepgemm rows": (quantize_deepgemm._quantize_tiles, {"ROWS": True, "COLUMNS": False, **tile}),
-        "deepgemm both": (quantize_deepgemm._quantize_tiles, {"ROWS": True, "COLUMNS": True, **tile}),
-        "deepgemm both packed": (quantize_deepgemm._quantize_packed, {"ROWS": True, "COLUMNS": True, **tile}),
-        "deepgemm columns packed": (quantize_deepgemm._quantize_packed, {"ROWS": False, "COLUMNS": True, **tile}),
+        "deepgemm plan": (deepgemm_quantize._lay_out, {"E_AT_ONCE": 1024, **sides, "AT_ONCE": 8}),
+        "deepgemm rows": (deepgemm_quantize._quantize_tiles, {"ROWS": True, "COLUMNS": False, **tile}),
+        "deepgemm both": (deepgemm_quantize._quantize_tiles, {"ROWS": True, "COLUMNS": True, **tile}),
+        "deepgemm both packed": (deepgemm_quantize._quantize_packed, {"ROWS": True, "COLUMNS": True, **tile}),
+        "deepgemm columns packed": (deepgemm_quantize._quantize_packed, {"ROWS": False, "COLUMNS": True, **tile}),
     }
     for mode in ("pad", "unpad", "zero tail"):
         constants = {"MODE": mode, **sides, "ROWS": 32, "COLUMNS": 256}
-        kernels[f"deepgemm {mode}"] = quantize_deepgemm._move_rows, constants
+        kernels[f"deepgemm {mode}"] = deepgemm_quantize._move_rows, constants
     return {name: compile_kernel(kernel, arch, types, constants) for name, (kernel, constants) in kernels.items()}
 
 
@@ -185,12 +178,12 @@ def compile_torch_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("offs", "ends", "token_ends", "blocks", "row_amax", "column_amax"), "*i32")
     tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, "TOKENS": 32, "BLOCK": 128, "BAND": 8}
     kernels = {
-        "torch plan": (quantize_torch._lay_out, {"E_PADDED": 512, "TOKENS": 32}),
-        "torch blocks": (quantize_torch._find_blocks, {"E_PADDED": 512, "BLOCK": 128, "AT_ONCE": 32}),
-        "torch both": (quantize_torch._quantize_tiles, {"ROWS": True, **tile}),
-        "torch columns": (quantize_torch._quantize_tiles, {"ROWS": False, "row_amax": None, **tile}),
-        "torch zero tail": (quantize_torch._zero, {"TAIL": True, "BLOCK": 4096}),
-        "torch zero groups": (quantize_torch._zero, {"TAIL": False, "BLOCK": 4096}),
+        "torch plan": (torch_native_quantize._lay_out, {"E_PADDED": 512, "TOKENS": 32}),
+        "torch blocks": (torch_native_quantize._find_blocks, {"E_PADDED": 512, "BLOCK": 128, "AT_ONCE": 32}),
+        "torch both": (torch_native_quantize._quantize_tiles, {"ROWS": True, **tile}),
+        "torch columns": (torch_native_quantize._quantize_tiles, {"ROWS": False, "row_amax": None, **tile}),
+        "torch zero tail": (torch_native_quantize._zero, {"TAIL": True, "BLOCK": 4096}),
+        "torch zero groups": (torch_native_quantize._zero, {"TAIL": False, "BLOCK": 4096}),
     }
     return {name: compile_kernel(kernel, arch, types, constants) for name, (kernel, constants) in kernels.items()}
 
@@ -198,12 +191,12 @@ def compile_torch_quantizers(arch: str) -> dict[str, Any]:
 def compile_hopper() -> dict[str, Any]:
     """The kernels that are written for Hopper, each kind and each way that a result leaves."""
     compiled = {}
-    for kind, tile in gemm_hopper.TILES.items():
+    for kind, tile in m_grouped_hopper.TILES.items():
         for c_contiguous in (True, False) if kind == "16 bit" else (True,):
             for whole in (True, False):
                 name = f"gemm_hopper {kind} {tuple(tile)} {c_contiguous=} {whole=}"
                 compiled[name] = compile_gemm_hopper(kind, tile, c_contiguous, whole)
-    for kind, tile in wgrad_hopper.TILES.items():
+    for kind, tile in k_grouped_hopper.TILES.items():
         for whole in (True, False):
             compiled[f"wgrad_hopper {kind} {tuple(tile)} {whole=}"] = compile_wgrad_hopper(kind, tile, whole)
     return compiled
@@ -234,7 +227,7 @@ def compile_gemm_hopper(kind: str, tile: Any, c_contiguous: bool, whole: bool) -
         "BLOCK_N": tile.columns, "BLOCK_C": tile.depth, "STAGES": tile.stages,
         "BAND": tile.band, "REGISTERS": tile.registers, "num_warps": 4,
     }  # fmt: skip
-    return compile_kernel(gemm_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
+    return compile_kernel(m_grouped_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
 
 
 def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
@@ -254,7 +247,7 @@ def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
         "BLOCK_Q": tile.columns, "BLOCK_T": tile.depth, "STAGES": tile.stages, "BAND": tile.band,
         "REGISTERS": tile.registers, "num_warps": 4,
     }  # fmt: skip
-    return compile_kernel(wgrad_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
+    return compile_kernel(k_grouped_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
 
 
 def compile_mx_quantizers(arch: str) -> dict[str, Any]:
@@ -270,7 +263,7 @@ def compile_mx_quantizers(arch: str) -> dict[str, Any]:
         tokens = {"LIMIT": limit, "E_PADDED": 512, "TOKENS": 32}
         for name, rows, columns in (("both", True, True), ("rows", True, False), ("columns", False, True)):
             constants = {"ROWS": rows, "COLUMNS": columns, **tokens}
-            kernels[f"torch mx {name}"] = quantize_torch_mx._quantize_tiles, constants
+            kernels[f"torch mx {name}"] = torch_native_quantize_mx._quantize_tiles, constants
         kernels["torch weights mx"] = quantize_mx._quantize_weights, weights | {"SWIZZLED": True}
     return {
         name: compile_kernel(kernel, arch, types, constants, num_warps=8)
@@ -286,12 +279,12 @@ def compile_hipblaslt_quantizers(arch: str) -> dict[str, Any]:
     scales = ("row_scales", "column_scales", "straight_scales", "transposed_scales")
     fp32, words = dict.fromkeys(scales, "*fp32"), dict.fromkeys(scales, "*i32")
     numbers = {"LIMIT": limit, "POWER_OF_TWO": False, "NVIDIA": False, "BLOCK": 128, "BAND": 8}
-    tiles, mx_tiles = quantize_hipblaslt._quantize_tiles, quantize_hipblaslt._quantize_mx_tiles
+    tiles, mx_tiles = hipblaslt_quantize._quantize_tiles, hipblaslt_quantize._quantize_mx_tiles
     both, mx = {"ROWS": True, **numbers}, {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_AT_ONCE": 256}
     compiled = {"hipblaslt": compile_kernel(tiles, arch, types | fp32, both)}
     if arch == "gfx950":
         weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit}
-        kernel = quantize_hipblaslt._quantize_mx_weights
+        kernel = hipblaslt_quantize._quantize_mx_weights
         compiled["hipblaslt mx"] = compile_kernel(mx_tiles, arch, types | words, mx, num_warps=8)
         compiled["hipblaslt weights mx"] = compile_kernel(kernel, arch, types | words, weights, num_warps=8)
     return compiled

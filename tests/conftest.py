@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from grouped_gemm import functional, testing
-from grouped_gemm.device import default_device
-from grouped_gemm.preference import SWITCHES, KernelPreference
+from grouped_gemm.core.machine import default_device
+from grouped_gemm.core.preference import SWITCHES, KernelPreference
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from grouped_gemm import Recipe, reference, testing
 from grouped_gemm.backends import get_backend
-from grouped_gemm.preference import KernelPreference
+from grouped_gemm.core.preference import KernelPreference
 
 FP8 = torch.float8_e4m3fn
 BACKEND = get_backend(KernelPreference.DEEPGEMM)

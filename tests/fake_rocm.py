@@ -13,7 +13,7 @@ from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from grouped_gemm.device import Machine
+from grouped_gemm.core.machine import Machine
 
 mm_on_cpu = torch.mm
 

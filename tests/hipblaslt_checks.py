@@ -6,9 +6,9 @@ import torch
 from kernel_checks import activations, assert_same
 
 from grouped_gemm import Recipe, reference, testing
-from grouped_gemm.backends import hipblaslt
-from grouped_gemm.kernels import layouts_hipblaslt as layouts
-from grouped_gemm.kernels import quantize_hipblaslt
+from grouped_gemm.backends.hipblaslt import backend as hipblaslt
+from grouped_gemm.backends.hipblaslt import layouts as layouts
+from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
 
 # ends of groups, M, what groups are multiples of: ragged; ends out of order and range; all empty; aligned to 16 with a
 # tail, whole blocks with one and without
@@ -39,7 +39,7 @@ def check_activations(
         what = f"{recipe.value}, ends {ends}, {rows=}, {columns=}"
         with testing.poisoned_memory():
             found, twin = (layouts.activations(x, len(ends), recipe, rows=rows, columns=columns) for _ in range(2))
-        quantize_hipblaslt.quantize_activations(x, offs, recipe, found)
+        hipblaslt_quantize.quantize_activations(x, offs, recipe, found)
         hipblaslt._fill_activations(x, inside, recipe, twin)
         if rows:
             for mine, other, name in ((found[0], twin[0], "data"), (found[1], twin[1], "scales")):
@@ -68,7 +68,7 @@ def check_weights(recipe: Recipe, contiguous: str, device: torch.device | str = 
         b = b if contiguous == "k" else b.contiguous()
         with testing.poisoned_memory():
             found, twin = (layouts.weights(b, recipe, forward=forward, dgrad=dgrad) for _ in range(2))
-        quantize_hipblaslt.quantize_weights(b, recipe, found)
+        hipblaslt_quantize.quantize_weights(b, recipe, found)
         hipblaslt._fill_weights(b, recipe, twin)
         lines = None if recipe.block is None else (n, k)
         for i, name in enumerate(("data for forward", "data for dgrad", "scales for forward", "scales for dgrad")):

@@ -14,8 +14,8 @@ from torch import Tensor
 from grouped_gemm import Pass, Recipe, reference, testing
 from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan
-from grouped_gemm.device import machine_of
-from grouped_gemm.preference import KernelPreference
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.preference import KernelPreference
 
 BACKEND = get_backend(KernelPreference.TRITON)
 
@@ -130,14 +130,14 @@ def check_accumulation(a: Tensor, dy: Tensor, offs: Tensor, recipe: Recipe, boun
         recipe: any.
         bound: how far a row of the product, which is what is added to zeros, may be from `testing.expected`.
     """
-    from grouped_gemm.kernels import wgrad
+    from grouped_gemm.kernels.gemm import k_grouped
 
     ends = reference.group_ends(offs, len(a))
     plan = BACKEND.plan(offs, len(a))
     (_, lhs), (_, rhs) = (BACKEND.quantize_activations(x, plan, recipe, rows=False, columns=True) for x in (a, dy))
 
     def added_to(gradient: Tensor) -> Tensor:
-        result = wgrad.wgrad(
+        result = k_grouped.wgrad(
             lhs.data, lhs.scale, rhs.data, rhs.scale, offs, len(a), recipe, torch.float32, accumulate_into=gradient
         )
         assert result is gradient

@@ -54,12 +54,12 @@ def train(call: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> t
 @contextmanager
 def plain_kernels() -> Iterator[None]:
     """Without the kernels that are written for Hopper."""
-    from grouped_gemm.kernels import gemm, gemm_hopper, wgrad, wgrad_hopper
+    from grouped_gemm.kernels.gemm import k_grouped, k_grouped_hopper, m_grouped, m_grouped_hopper
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (gemm, wgrad):
+        for module in (m_grouped, k_grouped):
             patch.setattr(module, "_products", {})  # what it remembers of calls that ran on Hopper's
-        for module in (gemm_hopper, wgrad_hopper):
+        for module in (m_grouped_hopper, k_grouped_hopper):
             patch.setattr(module, "can_run", lambda *operands: False)
         yield
 

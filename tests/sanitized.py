@@ -15,8 +15,8 @@ from kernel_checks import BACKEND
 from large import plain_kernels
 
 from grouped_gemm import Recipe, grouped_mm
-from grouped_gemm.device import machine_of
-from grouped_gemm.kernels import wgrad
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.kernels.gemm import k_grouped
 
 # of 6 groups, as in `large`, whose kernels these are where K and N are multiples of 16: the large row class, and decode
 LARGE = (0, 300, 1, 700, 0, 600)
@@ -43,7 +43,7 @@ def call(recipe: Recipe, sizes: Sequence[int], k: int, n: int, device: str) -> N
         BACKEND.quantize_activations(x, plan, recipe, rows=False, columns=True) for x in (a.detach(), dy)
     )
     sums = torch.zeros(num_groups, k, n, device=device)
-    wgrad.wgrad(lhs.data, lhs.scale, rhs.data, rhs.scale, offs, num_rows, recipe, torch.float32, sums)
+    k_grouped.wgrad(lhs.data, lhs.scale, rhs.data, rhs.scale, offs, num_rows, recipe, torch.float32, sums)
     if not all(x.isfinite().all() for x in (alone, y, *gradients, sums)):
         raise SystemExit("a result is not finite")
 

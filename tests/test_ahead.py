@@ -17,19 +17,19 @@ from grouped_gemm import (
     Machine,
     NoBackendError,
     Pass,
-    ahead,
     backends,
-    contests,
     functional,
     grouped_mm,
     prefer,
     quantize_weights,
     warmup,
 )
+from grouped_gemm.autotune import profile
+from grouped_gemm.autotune import warmup as warmup_module
 from grouped_gemm.backends import emulated
 from grouped_gemm.backends.base import Requirement
-from grouped_gemm.kernels import tiles, tuning
-from grouped_gemm.problem import RowClass, row_class
+from grouped_gemm.core.problem import RowClass, row_class
+from grouped_gemm.kernels.gemm import tile_search, tiles
 
 E, K, N = 3, 32, 48
 
@@ -44,19 +44,19 @@ def weights() -> torch.Tensor:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The calls that are made where Emulated stands for a backend that compiles: a, b, offs, bias, has gradients."""
     made = []
-    original = ahead.grouped_mm
+    original = warmup_module.grouped_mm
 
     def call(a, b, offs, *, bias=None, **options):
         made.append((a, b, offs, bias, torch.is_grad_enabled()))
         return original(a, b, offs, bias=bias, **options)
 
     monkeypatch.setattr(emulated.Backend, "compiles", True)
-    monkeypatch.setattr(ahead, "grouped_mm", call)
+    monkeypatch.setattr(warmup_module, "grouped_mm", call)
     return made
 
 
 def test_a_backend_that_compiles_nothing_is_not_called(monkeypatch, weights):
-    monkeypatch.setattr(ahead, "grouped_mm", lambda *args, **options: pytest.fail("a call was made"))
+    monkeypatch.setattr(warmup_module, "grouped_mm", lambda *args, **options: pytest.fail("a call was made"))
     done = warmup(weights, kernel_preference="emulated")
     assert done.calls == 0
     assert all(dict(c.decision.chosen) == dict.fromkeys(Pass, KernelPreference.EMULATED) for c in done.classes)
@@ -131,7 +131,10 @@ def test_inference_mode_does_not_matter(calls):
 
 def test_kernels_are_not_specialized_on_how_many_rows_and_groups_there_are():
     pytest.importorskip("triton")
-    modules = [importlib.import_module(f"grouped_gemm.kernels.{name}") for name in ("gemm", "quantize", "wgrad")]
+    modules = [
+        importlib.import_module(f"grouped_gemm.kernels.{name}")
+        for name in ("gemm.k_grouped", "gemm.m_grouped", "quantize.fp8")
+    ]
     kernels = [fn for module in modules for fn in vars(module).values() if "tl.program_id" in getattr(fn, "src", "")]
     assert len(kernels) > 5
     numbers = [(fn.__name__, p) for fn in kernels for p in fn.params if p.name in ("M", "E")]
@@ -185,12 +188,12 @@ class Tiled(emulated.Backend):
 
     def grouped_mm(self, lhs, rhs, plan, out_dtype, bias_EN=None):
         c, o = rhs.data.shape[rhs.axis], rhs.data.shape[3 - rhs.axis]
-        tile = tuning.gemm_tile(H200, "16 bit", row_class(plan.num_rows, E), c, o, rhs.axis == 1, True)
+        tile = tile_search.gemm_tile(H200, "16 bit", row_class(plan.num_rows, E), c, o, rhs.axis == 1, True)
         self.tiles.append(("gemm", plan.num_rows, tile))
         return super().grouped_mm(lhs, rhs, plan, out_dtype, bias_EN)
 
     def wgrad(self, lhs, rhs, plan, out_dtype, *, contiguous):
-        self.tiles.append(("wgrad", plan.num_rows, tuning.wgrad_tile(H200, "16 bit", N, K, True)))
+        self.tiles.append(("wgrad", plan.num_rows, tile_search.wgrad_tile(H200, "16 bit", N, K, True)))
         return super().wgrad(lhs, rhs, plan, out_dtype, contiguous=contiguous)
 
 
@@ -204,19 +207,19 @@ def tiled(monkeypatch, tmp_path):
         return 1.0 if backend.tiles[-1][2].band == 1 else 2.0
 
     monkeypatch.setitem(backends._instances, KernelPreference.EMULATED, backend)
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
-    monkeypatch.setattr(ahead, "_USUAL", {RowClass.DECODE: 2, RowClass.SMALL: 20, RowClass.LARGE: 260})
+    monkeypatch.setattr(tile_search, "_milliseconds", milliseconds)
+    monkeypatch.setattr(warmup_module, "_USUAL", {RowClass.DECODE: 2, RowClass.SMALL: 20, RowClass.LARGE: 260})
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
-    tuning.known.cache_clear()
+    tile_search.known.cache_clear()
     yield backend
-    tuning.known.cache_clear()
+    tile_search.known.cache_clear()
 
 
 def test_without_the_switch_nothing_is_tuned(monkeypatch, weights, tiled):
     monkeypatch.delenv("GROUPED_GEMM_AUTOTUNE")
     done = warmup(weights)
-    assert (done.tunes, done.searches, tuning.path().exists()) == (False, (), False)
+    assert (done.tunes, done.searches, tile_search.path().exists()) == (False, (), False)
 
 
 def test_each_use_of_a_kernel_is_tuned_once(weights, tiled):
@@ -247,7 +250,7 @@ def test_a_call_uses_what_was_found_and_searches_nothing(monkeypatch, weights, t
 
     y, shipped = call()
     warmup(weights)
-    monkeypatch.setattr(tuning, "search", pytest.fail)
+    monkeypatch.setattr(tile_search, "search", pytest.fail)
     tuned_y, tile = call()
     assert tile == shipped._replace(band=1) != shipped
     assert torch.equal(tuned_y, y)
@@ -276,17 +279,17 @@ class Rival(emulated.Backend):
 
 
 @pytest.fixture
-def compete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[ahead.Contest]]:
+def compete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[warmup_module.Contest]]:
     """Contests as on an H200 where the TORCH backend takes half of what TRITON does."""
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
-    monkeypatch.setattr(contests, "_known", {})
+    monkeypatch.setattr(profile, "_known", {})
     machine = Machine("nvidia", "sm_90", "NVIDIA H200", (("torch", "2.11.0"), ("triton", "3.6.0")))
     rivals = tuple(backends.Candidate(Rival(kind)) for kind in (KernelPreference.TRITON, KernelPreference.TORCH))
     monkeypatch.setattr(functional, "machine_of", lambda device: machine)
-    for module in (functional, ahead):
+    for module in (functional, warmup_module):
         monkeypatch.setattr(module, "candidates", lambda device: rivals)
-    original = contests.measure
+    original = profile.measure
 
     def measure(problem, num_rows, device, contestants):
         flat = lambda calls: dict.fromkeys(calls, 1.0)  # noqa: E731
@@ -294,11 +297,11 @@ def compete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
         slow = {part: 2.0 for part in case.times[KernelPreference.TRITON]}
         return dataclasses.replace(case, times={**case.times, KernelPreference.TRITON: slow}), failed
 
-    monkeypatch.setattr(contests, "measure", measure)
+    monkeypatch.setattr(profile, "measure", measure)
     functional.forget()
     options = {"recipe": "fp8_rowwise", "out_dtype": None, "group_alignment": 1, "kernel_preference": "auto"}
     yield lambda b, rows, training=True, bias=None, **changed: list(
-        ahead._compete(b, bias, rows, training, options | changed)
+        warmup_module._compete(b, bias, rows, training, options | changed)
     )
     functional.forget()
 
@@ -327,7 +330,7 @@ def test_a_contest_is_of_all_that_could_run_such_calls(weights, compete, out_dty
     bias = torch.zeros(E, N, dtype=torch.bfloat16)
     with prefer(host_sync=False):
         (contest,) = compete(weights, RowClass.LARGE, bias=bias, out_dtype=out_dtype)
-    (case,) = contests.known(contest.decision.problem.machine).cases
+    (case,) = profile.known(contest.decision.problem.machine).cases
     assert set(case.times) == {KernelPreference.TRITON, KernelPreference.TORCH}
     assert compete(weights, RowClass.LARGE) == []
 

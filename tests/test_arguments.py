@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from grouped_gemm import QuantizedWeights, Recipe, explain, grouped_mm, override_torch, prefer, quantize_weights, warmup
-from grouped_gemm.preference import SWITCHES
+from grouped_gemm.core.preference import SWITCHES
 
 M, E, K, N = 12, 3, 48, 32
 BF16 = torch.bfloat16

@@ -31,9 +31,9 @@ from grouped_gemm import (
 )
 from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.backends.base import Requirement
-from grouped_gemm.problem import Problem, RowClass
-from grouped_gemm.report import Explanation
-from grouped_gemm.select import decide
+from grouped_gemm.core.problem import Problem, RowClass
+from grouped_gemm.selection.explanation import Explanation
+from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import (
     DGRAD,
     FORWARD,

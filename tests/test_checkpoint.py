@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from grouped_gemm import Recipe, grouped_mm, product_ops
-from grouped_gemm.ops import NAMES
+from grouped_gemm.core.library import NAMES
 from grouped_gemm.testing import TRAINING, Case, Shape, cases, make_inputs
 
 SHAPE = Shape("whole_blocks", (0, 37, 1, 130, 0), tail=5, k=256, n=128)

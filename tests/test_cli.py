@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from grouped_gemm import KernelPreference, Machine, Pass, Recipe, __version__, demo, doctor, explain
+from grouped_gemm import KernelPreference, Machine, Pass, Recipe, __version__, explain
 from grouped_gemm import __main__ as cli
 from grouped_gemm.backends import Candidate, candidates, emulated
 from grouped_gemm.backends.base import Health, requires_arch, requires_recipe
-from grouped_gemm.device import default_device, machine_of
+from grouped_gemm.cli import demo, doctor
+from grouped_gemm.core.machine import default_device, machine_of
 
 CPU = torch.device("cpu")
 B200 = Machine("nvidia", "sm_100", "NVIDIA B200")
@@ -59,7 +60,8 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_commands_are_imported_when_they_run() -> None:
-    code = "import sys, grouped_gemm.__main__; print({'grouped_gemm.doctor', 'grouped_gemm.demo'} & set(sys.modules))"
+    commands = {"grouped_gemm.cli.doctor", "grouped_gemm.cli.demo"}
+    code = f"import sys, grouped_gemm.__main__; print({commands} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 

@@ -8,7 +8,8 @@ from kernel_checks import assert_same_bits
 from large import RAGGED, layer, train, training, with_sizes
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from grouped_gemm import KernelPreference, NoBackendError, Pass, Recipe, grouped_mm, prefer, quantize_weights, tracing
+from grouped_gemm import KernelPreference, NoBackendError, Pass, Recipe, grouped_mm, prefer, quantize_weights
+from grouped_gemm.core import tracing
 from grouped_gemm.testing import make_inputs
 
 NUM_GROUPS, K, N = 4, 32, 64

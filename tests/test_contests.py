@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from grouped_gemm import KernelPreference, Machine, Pass, Problem, Recipe, contests, costs
+from grouped_gemm import KernelPreference, Machine, Pass, Problem, Recipe
+from grouped_gemm.autotune import profile
 from grouped_gemm.backends import Candidate, emulated
 from grouped_gemm.backends.base import Requirement
-from grouped_gemm.costs import PARTS, Case
-from grouped_gemm.problem import RowClass
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.selection import cost_model
+from grouped_gemm.selection.cost_model import PARTS, Case
 
 TRITON, DEEPGEMM, TORCH = (KernelPreference[name] for name in ("TRITON", "DEEPGEMM", "TORCH"))
 TRAINING = tuple(Pass)
@@ -53,9 +55,9 @@ class Broken(emulated.Backend):
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path / "cache"))
-    contests._known.clear()
+    profile._known.clear()
     yield tmp_path / "cache"
-    contests._known.clear()
+    profile._known.clear()
 
 
 def problem(recipe: Recipe = Recipe.FP8_BLOCKWISE, **facts: Any) -> Problem:
@@ -73,7 +75,7 @@ def held(asked: Problem, *backends: type[emulated.Backend]) -> tuple[Case, dict[
         return {kind: float(len(timed) - i) for i, kind in enumerate(calls)}
 
     contestants = [Candidate(backend()) for backend in backends]
-    case, failed = contests.measure(asked, 60, CPU, contestants, timer, lambda calls: dict.fromkeys(calls, 0.5))
+    case, failed = profile.measure(asked, 60, CPU, contestants, timer, lambda calls: dict.fromkeys(calls, 0.5))
     return case, failed, len(timed)
 
 
@@ -117,10 +119,10 @@ def test_few_rows_are_timed_in_graphs_and_what_waits_is_not(monkeypatch, rows, i
     def timer(how: str) -> Callable[..., Any]:
         return lambda calls: timed[how].extend(calls) or dict.fromkeys(calls, 1.0)
 
-    monkeypatch.setattr(contests, "captured_microseconds", timer("graphs"))
-    monkeypatch.setattr(contests, "device_microseconds", timer("events"))
+    monkeypatch.setattr(profile, "captured_microseconds", timer("graphs"))
+    monkeypatch.setattr(profile, "device_microseconds", timer("events"))
     asked = dataclasses.replace(problem(), rows=rows)
-    contests.measure(asked, 60, CPU, [Candidate(Patient())], on_host=lambda calls: dict.fromkeys(calls, 1.0))
+    profile.measure(asked, 60, CPU, [Candidate(Patient())], on_host=lambda calls: dict.fromkeys(calls, 1.0))
     waiting = 1 if in_graphs else len(PARTS)
     assert (len(timed["graphs"]), len(timed["events"])) == (len(PARTS) - waiting, waiting)
 
@@ -150,7 +152,7 @@ def test_a_case_knows_what_was_measured():
 
 @pytest.mark.parametrize("rows, groups, alignment", ((60, 3, 1), (1000, 7, 128), (5, 8, 1), (0, 2, 1), (100, 1, 128)))
 def test_uneven_ends_are_ends(rows, groups, alignment):
-    ends = contests.uneven_ends(rows, groups, alignment, CPU)
+    ends = profile.uneven_ends(rows, groups, alignment, CPU)
     assert ends.dtype == torch.int32 and ends.shape == (groups,)
     assert (ends.diff() >= 0).all() and ends[0] >= 0 and ends[-1] <= rows
     assert (ends % alignment == 0).all()
@@ -163,45 +165,45 @@ CASE = Case("fp8_blockwise", "large", False, 8, 4096, 2048, 8192, PARTS_OF_TWO, 
 
 
 def in_a_new_process() -> None:
-    contests._known.clear()
+    profile._known.clear()
 
 
 def test_without_a_file_nothing_is_known():
-    assert contests.known(H200).cases == ()
+    assert profile.known(H200).cases == ()
 
 
 def test_what_was_measured_serves_this_process_and_later_ones():
-    contests.store(H200, [CASE])
-    assert contests.known(H200).cases == (CASE,)
+    profile.store(H200, [CASE])
+    assert profile.known(H200).cases == (CASE,)
     in_a_new_process()
-    assert contests.known(H200).cases == (CASE,)
-    assert contests.known(H200).is_exact
+    assert profile.known(H200).cases == (CASE,)
+    assert profile.known(H200).is_exact
 
 
 def test_what_another_process_was_faster_to_measure_is_used():
     theirs, other = dataclasses.replace(CASE, num_rows=4096), dataclasses.replace(CASE, k=128)
-    contests.store(H200, [theirs])
-    contests._known[H200] = dataclasses.replace(contests.known(H200), cases=())  # this one had looked before
-    contests.store(H200, [CASE, other])
-    assert set(contests.known(H200).cases) == {theirs, other}
+    profile.store(H200, [theirs])
+    profile._known[H200] = dataclasses.replace(profile.known(H200), cases=())  # this one had looked before
+    profile.store(H200, [CASE, other])
+    assert set(profile.known(H200).cases) == {theirs, other}
     in_a_new_process()
-    assert set(contests.known(H200).cases) == {theirs, other}
+    assert set(profile.known(H200).cases) == {theirs, other}
 
 
 def test_the_file_is_looked_at_again_before_measuring():
-    assert contests.known(H200).cases == ()
-    before = dict(contests._known)
-    contests.store(H200, [CASE])
-    contests._known.update(before)  # as in the other process
-    contests.read_again(H200)
-    assert contests.known(H200).cases == (CASE,)
+    assert profile.known(H200).cases == ()
+    before = dict(profile._known)
+    profile.store(H200, [CASE])
+    profile._known.update(before)  # as in the other process
+    profile.read_again(H200)
+    assert profile.known(H200).cases == (CASE,)
 
 
 def test_others_may_read_the_file():
-    contests.store(H200, [CASE])
+    profile.store(H200, [CASE])
     umask = os.umask(0o022)
     os.umask(umask)
-    assert contests.path().stat().st_mode & 0o777 == 0o666 & ~umask
+    assert profile.path().stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 @pytest.mark.parametrize(
@@ -214,24 +216,24 @@ def test_others_may_read_the_file():
     ids=("gpu", "torch", "deep_gemm"),
 )
 def test_another_machine_knows_nothing_of_it(machine):
-    contests.store(H200, [CASE])
-    assert contests.known(machine).cases == ()
-    contests.store(machine, [CASE])
-    assert contests.known(H200).cases == (CASE,), "nor does it lose what is another's"
+    profile.store(H200, [CASE])
+    assert profile.known(machine).cases == ()
+    profile.store(machine, [CASE])
+    assert profile.known(H200).cases == (CASE,), "nor does it lose what is another's"
 
 
 def test_its_own_measurements_come_first_where_they_are_wanted():
-    contests.store(H200, [CASE])
-    own, shipped = contests.tables(H200, tunes=True)
+    profile.store(H200, [CASE])
+    own, shipped = profile.tables(H200, tunes=True)
     assert own.cases == (CASE,)
-    assert contests.tables(H200, tunes=False) == (shipped,) == (costs.shipped("nvidia"),)
-    assert contests.tables(Machine("cpu", "cpu", "cpu"), tunes=True) == ()
+    assert profile.tables(H200, tunes=False) == (shipped,) == (cost_model.shipped("nvidia"),)
+    assert profile.tables(Machine("cpu", "cpu", "cpu"), tunes=True) == ()
 
 
 def damaged(**changes: object) -> str:
     """A file with one entry that has been changed; None takes a name out of it."""
-    contests.store(H200, [CASE])
-    content = json.loads(contests.path().read_text())
+    profile.store(H200, [CASE])
+    content = json.loads(profile.path().read_text())
     content["cases"][0].update(changes)
     content["cases"] = [{name: value for name, value in content["cases"][0].items() if value is not None}]
     return json.dumps(content)
@@ -260,24 +262,24 @@ def damaged(**changes: object) -> str:
 )
 def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(folder, text):
     folder.mkdir()
-    contests.path().write_text(text())
+    profile.path().write_text(text())
     in_a_new_process()
     with pytest.warns(UserWarning, match="The file is ignored"):
-        assert contests.known(H200).cases == ()
-    contests.store(H200, [CASE])
+        assert profile.known(H200).cases == ()
+    profile.store(H200, [CASE])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         in_a_new_process()
-        assert contests.known(H200).cases == (CASE,)
+        assert profile.known(H200).cases == (CASE,)
 
 
 def test_a_directory_that_cannot_be_written_is_named(folder):
     folder.write_text("a file, where a directory should be")
     with pytest.warns(UserWarning) as caught:
-        contests.store(H200, [CASE])
+        profile.store(H200, [CASE])
     assert all(str(folder) in str(warning.message) for warning in caught)
     assert any("expected a directory to keep it in" in str(warning.message) for warning in caught)
-    assert contests.known(H200).cases == (CASE,), "this process knows"
+    assert profile.known(H200).cases == (CASE,), "this process knows"
 
 
 def test_a_home_directory_that_is_not_there_is_named(monkeypatch):
@@ -285,7 +287,7 @@ def test_a_home_directory_that_is_not_there_is_named(monkeypatch):
     with pytest.warns(
         UserWarning, match="no home directory for ~no_such_user_/x.*Set GROUPED_GEMM_CACHE_DIR"
     ) as caught:
-        assert contests.known(H200).cases == ()
-        contests.store(H200, [CASE])
+        assert profile.known(H200).cases == ()
+        profile.store(H200, [CASE])
     assert len(caught) == 2
-    assert contests.known(H200).cases == (CASE,)
+    assert profile.known(H200).cases == (CASE,)

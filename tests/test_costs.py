@@ -12,9 +12,9 @@ import torch
 from grouped_gemm import Explanation, KernelPreference, Machine, Pass, Problem, Recipe
 from grouped_gemm.backends import Candidate, get_backend
 from grouped_gemm.backends.base import Health
-from grouped_gemm.costs import PARTS, Case, Estimate, Table, estimate, parse, render, shipped
-from grouped_gemm.problem import RowClass
-from grouped_gemm.select import MARGIN, decide
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.selection.cost_model import PARTS, Case, Estimate, Table, estimate, parse, render, shipped
+from grouped_gemm.selection.rules import MARGIN, decide
 
 AUTO, TRITON, DEEPGEMM, EMULATED = (KernelPreference[name] for name in ("AUTO", "TRITON", "DEEPGEMM", "EMULATED"))
 FORWARD, DGRAD, WGRAD = Pass

@@ -26,12 +26,13 @@ from grouped_gemm import (
     prefer,
     testing,
 )
-from grouped_gemm.backends import Candidate, _deep_gemm, get_backend
+from grouped_gemm.backends import Candidate, get_backend
 from grouped_gemm.backends.base import Health
-from grouped_gemm.device import machine_of
-from grouped_gemm.preference import KernelPreference
-from grouped_gemm.problem import RowClass
-from grouped_gemm.select import decide
+from grouped_gemm.backends.deepgemm import package as deepgemm_package
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 
 AUTO, DEEPGEMM, TRITON, EMULATED = (KernelPreference[name] for name in ("AUTO", "DEEPGEMM", "TRITON", "EMULATED"))
@@ -122,9 +123,9 @@ def package(monkeypatch, tmp_path):
     for name in ("DG_JIT_USE_NVRTC", "DG_JIT_NVCC_COMPILER"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DG_JIT_CACHE_DIR", str(tmp_path / "cache"))
-    _deep_gemm.functions.cache_clear()
+    deepgemm_package.functions.cache_clear()
     yield put
-    _deep_gemm.functions.cache_clear()
+    deepgemm_package.functions.cache_clear()
 
 
 OTHERS = ("m_grouped_bf16_gemm_nt_contiguous", "k_grouped_fp8_gemm_nt_contiguous")
@@ -134,7 +135,7 @@ ALL = ("m_grouped_fp8_gemm_nt_contiguous", *OTHERS)
 @pytest.mark.parametrize("name", ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_fp4_gemm_nt_contiguous"))
 def test_either_name_of_a_function_will_do(package, name):
     package(name, *OTHERS)
-    assert _deep_gemm.look(H200).is_good
+    assert deepgemm_package.look(H200).is_good
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_either_name_of_a_function_will_do(package, name):
 )
 def test_what_is_wrong_is_named_with_its_remedy(package, names, options, machine, problem, fix):
     package(*names, **options)
-    found = _deep_gemm.look(machine)
+    found = deepgemm_package.look(machine)
     assert problem in found.problem
     assert fix in found.fix
 
@@ -159,7 +160,7 @@ def test_what_is_wrong_is_named_with_its_remedy(package, names, options, machine
 def test_nvrtc_needs_no_nvcc(package, monkeypatch):
     package(*ALL, release="")
     monkeypatch.setenv("DG_JIT_USE_NVRTC", "1")
-    assert _deep_gemm.look(H200).is_good
+    assert deepgemm_package.look(H200).is_good
 
 
 @pytest.mark.parametrize(
@@ -174,7 +175,7 @@ def test_nvrtc_needs_no_nvcc(package, monkeypatch):
     ids=str,
 )
 def test_broken_builds_are_named(error, text):
-    found = _deep_gemm.explain(error, H200)
+    found = deepgemm_package.explain(error, H200)
     assert text in found.problem
     assert found.fix
 
@@ -182,19 +183,19 @@ def test_broken_builds_are_named(error, text):
 def test_a_package_that_cannot_be_imported_is_no_error(package, monkeypatch):
     package(*ALL)
     monkeypatch.setitem(sys.modules, "deep_gemm", None)
-    assert not _deep_gemm.look(H200).is_good
+    assert not deepgemm_package.look(H200).is_good
 
 
 def test_the_directory_of_compiled_kernels_is_ours_alone_and_can_be_named(package, monkeypatch, tmp_path):
     package(*ALL)
-    _deep_gemm.functions()
+    deepgemm_package.functions()
     assert os.environ["DG_JIT_CACHE_DIR"] == str(tmp_path / "cache")
     monkeypatch.delenv("DG_JIT_CACHE_DIR")
-    monkeypatch.setattr(_deep_gemm.tempfile, "gettempdir", lambda: str(tmp_path))
-    directory = _deep_gemm._cache_directory()
+    monkeypatch.setattr(deepgemm_package.tempfile, "gettempdir", lambda: str(tmp_path))
+    directory = deepgemm_package._cache_directory()
     assert directory is not None and directory.parent == tmp_path and directory.stat().st_mode & 0o777 == 0o700
     directory.chmod(0o777)  # anybody could put kernels there
-    assert _deep_gemm._cache_directory() is None
+    assert deepgemm_package._cache_directory() is None
 
 
 @pytest.mark.parametrize(
@@ -205,8 +206,8 @@ def test_nobody_can_replace_the_directory_of_compiled_kernels(mode, is_taken, be
     scratch = tmp_path / "scratch"
     (scratch / below).mkdir(parents=True)
     scratch.chmod(mode)
-    monkeypatch.setattr(_deep_gemm.tempfile, "gettempdir", lambda: str(scratch / below))
-    directory = _deep_gemm._cache_directory()
+    monkeypatch.setattr(deepgemm_package.tempfile, "gettempdir", lambda: str(scratch / below))
+    directory = deepgemm_package._cache_directory()
     assert (directory is not None) == is_taken
     assert directory is None or directory.parent == scratch / below
 
@@ -217,8 +218,8 @@ def test_a_link_to_the_directory_for_temporary_files_is_resolved(monkeypatch, tm
     safe.mkdir()
     shared.chmod(0o777)  # anybody could change the link
     (shared / "link").symlink_to(safe)
-    monkeypatch.setattr(_deep_gemm.tempfile, "gettempdir", lambda: str(shared / "link"))
-    directory = _deep_gemm._cache_directory()
+    monkeypatch.setattr(deepgemm_package.tempfile, "gettempdir", lambda: str(shared / "link"))
+    directory = deepgemm_package._cache_directory()
     assert directory is not None and directory.parent == safe.resolve()
 
 
@@ -233,20 +234,20 @@ def test_a_link_to_the_directory_for_temporary_files_is_resolved(monkeypatch, tm
     ),
 )
 def test_only_a_directory_that_nobody_else_writes_to_is_private(mode, is_others, is_private):
-    assert _deep_gemm._is_private(SimpleNamespace(st_mode=mode, st_uid=os.getuid() + is_others)) is is_private
+    assert deepgemm_package._is_private(SimpleNamespace(st_mode=mode, st_uid=os.getuid() + is_others)) is is_private
 
 
 def test_a_link_in_place_of_the_directory_of_compiled_kernels_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(_deep_gemm.tempfile, "gettempdir", lambda: str(tmp_path))
-    directory = _deep_gemm._cache_directory()
+    monkeypatch.setattr(deepgemm_package.tempfile, "gettempdir", lambda: str(tmp_path))
+    directory = deepgemm_package._cache_directory()
     directory.rename(tmp_path / "elsewhere")
     directory.symlink_to(tmp_path / "elsewhere")
-    assert _deep_gemm._cache_directory() is None
+    assert deepgemm_package._cache_directory() is None
 
 
 def test_another_users_directory_above_that_of_compiled_kernels_is_refused():
     status = SimpleNamespace(st_mode=0o1755, st_uid=os.getuid() + 1)
-    assert not _deep_gemm._keeps(status)
+    assert not deepgemm_package._keeps(status)
 
 
 # The real package, on a GPU

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from grouped_gemm import __main__ as cli
-from grouped_gemm import demo
+from grouped_gemm.cli import demo
 
 STEPS = 40
 SMALL = demo.Config(layers=1, width=64, hidden=128, batch=4)

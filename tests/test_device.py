@@ -10,7 +10,8 @@ import pytest
 import torch
 from packaging.version import Version
 
-from grouped_gemm import Machine, device
+from grouped_gemm import Machine
+from grouped_gemm.core import machine as machine_module
 
 
 @pytest.mark.parametrize(
@@ -63,7 +64,7 @@ def test_machines_are_values():
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Makes torch report GPUs, given by index, and the release of HIP or None."""
-    device._probe.cache_clear()
+    machine_module._probe.cache_clear()
 
     def report(hip: str | None, *gpus: SimpleNamespace, current: int = 0) -> None:
         monkeypatch.setattr(torch.version, "hip", hip)
@@ -71,7 +72,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
 
     yield report
-    device._probe.cache_clear()
+    machine_module._probe.cache_clear()
 
 
 H100 = SimpleNamespace(name="NVIDIA H100 80GB HBM3", major=9, minor=0)
@@ -81,7 +82,7 @@ MI300X = SimpleNamespace(name="AMD Instinct MI300X", major=9, minor=4, gcnArchNa
 
 def test_an_nvidia_gpu_is_known_by_its_compute_capability(cuda):
     cuda(None, H100, B200)
-    found = [device.machine_of(f"cuda:{index}") for index in range(2)]
+    found = [machine_module.machine_of(f"cuda:{index}") for index in range(2)]
     assert [(m.vendor, m.arch, m.name) for m in found] == [
         ("nvidia", "sm_90", "NVIDIA H100 80GB HBM3"),
         ("nvidia", "sm_100", "NVIDIA B200"),
@@ -90,46 +91,46 @@ def test_an_nvidia_gpu_is_known_by_its_compute_capability(cuda):
 
 def test_an_amd_gpu_is_known_by_its_gfx_name_without_features(cuda):
     cuda("7.0", MI300X)
-    machine = device.machine_of("cuda:0")
+    machine = machine_module.machine_of("cuda:0")
     assert (machine.vendor, machine.arch) == ("amd", "gfx942")
 
 
 def test_a_gpu_without_an_index_is_the_current_one(cuda):
     cuda(None, H100, B200, current=1)
-    assert device.machine_of("cuda") == device.machine_of("cuda:1")
+    assert machine_module.machine_of("cuda") == machine_module.machine_of("cuda:1")
 
 
 def test_the_cpu_is_a_machine_without_an_architecture_of_its_own():
-    machine = device.machine_of("cpu")
+    machine = machine_module.machine_of("cpu")
     assert (machine.vendor, machine.arch, machine.is_gpu) == ("cpu", "cpu", False)
 
 
 def test_the_machine_knows_the_version_of_torch():
-    assert device.machine_of("cpu").version("torch").release == Version(torch.__version__).release
+    assert machine_module.machine_of("cpu").version("torch").release == Version(torch.__version__).release
 
 
 @pytest.mark.parametrize("flags, found", (("-DUSE_FBGEMM -DUSE_MSLK", torch.__version__), ("-DUSE_FBGEMM", None)))
 def test_mslk_is_there_where_torch_was_built_with_it(flags, found, monkeypatch):
     monkeypatch.setattr(torch.__config__, "show", lambda: flags)
-    assert dict(device._versions.__wrapped__()).get("mslk") == found
+    assert dict(machine_module._versions.__wrapped__()).get("mslk") == found
 
 
 def test_versions_of_what_is_not_there_are_left_out():
-    assert all(isinstance(version, str) for _, version in device.machine_of("cpu").versions)
+    assert all(isinstance(version, str) for _, version in machine_module.machine_of("cpu").versions)
 
 
 def test_a_device_is_probed_once():
-    assert device.machine_of("cpu") is device.machine_of(torch.device("cpu"))
+    assert machine_module.machine_of("cpu") is machine_module.machine_of(torch.device("cpu"))
 
 
 def test_a_device_of_another_kind_is_its_own_vendor():
-    assert device.machine_of("meta").vendor == "meta"
+    assert machine_module.machine_of("meta").vendor == "meta"
 
 
 @pytest.mark.parametrize(("is_available", "expected"), ((True, "cuda"), (False, "cpu")))
 def test_the_command_line_speaks_of_the_gpu_where_there_is_one(monkeypatch, is_available, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
-    assert device.default_device() == torch.device(expected)
+    assert machine_module.default_device() == torch.device(expected)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,8 @@ def test_the_command_line_speaks_of_the_gpu_where_there_is_one(monkeypatch, is_a
     ids=lambda value: "",
 )
 def test_triton_is_found_under_the_name_of_any_of_its_distributions(monkeypatch, installed, version):
-    monkeypatch.setattr(device, "_distribution_version", installed.get)
-    assert dict(device._versions.__wrapped__()).get("triton") == version
+    monkeypatch.setattr(machine_module, "_distribution_version", installed.get)
+    assert dict(machine_module._versions.__wrapped__()).get("triton") == version
 
 
 CUDA = (("torch", "2.11.0"), ("cuda", "13.0"), ("mslk", "2.11.0"), ("triton", "3.6.0"))
@@ -159,16 +160,16 @@ CUDA = (("torch", "2.11.0"), ("cuda", "13.0"), ("mslk", "2.11.0"), ("triton", "3
     ),
 )
 def test_another_machine_has_the_software_of_this_one_as_far_as_it_fits(here, arch, versions):
-    there = device.imagined(here, arch, None, {})
+    there = machine_module.imagined(here, arch, None, {})
     assert (there.arch, there.versions, there.name) == (arch, versions, arch)
 
 
 def test_packages_of_another_machine_may_differ():
     here = Machine("nvidia", "sm_90", "NVIDIA H200", CUDA)
-    there = device.imagined(here, None, None, {"deep_gemm": "0.1.5", "mslk": "none", "triton": "3.7.1"})
+    there = machine_module.imagined(here, None, None, {"deep_gemm": "0.1.5", "mslk": "none", "triton": "3.7.1"})
     assert dict(there.versions) == {"torch": "2.11.0", "cuda": "13.0", "triton": "3.7.1", "deep_gemm": "0.1.5"}
 
 
 def test_a_description_of_this_machine_is_this_machine():
     for here in (Machine("cpu", "cpu", "cpu", CUDA), Machine("nvidia", "sm_90", "NVIDIA H200", CUDA)):
-        assert device.imagined(here, here.arch, here.vendor, {"triton": "3.6.0"}) is here
+        assert machine_module.imagined(here, here.arch, here.vendor, {"triton": "3.6.0"}) is here

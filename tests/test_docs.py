@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from grouped_gemm import Machine, Recipe, ahead, doctor, grouped_mm, override_torch
+from grouped_gemm import Machine, Recipe, grouped_mm, override_torch
 from grouped_gemm import __main__ as cli
+from grouped_gemm.autotune import warmup
 from grouped_gemm.backends import Candidate, candidates
+from grouped_gemm.cli import doctor
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 README = DOCS.parent / "README.md"
@@ -76,7 +78,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_a_command_of_a_page_is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ahead, "warmup", lambda *_, **__: "compiled")
+    monkeypatch.setattr(warmup, "warmup", lambda *_, **__: "compiled")
     assert cli.main(command.split()) in (0, 1)  # 1: no backend runs it here
 
 
@@ -109,12 +111,12 @@ def test_a_remedy_names_no_recipe_that_its_backend_never_runs(offered: Any) -> N
 def test_a_generated_page_is_current(page: str) -> None:
     expected = doctor.pages(DOCS)[DOCS / page]
     found = (DOCS / page).read_text(encoding="utf-8")
-    assert found == expected, f"docs/{page} is not current. Regenerate it: python -m grouped_gemm.doctor docs"
+    assert found == expected, f"docs/{page} is not current. Regenerate it: python -m grouped_gemm.cli.doctor docs"
 
 
 def test_hand_written_text_of_a_page_is_kept(tmp_path: Path) -> None:
     before, after = (
-        "# Title\n\n<!-- generated: python -m grouped_gemm.doctor docs -->\n\n",
+        "# Title\n\n<!-- generated: python -m grouped_gemm.cli.doctor docs -->\n\n",
         "\n\n<!-- end of what is generated -->\n",
     )
     (tmp_path / "env.md").write_text(f"{before}old{after}rest\n", encoding="utf-8")

@@ -21,12 +21,14 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from grouped_gemm import Explanation, Pass, Problem, Recipe, device, grouped_mm, quantize_weights, reference, testing
-from grouped_gemm.backends import Candidate, candidates, get_backend, hipblaslt
+from grouped_gemm import Explanation, Pass, Problem, Recipe, grouped_mm, quantize_weights, reference, testing
+from grouped_gemm.backends import Candidate, candidates, get_backend
 from grouped_gemm.backends.base import Health
-from grouped_gemm.preference import KernelPreference
-from grouped_gemm.problem import RowClass
-from grouped_gemm.select import decide
+from grouped_gemm.backends.hipblaslt import backend as hipblaslt
+from grouped_gemm.core import machine as machine_module
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 
 AUTO, HIPBLASLT, TRITON, EMULATED = (KernelPreference[name] for name in ("AUTO", "HIPBLASLT", "TRITON", "EMULATED"))
@@ -55,7 +57,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Build]]:
         arch, usual = BUILDS[name]
         build = Build(arch, rocm or usual, grouped)
         machine = fake_rocm.machine(arch, rocm or usual)
-        monkeypatch.setattr(device, "_probe", lambda kind, index: machine)
+        monkeypatch.setattr(machine_module, "_probe", lambda kind, index: machine)
         monkeypatch.setattr(torch, "mm", build.mm)
         monkeypatch.setattr(torch, "_scaled_mm", build.scaled_mm)
         monkeypatch.setattr(torch.nn.functional, "scaled_grouped_mm", build.scaled_grouped_mm, raising=False)

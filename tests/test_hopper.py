@@ -37,8 +37,8 @@ from large import (
 
 from grouped_gemm import Pass, Recipe, reference
 from grouped_gemm.backends import candidates
-from grouped_gemm.device import machine_of
-from grouped_gemm.problem import RowClass, row_class
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.problem import RowClass, row_class
 from grouped_gemm.testing import (
     DGRAD,
     FORWARD,
@@ -117,7 +117,7 @@ def needs_hopper(device: torch.device) -> None:
 def launched(device, monkeypatch) -> list[str]:
     """The kernels for Hopper that have been launched."""
     needs_hopper(device)
-    from grouped_gemm.kernels import gemm_hopper, wgrad_hopper
+    from grouped_gemm.kernels.gemm import k_grouped_hopper, m_grouped_hopper
 
     here = torch.empty(0, device=device).device
     next(c for c in candidates(here) if c.backend.kind is TRITON).health()  # launches too, once in a process
@@ -127,7 +127,7 @@ def launched(device, monkeypatch) -> list[str]:
         names.append(name)
         original(product, *args)
 
-    for module, name in ((gemm_hopper, "grouped_mm"), (wgrad_hopper, "wgrad")):
+    for module, name in ((m_grouped_hopper, "grouped_mm"), (k_grouped_hopper, "wgrad")):
         monkeypatch.setattr(module.Product, "run", partialmethod(record, name, module.Product.run))
     return names
 

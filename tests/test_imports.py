@@ -21,43 +21,50 @@ ROOT = Path(grouped_gemm.__file__).parent
 # From top to bottom. A module imports from lower layers only: not from its own, so one backend knows no other.
 LAYERS = (
     ("__main__",),
-    ("demo", "doctor", "testing"),
-    ("integrations.*",),
+    ("cli", "cli.*", "testing"),
+    ("integrations", "integrations.*"),
     ("moe", "moe.*"),
     ("__init__",),
-    ("ahead", "linear", "override"),
+    ("autotune.warmup", "integrations.torch_function", "linear"),
     ("functional",),
-    ("shards",),
-    ("arguments", "autograd", "contests", "report"),
-    ("select", "tracing", "weight_cache"),
+    ("selection.dtensor",),
+    ("autograd", "autotune.profile", "selection.checks", "selection.explanation"),
+    ("core.tracing", "selection.rules", "weight_cache"),
     ("backends",),
     ("backends.*",),
-    ("costs",),
-    ("backends._deep_gemm",),
-    ("kernels.quantize_deepgemm", "kernels.quantize_hipblaslt", "kernels.quantize_torch", "kernels.quantize_torch_mx"),
-    ("backends.base", "kernels.gemm", "kernels.quantize", "kernels.quantize_mx", "kernels.wgrad"),
-    ("kernels.tuning",),
-    ("kernels.gemm_hopper", "kernels.wgrad_hopper", "kernels.quantize_packed"),
-    ("kernels.hopper", "kernels.layouts_hipblaslt", "kernels.layouts_torch"),
-    ("kernels", "kernels.*"),
-    ("operand", "ops", "problem", "reference"),
-    ("device", "kernels.interpreter", "preference", "recipes"),
-    ("files", "timing", "vmap"),
+    ("selection.cost_model",),
+    ("backends.deepgemm.package",),
+    (
+        "backends.deepgemm.quantize",
+        "backends.hipblaslt.quantize",
+        "backends.torch_native.quantize",
+        "backends.torch_native.quantize_mx",
+    ),
+    ("backends.base",),
+    ("kernels.gemm.k_grouped", "kernels.gemm.m_grouped", "kernels.quantize.fp8", "kernels.quantize.mx"),
+    ("kernels.gemm.tile_search",),
+    ("kernels.gemm.k_grouped_hopper", "kernels.gemm.m_grouped_hopper", "kernels.quantize.packed_bf16"),
+    ("backends.hipblaslt.layouts", "backends.torch_native.layouts", "kernels.common.hopper"),
+    ("backends.deepgemm.layouts", "kernels", "kernels.*"),
+    ("core.library", "core.problem", "core.quantized", "reference"),
+    ("core.machine", "core.preference", "core.recipes", "kernels.common.interpreter"),
+    ("autotune.timing", "core.store", "core.vmap"),
+    ("autotune", "core", "selection"),
 )
 
 # What may be imported besides the standard library: whenever the module is, or inside a function.
 EVERYWHERE = {"torch", "packaging"}
-AT_ONCE = {"kernels.*": {"triton"}, "kernels.interpreter": {"numpy"}}
+AT_ONCE = {"backends.*.quantize*": {"triton"}, "kernels.*": {"triton"}, "kernels.common.interpreter": {"numpy"}}
 WHEN_USED = {
-    "backends._deep_gemm": {"deep_gemm"},
-    "demo": {"matplotlib", "tqdm"},
-    "device": {"triton"},
+    "backends.deepgemm.package": {"deep_gemm"},
+    "cli.demo": {"matplotlib", "tqdm"},
+    "core.machine": {"triton"},
     "integrations.*": {"torchao", "torchtitan", "transformers"},
 }
 
 
 class Import(NamedTuple):
-    module: str  # as it is imported: "torch.nn", "grouped_gemm.select"
+    module: str  # as it is imported: "torch.nn", "grouped_gemm.selection.rules"
     line: int
     is_at_once: bool  # when the file is imported, not when a function runs
 

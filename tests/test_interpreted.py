@@ -12,8 +12,8 @@ import pytest
 
 from grouped_gemm import Machine
 from grouped_gemm.backends import get_backend
-from grouped_gemm.preference import KernelPreference
-from grouped_gemm.problem import Problem, RowClass
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import Problem, RowClass
 
 pytest.importorskip("triton")
 
@@ -47,7 +47,7 @@ def test_kernels_under_the_interpreter(file, runs):
 
 CALL = """
 import os, sys, torch
-import grouped_gemm.device
+import grouped_gemm.core.machine
 from grouped_gemm import NoBackendError, grouped_mm
 
 a, b, offs = torch.randn(4, 16).bfloat16(), torch.randn(1, 16, 16).bfloat16(), torch.tensor([4], dtype=torch.int32)
@@ -74,7 +74,7 @@ def printed(script: str, **variables: str | None) -> list[str]:
 def test_a_process_that_starts_interpreting_goes_on():
     """Kernels that are first launched after the change are imported before it. A second device gets the same answer."""
     script = "print(call()); os.environ['TRITON_INTERPRET'] = '0'; print(call()); print(call('fp8_blockwise'))"
-    script += "; print(grouped_gemm.device.machine_of('meta').interprets)"
+    script += "; print(grouped_gemm.core.machine.machine_of('meta').interprets)"
     assert printed(script, TRITON_INTERPRET="1") == ["right"] * 3 + ["True"]
 
 

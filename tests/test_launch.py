@@ -10,19 +10,17 @@ import torch
 pytest.importorskip("triton")
 import fake_rocm
 
-from grouped_gemm import Recipe, device
-from grouped_gemm.kernels import (
-    gemm,
-    layouts,
-    layouts_deepgemm,
-    layouts_hipblaslt,
-    quantize,
-    quantize_deepgemm,
-    quantize_hipblaslt,
-    quantize_mx,
-    wgrad,
-)
-from grouped_gemm.kernels import launch as launching
+from grouped_gemm import Recipe
+from grouped_gemm.backends.deepgemm import layouts as deepgemm_layouts
+from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
+from grouped_gemm.backends.hipblaslt import layouts as hipblaslt_layouts
+from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
+from grouped_gemm.core import machine
+from grouped_gemm.kernels.common import launch as launching
+from grouped_gemm.kernels.gemm import k_grouped, m_grouped
+from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
+from grouped_gemm.kernels.quantize import layouts
+from grouped_gemm.kernels.quantize import mx as quantize_mx
 
 
 class Kernel:
@@ -164,7 +162,7 @@ def launches(monkeypatch) -> list[tuple[str, tuple[int, ...], tuple]]:
         found.append((self._kernel.__name__, grid, self._values))
 
     monkeypatch.setattr(launching.Launcher, "__call__", record)
-    for module in (gemm, wgrad):
+    for module in (m_grouped, k_grouped):
         monkeypatch.setattr(module, "_products", {})
     return found
 
@@ -180,24 +178,24 @@ def launch_all(num_groups: int, recipe: Recipe) -> None:
         quantize_mx.quantize_activations(x, offs, activations)
         quantize_mx.quantize_weights(b, weights)
     else:
-        quantize.quantize_activations(x, offs, recipe, activations)
-        quantize.quantize_weights(b, recipe, weights)
+        quantize_fp8.quantize_activations(x, offs, recipe, activations)
+        quantize_fp8.quantize_weights(b, recipe, weights)
     rows, row_scale, columns, column_scale = activations
-    gemm.grouped_mm(rows, row_scale, weights[0].transpose(1, 2), weights[2], None, offs, recipe, torch.bfloat16)
-    wgrad.wgrad(columns, column_scale, columns, column_scale, offs, num_rows, recipe, torch.bfloat16)
-    wgrad.group_sums(x, offs, torch.bfloat16)
-    plan = layouts_deepgemm.plan(offs, num_rows, False)
-    quantize_deepgemm.fill_plan(offs, num_rows, plan)
-    quantize_deepgemm.pad(x, plan[1])
+    m_grouped.grouped_mm(rows, row_scale, weights[0].transpose(1, 2), weights[2], None, offs, recipe, torch.bfloat16)
+    k_grouped.wgrad(columns, column_scale, columns, column_scale, offs, num_rows, recipe, torch.bfloat16)
+    k_grouped.group_sums(x, offs, torch.bfloat16)
+    plan = deepgemm_layouts.plan(offs, num_rows, False)
+    deepgemm_quantize.fill_plan(offs, num_rows, plan)
+    deepgemm_quantize.pad(x, plan[1])
 
 
 def launch_all_for_hipblaslt(num_groups: int, recipe: Recipe) -> None:
     """Every kernel that quantizes for hipBLASLt."""
     x, b = torch.empty(64, 128), torch.empty(num_groups, 128, 16, dtype=torch.bfloat16)
     offs = torch.empty(num_groups, dtype=torch.int32)
-    activations = layouts_hipblaslt.activations(x, num_groups, recipe, rows=True, columns=True)
-    quantize_hipblaslt.quantize_activations(x, offs, recipe, activations)
-    quantize_hipblaslt.quantize_weights(b, recipe, layouts_hipblaslt.weights(b, recipe, forward=True, dgrad=True))
+    activations = hipblaslt_layouts.activations(x, num_groups, recipe, rows=True, columns=True)
+    hipblaslt_quantize.quantize_activations(x, offs, recipe, activations)
+    hipblaslt_quantize.quantize_weights(b, recipe, hipblaslt_layouts.weights(b, recipe, forward=True, dgrad=True))
 
 
 def assert_same_for_many(launch_for, recipe: Recipe, launches: list[tuple[str, tuple[int, ...], tuple]]) -> None:
@@ -218,5 +216,5 @@ def test_no_constant_of_a_kernel_grows_with_the_number_of_groups(recipe, launche
 
 @pytest.mark.parametrize("recipe", (Recipe.FP8_ROWWISE, Recipe.MXFP8), ids=lambda r: r.value)
 def test_no_constant_for_hipblaslt_grows_with_the_number_of_groups(recipe, launches, monkeypatch):
-    monkeypatch.setattr(device, "_probe", lambda kind, index: fake_rocm.machine("gfx950", "7.1"))
+    monkeypatch.setattr(machine, "_probe", lambda kind, index: fake_rocm.machine("gfx950", "7.1"))
     assert_same_for_many(launch_all_for_hipblaslt, recipe, launches)

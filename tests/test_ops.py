@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grouped_gemm import Recipe, grouped_mm, reference, testing
-from grouped_gemm.ops import NAMES, _shortcut
+from grouped_gemm.core.library import NAMES, _shortcut
 
 RECIPES = tuple(Recipe)
 SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)

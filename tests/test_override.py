@@ -23,7 +23,8 @@ from torch.overrides import get_overridable_functions
 from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from grouped_gemm import KernelPreference, NoBackendError, grouped_mm, override, override_torch, product_ops
+from grouped_gemm import KernelPreference, NoBackendError, grouped_mm, override_torch, product_ops
+from grouped_gemm.integrations import torch_function
 
 OFFS = torch.tensor([3, 3, 24], dtype=torch.int32)
 
@@ -47,7 +48,7 @@ def ours(monkeypatch) -> list[dict]:
         calls.append(options)
         return grouped_mm(*args, **options)
 
-    monkeypatch.setattr(override, "grouped_mm", record)
+    monkeypatch.setattr(torch_function, "grouped_mm", record)
     return calls
 
 
@@ -128,7 +129,7 @@ LEFT_TO_TORCH = {
 
 @pytest.mark.parametrize(("call", "reason"), LEFT_TO_TORCH.values(), ids=LEFT_TO_TORCH)
 def test_what_grouped_mm_does_not_do_is_left_to_torch_and_said_once(call, reason, ours, monkeypatch):
-    monkeypatch.setattr(override, "_warned", set())
+    monkeypatch.setattr(torch_function, "_warned", set())
     a, b = operands()
     with override_torch("mxfp8"):
         with pytest.warns(UserWarning, match=f"override_torch leaves .*{reason}"):
@@ -141,7 +142,7 @@ def test_what_grouped_mm_does_not_do_is_left_to_torch_and_said_once(call, reason
 
 
 def test_a_loop_of_transformers_with_other_offs_is_left_to_it(ours, monkeypatch):
-    monkeypatch.setattr(override, "_warned", set())
+    monkeypatch.setattr(torch_function, "_warned", set())
     a, b = operands()
     with torch.library._scoped_library("transformers", "FRAGMENT") as library:
         library.define("grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -> Tensor")
@@ -170,7 +171,7 @@ def test_other_functions_run_as_ever_and_nothing_is_said():
     ids=str,
 )
 def test_what_torch_refuses_is_refused_by_torch_and_nothing_is_said(changed, ours, monkeypatch):
-    monkeypatch.setattr(override, "_warned", set())
+    monkeypatch.setattr(torch_function, "_warned", set())
     a, b = operands()
     with warnings.catch_warnings(), override_torch("mxfp8"), pytest.raises(RuntimeError):
         warnings.simplefilter("error", UserWarning)
@@ -460,8 +461,8 @@ def test_a_composable_checkpoint_that_was_imported_earlier_is_recomputed_under_i
 
 
 def test_checkpoints_of_an_unknown_torch_are_named_and_the_rest_works(monkeypatch, ours):
-    monkeypatch.setattr(override, "_is_prepared", False)
-    monkeypatch.setattr(override, "_list_for_dynamo", lambda: None)
+    monkeypatch.setattr(torch_function, "_is_prepared", False)
+    monkeypatch.setattr(torch_function, "_list_for_dynamo", lambda: None)
     monkeypatch.delattr(checkpointing, "_CheckpointFrame")
     monkeypatch.setattr(checkpointing.CheckpointFunction, "forward", lambda ctx, *args: None)
     with pytest.warns(UserWarning, match="use_reentrant=False or use_reentrant=True: expected .* Decorate") as said:
@@ -503,7 +504,7 @@ def test_dynamo_asks_the_mode_whichever_comes_first(first, unlisted, monkeypatch
             dynamos_own.get_overridable_functions()
         else:
             patch.delitem(sys.modules, dynamos_own.__name__)
-        override._list_for_dynamo()
+        torch_function._list_for_dynamo()
     a, b = operands()
     torch._dynamo.reset()
     inside = override_torch("mxfp8")(lambda a, b: F.grouped_mm(a, b, offs=OFFS))
@@ -595,7 +596,7 @@ def test_functions_that_compiled_control_flow_calls_are_traced_under_it(call):
 
 
 def test_a_region_that_cannot_be_traced_under_it_is_named_with_the_remedy(monkeypatch):
-    monkeypatch.setattr(override, "_warned", set())
+    monkeypatch.setattr(torch_function, "_warned", set())
     a, b = (x.detach() for x in operands())
 
     def gemm(a: Tensor) -> Tensor:
@@ -612,7 +613,7 @@ def test_a_region_that_cannot_be_traced_under_it_is_named_with_the_remedy(monkey
 
 
 def test_a_compiled_call_that_is_left_to_torch_is_in_one_graph_and_said_once(monkeypatch):
-    monkeypatch.setattr(override, "_warned", set())
+    monkeypatch.setattr(torch_function, "_warned", set())
     _, b = operands()
     torch._dynamo.reset()
     compiled = torch.compile(lambda b: F.grouped_mm(b.transpose(1, 2), b), fullgraph=True, backend="aot_eager")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from grouped_gemm import Decision, KernelPreference, explain, grouped_mm, prefer, quantize_weights
-from grouped_gemm.preference import AUTOTUNE, BACKEND, SWITCHES, resolve
+from grouped_gemm.core.preference import AUTOTUNE, BACKEND, SWITCHES, resolve
 
 A = torch.ones(4, 32, dtype=torch.bfloat16)
 B = torch.ones(2, 32, 16, dtype=torch.bfloat16)

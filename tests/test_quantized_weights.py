@@ -19,12 +19,12 @@ from grouped_gemm import (
     QuantizedWeights,
     Recipe,
     grouped_mm,
-    operand,
     quantize_weights,
     reference,
 )
 from grouped_gemm.backends import get_backend
-from grouped_gemm.kernels import layouts
+from grouped_gemm.core import quantized
+from grouped_gemm.kernels.quantize import layouts
 from grouped_gemm.testing import DGRAD, Case, Shape, backend_kinds, cases, make_inputs
 
 SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)
@@ -234,7 +234,7 @@ def test_a_slice_is_saved_without_the_other_experts():
 
 def test_another_version_of_the_layouts_is_refused(monkeypatch):
     with monkeypatch.context() as later:
-        later.setattr(operand, "LAYOUT_VERSION", operand.LAYOUT_VERSION + 1)
+        later.setattr(quantized, "LAYOUT_VERSION", quantized.LAYOUT_VERSION + 1)
         file = saved(small())
     with pytest.raises(ValueError, match="expected layout version 1; found 2; quantize the weights again"):
         torch.load(file, weights_only=True)

@@ -19,7 +19,7 @@ from grouped_gemm import (
     prefer,
     quantize_weights,
 )
-from grouped_gemm.preference import SWITCHES, environment
+from grouped_gemm.core.preference import SWITCHES, environment
 
 M, E, K, N = 12, 3, 48, 32
 A = torch.ones(M, K, dtype=torch.bfloat16)

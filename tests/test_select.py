@@ -28,7 +28,6 @@ from grouped_gemm import (
     functional,
     grouped_mm,
     quantize_weights,
-    report,
 )
 from grouped_gemm.backends import Candidate, emulated
 from grouped_gemm.backends.base import (
@@ -39,8 +38,9 @@ from grouped_gemm.backends.base import (
     requires_dtype,
     requires_recipe,
 )
-from grouped_gemm.problem import RowClass, row_class
-from grouped_gemm.select import AUTO_ORDER, Decision, decide
+from grouped_gemm.core.problem import RowClass, row_class
+from grouped_gemm.selection import explanation as explanation_module
+from grouped_gemm.selection.rules import AUTO_ORDER, Decision, decide
 
 AUTO, EMULATED, TORCH, TRITON, DEEPGEMM, HIPBLASLT = KernelPreference
 FORWARD, DGRAD, WGRAD = Pass
@@ -446,7 +446,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.delenv(f"GROUPED_GEMM_{variable}", raising=False)
     monkeypatch.setattr(functional, "_logged", set())
     monkeypatch.setattr(functional, "_warned", set())
-    monkeypatch.setattr(report, "get_backend", BACKENDS.__getitem__)
+    monkeypatch.setattr(explanation_module, "get_backend", BACKENDS.__getitem__)
     functional._decide_once.cache_clear()
     functional._routes.clear()
 
@@ -587,7 +587,7 @@ def test_the_log_is_silent_unless_asked_for(on, capsys):
 
 @pytest.fixture
 def explained(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Explanation]:
-    monkeypatch.setattr(report, "get_backend", BACKENDS.__getitem__)
+    monkeypatch.setattr(explanation_module, "get_backend", BACKENDS.__getitem__)
     return lambda decision: Explanation(decision, num_rows=5000)
 
 

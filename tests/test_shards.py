@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from grouped_gemm import cache_weights, explain, grouped_mm, override, override_torch, quantize_weights, warmup
+from grouped_gemm import cache_weights, explain, grouped_mm, override_torch, quantize_weights, warmup
+from grouped_gemm.integrations import torch_function
 
 M, E, K, N = 12, 3, 48, 32
 OFFS = torch.tensor([4, 4, 12], dtype=torch.int32)
@@ -172,7 +173,7 @@ def test_a_step_on_a_dtensor_ends_what_is_kept_of_its_shard(form, mesh):
 
 def test_override_torch_leaves_a_dtensor_to_torch_and_says_so(mesh, monkeypatch):
     """For torch a DTensor is the whole tensor, and the result is one."""
-    monkeypatch.setattr(override, "_warned", set())
+    monkeypatch.setattr(torch_function, "_warned", set())
     a, b = (
         DTensor.from_local(x, mesh, REPLICAS) for x in (torch.randn(M, K).bfloat16(), torch.randn(E, K, N).bfloat16())
     )

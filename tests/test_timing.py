@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grouped_gemm import timing
+from grouped_gemm.autotune import timing
 
 
 class Played:

@@ -22,10 +22,11 @@ from torch_checks import (
 )
 
 from grouped_gemm import Explanation, KernelPreference, Machine, Pass, Problem, Recipe, grouped_mm, reference, testing
-from grouped_gemm.backends import Candidate, get_backend, torch_native
-from grouped_gemm.device import machine_of
-from grouped_gemm.problem import RowClass
-from grouped_gemm.select import decide
+from grouped_gemm.backends import Candidate, get_backend
+from grouped_gemm.backends.torch_native import backend as torch_native
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import TRAINING, Case, Shape
 
 TORCH, TRITON, EMULATED = (KernelPreference[name] for name in ("TORCH", "TRITON", "EMULATED"))

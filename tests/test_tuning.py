@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from grouped_gemm import Machine
-from grouped_gemm.kernels import tiles, tuning
-from grouped_gemm.kernels.tiles import Tile
-from grouped_gemm.kernels.tuning import Found, Site
-from grouped_gemm.preference import cache_directory
-from grouped_gemm.problem import RowClass
+from grouped_gemm.core.preference import cache_directory
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.kernels.gemm import tile_search, tiles
+from grouped_gemm.kernels.gemm.tile_search import Found, Site
+from grouped_gemm.kernels.gemm.tiles import Tile
 
 H200 = Machine("nvidia", "sm_90", "NVIDIA H200")
 USE = (H200, "16 bit", RowClass.LARGE, 7168, 2048, True, True)
@@ -31,21 +31,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache directory, the switch on, and nothing read yet."""
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
-    tuning.known.cache_clear()
+    tile_search.known.cache_clear()
     yield tmp_path / "cache"
-    tuning.known.cache_clear()
+    tile_search.known.cache_clear()
 
 
 def in_a_new_process() -> None:
     """What a process knows comes from the file alone."""
-    tuning.known.cache_clear()
+    tile_search.known.cache_clear()
 
 
 def change(**changes: object) -> None:
     """Changes the one entry of the file."""
-    content = json.loads(tuning.path().read_text())
+    content = json.loads(tile_search.path().read_text())
     content["tiles"][0].update(changes)
-    tuning.path().write_text(json.dumps(content))
+    tile_search.path().write_text(json.dumps(content))
     in_a_new_process()
 
 
@@ -53,26 +53,26 @@ def change(**changes: object) -> None:
 
 
 def test_without_a_file_the_shipped_tile_is_used():
-    assert tuning.gemm_tile(*USE) == SHIPPED
-    assert tuning.wgrad_tile(H200, "16 bit", 7168, 2048, True) == tiles.wgrad_tile("nvidia", "sm_90", "16 bit")
+    assert tile_search.gemm_tile(*USE) == SHIPPED
+    assert tile_search.wgrad_tile(H200, "16 bit", 7168, 2048, True) == tiles.wgrad_tile("nvidia", "sm_90", "16 bit")
 
 
 def test_what_was_found_comes_before_what_is_shipped():
-    tuning.store({SITE: Found(OTHER, 1.1)})
-    assert tuning.gemm_tile(*USE) == OTHER
+    tile_search.store({SITE: Found(OTHER, 1.1)})
+    assert tile_search.gemm_tile(*USE) == OTHER
 
 
 def test_what_was_found_serves_later_processes():
-    tuning.store({SITE: Found(OTHER, 1.1)})
+    tile_search.store({SITE: Found(OTHER, 1.1)})
     in_a_new_process()
-    assert tuning.gemm_tile(*USE) == OTHER
+    assert tile_search.gemm_tile(*USE) == OTHER
 
 
 def test_wgrad_has_a_tile_of_its_own():
     site = Site("sm_90", "NVIDIA H200", "wgrad", "rowwise", "any", (7168, 2048), "plain")
-    tuning.store({site: Found(OTHER, 1.1)})
-    assert tuning.wgrad_tile(H200, "rowwise", 7168, 2048, False) == OTHER
-    assert tuning.wgrad_tile(H200, "rowwise", 7168, 2048, True) != OTHER
+    tile_search.store({site: Found(OTHER, 1.1)})
+    assert tile_search.wgrad_tile(H200, "rowwise", 7168, 2048, False) == OTHER
+    assert tile_search.wgrad_tile(H200, "rowwise", 7168, 2048, True) != OTHER
 
 
 @pytest.mark.parametrize(
@@ -89,34 +89,34 @@ def test_wgrad_has_a_tile_of_its_own():
     ids=("gpu", "arch", "kind", "row class", "sizes", "contiguous", "tma"),
 )
 def test_another_use_keeps_the_shipped_tile(use):
-    tuning.store({SITE: Found(OTHER, 1.1)})
-    assert tuning.gemm_tile(*use) == tiles.gemm_tile("nvidia", use[0].arch, *use[1:3])
+    tile_search.store({SITE: Found(OTHER, 1.1)})
+    assert tile_search.gemm_tile(*use) == tiles.gemm_tile("nvidia", use[0].arch, *use[1:3])
 
 
 @pytest.mark.parametrize("value", ("0", "", None))
 def test_with_the_switch_off_nothing_is_read(monkeypatch, value):
-    tuning.store({SITE: Found(OTHER, 1.1)})
+    tile_search.store({SITE: Found(OTHER, 1.1)})
     in_a_new_process()
     if value is None:
         monkeypatch.delenv("GROUPED_GEMM_AUTOTUNE")
     else:
         monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", value)
-    monkeypatch.setattr(tuning, "_entries", lambda: pytest.fail("the file was read"))
-    assert tuning.gemm_tile(*USE) == SHIPPED
-    assert tuning.search(lambda: torch.tensor(float(tuning.gemm_tile(*USE).rows)), pytest.fail) == []
+    monkeypatch.setattr(tile_search, "_entries", lambda: pytest.fail("the file was read"))
+    assert tile_search.gemm_tile(*USE) == SHIPPED
+    assert tile_search.search(lambda: torch.tensor(float(tile_search.gemm_tile(*USE).rows)), pytest.fail) == []
 
 
 def test_an_unknown_value_of_the_switch_is_named(monkeypatch):
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "yes")
     with pytest.raises(ValueError, match=r"^GROUPED_GEMM_AUTOTUNE: expected one of 0, 1; found 'yes'$"):
-        tuning.gemm_tile(*USE)
+        tile_search.gemm_tile(*USE)
 
 
 def test_the_file_is_read_once(monkeypatch):
     reads = []
-    monkeypatch.setattr(tuning, "_entries", lambda: reads.append(1) or [])
-    tuning.gemm_tile(*USE)
-    tuning.gemm_tile(*USE)
+    monkeypatch.setattr(tile_search, "_entries", lambda: reads.append(1) or [])
+    tile_search.gemm_tile(*USE)
+    tile_search.gemm_tile(*USE)
     assert len(reads) == 1
 
 
@@ -135,23 +135,23 @@ def test_where_files_are_kept(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ("triton", "kernels"))
 def test_what_was_found_with_other_versions_is_kept_and_not_used(name):
-    tuning.store({SITE: Found(OTHER, 1.1)})
+    tile_search.store({SITE: Found(OTHER, 1.1)})
     change(**{name: "another", "tile": {"an": "unknown form"}})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuning.gemm_tile(*USE) == SHIPPED
-        tuning.store({SITE: Found(OTHER, 1.2)})
-    assert [entry[name] == "another" for entry in json.loads(tuning.path().read_text())["tiles"]] == [True, False]
+        assert tile_search.gemm_tile(*USE) == SHIPPED
+        tile_search.store({SITE: Found(OTHER, 1.2)})
+    assert [entry[name] == "another" for entry in json.loads(tile_search.path().read_text())["tiles"]] == [True, False]
 
 
 DAMAGE = {
     "no JSON": "{",
     "no text": b"\xff\xfe\x00",
     "a list": "[]",
-    "another schema": json.dumps({"schema": tuning.SCHEMA + 1, "tiles": []}),
-    "no tiles": json.dumps({"schema": tuning.SCHEMA}),
-    "entries that are none": json.dumps({"schema": tuning.SCHEMA, "tiles": [3]}),
-    "a site without sizes": json.dumps({"schema": tuning.SCHEMA, "tiles": [{"arch": "sm_90"}]}),
+    "another schema": json.dumps({"schema": tile_search.SCHEMA + 1, "tiles": []}),
+    "no tiles": json.dumps({"schema": tile_search.SCHEMA}),
+    "entries that are none": json.dumps({"schema": tile_search.SCHEMA, "tiles": [3]}),
+    "a site without sizes": json.dumps({"schema": tile_search.SCHEMA, "tiles": [{"arch": "sm_90"}]}),
 }
 TILES = {
     "no power of two": {"rows": 96},
@@ -169,27 +169,27 @@ TILES = {
 
 def assert_ignored_with_one_warning():
     with pytest.warns(UserWarning, match="Delete it") as caught:
-        assert tuning.gemm_tile(*USE) == SHIPPED
-        assert tuning.gemm_tile(*USE) == SHIPPED
+        assert tile_search.gemm_tile(*USE) == SHIPPED
+        assert tile_search.gemm_tile(*USE) == SHIPPED
     assert len(caught) == 1
-    assert str(caught[0].message).startswith(f"{tuning.path()}: expected tiles")
+    assert str(caught[0].message).startswith(f"{tile_search.path()}: expected tiles")
 
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(content):
-    tuning.path().parent.mkdir()
-    tuning.path().write_bytes(content if isinstance(content, bytes) else content.encode())
+    tile_search.path().parent.mkdir()
+    tile_search.path().write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_ignored_with_one_warning()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tuning.store({SITE: Found(OTHER, 1.1)})
+        tile_search.store({SITE: Found(OTHER, 1.1)})
         in_a_new_process()
-        assert tuning.gemm_tile(*USE) == OTHER
+        assert tile_search.gemm_tile(*USE) == OTHER
 
 
 @pytest.mark.parametrize("changes", TILES.values(), ids=TILES)
 def test_a_tile_that_no_kernel_takes_is_damage(changes):
-    tuning.store({SITE: Found(OTHER, 1.1)})
+    tile_search.store({SITE: Found(OTHER, 1.1)})
     change(tile=OTHER._asdict() | changes)
     assert_ignored_with_one_warning()
 
@@ -197,16 +197,16 @@ def test_a_tile_that_no_kernel_takes_is_damage(changes):
 @pytest.mark.parametrize("changes", ({"depth": 64}, {"columns": 256}), ids=str)
 def test_a_tile_that_parts_a_block_of_scales_is_damage(changes):
     blockwise = tiles.gemm_tile("nvidia", "sm_90", "blockwise", RowClass.LARGE)
-    tuning.store({SITE._replace(kind="blockwise"): Found(blockwise, 1.1)})
+    tile_search.store({SITE._replace(kind="blockwise"): Found(blockwise, 1.1)})
     change()
-    assert tuning.known()
+    assert tile_search.known()
     change(tile=blockwise._asdict() | changes)
     assert_ignored_with_one_warning()
 
 
 @pytest.mark.parametrize("speedup", (0, -1.5, float("nan"), float("inf"), True, "2"))
 def test_a_speedup_that_is_none_is_damage(speedup):
-    tuning.store({SITE: Found(OTHER, 1.1)})
+    tile_search.store({SITE: Found(OTHER, 1.1)})
     change(speedup=speedup)
     assert_ignored_with_one_warning()
 
@@ -220,16 +220,16 @@ def test_every_shipped_tile_could_have_been_found(kernel, kind):
         else [tiles.gemm_tile("nvidia", "sm_90", kind, rows) for rows in RowClass]
     )
     for tile in shipped:
-        tuning._check({**SITE._replace(kernel=kernel, kind=kind)._asdict(), "tile": tile._asdict(), "speedup": 1})
+        tile_search._check({**SITE._replace(kernel=kernel, kind=kind)._asdict(), "tile": tile._asdict(), "speedup": 1})
 
 
 def assert_unusable(reason: str) -> None:
     """Reading and storing warn, and name the remedy; calls go on, in this process with what was found."""
     with pytest.warns(UserWarning, match="Set GROUPED_GEMM_CACHE_DIR") as caught:
-        assert tuning.gemm_tile(*USE) == SHIPPED
-        tuning.store({SITE: Found(OTHER, 1.1)})
+        assert tile_search.gemm_tile(*USE) == SHIPPED
+        tile_search.store({SITE: Found(OTHER, 1.1)})
     assert [reason in str(warning.message) for warning in caught] == [True, True]
-    assert tuning.gemm_tile(*USE) == OTHER
+    assert tile_search.gemm_tile(*USE) == OTHER
 
 
 def test_a_directory_that_is_a_file_is_named_with_its_remedy(folder):
@@ -257,33 +257,33 @@ def test_a_lock_that_is_a_link_is_not_followed(folder):
     precious, new = folder / "precious", folder / "new"
     precious.write_text("precious")
     for target in (precious, new):
-        lock = folder / f"tiles-{tuning.SCHEMA}.lock"
+        lock = folder / f"tiles-{tile_search.SCHEMA}.lock"
         lock.unlink(missing_ok=True)
         lock.symlink_to(target)
-        tuning.store({SITE: Found(OTHER, 1.1)})
+        tile_search.store({SITE: Found(OTHER, 1.1)})
     assert precious.read_text() == "precious" and not new.exists()
     in_a_new_process()
-    assert tuning.gemm_tile(*USE) == OTHER
+    assert tile_search.gemm_tile(*USE) == OTHER
 
 
 def test_a_lock_is_not_emptied(folder):
     folder.mkdir()
-    lock = folder / f"tiles-{tuning.SCHEMA}.lock"
+    lock = folder / f"tiles-{tile_search.SCHEMA}.lock"
     lock.write_text("precious")
-    tuning.store({SITE: Found(OTHER, 1.1)})
+    tile_search.store({SITE: Found(OTHER, 1.1)})
     assert lock.read_text() == "precious"
 
 
 def test_a_file_that_is_a_link_is_read_and_then_replaced(folder, tmp_path):
-    tuning.store({SITE: Found(OTHER, 1.1)})
+    tile_search.store({SITE: Found(OTHER, 1.1)})
     elsewhere = tmp_path / "elsewhere.json"
-    tuning.path().rename(elsewhere)
-    tuning.path().symlink_to(elsewhere)
+    tile_search.path().rename(elsewhere)
+    tile_search.path().symlink_to(elsewhere)
     before = elsewhere.read_text()
     in_a_new_process()
-    assert tuning.gemm_tile(*USE) == OTHER
-    tuning.store({SITE._replace(gpu="NVIDIA H100"): Found(OTHER, 1.1)})
-    assert elsewhere.read_text() == before and not tuning.path().is_symlink()
+    assert tile_search.gemm_tile(*USE) == OTHER
+    tile_search.store({SITE._replace(gpu="NVIDIA H100"): Found(OTHER, 1.1)})
+    assert elsewhere.read_text() == before and not tile_search.path().is_symlink()
 
 
 def test_what_is_in_the_place_of_a_temporary_file_is_left_alone(folder, monkeypatch):
@@ -291,30 +291,30 @@ def test_what_is_in_the_place_of_a_temporary_file_is_left_alone(folder, monkeypa
     monkeypatch.setattr(os, "urandom", bytes)
     precious = folder / "precious"
     precious.write_text("precious")
-    guessed = folder / f"tiles-{tuning.SCHEMA}.json.{bytes(8).hex()}.tmp"
+    guessed = folder / f"tiles-{tile_search.SCHEMA}.json.{bytes(8).hex()}.tmp"
     guessed.symlink_to(precious)
     with pytest.warns(UserWarning, match="File exists"):
-        tuning.store({SITE: Found(OTHER, 1.1)})
+        tile_search.store({SITE: Found(OTHER, 1.1)})
     assert precious.read_text() == "precious"
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch):
-    tuning.store({SITE: Found(OTHER, 1.1)})
-    before = tuning.path().read_text()
+    tile_search.store({SITE: Found(OTHER, 1.1)})
+    before = tile_search.path().read_text()
 
     def fail(*paths: object) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.warns(UserWarning, match="no space left"):
-        tuning.store({SITE._replace(gpu="NVIDIA H100"): Found(OTHER, 1.1)})
-    assert tuning.path().read_text() == before
-    assert not list(tuning.path().parent.glob("*.tmp"))
+        tile_search.store({SITE._replace(gpu="NVIDIA H100"): Found(OTHER, 1.1)})
+    assert tile_search.path().read_text() == before
+    assert not list(tile_search.path().parent.glob("*.tmp"))
 
 
 def _store_many(number: int) -> None:
     for i in range(10):
-        tuning.store({SITE._replace(sizes=(number, i)): Found(OTHER, 1.1)})
+        tile_search.store({SITE._replace(sizes=(number, i)): Found(OTHER, 1.1)})
 
 
 def test_processes_that_write_at_a_time_lose_nothing():
@@ -326,7 +326,7 @@ def test_processes_that_write_at_a_time_lose_nothing():
         process.join(60)
     assert [process.exitcode for process in processes] == [0] * 4
     in_a_new_process()
-    assert {site.sizes for site in tuning.known()} == {(number, i) for number in range(4) for i in range(10)}
+    assert {site.sizes for site in tile_search.known()} == {(number, i) for number in range(4) for i in range(10)}
 
 
 # The search
@@ -340,7 +340,7 @@ class Product:
         self.tiles: list[Tile] = []
 
     def __call__(self) -> torch.Tensor:
-        tile = tuning.gemm_tile(*USE)
+        tile = tile_search.gemm_tile(*USE)
         self.tiles.append(tile)
         if tile.stages > 4:
             raise RuntimeError("out of resource: shared memory")
@@ -350,8 +350,8 @@ class Product:
         run()
         return self.milliseconds(self.tiles[-1])
 
-    def search(self) -> list[tuning.Search]:
-        return tuning.search(self, self.timer)
+    def search(self) -> list[tile_search.Search]:
+        return tile_search.search(self, self.timer)
 
 
 def test_the_fastest_tile_is_found_used_and_kept():
@@ -359,9 +359,9 @@ def test_the_fastest_tile_is_found_used_and_kept():
     product = Product(lambda tile: 1 + sum(one != other for one, other in zip(tile, best)))
     (done,) = product.search()
     assert (done.site, done.shipped, done.tile) == (SITE, SHIPPED, best)
-    assert tuning.gemm_tile(*USE) == best
+    assert tile_search.gemm_tile(*USE) == best
     in_a_new_process()
-    assert tuning.known()[SITE] == Found(best, done.speedup)
+    assert tile_search.known()[SITE] == Found(best, done.speedup)
 
 
 def test_what_is_known_is_not_searched_again():
@@ -407,29 +407,29 @@ def test_a_tile_that_fails_is_skipped_counted_and_named():
 
 def test_a_shipped_tile_that_fails_is_an_error():
     def fail() -> torch.Tensor:
-        tuning.gemm_tile(*USE)
+        tile_search.gemm_tile(*USE)
         raise RuntimeError("no such kernel")
 
     with pytest.raises(RuntimeError, match="no such kernel"):
-        tuning.search(fail, lambda run: 1.0)
-    assert tuning.gemm_tile(*USE) == SHIPPED
+        tile_search.search(fail, lambda run: 1.0)
+    assert tile_search.gemm_tile(*USE) == SHIPPED
 
 
 def test_a_product_that_does_not_repeat_is_an_error():
     numbers = iter(range(1000))
 
     def run() -> torch.Tensor:
-        tuning.gemm_tile(*USE)
+        tile_search.gemm_tile(*USE)
         return torch.tensor([float(next(numbers))])
 
     with pytest.raises(RuntimeError, match="expected the same bits from the same tile"):
-        tuning.search(run, lambda run: 1.0)
-    assert not tuning.path().exists()
+        tile_search.search(run, lambda run: 1.0)
+    assert not tile_search.path().exists()
 
 
 def test_what_uses_no_tile_is_not_searched():
-    assert tuning.search(lambda: torch.ones(3), pytest.fail) == []
-    assert not tuning.path().exists()
+    assert tile_search.search(lambda: torch.ones(3), pytest.fail) == []
+    assert not tile_search.path().exists()
 
 
 @pytest.mark.parametrize("kernel", ("gemm", "wgrad"))
@@ -437,9 +437,9 @@ def test_what_uses_no_tile_is_not_searched():
 def test_variants_are_tiles_that_the_kernels_allow(kernel, kind):
     site = SITE._replace(kernel=kernel, kind=kind)
     shipped = tiles.wgrad_tile("nvidia", "sm_90", kind)
-    for variants in (tuning._sides, tuning._depths, tuning._stages, tuning._bands):
+    for variants in (tile_search._sides, tile_search._depths, tile_search._stages, tile_search._bands):
         for tile in variants(site, shipped):
-            tuning._check({**site._asdict(), "tile": tile._asdict(), "speedup": 1})
+            tile_search._check({**site._asdict(), "tile": tile._asdict(), "speedup": 1})
             assert 128 % tile.depth == 0
             if kind == "blockwise":
                 assert tile.depth == 128 and (kernel == "wgrad" or 128 % tile.columns == 0)

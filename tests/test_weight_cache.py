@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from grouped_gemm import KernelPreference, Recipe, WeightCache, cache_weights, grouped_mm, weight_cache
 from grouped_gemm.backends import get_backend
-from grouped_gemm.operand import Quantized
+from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.testing import TRAINING, Case, Shape, cases, make_inputs
 
 SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from grouped_gemm import Recipe, reference, testing
 from grouped_gemm.backends import get_backend
-from grouped_gemm.operand import Quantized
-from grouped_gemm.preference import KernelPreference
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.quantized import Quantized
 
 FP8 = torch.float8_e4m3fn
 BACKEND = get_backend(KernelPreference.TORCH)
@@ -158,15 +158,15 @@ def check_mx_weights(b_contiguous: str, device: torch.device | str = "cpu") -> N
 
 def check_zeros(ends: list[int], num_rows: int, device: torch.device | str = "cpu") -> None:
     """Rows past the last group, and matrices of empty groups, become zero, and nothing else changes."""
-    from grouped_gemm.kernels import quantize_torch
+    from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
 
     offs = torch.tensor(reference.group_ends(torch.tensor(ends), num_rows), dtype=torch.int32, device=device)
     x = torch.full((num_rows, 72), torch.nan, dtype=torch.bfloat16, device=device)
-    quantize_torch.zero_tail(x, offs)
+    torch_native_quantize.zero_tail(x, offs)
     assert x[: offs[-1]].isnan().all() and not x[offs[-1] :].any()
     sizes = offs.diff(prepend=offs.new_zeros(1))
     matrices = torch.full((len(ends), 24, 72), torch.nan, device=device)
-    quantize_torch.zero_empty_groups(matrices, offs)
+    torch_native_quantize.zero_empty_groups(matrices, offs)
     assert matrices[sizes > 0].isnan().all() and not matrices[sizes == 0].any()
 
 

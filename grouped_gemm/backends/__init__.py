@@ -15,16 +15,16 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from grouped_gemm.backends.base import Health, _GroupedMMBackend
-from grouped_gemm.ops import NAMES
-from grouped_gemm.preference import KernelPreference
+from grouped_gemm.core.library import NAMES
+from grouped_gemm.core.preference import KernelPreference
 
 # Each module has one subclass of _GroupedMMBackend, named Backend.
 _MODULES = {
     KernelPreference.EMULATED: "grouped_gemm.backends.emulated",
     KernelPreference.TRITON: "grouped_gemm.backends.triton",
-    KernelPreference.DEEPGEMM: "grouped_gemm.backends.deepgemm",
-    KernelPreference.TORCH: "grouped_gemm.backends.torch_native",
-    KernelPreference.HIPBLASLT: "grouped_gemm.backends.hipblaslt",
+    KernelPreference.DEEPGEMM: "grouped_gemm.backends.deepgemm.backend",
+    KernelPreference.TORCH: "grouped_gemm.backends.torch_native.backend",
+    KernelPreference.HIPBLASLT: "grouped_gemm.backends.hipblaslt.backend",
 }
 
 

@@ -12,10 +12,10 @@ from packaging.version import Version
 from torch import Tensor
 
 from grouped_gemm import reference
-from grouped_gemm.operand import Layouts, Quantized
-from grouped_gemm.preference import KernelPreference
-from grouped_gemm.problem import Pass, Problem, dtype_name
-from grouped_gemm.recipes import Recipe
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import Pass, Problem, dtype_name
+from grouped_gemm.core.quantized import Layouts, Quantized
+from grouped_gemm.core.recipes import Recipe
 
 ALL_PASSES = tuple(Pass)
 _OLDEST_TRITON = "3.6"

@@ -24,11 +24,11 @@ from grouped_gemm.backends.base import (
     requires_leave_to_wait,
     requires_recipe,
 )
-from grouped_gemm.device import machine_of
-from grouped_gemm.operand import Quantized
-from grouped_gemm.ops import define_op, ops
-from grouped_gemm.preference import KernelPreference
-from grouped_gemm.recipes import Recipe
+from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.quantized import Quantized
+from grouped_gemm.core.recipes import Recipe
 
 # How scales lie on an operand, whatever is summed over: the layout names.
 _ROWS = "reference rows"  # activations, scaled along D

@@ -26,13 +26,13 @@ from grouped_gemm.backends.base import (
     requires_triton,
     unscaled_weights,
 )
-from grouped_gemm.kernels import layouts
-from grouped_gemm.kernels.layouts import Operands
-from grouped_gemm.operand import Quantized
-from grouped_gemm.ops import define_op, ops
-from grouped_gemm.preference import KernelPreference
-from grouped_gemm.problem import Problem
-from grouped_gemm.recipes import Recipe
+from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import Problem
+from grouped_gemm.core.quantized import Quantized
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.quantize import layouts
+from grouped_gemm.kernels.quantize.layouts import Operands
 
 _NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
 _AMD = ("gfx942", "gfx950")
@@ -87,7 +87,8 @@ class Backend(_GroupedMMBackend):
         try:
             if device.type == "cpu":
                 # All at once: Triton reads TRITON_INTERPRET at each of these imports, and it may change in between.
-                from grouped_gemm.kernels import gemm, quantize, quantize_mx, wgrad  # noqa: F401
+                from grouped_gemm.kernels.gemm import k_grouped, m_grouped  # noqa: F401
+                from grouped_gemm.kernels.quantize import fp8 as quantize_fp8  # noqa: F401
             y = ops.triton_grouped_mm(a, None, b, None, None, offs, "none", torch.float32)
             db = ops.triton_wgrad(a, None, y.bfloat16(), None, offs, run.num_rows, "none", torch.float32)
         except Exception as error:
@@ -186,9 +187,9 @@ def _grouped_mm(
     recipe: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    from grouped_gemm.kernels import gemm
+    from grouped_gemm.kernels.gemm import m_grouped
 
-    return gemm.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, Recipe(recipe), out_dtype)
+    return m_grouped.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, Recipe(recipe), out_dtype)
 
 
 def _fake_wgrad(
@@ -219,9 +220,9 @@ def _wgrad(
     recipe: str,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    from grouped_gemm.kernels import wgrad
+    from grouped_gemm.kernels.gemm import k_grouped
 
-    return wgrad.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, Recipe(recipe), out_dtype)
+    return k_grouped.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, Recipe(recipe), out_dtype)
 
 
 @define_op(
@@ -229,9 +230,9 @@ def _wgrad(
     fake=lambda x_MN, offs, out_dtype: x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype),
 )
 def _group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
-    from grouped_gemm.kernels import wgrad
+    from grouped_gemm.kernels.gemm import k_grouped
 
-    return wgrad.group_sums(x_MN, offs, out_dtype)
+    return k_grouped.group_sums(x_MN, offs, out_dtype)
 
 
 def _empty_activations(x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool) -> Operands:
@@ -244,13 +245,14 @@ def _empty_activations(x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, colu
     fake=_empty_activations,
 )
 def _quantize_activations(x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool) -> Operands:
-    from grouped_gemm.kernels import quantize, quantize_mx
+    from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
+    from grouped_gemm.kernels.quantize import mx as quantize_mx
 
     out = _empty_activations(x_MD, offs, recipe, rows, columns)
     if Recipe(recipe) is Recipe.MXFP8:
         quantize_mx.quantize_activations(x_MD, offs, out)
     else:
-        quantize.quantize_activations(x_MD, offs, Recipe(recipe), out)
+        quantize_fp8.quantize_activations(x_MD, offs, Recipe(recipe), out)
     return out
 
 
@@ -263,11 +265,12 @@ def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Op
     fake=_empty_weights,
 )
 def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
-    from grouped_gemm.kernels import quantize, quantize_mx
+    from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
+    from grouped_gemm.kernels.quantize import mx as quantize_mx
 
     out = _empty_weights(b_EKN, recipe, forward, dgrad)
     if Recipe(recipe) is Recipe.MXFP8:
         quantize_mx.quantize_weights(b_EKN, out)
     else:
-        quantize.quantize_weights(b_EKN, Recipe(recipe), out)
+        quantize_fp8.quantize_weights(b_EKN, Recipe(recipe), out)
     return out

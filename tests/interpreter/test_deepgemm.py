@@ -11,10 +11,12 @@ from deepgemm_checks import GROUPS, check_activations, check_plan
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from grouped_gemm import Pass, Recipe, functional, grouped_mm, quantize_weights, reference, testing
-from grouped_gemm.backends import _deep_gemm, candidates, deepgemm, get_backend
+from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.backends.base import Health
-from grouped_gemm.ops import NAMES
-from grouped_gemm.preference import KernelPreference
+from grouped_gemm.backends.deepgemm import backend as deepgemm
+from grouped_gemm.backends.deepgemm import package as deepgemm_package
+from grouped_gemm.core.library import NAMES
+from grouped_gemm.core.preference import KernelPreference
 from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 
 FP8 = torch.float8_e4m3fn
@@ -29,11 +31,11 @@ def package(monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_gemm", fake_deep_gemm)
     monkeypatch.setattr(deepgemm.Backend, "requirements", ())
     monkeypatch.setattr(deepgemm.Backend, "health", lambda self, device: Health())
-    _deep_gemm.functions.cache_clear()
+    deepgemm_package.functions.cache_clear()
     candidates.cache_clear()
     fake_deep_gemm.calls.clear()
     yield
-    _deep_gemm.functions.cache_clear()
+    deepgemm_package.functions.cache_clear()
     candidates.cache_clear()
 
 
@@ -200,5 +202,5 @@ def test_health_compares_with_the_reference(monkeypatch):
     device = torch.device("cpu")
     assert BACKEND._tiny_run(device).is_good
     monkeypatch.setattr(fake_deep_gemm, "m_grouped_fp8_fp4_gemm_nt_contiguous", lambda *args, **rest: args[2].zero_())
-    _deep_gemm.functions.cache_clear()
+    deepgemm_package.functions.cache_clear()
     assert BACKEND._tiny_run(device).problem == "a tiny product is wrong"

@@ -10,8 +10,11 @@ import torch
 import triton.language as tl
 from kernel_checks import BACKEND, activations, check_activations
 
-from grouped_gemm import Recipe, device, grouped_mm, reference
-from grouped_gemm.kernels import groups, launch, quantize_deepgemm, wgrad
+from grouped_gemm import Recipe, grouped_mm, reference
+from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
+from grouped_gemm.core import machine
+from grouped_gemm.kernels.common import groups, launch
+from grouped_gemm.kernels.gemm import k_grouped
 
 # ends of groups, M: empty groups, blocks that are short, rows past the last group; out of order and range
 GROUPS = (([0, 130, 130, 131, 262], 270), ([-5, 200, 40, 999, 7], 263))
@@ -19,9 +22,9 @@ GROUPS = (([0, 130, 130, 131, 262], 270), ([-5, 200, 40, 999, 7], 263))
 
 @pytest.fixture(autouse=True)
 def two_at_once(monkeypatch):
-    for module in (groups, quantize_deepgemm):
+    for module in (groups, deepgemm_quantize):
         monkeypatch.setattr(module, "MOST_AT_ONCE", tl.constexpr(2))
-    monkeypatch.setattr(wgrad, "_products", {})
+    monkeypatch.setattr(k_grouped, "_products", {})
 
 
 @pytest.mark.parametrize("recipe", [Recipe.FP8_BLOCKWISE, Recipe.MXFP8], ids=lambda r: r.value)
@@ -54,7 +57,7 @@ def test_the_plan_of_many_groups_for_deepgemm(ends, num_rows):
 
 
 def test_mx_activations_in_many_groups_for_hipblaslt(monkeypatch):
-    monkeypatch.setattr(device, "_probe", lambda kind, index: fake_rocm.machine("gfx950", "7.1"))
+    monkeypatch.setattr(machine, "_probe", lambda kind, index: fake_rocm.machine("gfx950", "7.1"))
     hipblaslt_checks.check_activations((128, 64, 128, 256), 260, 128, Recipe.MXFP8)
 
 

@@ -6,7 +6,8 @@ import fake_rocm
 import pytest
 from hipblaslt_checks import GROUPS, check_activations, check_weights
 
-from grouped_gemm import Recipe, device
+from grouped_gemm import Recipe
+from grouped_gemm.core import machine as machine_module
 
 # every recipe in either type; POW2 is a constant of the kernels that differs from rowwise in one place
 ROWWISE, POW2, MX = Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.MXFP8
@@ -17,7 +18,7 @@ EACH = (("gfx942", ROWWISE), ("gfx950", ROWWISE), ("gfx950", MX))
 def stand_on(monkeypatch):
     def machine(arch: str) -> None:
         found = fake_rocm.machine(arch, "7.1")
-        monkeypatch.setattr(device, "_probe", lambda kind, index: found)
+        monkeypatch.setattr(machine_module, "_probe", lambda kind, index: found)
 
     return machine
 

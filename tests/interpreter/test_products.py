@@ -9,8 +9,8 @@ from kernel_checks import check_accumulation
 from packaging.version import Version
 
 from grouped_gemm import Recipe, grouped_mm, quantize_weights, reference
-from grouped_gemm.kernels import gemm, wgrad
-from grouped_gemm.kernels.launch import kind_of
+from grouped_gemm.kernels.common.launch import kind_of
+from grouped_gemm.kernels.gemm import k_grouped, m_grouped
 
 # ends of groups, M: empty groups, rows past the last one; ends out of order and out of range
 GROUPS = (([5, 5, 40, 60], 64), ([50, 20, 70, -3], 64), ([0, 0], 7))
@@ -20,7 +20,7 @@ BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float32: 1e-6}
 @pytest.fixture(params=(True, False), ids=("descriptors", "pointers"))
 def tma(request, monkeypatch):
     if not request.param:
-        for module in (gemm, wgrad):
+        for module in (m_grouped, k_grouped):
             monkeypatch.setattr(module, "can_use_tma", lambda *operands: False)
             monkeypatch.setattr(module, "_products", {})  # what it remembers of calls with descriptors
     return request.param
@@ -135,7 +135,7 @@ def mx(request, monkeypatch):
     """How MX operands are multiplied: by `tl.dot_scaled`, or widened."""
     if request.param == "mx" and Version(triton.__version__) < Version("3.8"):
         pytest.skip("Triton's interpreter has no tl.dot_scaled before 3.8")
-    for module in (gemm, wgrad):
+    for module in (m_grouped, k_grouped):
         monkeypatch.setattr(module, "_products", {})  # what it remembers of the other kind
         monkeypatch.setattr(
             module, "kind_of", lambda x, recipe: request.param if recipe is Recipe.MXFP8 else kind_of(x, recipe)
@@ -234,7 +234,7 @@ def test_a_gradient_to_add_to_is_float32_and_as_large_as_the_product():
     x, offs = torch.randn(8, 16), torch.tensor([3, 8], dtype=torch.int32)
     for wrong in (torch.zeros(2, 16, 16, dtype=torch.bfloat16), torch.zeros(2, 16, 8), torch.zeros(2, 16, 16).mT):
         with pytest.raises(ValueError, match="accumulate_into: expected float32"):
-            wgrad.wgrad(x, None, x, None, offs, 8, Recipe.NONE, torch.float32, accumulate_into=wrong)
+            k_grouped.wgrad(x, None, x, None, offs, 8, Recipe.NONE, torch.float32, accumulate_into=wrong)
 
 
 # What is remembered of a product holds for another M of its row class, and for nothing else.
@@ -250,9 +250,9 @@ def in_wider_rows(x):
 
 @pytest.fixture
 def products(monkeypatch):
-    for module in (gemm, wgrad):
+    for module in (m_grouped, k_grouped):
         monkeypatch.setattr(module, "_products", {})
-    return lambda: len(gemm._products) + len(wgrad._products)
+    return lambda: len(m_grouped._products) + len(k_grouped._products)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_a_product_is_remembered_for_equal_calls(products, changed, more):
         torch.manual_seed(0)
         offs = torch.tensor([3, rows], dtype=torch.int32)
         lhs, rhs = a(torch.randn(rows, 32, dtype=dtype)), b(torch.randn(2, 32, 16, dtype=dtype))
-        y = gemm.grouped_mm(lhs, None, rhs, None, None, offs, Recipe.NONE, out_dtype)
+        y = m_grouped.grouped_mm(lhs, None, rhs, None, None, offs, Recipe.NONE, out_dtype)
         assert_near(y, reference.grouped_mm(lhs, rhs, offs.tolist(), dtype=out_dtype), BOUNDS[torch.bfloat16])
 
     run()
@@ -298,12 +298,12 @@ def test_a_product_is_remembered_for_equal_calls(products, changed, more):
 )
 def test_a_weight_gradient_is_remembered_for_equal_calls(products, monkeypatch, changed, more):
     def run(rows=8, dtype=torch.bfloat16, out_dtype=torch.float32, x=lambda x: x, accumulates=False, most_rows=1 << 30):
-        monkeypatch.setattr(wgrad, "_MOST_RAGGED_ROWS", most_rows)
+        monkeypatch.setattr(k_grouped, "_MOST_RAGGED_ROWS", most_rows)
         torch.manual_seed(0)
         offs = torch.tensor([3, rows], dtype=torch.int32)
         lhs, rhs = x(torch.randn(rows, 32, dtype=dtype)), x(torch.randn(rows, 16, dtype=dtype))
         into = torch.ones(2, 32, 16) if accumulates else None
-        product = wgrad.wgrad(lhs, None, rhs, None, offs, rows, Recipe.NONE, out_dtype, into)
+        product = k_grouped.wgrad(lhs, None, rhs, None, offs, rows, Recipe.NONE, out_dtype, into)
         wanted = reference.wgrad(lhs, rhs, offs.tolist(), dtype=out_dtype) + accumulates
         assert_near(product, wanted, BOUNDS[torch.bfloat16])
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from grouped_gemm.kernels.launch import launch
+from grouped_gemm.kernels.common.launch import launch
 
 
 @triton.jit

@@ -17,9 +17,10 @@ from torch_checks import (
 )
 
 from grouped_gemm import KernelPreference, Machine, Pass, Recipe, quantize_weights, reference, testing
-from grouped_gemm.backends import candidates, torch_native
+from grouped_gemm.backends import candidates
 from grouped_gemm.backends.base import Health
-from grouped_gemm.ops import NAMES
+from grouped_gemm.backends.torch_native import backend as torch_native
+from grouped_gemm.core.library import NAMES
 from grouped_gemm.testing import TRAINING, Case, Shape
 
 ROWWISE, MXFP8 = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2), Recipe.MXFP8

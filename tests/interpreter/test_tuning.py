@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grouped_gemm import grouped_mm, warmup
-from grouped_gemm.kernels import gemm, tuning, wgrad
+from grouped_gemm.kernels.gemm import k_grouped, m_grouped, tile_search
 
 
 @pytest.mark.parametrize("recipe", ("none", "fp8_blockwise"))
@@ -15,16 +15,16 @@ def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, rec
 
     def milliseconds(run):
         run()
-        times.append(tuning._watch.trial[1])
+        times.append(tile_search._watch.trial[1])
         return 1.0 if times[-1].band == 4 else 2.0
 
     # Two variants in all: an interpreted one takes seconds, and one that cannot be is skipped
-    monkeypatch.setattr(tuning, "_sides", lambda site, tile: [tile._replace(band=4), tile._replace(depth=7)])
+    monkeypatch.setattr(tile_search, "_sides", lambda site, tile: [tile._replace(band=4), tile._replace(depth=7)])
     for name in ("_depths", "_stages", "_bands"):
-        monkeypatch.setattr(tuning, name, lambda site, tile: [])
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+        monkeypatch.setattr(tile_search, name, lambda site, tile: [])
+    monkeypatch.setattr(tile_search, "_milliseconds", milliseconds)
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
-    tuning.known.cache_clear()
+    tile_search.known.cache_clear()
     torch.manual_seed(0)
     a = torch.randn(11, 48, dtype=torch.bfloat16, requires_grad=True)
     b = torch.randn(2, 80, 48, dtype=torch.bfloat16, requires_grad=True).transpose(1, 2)
@@ -42,6 +42,6 @@ def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, rec
     assert len(done.tuned) == 3 and all(search.tile.band == 4 for search in done.tuned)
     assert all(len(search.failed) == 1 for search in done.searches)
     assert all(map(torch.equal, call(), shipped))
-    for module in (gemm, wgrad):  # nothing found outlives the switch
+    for module in (m_grouped, k_grouped):  # nothing found outlives the switch
         assert module._products and not any(product.tile.band == 4 for product in module._products.values())
-    tuning.known.cache_clear()
+    tile_search.known.cache_clear()

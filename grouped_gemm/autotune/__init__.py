@@ -1,0 +1,1 @@
+"""What is measured ahead of calls: profile, timing, warmup."""

@@ -1,0 +1,1 @@
+"""DeepGEMM: backend, package, quantizers and layouts."""

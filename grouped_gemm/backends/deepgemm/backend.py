@@ -1,0 +1,339 @@
+"""DeepGEMM: the vendor's kernels, fed by quantizers that write their exact layout.
+
+Any package that provides `deep_gemm` will do. What it wants, and what of it is refused and why: docs/deepgemm.md.
+
+M, E, K, N: rows, groups, in and out features. D: K or N. O, C: the weights' output axis and the one summed over.
+R: rows as DeepGEMM sees them, each group padded to a multiple of 128.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grouped_gemm.backends.base import (
+    Health,
+    OffsetPlan,
+    Requirement,
+    TinyRun,
+    _GroupedMMBackend,
+    as_activations,
+    as_weights,
+    requires_arch,
+    requires_dtype,
+    requires_leave_to_wait,
+    requires_no_bias,
+    requires_recipe,
+    unscaled_weights,
+)
+from grouped_gemm.backends.deepgemm import layouts as deepgemm_layouts
+from grouped_gemm.backends.deepgemm import package as deepgemm_package
+from grouped_gemm.backends.deepgemm.layouts import BLOCK
+from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import Pass, Problem, dtype_name
+from grouped_gemm.core.quantized import Quantized
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.quantize import layouts
+
+_SCALED = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
+_ROWS = "deepgemm rows"
+_COLUMNS = "deepgemm columns"
+_WEIGHTS = "deepgemm weights"
+
+
+def _multiple(problem: Problem) -> int:
+    """What K and N are multiples of: whole blocks of scales; a swizzled line of shared memory without scales."""
+    return BLOCK if problem.recipe.is_scaled else 64
+
+
+class Backend(_GroupedMMBackend):
+    """Kernels of the package deep_gemm."""
+
+    kind = KernelPreference.DEEPGEMM
+    summary = "The vendor's kernels from the package deep_gemm, on groups padded to multiples of 128 rows."
+    requirements = (
+        requires_arch(("sm_90", "sm_100"), fix="Use another backend."),
+        Requirement(
+            what="deep_gemm",
+            holds=lambda p: p.machine.version("deep_gemm") is not None,
+            found=lambda p: "none",
+            fix=f"{deepgemm_package.INSTALL}.",
+        ),
+        requires_recipe((*_SCALED, Recipe.NONE)),
+        Requirement(
+            what="a recipe that scales",
+            holds=lambda p: p.recipe.is_scaled,
+            found=lambda p: p.recipe.value,
+            fix="Use fp8_blockwise or another backend.",
+            passes=(Pass.WGRAD,),
+        ),
+        Requirement(
+            what="power-of-two scales on sm_100",
+            holds=lambda p: p.machine.arch != "sm_100" or p.recipe is not Recipe.FP8_BLOCKWISE,
+            found=lambda p: f"any fp32 scales of {p.recipe.value}",
+            fix="Use fp8_blockwise_pow2, whose data are quantized with such scales, or another backend.",
+        ),
+        requires_arch(("sm_90",), fix="Use another backend.", passes=(Pass.WGRAD,)),
+        Requirement(
+            what="sm_90 without scales",
+            holds=lambda p: p.recipe.is_scaled or p.machine.arch == "sm_90",
+            found=lambda p: p.machine.arch,
+            fix="Use another backend.",
+        ),
+        requires_dtype((torch.bfloat16,)),
+        Requirement(
+            what="output in bfloat16",
+            holds=lambda p: p.out_dtype is torch.bfloat16,
+            found=lambda p: dtype_name(p.out_dtype),
+            fix="Leave out_dtype out, or use another backend.",
+            passes=(Pass.FORWARD,),
+        ),
+        requires_no_bias((Pass.FORWARD,)),
+        Requirement(
+            what="K and N in multiples of 128, or of 64 without scales",
+            holds=lambda p: p.k % _multiple(p) == 0 and p.n % _multiple(p) == 0 and p.k > 0 and p.n > 0,
+            found=lambda p: f"K = {p.k}, N = {p.n}",
+            fix="Pad the weights or use another backend.",
+        ),
+        requires_leave_to_wait((Pass.WGRAD,)),
+    )
+    host_syncs = "the padded sizes of the groups are read at wgrad"
+    host_sync_passes = (Pass.WGRAD,)
+
+    def padded_to(self, problem: Problem) -> int:
+        return BLOCK
+
+    def health(self, device: torch.device) -> Health:
+        """Package, compiler and symbols, then a small padded product, and its wgrad, beside `reference`."""
+        health = deepgemm_package.look(machine_of(device))
+        if not health.is_good:
+            return health
+        try:
+            return self._tiny_run(device)
+        except Exception as error:
+            return deepgemm_package.explain(error, machine_of(device))
+
+    def _tiny_run(self, device: torch.device) -> Health:
+        run = TinyRun([130, 130, 200], 210, k=256, n=128)
+        wgrad_dtype = torch.float32 if machine_of(device).arch == "sm_90" else None
+        if self._gets_right(run, Recipe.FP8_BLOCKWISE_POW2, device, wgrad_dtype=wgrad_dtype):
+            return Health()
+        return Health("a tiny product is wrong", f"{deepgemm_package.INSTALL}.")
+
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
+        is_aligned = group_alignment % BLOCK == 0
+        return OffsetPlan(offs, num_rows, tuple(ops.deepgemm_plan(offs, num_rows, is_aligned)))
+
+    def quantize_activations(
+        self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        written = x_MD, None, x_MD, None
+        if recipe.is_scaled:
+            row_map, blocks, _ = plan.derived
+            written = ops.deepgemm_quantize_activations(x_MD, row_map, blocks, recipe.value, rows, columns)
+        return as_activations(written, recipe, (_ROWS, _COLUMNS), rows=rows, columns=columns)
+
+    def quantize_weights(
+        self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        if not recipe.is_scaled:
+            return unscaled_weights(b_EKN, _WEIGHTS, forward=forward, dgrad=dgrad)
+        by_n, by_k, scale = ops.deepgemm_quantize_weights(b_EKN, recipe.value, forward, dgrad)
+        scale = scale.transpose(1, 2)
+        return as_weights((by_n, by_k, scale, scale), recipe, _WEIGHTS, forward=forward, dgrad=dgrad)
+
+    def adopt_weights(
+        self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        scale = _dense(scale)
+        by_n = data_EKN.transpose(1, 2).contiguous().transpose(1, 2) if forward else data_EKN
+        return (
+            Quantized(by_n, scale, recipe, 1, _WEIGHTS) if forward else None,
+            Quantized(data_EKN.contiguous(), scale, recipe, 2, _WEIGHTS) if dgrad else None,
+        )
+
+    def grouped_mm(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        row_map, blocks, _ = plan.derived
+        rhs_EOC, scale = rhs.data, rhs.scale
+        if rhs.axis == 1:
+            rhs_EOC = rhs_EOC.transpose(1, 2)
+            scale = None if scale is None else scale.transpose(1, 2)
+        return ops.deepgemm_grouped_mm(lhs.data, lhs.scale, rhs_EOC, scale, row_map, blocks, plan.num_rows)
+
+    def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        _, _, sizes = plan.derived
+        return ops.deepgemm_wgrad(first.data, first.scale, second.data, second.scale, sizes, out_dtype)
+
+    def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        return ops.deepgemm_group_sums(dy_MN, plan.offs, out_dtype)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` with one of its last two axes contiguous and nothing between its matrices: itself where it is so."""
+    is_dense = x.is_contiguous() or x.transpose(-2, -1).is_contiguous()
+    return x if is_dense else x.contiguous()
+
+
+def _for_tma(x: Tensor) -> Tensor:
+    """``x`` with rows that start at multiples of 16 bytes: itself where they do."""
+    is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
+
+
+def _with_next_block(row_map: Tensor) -> Tensor:
+    """``row_map`` as `layouts_deepgemm.plan` has it, with a block of -1 behind it: offloading has cut that off."""
+    end = row_map.storage_offset() + row_map.shape[0] + BLOCK
+    if row_map.untyped_storage().nbytes() >= end * row_map.element_size():
+        return row_map
+    return F.pad(row_map, (0, BLOCK), value=-1)[: row_map.shape[0]]
+
+
+@define_op(
+    "deepgemm_plan(Tensor offs, SymInt num_rows, bool is_aligned) -> (Tensor, Tensor, Tensor)",
+    fake=deepgemm_layouts.plan,
+)
+def _plan(offs: Tensor, num_rows: int, is_aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
+
+    out = deepgemm_layouts.plan(offs, num_rows, is_aligned)
+    deepgemm_quantize.fill_plan(offs, num_rows, out)
+    return out
+
+
+def _empty_activations(
+    x_MD: Tensor, row_map: Tensor, blocks: Tensor, recipe: str, rows: bool, columns: bool
+) -> tuple[Tensor, ...]:
+    return deepgemm_layouts.activations(x_MD, blocks, row_map.shape[0], rows=rows, columns=columns)
+
+
+@define_op(
+    "deepgemm_quantize_activations(Tensor x, Tensor row_map, Tensor blocks, str recipe, bool rows, bool columns) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_activations,
+)
+def _quantize_activations(
+    x_MD: Tensor, row_map: Tensor, blocks: Tensor, recipe: str, rows: bool, columns: bool
+) -> tuple[Tensor, ...]:
+    from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
+
+    out = _empty_activations(x_MD, row_map, blocks, recipe, rows, columns)
+    deepgemm_quantize.quantize_activations(x_MD, blocks, Recipe(recipe), out)
+    return out
+
+
+def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    forward_data, dgrad_data, _, _ = layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+    num_groups, k, n = b_EKN.shape
+    return forward_data, dgrad_data, b_EKN.new_empty(num_groups, n // BLOCK, k // BLOCK, dtype=torch.float32)
+
+
+@define_op(
+    "deepgemm_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor)",
+    fake=_empty_weights,
+)
+def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
+
+    forward_data, dgrad_data, scale = out = _empty_weights(b_EKN, recipe, forward, dgrad)
+    quantize_fp8.quantize_weights(
+        b_EKN, Recipe(recipe), (forward_data, dgrad_data, scale.transpose(1, 2), scale[:0, 0, 0])
+    )
+    return out
+
+
+def _fake_grouped_mm(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs_EOC: Tensor,
+    rhs_scale: Tensor | None,
+    row_map: Tensor,
+    blocks: Tensor,
+    num_rows: int,
+) -> Tensor:
+    return lhs.new_empty(num_rows, rhs_EOC.shape[1], dtype=torch.bfloat16)
+
+
+@define_op(
+    "deepgemm_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor row_map, Tensor blocks, "
+    "SymInt num_rows) -> Tensor",
+    fake=_fake_grouped_mm,
+)
+def _grouped_mm(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs_EOC: Tensor,
+    rhs_scale: Tensor | None,
+    row_map: Tensor,
+    blocks: Tensor,
+    num_rows: int,
+) -> Tensor:
+    from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
+    from grouped_gemm.kernels.common.launch import on_device
+
+    is_padded = row_map.shape[0] != num_rows
+    out_RO = lhs.new_empty(row_map.shape[0], rhs_EOC.shape[1], dtype=torch.bfloat16)
+    if num_rows == 0:
+        return out_RO
+    product, row_map = deepgemm_package.functions(), _with_next_block(row_map)
+    with on_device(lhs):
+        if lhs_scale is None:
+            lhs = deepgemm_quantize.pad(lhs, blocks) if is_padded else _for_tma(lhs)
+            product.grouped_mm(lhs, _dense(rhs_EOC), out_RO, row_map)
+        else:
+            product.scaled_grouped_mm((lhs, lhs_scale), (rhs_EOC, rhs_scale), out_RO, row_map, recipe=(1, BLOCK, BLOCK))
+        if is_padded:
+            return deepgemm_quantize.unpad(out_RO, blocks, num_rows)
+        # Hopper's scaled kernel skips blocks of no group and stores zeros; the others multiply them by some group's b.
+        if lhs_scale is None or machine_of(lhs.device).arch != "sm_90":
+            deepgemm_quantize.zero_tail(out_RO, blocks)
+        return out_RO
+
+
+def _fake_wgrad(
+    lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, sizes: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    return lhs_scale.new_empty(sizes.shape[0], lhs_scale.shape[1], rhs_scale.shape[1], dtype=out_dtype)
+
+
+@define_op(
+    "deepgemm_wgrad(Tensor lhs, Tensor lhs_scale, Tensor rhs, Tensor rhs_scale, Tensor sizes, ScalarType out_dtype) "
+    "-> Tensor",
+    fake=_fake_wgrad,
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+def _wgrad(
+    lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, sizes: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    from grouped_gemm.kernels.common.launch import on_device
+
+    p, q = lhs_scale.shape[1], rhs_scale.shape[1]
+    out_EPQ = lhs_scale.new_zeros(sizes.shape[0], p, q)  # to which the kernel adds
+    on_host: list[int] = sizes.tolist()
+    tokens = sum(on_host)
+    if tokens:
+        # Scales with D contiguous are what DeepGEMM's own transform would make. That one needs shared memory for all
+        # blocks of 64 lines at once, and cannot be launched from 908 blocks on: CUDA_ERROR_INVALID_VALUE.
+        operands: list[Any] = [
+            (data[: tokens * scale.shape[1]], scale[: tokens // BLOCK].t())
+            for data, scale in ((lhs, lhs_scale), (rhs, rhs_scale))
+        ]
+        with on_device(lhs):
+            deepgemm_package.functions().scaled_wgrad(*operands, out_EPQ, on_host, sizes, out_EPQ)
+    return out_EPQ.to(out_dtype)
+
+
+@define_op(
+    "deepgemm_group_sums(Tensor x, Tensor offs, ScalarType out_dtype) -> Tensor",
+    fake=lambda x_MN, offs, out_dtype: x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype),
+)
+def _group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+    from grouped_gemm.kernels.gemm import k_grouped
+
+    return k_grouped.group_sums(x_MN, offs, out_dtype)

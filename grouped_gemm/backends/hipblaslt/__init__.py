@@ -1,0 +1,1 @@
+"""hipBLASLt: backend, quantizers and layouts."""

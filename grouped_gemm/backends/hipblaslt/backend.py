@@ -1,0 +1,505 @@
+"""hipBLASLt: AMD's library, reached through torch, one product for each group of rows.
+
+The ends of the groups are on the host, read once for all plans of an unchanged `offs`. Quantizers write what
+`torch._scaled_mm` takes, so that each product reads views of their storage. What of it is refused, and why:
+docs/rocm.md.
+
+M, E, K, N: rows, groups, in and out features. D: K or N. T: M, rounded up to a multiple of 16. O, C: the weights'
+output axis and the one summed over.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from grouped_gemm import reference
+from grouped_gemm.backends.base import (
+    REQUIRES_EQUAL_DTYPES,
+    Health,
+    OffsetPlan,
+    Requirement,
+    TinyRun,
+    _GroupedMMBackend,
+    as_activations,
+    as_weights,
+    is_near,
+    requires_arch,
+    requires_dtype,
+    requires_leave_to_wait,
+    requires_no_bias,
+    unscaled_weights,
+)
+from grouped_gemm.backends.hipblaslt import layouts as layouts
+from grouped_gemm.backends.hipblaslt.layouts import ALIGNMENT, MX_BLOCK, MX_DEPTH, MX_LINES, round_up
+from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import Pass, Problem, RowClass, dtype_name
+from grouped_gemm.core.quantized import Quantized
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.quantize.layouts import Operands
+
+_ARCHS = ("gfx942", "gfx950")
+_ROWS = "hipblaslt rows"
+_COLUMNS = "hipblaslt columns"
+_WEIGHTS = "hipblaslt weights"
+_TAGS = (torch.Tag.cudagraph_unsafe,)  # of each op that looks at the ends of groups
+
+
+def _is_mx(problem: Problem) -> bool:
+    return problem.recipe is Recipe.MXFP8
+
+
+def _rocm(problem: Problem) -> tuple[int, ...]:
+    """Major and minor version of the ROCm that torch was built with, also of one before its release; (0,): none."""
+    version = problem.machine.version("rocm")
+    return (0,) if version is None else version.release[:2]
+
+
+def _found_rocm(problem: Problem) -> str:
+    version = problem.machine.version("rocm")
+    return "no ROCm" if version is None else f"ROCm {version}"
+
+
+def _token_multiple(problem: Problem) -> int:
+    """What the rows of a group, the contraction of wgrad, are a multiple of."""
+    if not problem.recipe.is_scaled:
+        return 1
+    return MX_DEPTH if _is_mx(problem) else ALIGNMENT
+
+
+def _requires_mx_depth(axis: str, pass_: Pass) -> Requirement:
+    return Requirement(
+        what=f"{axis.upper()} in multiples of {MX_DEPTH} for mxfp8",
+        holds=lambda p: not _is_mx(p) or getattr(p, axis) % MX_DEPTH == 0,
+        found=lambda p: f"{axis.upper()} = {getattr(p, axis)}",
+        fix="Pad the weights or use another recipe.",
+        passes=(pass_,),
+    )
+
+
+class Backend(_GroupedMMBackend):
+    """Products of hipBLASLt, group by group."""
+
+    kind = KernelPreference.HIPBLASLT
+    summary = "AMD's library through torch, group by group: checked against its contract, not run on AMD hardware yet."
+    requirements = (
+        requires_arch(_ARCHS, fix="Use another backend."),
+        Requirement(
+            what="a scale for a row or for 32 values, as hipBLASLt has none for 128 or 128x128",
+            holds=lambda p: p.recipe not in (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2),
+            found=lambda p: p.recipe.value,
+            fix="Use fp8_rowwise, on gfx950 mxfp8, or another backend.",
+        ),
+        Requirement(
+            what="ROCm 6.5 or later for fp8 on gfx950",
+            holds=lambda p: not p.recipe.is_scaled or p.machine.arch != "gfx950" or _rocm(p) >= (6, 5),
+            found=_found_rocm,
+            fix="Install torch for a later ROCm or use another backend.",
+        ),
+        Requirement(
+            what="gfx950 for mxfp8",
+            holds=lambda p: not _is_mx(p) or p.machine.arch == "gfx950",
+            found=lambda p: p.machine.arch,
+            fix="Use fp8_rowwise or another backend.",
+        ),
+        Requirement(
+            what="ROCm 7.0 to 7.13 for mxfp8, whose scales other versions do not take or want swizzled",
+            holds=lambda p: not _is_mx(p) or (7, 0) <= _rocm(p) < (7, 14),
+            found=_found_rocm,
+            fix="Install torch for one of these, or use fp8_rowwise or another backend.",
+        ),
+        requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
+        Requirement(
+            what="operands and output in bfloat16 with scales",
+            holds=lambda p: not p.recipe.is_scaled or p.dtype is p.out_dtype is torch.bfloat16,
+            found=lambda p: f"{dtype_name(p.dtype)} to {dtype_name(p.out_dtype)}",
+            fix="Cast the operands, leave out_dtype out, or use another backend.",
+        ),
+        REQUIRES_EQUAL_DTYPES,
+        requires_no_bias((Pass.FORWARD,)),
+        Requirement(
+            what=f"K and N in multiples of {ALIGNMENT} with scales",
+            holds=lambda p: not p.recipe.is_scaled or p.k % ALIGNMENT == p.n % ALIGNMENT == 0,
+            found=lambda p: f"K = {p.k}, N = {p.n}",
+            fix="Pad the weights or use another backend.",
+        ),
+        _requires_mx_depth("k", Pass.FORWARD),
+        _requires_mx_depth("n", Pass.DGRAD),
+        Requirement(
+            what=f"groups in multiples of {ALIGNMENT} rows with scales, of {MX_DEPTH} for mxfp8",
+            holds=lambda p: p.group_alignment % _token_multiple(p) == 0,
+            found=lambda p: f"group_alignment = {p.group_alignment}",
+            fix="Pad the groups and promise it by group_alignment, or use another backend.",
+            passes=(Pass.WGRAD,),
+        ),
+        requires_leave_to_wait(),
+    )
+    host_syncs = "offs is read once per forward, and not again while the same tensor is unchanged"
+
+    def health(self, device: torch.device) -> Health:
+        """A small product and its wgrad beside `reference`, under each recipe that the device has."""
+        run = TinyRun([128, 128, 384], 400, k=128, n=256)  # a group is empty, sixteen rows are of none
+        machine = machine_of(device)
+        for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.MXFP8):
+            facts = Problem(machine, len(run.ends), run.k, run.n, RowClass.LARGE, recipe, group_alignment=MX_DEPTH)
+            if not all(requirement.holds(facts) for requirement in self.requirements):
+                continue
+            if not self._gets_right(run, recipe, device, MX_DEPTH):
+                return Health(f"a tiny product is wrong, {recipe.value}", "Install torch for another ROCm.")
+        return Health()
+
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
+        return OffsetPlan(offs, num_rows, (ops.hipblaslt_host_offs(offs),))
+
+    def quantize_activations(
+        self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        written = x_MD, None, x_MD, None
+        if recipe.is_scaled:
+            written = ops.hipblaslt_quantize_activations(x_MD, plan.offs, *plan.derived, recipe.value, rows, columns)
+        return as_activations(written, recipe, (_ROWS, _COLUMNS), rows=rows, columns=columns)
+
+    def quantize_weights(
+        self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        if not recipe.is_scaled:
+            return unscaled_weights(b_EKN, _WEIGHTS, forward=forward, dgrad=dgrad)
+        written = ops.hipblaslt_quantize_weights(b_EKN, recipe.value, forward, dgrad)
+        return as_weights(written, recipe, _WEIGHTS, forward=forward, dgrad=dgrad)
+
+    def adopt_weights(
+        self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        along_k = None
+        if forward:
+            by_n = _aligned(data_EKN.transpose(1, 2).contiguous())
+            lines = layouts.mx_scales(scale) if recipe is Recipe.MXFP8 else scale.contiguous()
+            along_k = Quantized(by_n.transpose(1, 2), lines, recipe, 1, _WEIGHTS)
+        return along_k, self._requantized_for_dgrad(data_EKN, scale, recipe) if dgrad else None
+
+    def grouped_mm(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        rhs_ECO = rhs.data if rhs.axis == 1 else rhs.data.transpose(1, 2)
+        return ops.hipblaslt_grouped_mm(
+            lhs.data, lhs.scale, rhs_ECO, rhs.scale, plan.offs, *plan.derived, plan.num_rows, lhs.recipe.value
+        )
+
+    def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        operands = first.data, first.scale, second.data, second.scale
+        return ops.hipblaslt_wgrad(*operands, *plan.derived, plan.num_rows, first.recipe.value)
+
+    def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        return ops.hipblaslt_group_sums(dy_MN, *plan.derived, out_dtype)
+
+
+def _aligned(data: Tensor) -> Tensor:
+    """``data``, copied where it starts inside another tensor's storage at no multiple of 16 bytes."""
+    return data if data.storage_offset() * data.element_size() % 16 == 0 else data.clone()
+
+
+_host_values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _read(offs: Tensor) -> list[int]:
+    """The values of ``offs`` on the host. Waits for the device, unless they are those that were read before.
+
+    That the tensor, its memory and its version are the same is the sign of it. Inference tensors have no version.
+    """
+    if offs.is_inference():
+        return _wait_for(offs)
+    version = offs._version, offs.data_ptr(), offs.shape
+    known = _host_values.get(offs)
+    if known is None or known[0] != version:
+        known = version, _wait_for(offs)
+        _host_values[offs] = known
+    return known[1]
+
+
+def _wait_for(offs: Tensor) -> list[int]:
+    return offs.tolist()
+
+
+@define_op(
+    "hipblaslt_host_offs(Tensor offs) -> Tensor",
+    fake=lambda offs: torch.empty_like(offs, device="cpu"),
+    tags=_TAGS,
+)
+def _host_offs(offs: Tensor) -> Tensor:
+    return torch.tensor(_read(offs), dtype=offs.dtype)
+
+
+def _uses_triton(x: Tensor) -> bool:
+    return x.is_cuda and machine_of(x.device).version("triton") is not None
+
+
+def _empty_activations(
+    x_MD: Tensor, offs: Tensor, host_offs: Tensor, recipe: str, rows: bool, columns: bool
+) -> Operands:
+    return layouts.activations(x_MD, offs.shape[0], Recipe(recipe), rows=rows, columns=columns)
+
+
+@define_op(
+    "hipblaslt_quantize_activations(Tensor x, Tensor offs, Tensor host_offs, str recipe, bool rows, bool columns) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_activations,
+    tags=_TAGS,
+)
+def _quantize_activations(
+    x_MD: Tensor, offs: Tensor, host_offs: Tensor, recipe: str, rows: bool, columns: bool
+) -> Operands:
+    ends = reference.group_ends(host_offs, x_MD.shape[0])
+    if columns:
+        _check_promise(ends, MX_DEPTH if Recipe(recipe) is Recipe.MXFP8 else ALIGNMENT)
+    out = _empty_activations(x_MD, offs, host_offs, recipe, rows, columns)
+    if _uses_triton(x_MD):
+        from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
+
+        hipblaslt_quantize.quantize_activations(x_MD, offs, Recipe(recipe), out)
+    else:
+        _fill_activations(x_MD, ends, Recipe(recipe), out)
+    return out
+
+
+def _check_promise(ends: list[int], multiple: int) -> None:
+    """Every group is a multiple of ``multiple`` rows, as ``group_alignment`` has promised: else its slices are not."""
+    for e, rows in enumerate(reference.group_slices(ends)):
+        size = rows.stop - rows.start
+        if size % multiple:
+            raise ValueError(
+                f"offs[{e}]: expected a group size that is a multiple of {multiple}, as group_alignment promises; "
+                f"found {size}"
+            )
+
+
+def _fill_activations(x_MD: Tensor, ends: list[int], recipe: Recipe, out: Operands) -> None:
+    """The torch twin of `quantize_hipblaslt.quantize_activations`."""
+    by_row, row_scale, by_column, column_scale = out
+    num_rows, features = x_MD.shape
+    if by_row.dim() == 2 and num_rows:
+        row_blocks = reference.row_blocks(recipe)
+        by_row[:num_rows], row_scale[:num_rows] = reference.quantize(x_MD, row_blocks, recipe, by_row.dtype)
+    if by_column.dim() == 2:
+        for e, rows in enumerate(reference.group_slices(ends)):
+            if rows.start == rows.stop:
+                continue
+            column_blocks = reference.column_blocks(recipe)
+            data, scale = reference.quantize(x_MD[rows], column_blocks, recipe, by_column.dtype)
+            by_column[:, rows] = data.t()
+            scale_of_group = column_scale[e] if recipe.block is None else _scales_of(column_scale, rows)
+            scale_of_group[:features] = scale.t()
+
+
+def _scales_of(scale: Tensor, rows: slice) -> Tensor:
+    """The MX scales of a group in wgrad, (D rounded up to 128, rows / 32): contiguous in `layouts.activations`."""
+    return scale[rows.start // MX_BLOCK : rows.stop // MX_BLOCK].view(scale.shape[1], -1)
+
+
+def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
+    return layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+
+
+@define_op(
+    "hipblaslt_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_weights,
+)
+def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
+    out = _empty_weights(b_EKN, recipe, forward, dgrad)
+    if _uses_triton(b_EKN):
+        from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
+
+        hipblaslt_quantize.quantize_weights(b_EKN, Recipe(recipe), out)
+    else:
+        _fill_weights(b_EKN, Recipe(recipe), out)
+    return out
+
+
+def _fill_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
+    """The torch twin of `quantize_hipblaslt.quantize_weights`."""
+    for axis, by_line, line_scale in ((1, out[0], out[2]), (2, out[1], out[3])):
+        if by_line.dim() != 3:
+            continue
+        data, scale = reference.quantize(b_EKN, reference.weight_blocks(recipe, axis), recipe, by_line.dtype)
+        by_line.copy_(data.transpose(1, 2) if axis == 1 else data)
+        # (E, lines, blocks) of what lies along `axis`; one block for each line, rowwise, is stored as one line
+        scale = scale.transpose(1, 2) if axis == 1 else scale
+        if recipe.block is None:
+            line_scale.copy_(scale.transpose(1, 2))
+        else:
+            line_scale[:, : scale.shape[1]] = scale
+
+
+def _check_operand(name: str, data: Tensor) -> None:
+    """``data`` is in the fp8 type of its device, and where hipBLASLt can read it."""
+    machine = machine_of(data.device)
+    if data.dtype != machine.fp8_dtype:
+        raise ValueError(
+            f"{name}: expected {dtype_name(machine.fp8_dtype)}, the fp8 type of {machine.arch}; "
+            f"found {dtype_name(data.dtype)}"
+        )
+    if data.data_ptr() % 16:
+        raise ValueError(f"{name}: expected data at a multiple of 16 bytes; found {data.data_ptr():#x}")
+
+
+def _separate_rows(x_MD: Tensor) -> Tensor:
+    """``x_MD``, copied where its rows share memory, as an expanded gradient's do: else each product would copy."""
+    return x_MD if x_MD.stride(0) >= x_MD.shape[1] else x_MD.contiguous()
+
+
+@functools.cache
+def _multiplies_all_groups_at_once(device: torch.device) -> bool:
+    """Whether this build of torch has a grouped rowwise product for ``device``, found out by a tiny one."""
+    if not hasattr(F, "scaled_grouped_mm"):
+        return False
+    run = TinyRun([1, 1, 34], 40, k=32, n=48)
+    a, b, offs = run.operands(device)
+    lhs, lhs_scale, _, _ = _quantize_activations(a, offs, offs.cpu(), "fp8_rowwise", True, False)
+    by_n, _, rhs_scale, _ = _quantize_weights(b, "fp8_rowwise", True, False)
+    truth = reference.grouped_mm(a, b, run.ends)[: run.ends[-1]]
+    try:
+        found = _all_groups_at_once(lhs, lhs_scale, by_n.transpose(1, 2), rhs_scale, offs)[: run.ends[-1]]
+        return is_near(found, truth)
+    except Exception:  # not built in, or not for this architecture: products of one group each will do
+        return False
+
+
+def _all_groups_at_once(lhs: Tensor, lhs_scale: Tensor, rhs_ECO: Tensor, rhs_scale: Tensor, offs: Tensor) -> Tensor:
+    rowwise = F.ScalingType.RowWise
+    return F.scaled_grouped_mm(  # type: ignore[attr-defined]
+        lhs, rhs_ECO, lhs_scale.squeeze(1), rowwise, rhs_scale.squeeze(1), rowwise, offs=offs,
+        output_dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def _fake_grouped_mm(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs_ECO: Tensor,
+    rhs_scale: Tensor | None,
+    offs: Tensor,
+    host_offs: Tensor,
+    num_rows: int,
+    recipe: str,
+) -> Tensor:
+    dtype = lhs.dtype if lhs_scale is None else torch.bfloat16
+    return lhs.new_empty(num_rows, rhs_ECO.shape[2], dtype=dtype)
+
+
+@define_op(
+    "hipblaslt_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor offs, "
+    "Tensor host_offs, SymInt num_rows, str recipe) -> Tensor",
+    fake=_fake_grouped_mm,
+    tags=_TAGS,
+)
+def _grouped_mm(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs_ECO: Tensor,
+    rhs_scale: Tensor | None,
+    offs: Tensor,
+    host_offs: Tensor,
+    num_rows: int,
+    recipe: str,
+) -> Tensor:
+    ends = reference.group_ends(host_offs, num_rows)
+    groups = [(e, rows) for e, rows in enumerate(reference.group_slices(ends)) if rows.start < rows.stop]
+    if lhs_scale is None or rhs_scale is None:
+        lhs = _separate_rows(lhs)
+        out = lhs.new_empty(num_rows, rhs_ECO.shape[2])
+        for e, rows in groups:
+            torch.mm(lhs[rows], rhs_ECO[e], out=out[rows])
+    else:
+        _check_operand("a", lhs)
+        _check_operand("b", rhs_ECO)
+        if Recipe(recipe) is Recipe.MXFP8:
+            out = _mx_products(lhs, lhs_scale, rhs_ECO, rhs_scale, groups)[:num_rows]
+        elif groups and ends == host_offs.tolist() and _multiplies_all_groups_at_once(lhs.device):
+            out = _all_groups_at_once(lhs, lhs_scale, rhs_ECO, rhs_scale, offs)
+        else:
+            out = lhs.new_empty(num_rows, rhs_ECO.shape[2], dtype=torch.bfloat16)
+            for e, rows in groups:
+                _scaled_mm(lhs[rows], rhs_ECO[e], lhs_scale[rows], rhs_scale[e], out[rows])
+    out[ends[-1] :].zero_()
+    return out
+
+
+def _mx_products(
+    lhs: Tensor, lhs_scale: Tensor, rhs_ECO: Tensor, rhs_scale: Tensor, groups: list[tuple[int, slice]]
+) -> Tensor:
+    """The products of ``groups``, in multiples of 16 rows: what is too much of one, the next ones write once more."""
+    out = lhs.new_empty(lhs.shape[0], rhs_ECO.shape[2], dtype=torch.bfloat16)
+    for e, rows in groups:
+        size = round_up(rows.stop - rows.start, ALIGNMENT)
+        scale = lhs_scale[rows.start : rows.start + round_up(size, MX_LINES)]
+        rows = slice(rows.start, rows.start + size)
+        _scaled_mm(lhs[rows], rhs_ECO[e], scale, rhs_scale[e], out[rows])
+    return out
+
+
+def _scaled_mm(lhs: Tensor, rhs: Tensor, lhs_scale: Tensor, rhs_scale: Tensor, out: Tensor) -> None:
+    torch._scaled_mm(lhs, rhs, lhs_scale, rhs_scale, out_dtype=out.dtype, out=out)
+
+
+def _fake_wgrad(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs: Tensor,
+    rhs_scale: Tensor | None,
+    host_offs: Tensor,
+    num_rows: int,
+    recipe: str,
+) -> Tensor:
+    if lhs_scale is None:
+        return lhs.new_empty(host_offs.shape[0], lhs.shape[1], rhs.shape[1])
+    return lhs.new_empty(host_offs.shape[0], lhs.shape[0], rhs.shape[0], dtype=torch.bfloat16)
+
+
+@define_op(
+    "hipblaslt_wgrad(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor host_offs, "
+    "SymInt num_rows, str recipe) -> Tensor",
+    fake=_fake_wgrad,
+    tags=_TAGS,
+)
+def _wgrad(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs: Tensor,
+    rhs_scale: Tensor | None,
+    host_offs: Tensor,
+    num_rows: int,
+    recipe: str,
+) -> Tensor:
+    out = _fake_wgrad(lhs, lhs_scale, rhs, rhs_scale, host_offs, num_rows, recipe)
+    if lhs_scale is None or rhs_scale is None:
+        lhs, rhs = _separate_rows(lhs), _separate_rows(rhs)
+    else:
+        _check_operand("a", lhs)
+        _check_operand("dy", rhs)
+    for e, rows in enumerate(reference.group_slices(reference.group_ends(host_offs, num_rows))):
+        if rows.start == rows.stop:
+            out[e].zero_()
+        elif lhs_scale is None or rhs_scale is None:
+            torch.mm(lhs[rows].t(), rhs[rows], out=out[e])
+        else:
+            if Recipe(recipe) is Recipe.MXFP8:
+                scales = _scales_of(lhs_scale, rows), _scales_of(rhs_scale, rows)
+            else:
+                scales = lhs_scale[e], rhs_scale[e].t()
+            _scaled_mm(lhs[:, rows], rhs[:, rows].t(), *scales, out[e])
+    return out
+
+
+@define_op(
+    "hipblaslt_group_sums(Tensor x, Tensor host_offs, ScalarType out_dtype) -> Tensor",
+    fake=lambda x_MN, host_offs, out_dtype: x_MN.new_empty(host_offs.shape[0], x_MN.shape[1], dtype=out_dtype),
+    tags=_TAGS,
+)
+def _group_sums(x_MN: Tensor, host_offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+    ends = reference.group_ends(host_offs, x_MN.shape[0])
+    return reference.group_sums(x_MN, ends, torch.float32).to(out_dtype)

@@ -1,0 +1,222 @@
+"""Quantizers for hipBLASLt: they write what `torch._scaled_mm` reads, with the numbers of `reference`, bit for bit.
+
+Tokens of wgrad lie in lines of all rows, (D, T): where they begin there, so does their group, at a multiple of 16 or,
+for MX, of 128.
+
+M, E, K, N: rows, groups, in and out features. D: K or N. T: M, rounded up to a multiple of 16.
+R, C: lines and columns of a weight matrix as it lies in memory, C contiguous.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.common.groups import at_once, group_of_block, tile_position
+from grouped_gemm.kernels.common.launch import cdiv, in_parts, launch, on_device
+from grouped_gemm.kernels.common.scaling import inverse_of, scale_of, to_fp8
+from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
+from grouped_gemm.kernels.quantize.fp8 import (
+    _amax,
+    _constants,
+    _load_quarter,
+    _store_quarter,
+    _transpose,
+    _zeros,
+    find_blocks,
+)
+from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK, Operands
+from grouped_gemm.kernels.quantize.mx import _quantize_tile
+
+
+def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) -> None:
+    """Fills ``out``, from `layouts_hipblaslt.activations`: what has no elements is not wanted.
+
+    Args:
+        x_MD: (M, D), contiguous D, a multiple of 16; bfloat16, float16 or float32.
+        offs: (E,) int32, contiguous: the end row of each group, any values where columns are not wanted. Else groups
+            are multiples of 16 rows, MX of 128, once ends out of order and range are moved inside.
+        recipe: rowwise or MX.
+        out: data and scales by rows, data and scales by columns. Columns past the last group, and scales of no values,
+            are left as they are.
+    """
+    by_row, row_scale, by_column, column_scale = out
+    num_rows, features = x_MD.shape
+    rows, columns = by_row.dim() == 2, by_column.dim() == 2
+    if num_rows == 0:
+        return
+    if recipe is Recipe.MXFP8:
+        with on_device(x_MD):
+            launch(
+                _quantize_mx_tiles, (cdiv(num_rows, TOKEN_BLOCK) * cdiv(features, 128),),
+                x_MD, offs, by_row, _words(row_scale), by_column, _words(column_scale),
+                num_rows, offs.shape[0], features, x_MD.stride(0), by_column.stride(0),
+                constants={
+                    "ROWS": rows, "COLUMNS": columns, "LIMIT": torch.finfo((by_row if rows else by_column).dtype).max,
+                    "E_AT_ONCE": at_once(offs.shape[0]),
+                },
+                num_warps=8,
+            )  # fmt: skip
+    elif columns:
+        _quantize_both(x_MD, offs, recipe, out)
+    else:
+        quantize_fp8.quantize_activations(x_MD, offs, recipe, (by_row, row_scale[:, 0], by_column, column_scale))
+
+
+def _quantize_both(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) -> None:
+    """Rowwise columns and, where they are wanted, rows: a column's scale needs its whole group first."""
+    by_row, row_scale, by_column, column_scale = out
+    (num_rows, features), num_groups = x_MD.shape, offs.shape[0]
+    rows = by_row.dim() == 2
+    column_amax, row_amax = _zeros(x_MD, num_groups * features, num_rows if rows else None)
+    tile = {"BLOCK": TOKEN_BLOCK, "BAND": 8}
+    with on_device(x_MD):
+        blocks = find_blocks(offs, num_rows)
+        grid = (len(blocks) * cdiv(features, TOKEN_BLOCK),)
+        launch(_amax, grid, x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), constants=tile, num_warps=4)
+        launch(
+            _quantize_tiles, grid,
+            x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
+            features, x_MD.stride(0), by_column.stride(0),
+            constants={"ROWS": rows} | _constants(x_MD, recipe, by_column.dtype) | tile, num_warps=4,
+        )  # fmt: skip
+
+
+def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
+    """Fills ``out``, from `layouts_hipblaslt.weights`: what has no elements is not wanted.
+
+    Args:
+        b_EKN: (E, K, N), K or N contiguous; bfloat16, float16 or float32.
+        recipe: rowwise or MX.
+        out: data for forward and for dgrad, then their scales.
+    """
+    forward, dgrad, forward_scale, dgrad_scale = out
+    if recipe is not Recipe.MXFP8:
+        by_line = [scale.squeeze(1) if scale.dim() == 3 else scale for scale in (forward_scale, dgrad_scale)]
+        quantize_fp8.quantize_weights(b_EKN, recipe, (forward, dgrad, by_line[0], by_line[1]))
+        return
+    for part, into in in_parts(b_EKN, out):
+        _quantize_mx_part(part, into)
+
+
+def _quantize_mx_part(b_EKN: Tensor, out: Sequence[Tensor]) -> None:
+    forward, dgrad, forward_scale, dgrad_scale = out
+    # Whichever of forward and dgrad sums over the contiguous axis is written straight.
+    w_ERC, straight, transposed, straight_scale, transposed_scale = b_EKN, dgrad, forward, dgrad_scale, forward_scale
+    if b_EKN.stride(1) == 1:
+        w_ERC = b_EKN.transpose(1, 2)
+        straight, transposed, straight_scale, transposed_scale = forward, dgrad, forward_scale, dgrad_scale
+    num_groups, lines, columns = w_ERC.shape
+    with on_device(b_EKN):
+        launch(
+            _quantize_mx_weights, (cdiv(lines, 128) * cdiv(columns, 128), num_groups),
+            w_ERC, straight, _words(straight_scale), transposed, _words(transposed_scale),
+            lines, columns, w_ERC.stride(0), w_ERC.stride(1),
+            constants={
+                "STRAIGHT": straight.dim() == 3, "TRANSPOSED": transposed.dim() == 3,
+                "LIMIT": torch.finfo((forward if forward.dim() == 3 else dgrad).dtype).max,
+            },
+            num_warps=8,
+        )  # fmt: skip
+
+
+def _words(scale: Tensor) -> Tensor:
+    """MX scales as kernels store them: the four of 128 values of a line in an int32, the first in its lowest byte."""
+    return scale.view(torch.uint8).flatten().view(torch.int32) if scale.dtype == torch.float8_e8m0fnu else scale
+
+
+@triton.jit(do_not_specialize=["column_stride"])
+def _quantize_tiles(
+    x, blocks, by_row, row_scales, by_column, column_scales, row_amax, column_amax,
+    D, x_stride, column_stride,
+    ROWS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
+    BLOCK: tl.constexpr, BAND: tl.constexpr,
+):  # fmt: skip
+    """BLOCK rows of one group by BLOCK features, with scales from `quantize._amax`."""
+    d_blocks = tl.cdiv(D, BLOCK)
+    block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
+    d = d_block * BLOCK
+    row = tl.load(blocks + 4 * block + 1).to(tl.int64)
+    rows_left = tl.load(blocks + 4 * block + 2)
+    if rows_left > 0:
+        source = x + row * x_stride + d
+        if ROWS:
+            for i in tl.static_range(4):
+                values = _load_quarter(source, x_stride, i, rows_left, D - d, BLOCK, BLOCK)
+                rows = 4 * tl.arange(0, BLOCK // 4) + i
+                amax = tl.load(row_amax + row + rows, mask=rows < rows_left, other=0)
+                scale = scale_of(amax, LIMIT, POWER_OF_TWO)
+                data = to_fp8(values, inverse_of(scale)[:, None], LIMIT, by_row.dtype.element_ty, NVIDIA)
+                _store_quarter(by_row + row * D + d, D, i, rows_left, D - d, data)
+                tl.store(row_scales + row + rows, scale, mask=rows < tl.where(d_block == 0, rows_left, 0))
+        ds = d + tl.arange(0, BLOCK)
+        lines = tl.load(blocks + 4 * block).to(tl.int64) * D + ds
+        scale = scale_of(tl.load(column_amax + lines, mask=ds < D, other=0), LIMIT, POWER_OF_TWO)
+        tl.store(column_scales + lines, scale, mask=ds < D)  # each block of the group stores the same
+        _transpose(
+            source, x_stride, by_column + d.to(tl.int64) * column_stride + row, column_stride, inverse_of(scale),
+            rows_left, rows_left, D - d, LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "E", "column_stride"])
+def _quantize_mx_tiles(
+    x, offs, by_row, row_scales, by_column, column_scales,
+    M, E, D, x_stride, column_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, E_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """128 rows by 128 features. Where columns are wanted, these rows are of one group, or past the last one."""
+    d_blocks = tl.cdiv(D, 128)
+    block = tl.program_id(0) // d_blocks
+    d_block = tl.program_id(0) % d_blocks
+    row = block.to(tl.int64) * 128
+    d = d_block.to(tl.int64) * 128
+    height = tl.minimum(M - block * 128, 128)
+    tokens = 0
+    scale_stride = 0
+    first_scale = row
+    if COLUMNS:
+        e, _, _, first, last = group_of_block(block, offs, M, E, 128, E_AT_ONCE)
+        scale_stride = last - first
+        tokens = tl.where(e < E, height, 0)
+        first_scale = first.to(tl.int64) * (d_blocks * 128) + d * scale_stride + block - first
+    _quantize_tile(
+        x + row * x_stride + d, x_stride, height, D - d_block * 128,
+        by_row + row * D + d, D, row_scales + row * d_blocks + d_block, d_blocks,
+        by_column + d * column_stride + row, column_stride, column_scales + first_scale, scale_stride,
+        tokens, tokens,
+        ROWS, COLUMNS, LIMIT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _quantize_mx_weights(
+    w, straight, straight_scales, transposed, transposed_scales,
+    R, C, w_stride_e, w_stride,
+    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """A square tile of one matrix. Scales of each matrix are those of whole tiles: (128 r_blocks, c_blocks) words."""
+    c_blocks = tl.cdiv(C, 128)
+    r_blocks = tl.cdiv(R, 128)
+    r_block = tl.program_id(0) // c_blocks
+    c_block = tl.program_id(0) % c_blocks
+    e = tl.program_id(1).to(tl.int64)
+    r = r_block.to(tl.int64) * 128
+    c = c_block.to(tl.int64) * 128
+    height = tl.minimum(R - r_block * 128, 128)
+    _quantize_tile(
+        w + e * w_stride_e + r * w_stride + c, w_stride, height, C - c_block * 128,
+        straight + (e * R + r) * C + c, C,
+        straight_scales + (e * r_blocks * 128 + r) * c_blocks + c_block, c_blocks,
+        transposed + (e * C + c) * R + r, R,
+        transposed_scales + (e * c_blocks * 128 + c) * r_blocks + r_block, r_blocks,
+        height, height,
+        STRAIGHT, TRANSPOSED, LIMIT,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""torch's own kernels: backend, quantizers and layouts."""

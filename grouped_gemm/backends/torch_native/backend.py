@@ -1,0 +1,333 @@
+"""Torch: the grouped products that come with torch, and what they leave to the caller.
+
+Rows past the last group, and the weight gradient of an empty one, are what was in memory before: they are made zero
+here. Groups out of order would be read where they are not: ends are put in order first. fp8 operands of wgrad need
+contiguous tokens in groups of multiples of 16 or 32: the quantizers pad them. Layouts: docs/layouts.md.
+
+M, E, K, N: rows, groups, in and out features. D: K or N. O, C: the weights' output axis and the one summed over.
+T: tokens, the rows of groups that are padded to multiples of 32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grouped_gemm.backends.base import (
+    REQUIRES_EQUAL_DTYPES,
+    Health,
+    OffsetPlan,
+    Requirement,
+    TinyRun,
+    _GroupedMMBackend,
+    as_activations,
+    as_weights,
+    requires_arch,
+    requires_no_bias,
+    requires_recipe,
+    requires_triton,
+    unscaled_weights,
+)
+from grouped_gemm.backends.torch_native import layouts as torch_native_layouts
+from grouped_gemm.backends.torch_native.layouts import ALIGNMENT, TOKENS
+from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import Problem, dtype_name
+from grouped_gemm.core.quantized import Quantized
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.quantize.layouts import Operands
+
+_ROWWISE = (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2)
+_MXFP8 = Recipe.MXFP8
+_ROWS = "torch rows"
+_COLUMNS = "torch columns"
+_WEIGHTS = "torch weights"
+
+
+def _dtypes(problem: Problem) -> tuple[torch.dtype, ...]:
+    """What operands may be: on a GPU, torch multiplies others in a loop that waits for the device."""
+    if problem.recipe.is_scaled or problem.machine.is_gpu:
+        return (torch.bfloat16,)
+    return (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _multiple(problem: Problem) -> int:
+    """What K and N are multiples of: 16 bytes of what is multiplied, and whole MX blocks, whose scales torch counts."""
+    if problem.recipe is _MXFP8:
+        return 32
+    return ALIGNMENT if problem.recipe.is_scaled else ALIGNMENT // problem.dtype.itemsize
+
+
+class Backend(_GroupedMMBackend):
+    """torch's own grouped products."""
+
+    kind = KernelPreference.TORCH
+    summary = (
+        "The products of torch itself, `grouped_mm` and `scaled_grouped_mm`, where they do not wait for the device."
+    )
+    requirements = (
+        requires_recipe((Recipe.NONE, *_ROWWISE, _MXFP8)),
+        requires_arch(
+            ("sm_90", "sm_100", "cpu"),
+            fix="Use another backend: torch has kernels for few GPUs, and for others a loop that waits for the device.",
+        ),
+        Requirement(
+            what="sm_90 for rowwise scales",
+            holds=lambda p: p.recipe not in _ROWWISE or p.machine.arch == "sm_90",
+            found=lambda p: p.machine.arch,
+            fix="Use Recipe.NONE, on sm_100 Recipe.MXFP8, or another backend.",
+        ),
+        Requirement(
+            what="sm_100 for mxfp8",
+            holds=lambda p: p.recipe is not _MXFP8 or p.machine.arch == "sm_100",
+            found=lambda p: p.machine.arch,
+            fix="Use Recipe.NONE, on sm_90 a rowwise recipe, or another backend.",
+        ),
+        Requirement(
+            what="a torch that was built with MSLK for mxfp8",
+            holds=lambda p: p.recipe is not _MXFP8 or p.machine.version("mslk") is not None,
+            found=lambda p: f"torch {p.machine.version('torch')}, which was not",
+            fix="Install torch 2.11 or later from its own wheels for CUDA, or use another backend.",
+        ),
+        requires_triton(" for fp8, which quantizes", lambda p: p.recipe.is_scaled),
+        Requirement(
+            what="operands in bfloat16, on a CPU also float16 or float32",
+            holds=lambda p: p.dtype in _dtypes(p),
+            found=lambda p: dtype_name(p.dtype),
+            fix="Cast the operands or use another backend.",
+        ),
+        REQUIRES_EQUAL_DTYPES,
+        requires_no_bias(),
+        Requirement(
+            what="K and N in multiples of 16 bytes, which are 16 values in fp8, and of 32 values in mxfp8",
+            holds=lambda p: p.k % _multiple(p) == 0 and p.n % _multiple(p) == 0,
+            found=lambda p: f"K = {p.k}, N = {p.n}",
+            fix="Pad the weights or use another backend.",
+        ),
+        Requirement(
+            what="strides in multiples of 16 bytes without scales",
+            holds=lambda p: p.recipe.is_scaled or p.is_aligned,
+            found=lambda p: "others",
+            fix="Pass contiguous operands or use another backend.",
+        ),
+        Requirement(
+            what="fewer than 1024 groups on a GPU",
+            holds=lambda p: p.num_groups < 1024 or not p.machine.is_gpu,
+            found=lambda p: f"E = {p.num_groups}",
+            fix="Use another backend.",
+        ),
+    )
+
+    def health(self, device: torch.device) -> Health:
+        """A small ragged product and its wgrad, beside `reference`; the same in the kind of fp8 that runs here."""
+        machine = machine_of(device)
+        recipes = [Recipe.NONE]
+        if _has_triton(device):
+            recipes += [Recipe.FP8_ROWWISE] if machine.arch == "sm_90" else []
+            recipes += [_MXFP8] if machine.arch == "sm_100" and machine.version("mslk") else []
+        for recipe in recipes:
+            if not self._gets_right(TinyRun([3, 3, 20], 24, k=32, n=64), recipe, device):
+                return Health(f"a tiny product of {recipe.value} is wrong", "Use another torch.")
+        return Health()
+
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
+        return OffsetPlan(offs, num_rows, tuple(ops.torch_plan(offs, num_rows)))
+
+    def quantize_activations(
+        self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        written = x_MD, None, x_MD, None
+        if recipe.is_scaled:
+            written = ops.torch_quantize_activations(x_MD, *plan.derived, recipe.value, rows, columns)
+        return as_activations(written, recipe, (_ROWS, _COLUMNS), rows=rows, columns=columns)
+
+    def quantize_weights(
+        self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        if not recipe.is_scaled:
+            return unscaled_weights(b_EKN, _WEIGHTS, forward=forward, dgrad=dgrad)
+        written = ops.torch_quantize_weights(b_EKN, recipe.value, forward, dgrad)
+        return as_weights(written, recipe, _WEIGHTS, forward=forward, dgrad=dgrad)
+
+    def adopt_weights(
+        self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
+    ) -> tuple[Quantized | None, Quantized | None]:
+        by_column = None
+        if forward:
+            by_n = data_EKN.transpose(1, 2).contiguous()
+            by_n_scale = torch_native_layouts.swizzled(scale) if recipe is _MXFP8 else scale[:, 0].contiguous()
+            by_column = Quantized(by_n.transpose(1, 2), by_n_scale, recipe, 1, _WEIGHTS)
+        return by_column, self._requantized_for_dgrad(data_EKN, scale, recipe) if dgrad else None
+
+    def grouped_mm(
+        self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
+    ) -> Tensor:
+        rhs_ECO = rhs.data if rhs.axis == 1 else rhs.data.transpose(1, 2)
+        return ops.torch_grouped_mm(lhs.data, lhs.scale, rhs_ECO, rhs.scale, plan.derived[0])
+
+    def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        ends, token_ends = plan.derived
+        if first.scale is None or second.scale is None:
+            return ops.torch_wgrad(first.data, second.data, ends)
+        return ops.torch_scaled_wgrad(first.data, first.scale, second.data, second.scale, token_ends)
+
+    def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
+        # Not asked for, since a bias is refused. As wgrad of ones; as many as make 16 bytes.
+        ones = dy_MN.new_ones(dy_MN.shape[0], ALIGNMENT // dy_MN.element_size())
+        return ops.torch_wgrad(ones, dy_MN, plan.derived[0])[:, 0].to(out_dtype)
+
+
+@functools.cache
+def _has_triton(device: torch.device) -> bool:
+    """Whether there are kernels of ours on ``device``; without them, torch's own take more passes over memory."""
+    return device.type == "cuda" and machine_of(device).version("triton") is not None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A matrix or several, one of the last two axes contiguous, with lines that start at multiples of 16 bytes.
+
+    Itself where they do, as `Problem.is_aligned` says of strides; a slice of something may start anywhere.
+    """
+    lines = x if x.stride(-1) == 1 else x.mT
+    starts = x.data_ptr(), *(stride * x.element_size() for stride in lines.stride()[:-1])
+    if lines.stride(-2) >= lines.shape[-1] and not any(start % ALIGNMENT for start in starts):
+        return x
+    lines = lines.clone(memory_format=torch.contiguous_format)
+    return lines if x.stride(-1) == 1 else lines.mT
+
+
+def _scaled_product(lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, ends: Tensor) -> Tensor:
+    """torch's fp8 product, rowwise or MX as the scales are.
+
+    Rowwise, it adds up in tensor cores, as this package's own kernels do (docs/numerics.md).
+    """
+    if lhs_scale.dtype == torch.float8_e8m0fnu:
+        kind, swizzle, fast = F.ScalingType.BlockWise1x32, F.SwizzleType.SWIZZLE_32_4_4, False
+    else:
+        kind, swizzle, fast = F.ScalingType.RowWise, None, True
+        if rhs.dim() == 2:
+            lhs_scale, rhs_scale = lhs_scale.flatten(), rhs_scale.flatten()
+    return F.scaled_grouped_mm(  # type: ignore[attr-defined]
+        lhs, rhs, lhs_scale, kind, rhs_scale, kind, swizzle_a=swizzle, swizzle_b=swizzle, offs=ends,
+        output_dtype=torch.bfloat16, use_fast_accum=fast,
+    )  # fmt: skip
+
+
+@define_op("torch_plan(Tensor offs, SymInt num_rows) -> (Tensor, Tensor)", fake=torch_native_layouts.plan)
+def _plan(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    if _has_triton(offs.device):
+        from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
+
+        out = torch_native_layouts.plan(offs, num_rows)
+        torch_native_quantize.fill_plan(offs, num_rows, out)
+        return out
+    ends = offs.clamp(0, num_rows).cummax(0).values
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    tokens = (sizes + (TOKENS - 1)).clamp(min=TOKENS) // TOKENS * TOKENS
+    return ends, tokens.cumsum(0, dtype=torch.int32)
+
+
+def _empty_activations(
+    x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool
+) -> Operands:
+    return torch_native_layouts.activations(x_MD, ends.shape[0], Recipe(recipe), rows=rows, columns=columns)
+
+
+@define_op(
+    "torch_quantize_activations(Tensor x, Tensor ends, Tensor token_ends, str recipe, bool rows, bool columns) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_activations,
+)
+def _quantize_activations(
+    x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool
+) -> Operands:
+    from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
+    from grouped_gemm.backends.torch_native import quantize_mx as torch_native_quantize_mx
+
+    out = _empty_activations(x_MD, ends, token_ends, recipe, rows, columns)
+    if Recipe(recipe) is _MXFP8:
+        torch_native_quantize_mx.quantize_activations(x_MD, ends, token_ends, out)
+    else:
+        torch_native_quantize.quantize(x_MD, ends, token_ends, Recipe(recipe), out)
+    return out
+
+
+def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
+    return torch_native_layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+
+
+@define_op(
+    "torch_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty_weights,
+)
+def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
+    from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
+    from grouped_gemm.kernels.quantize import mx as quantize_mx
+
+    out = _empty_weights(b_EKN, recipe, forward, dgrad)
+    if Recipe(recipe) is _MXFP8:
+        quantize_mx.quantize_weights(b_EKN, out, swizzled=True)
+    else:
+        quantize_fp8.quantize_weights(b_EKN, Recipe(recipe), out)
+    return out
+
+
+def _fake_grouped_mm(
+    lhs_MC: Tensor, lhs_scale: Tensor | None, rhs_ECO: Tensor, rhs_scale: Tensor | None, ends: Tensor
+) -> Tensor:
+    dtype = lhs_MC.dtype if lhs_scale is None else torch.bfloat16
+    return lhs_MC.new_empty(lhs_MC.shape[0], rhs_ECO.shape[2], dtype=dtype)
+
+
+@define_op(
+    "torch_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor ends) -> Tensor",
+    fake=_fake_grouped_mm,
+)
+def _grouped_mm(
+    lhs_MC: Tensor, lhs_scale: Tensor | None, rhs_ECO: Tensor, rhs_scale: Tensor | None, ends: Tensor
+) -> Tensor:
+    if lhs_MC.shape[0] == 0:
+        return _fake_grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, ends)
+    if lhs_scale is None or rhs_scale is None:
+        out_MO = F.grouped_mm(_aligned(lhs_MC), _aligned(rhs_ECO), offs=ends)
+    else:
+        out_MO = _scaled_product(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, ends)
+    if _has_triton(ends.device):
+        from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
+
+        torch_native_quantize.zero_tail(out_MO, ends)
+    else:
+        rows = torch.arange(out_MO.shape[0], device=ends.device)
+        out_MO.masked_fill_((rows >= ends[-1])[:, None], 0)
+    return out_MO
+
+
+@define_op(
+    "torch_wgrad(Tensor lhs, Tensor rhs, Tensor ends) -> Tensor",
+    fake=lambda lhs, rhs, ends: lhs.new_empty(ends.shape[0], lhs.shape[1], rhs.shape[1]),
+)
+def _wgrad(lhs_MP: Tensor, rhs_MQ: Tensor, ends: Tensor) -> Tensor:
+    if lhs_MP.shape[0] == 0:
+        return lhs_MP.new_zeros(ends.shape[0], lhs_MP.shape[1], rhs_MQ.shape[1])
+    out_EPQ = F.grouped_mm(_aligned(lhs_MP).t(), _aligned(rhs_MQ), offs=ends)
+    if _has_triton(ends.device):
+        from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
+
+        torch_native_quantize.zero_empty_groups(out_EPQ, ends)
+    else:
+        out_EPQ.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
+    return out_EPQ
+
+
+@define_op(
+    "torch_scaled_wgrad(Tensor lhs, Tensor lhs_scale, Tensor rhs, Tensor rhs_scale, Tensor token_ends) -> Tensor",
+    fake=lambda lhs, lhs_scale, rhs, rhs_scale, token_ends: lhs.new_empty(
+        token_ends.shape[0], lhs.shape[0], rhs.shape[0], dtype=torch.bfloat16
+    ),
+)
+def _scaled_wgrad(lhs_PT: Tensor, lhs_scale: Tensor, rhs_QT: Tensor, rhs_scale: Tensor, token_ends: Tensor) -> Tensor:
+    return _scaled_product(lhs_PT, lhs_scale, rhs_QT.t(), rhs_scale, token_ends)

@@ -1,0 +1,93 @@
+"""The tensors that torch's grouped products read: shapes, strides and dtypes. Imports no Triton. docs/layouts.md.
+
+In wgrad torch wants contiguous tokens, rowwise a multiple of 16 for each group, in MX of 32, and never none: CUTLASS
+has no product over nothing there. So groups are padded to multiples of 32, an empty one to 32 tokens of zeros. How many
+that makes depends on ``offs``, which the host does not know; `num_tokens` is enough for any.
+
+MX scales lie as tensor cores of Blackwell read them, swizzled: in atoms of 128 lines by 4 scales, 512 bytes, in which
+line i is four bytes at 16 (i mod 32) + 4 (i // 32). Atoms along the contraction are adjacent. Of activations each group
+has atoms of its own; scales of no values are 1.
+
+M, E, D: rows, groups, features. T: tokens, the rows of padded groups. B: atoms of M rows or T tokens, at most.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.quantize import layouts
+from grouped_gemm.kernels.quantize.layouts import MX_SCALES, Operands
+
+ALIGNMENT = 16  # bytes, which are values of fp8
+TOKENS = 32  # what the tokens of a group are a multiple of
+ATOM = 128  # lines, and values of a line
+
+
+def num_tokens(num_rows: int, num_groups: int) -> int:
+    """T: what any groups of ``num_rows`` rows fill at most."""
+    return (num_rows // TOKENS + num_groups) * TOKENS
+
+
+def num_blocks(num_rows: int, num_groups: int) -> int:
+    """B: how many blocks of 128 the rows, or the tokens, of any groups fill at most."""
+    return num_rows // ATOM + num_groups
+
+
+def plan(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The end row of each group, in order and within [0, M], and its last token's successor; both (E,) int32."""
+    ends = torch.empty_like(offs, memory_format=torch.contiguous_format)
+    return ends, torch.empty_like(ends)
+
+
+def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, columns: bool) -> Operands:
+    """Data and scales of an operand of forward and dgrad, then of one of wgrad; what is not wanted has shape (0,).
+
+    Returns:
+        Data (M, D) fp8, contiguous D, a multiple of 16, in MX of 32; scales (M,), swizzled (128 B, ceil(D/128) 4).
+        Data (D, T) fp8, contiguous T; scales (E, D), contiguous, swizzled (ceil(D/128) 128, 4 B).
+    """
+    num_rows, features = x_MD.shape
+    fp8 = machine_of(x_MD.device).fp8_dtype
+    row_shape: tuple[int, ...] = (num_rows,)
+    column_shape: tuple[int, ...] = (num_groups, features)
+    if recipe is Recipe.MXFP8:
+        blocks, feature_blocks = num_blocks(num_rows, num_groups), -(-features // ATOM)
+        row_shape, column_shape = (
+            (blocks * ATOM, feature_blocks * MX_SCALES),
+            (feature_blocks * ATOM, blocks * MX_SCALES),
+        )
+    row_data, row_scale, column_data, column_scale = (x_MD.new_empty(0) for _ in range(4))
+    if rows:
+        row_data = x_MD.new_empty(num_rows, features, dtype=fp8)
+        row_scale = x_MD.new_empty(row_shape, dtype=recipe.scale_dtype)
+    if columns:
+        column_data = x_MD.new_empty(features, num_tokens(num_rows, num_groups), dtype=fp8)
+        column_scale = x_MD.new_empty(column_shape, dtype=recipe.scale_dtype)
+    return row_data, row_scale, column_data, column_scale
+
+
+def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Operands:
+    """As `layouts.weights`, but for MX scales: swizzled, (E, ceil(N/128) ceil(K/128) 512) for forward and for dgrad."""
+    if recipe is not Recipe.MXFP8:
+        return layouts.weights(b_EKN, recipe, forward=forward, dgrad=dgrad)
+    (num_groups, k, n), fp8 = b_EKN.shape, machine_of(b_EKN.device).fp8_dtype
+    scale_shape = num_groups, -(-k // ATOM) * -(-n // ATOM) * ATOM * MX_SCALES
+    return (
+        b_EKN.new_empty((num_groups, n, k) if forward else 0, dtype=fp8),
+        b_EKN.new_empty((num_groups, k, n) if dgrad else 0, dtype=fp8),
+        b_EKN.new_empty(scale_shape if forward else 0, dtype=recipe.scale_dtype),
+        b_EKN.new_empty(scale_shape if dgrad else 0, dtype=recipe.scale_dtype),
+    )
+
+
+def swizzled(scale_EBL: Tensor) -> Tensor:
+    """A checkpoint's MX scales, (E, ceil(depth/32), lines), as `weights` has them."""
+    num_groups, blocks, lines = scale_EBL.shape
+    one = 127  # the code of 2^0
+    codes = F.pad(scale_EBL.view(torch.uint8), (0, -lines % ATOM, 0, -blocks % MX_SCALES), value=one)
+    codes = codes.view(num_groups, -1, MX_SCALES, -(-lines // ATOM), ATOM // 32, 32).permute(0, 3, 1, 5, 4, 2)
+    return codes.reshape(num_groups, -1).view(scale_EBL.dtype)

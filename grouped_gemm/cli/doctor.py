@@ -1,0 +1,277 @@
+"""What the package finds on this machine, as data and as text, and the pages of docs/ that follow from the code.
+
+``python -m grouped_gemm.cli.doctor docs`` writes those pages.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grouped_gemm import __version__
+from grouped_gemm.autotune import profile
+from grouped_gemm.backends import Candidate, candidates
+from grouped_gemm.backends.base import ALL_PASSES, _GroupedMMBackend
+from grouped_gemm.core.machine import Machine, default_device, machine_of
+from grouped_gemm.core.preference import (
+    AUTOTUNE,
+    CACHE_DIR,
+    STRICT,
+    SWITCHES,
+    KernelPreference,
+    Switch,
+    Variable,
+    cache_directory,
+    resolve,
+)
+from grouped_gemm.core.problem import Pass, Problem, RowClass, dtype_name
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.selection.rules import AUTO_ORDER, MARGIN, decide
+
+
+def gather(machine: Machine | None = None, backends: Sequence[Candidate] | None = None) -> dict[str, Any]:
+    """All that doctor shows, as plain strings, numbers, lists and dicts, ready for JSON.
+
+    Args:
+        machine: where; None: the current GPU, or the CPU where there is none.
+        backends: the candidates; None: every backend of this version.
+
+    Returns:
+        machine: name, vendor, arch, fp8_dtype.
+        versions: version by package.
+        backends: for each its name, whether it is ready, that is, runs any pass of any recipe; the passes that it
+            ``runs`` by recipe; its ``reasons`` (passes, reason, fix) against the recipe that suits it best; a summary.
+        switches: for each its name, value, default, meaning, and error: None, or why its value is not known. Last,
+            GROUPED_GEMM_CACHE_DIR; its value is the directory in use, None where there is no home directory.
+        choices: by recipe and pass, the backend of a training call that names none; None: no backend runs it.
+    """
+    machine = machine_of(default_device()) if machine is None else machine
+    backends = candidates(default_device()) if backends is None else backends
+    switches = [*map(_switch, SWITCHES), _cache_dir()]
+    return {
+        "machine": {
+            "name": machine.name,
+            "vendor": machine.vendor,
+            "arch": machine.arch,
+            "fp8_dtype": dtype_name(machine.fp8_dtype),
+        },
+        "versions": {"grouped_gemm": __version__, "python": platform.python_version(), **dict(machine.versions)},
+        "backends": [_backend(candidate, machine) for candidate in backends],
+        "switches": switches,
+        "choices": _choices(machine, backends, any(switch["error"] for switch in switches)),
+    }
+
+
+def errors(findings: dict[str, Any]) -> list[str]:
+    """What is wrong with the environment: every call would raise it."""
+    return [switch["error"] for switch in findings["switches"] if switch["error"]]
+
+
+def _nominal(machine: Machine, recipe: Recipe) -> Problem:
+    """A training call as a model of middle size makes it: bfloat16, sizes that suit every kernel."""
+    return Problem(machine, num_groups=8, k=4096, n=4096, rows=RowClass.LARGE, recipe=recipe, passes=ALL_PASSES)
+
+
+def _backend(candidate: Candidate, machine: Machine) -> dict[str, Any]:
+    """A backend's readiness: what it runs, and what stands against the recipe of which it runs most."""
+    kind = candidate.backend.kind
+    runs, against = {}, []
+    for recipe in Recipe:
+        decision = decide(_nominal(machine, recipe), kind, [candidate])
+        reasons = [refusal for refusal in decision.refusals if refusal.backend is kind]
+        passes = [p.value for p in Pass if not any(p in reason.passes for reason in reasons)]
+        if passes:
+            runs[recipe.value] = passes
+        against.append((-len(passes), len(reasons), reasons))
+    _, _, fewest = min(against, key=lambda entry: entry[:2])
+    return {
+        "name": kind.value,
+        "ready": bool(runs),
+        "runs": runs,
+        "reasons": [{"passes": [p.value for p in r.passes], "reason": r.reason, "fix": r.fix} for r in fewest],
+        "summary": candidate.backend.summary,
+    }
+
+
+def _switch(switch: Switch) -> dict[str, str | None]:
+    value, error = None, None
+    try:
+        value = switch.read()
+    except ValueError as unknown:
+        error = str(unknown)
+    return _described(switch, value, error)
+
+
+def _cache_dir() -> dict[str, str | None]:
+    try:
+        return _described(CACHE_DIR, str(cache_directory()), None)
+    except OSError:  # no call raises it
+        return _described(CACHE_DIR, None, None)
+
+
+def _described(variable: Variable, value: str | None, error: str | None) -> dict[str, str | None]:
+    described = {"name": variable.name, "value": value, "default": variable.default, "meaning": variable.meaning}
+    return {**described, "error": error}
+
+
+def _choices(machine: Machine, backends: Sequence[Candidate], is_broken: bool) -> dict[str, dict[str, str | None]]:
+    """Who runs what, as the environment has it. While a switch has an unknown value every call raises: nobody."""
+    if is_broken:
+        return {recipe.value: {p.value: None for p in Pass} for recipe in Recipe}
+    preference, asked_by = resolve(KernelPreference.AUTO, None)
+    choices = {}
+    for recipe in Recipe:
+        tables = profile.tables(machine, AUTOTUNE.is_on())
+        decision = decide(
+            _nominal(machine, recipe), preference, backends, asked_by=asked_by, strict=STRICT.is_on(), tables=tables
+        )
+        chosen = dict(decision.chosen)
+        choices[recipe.value] = {p.value: chosen[p].value if p in chosen else None for p in Pass}
+    return choices
+
+
+def render(findings: dict[str, Any]) -> str:
+    """What `gather` found, for a terminal."""
+    machine = findings["machine"]
+    known_as = ", ".join(dict.fromkeys((machine["name"], machine["vendor"], machine["arch"])))  # a CPU is just "cpu"
+    lines = ["machine", f"  {known_as}", f"  FP8 data in {machine['fp8_dtype']}", "", "versions"]
+    lines += [f"  {package:16}{version}" for package, version in findings["versions"].items()]
+    lines += ["", "backends"]
+    for backend in findings["backends"]:
+        lines += _backend_lines(backend)
+    lines += ["", "environment"]
+    for switch in findings["switches"]:
+        found = (
+            f"error: {switch['error']}"
+            if switch["error"]
+            else f"{switch['value'] or 'none'} (default {switch['default']})"
+        )
+        lines += [f"  {switch['name']:24}{found}", f"    {switch['meaning']}"]
+    lines += ["", "choice for training in bfloat16 (E=8, K=4096, N=4096)"]
+    if errors(findings):
+        return "\n".join([*lines, "  none: every call raises the error above"])
+    lines.append(f"  {'recipe':20}" + "".join(f"{p.value:12}" for p in Pass).rstrip())
+    for recipe, by_pass in findings["choices"].items():
+        lines.append(f"  {recipe:20}" + "".join(f"{backend or '-':12}" for backend in by_pass.values()).rstrip())
+    return "\n".join(lines)
+
+
+def _backend_lines(backend: dict[str, Any]) -> list[str]:
+    lines = [f"  {backend['name']:16}{'ready' if backend['ready'] else 'not ready'}", f"    {backend['summary']}"]
+    for passes in dict.fromkeys(map(tuple, backend["runs"].values())):
+        recipes = [recipe for recipe, runs in backend["runs"].items() if tuple(runs) == passes]
+        lines.append(f"    {_passes(passes) or 'every pass'}: {', '.join(recipes)}")
+    for reason in backend["reasons"]:
+        concerns = _passes(reason["passes"])
+        lines.append(f"    {concerns}{concerns and ' '}{reason['reason']}. {reason['fix']}".rstrip())
+    return lines
+
+
+def _passes(passes: Sequence[str]) -> str:
+    """Empty where it is all of them."""
+    return "" if len(passes) == len(Pass) else "+".join(passes)
+
+
+def backends_markdown() -> str:
+    """The page docs/backends.md: what every backend of this version requires."""
+    backends = [candidate.backend for candidate in candidates(torch.device("cpu"))]
+    here = {backend.kind for backend in backends}
+    order = [
+        (vendor or "any other", ", ".join(kind.value for kind in kinds if kind in here))
+        for vendor, kinds in AUTO_ORDER.items()
+    ]
+    return "\n".join(
+        [
+            "# Backends",
+            "",
+            f"<!-- generated: {_WRITE} -->",
+            "",
+            "A backend runs a pass of a call when all that it requires for that pass holds, and when a tiny run on the",
+            "device shows that it works. A refusal names each requirement that does not hold, what was found, and the",
+            "remedy. `python -m grouped_gemm doctor` says what holds on a machine, `explain` what holds for a call.",
+            "",
+            "Weights from `quantize_weights` are read by the backend that wrote them, and by no other.",
+            "",
+            "## Which backend AUTO takes",
+            "",
+            "For each pass, the first of the device's vendor that does not refuse it:",
+            "",
+            *_table(("vendor", "order"), order),
+            "",
+            "unless others were measured to make the whole call at least "
+            f"{round(100 * (MARGIN - 1))}% faster, with all that they",
+            "quantize. The passes of one call may run on different backends. What was measured, where and when, is in",
+            "the table `grouped_gemm/measured_h200.csv`, and in the file that `warmup` writes with",
+            "`GROUPED_GEMM_AUTOTUNE=1` ([env.md](env.md)), which comes first. A call of another size follows the",
+            "nearest case, another NVIDIA GPU the H200; `explain` says so, with the times. The table speaks for",
+            "nothing that waits for the device.",
+            *(line for backend in backends for line in _backend_page(backend)),
+            "",
+        ]
+    )
+
+
+def _backend_page(backend: _GroupedMMBackend) -> list[str]:
+    rows = [
+        (r.what, "all" if r.passes == ALL_PASSES else ", ".join(p.value for p in r.passes), r.fix)
+        for r in backend.requirements
+    ]
+    return [
+        "",
+        f"## {backend.kind.value}",
+        "",
+        backend.summary,
+        "",
+        f"Waits of the host for a GPU: {backend.host_syncs or 'none'}.",
+        "",
+        *_table(("requires", "passes", "remedy"), rows),
+    ]
+
+
+def env_markdown() -> str:
+    """The table of docs/env.md: every variable of this package that is read from the environment."""
+    rows = [
+        (f"`{switch.name}`", ", ".join(f"`{v}`" for v in switch.values), f"`{switch.default}`", switch.meaning)
+        for switch in SWITCHES
+    ]
+    rows.append((f"`{CACHE_DIR.name}`", "a directory", CACHE_DIR.default, CACHE_DIR.meaning))
+    return "\n".join(_table(("variable", "values", "default", "meaning"), rows))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+_WRITE = "python -m grouped_gemm.cli.doctor docs"
+_ENV_START = f"<!-- generated: {_WRITE} -->\n\n"
+_ENV_END = "\n\n<!-- end of what is generated -->"
+
+
+def pages(folder: Path) -> dict[Path, str]:
+    """What the generated pages in ``folder`` should be. Of env.md it is the part between two markers, the rest is kept.
+
+    Raises:
+        ValueError: env.md has lost its markers.
+    """
+    env = folder / "env.md"
+    before, start, rest = env.read_text(encoding="utf-8").partition(_ENV_START)
+    _, end, after = rest.partition(_ENV_END)
+    if not (start and end):
+        raise ValueError(
+            f"{env}: expected the markers {_ENV_START.strip()!r} and {_ENV_END.strip()!r}; found no such pair"
+        )
+    return {folder / "backends.md": backends_markdown(), env: before + start + env_markdown() + end + after}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {_WRITE}")
+    for path, text in pages(Path(sys.argv[1])).items():
+        path.write_text(text, encoding="utf-8")
+        print(path)

@@ -1,0 +1,1 @@
+"""What everything else rests on: machine, recipes, problem, preference, quantized operands, torch ops, files."""

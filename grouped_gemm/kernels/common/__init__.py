@@ -1,0 +1,1 @@
+"""What kernels share: launches, groups, scales, Hopper's instructions."""

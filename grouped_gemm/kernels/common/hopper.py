@@ -1,0 +1,95 @@
+"""What the warp-specialized kernels for Hopper share: names of Gluon, the form of a tile, the order of tiles."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from grouped_gemm.kernels.common.launch import describe
+
+# Triton 3.9 renamed them.
+load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+PRODUCER_REGISTERS = gl.constexpr(40)
+STORED = [64, 128]  # the box of a result that `store_tile` copies
+
+# How tiles of operands and of the result lie in shared memory, by the size of a value, and how scales do.
+TILES_IN_SHARED = {
+    size: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * size, rank=2) for size in (1, 2)
+}
+RAGGED_IN_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+SCALES_IN_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+def describe_tile(x: Tensor, shape: list[int], stride: int, box: list[int]) -> Any:
+    """A descriptor of ``x``, seen as lines of ``shape`` that are ``stride`` apart, for copies of a ``box``."""
+    return describe(TensorDescriptor, x, shape, [stride, 1], box, layout=TILES_IN_SHARED[x.element_size()])
+
+
+def describe_ragged(x: Tensor, box: list[int]) -> Any:
+    """A descriptor of 16-bit lines (M, D), for copies of a ``box`` that end with a group.
+
+    As `triton.tools.ragged_tma` does it: addresses wrap around at 2^64, so that coordinates (2^30, end of the group,
+    2^30 - its size + row in it, column) are that row and column, and rows past the group's end are out of bounds: zero.
+    """
+    line = x.stride(0)
+    shape, strides = [0x7FFF0000, 0x7FFF0000, 1 << 30, x.shape[1]], [2**34 - line, line, line, 1]
+    return describe(TensorDescriptor, x, shape, strides, [1, 1, *box], layout=RAGGED_IN_SHARED)
+
+
+def describe_scales(scale: Tensor, count: int) -> Any:
+    """A descriptor of fp32 scales (steps, lines), for copies of those of ``count`` lines in one step."""
+    shape = list(scale.shape)
+    return describe(TensorDescriptor, scale, shape, [scale.stride(0), 1], [1, count], layout=SCALES_IN_SHARED)
+
+
+class HopperTile(NamedTuple):
+    """How one program works.
+
+    Attributes:
+        consumers: warpgroups that multiply, 64 rows each: 2 or 3.
+        columns: columns of an output tile.
+        depth: values of the contraction in one step.
+        stages: steps whose operands are in shared memory at once.
+        registers: registers of a consumer's thread.
+        band: as of `tiles.Tile`.
+    """
+
+    consumers: int
+    columns: int
+    depth: int
+    stages: int
+    registers: int
+    band: int
+
+
+@gluon.jit
+def place(tile, rows, columns, BAND: gl.constexpr):
+    """As `groups.tile_position`."""
+    band = tile // (BAND * columns)
+    height = gl.minimum(rows - band * BAND, BAND)
+    in_band = tile - band * BAND * columns
+    return band * BAND + in_band % height, in_band // height
+
+
+@gluon.jit
+def before(slot, STAGES: gl.constexpr):
+    """The slot of the ring before ``slot``."""
+    return gl.where(slot == 0, STAGES, slot) - 1
+
+
+@gluon.jit
+def store_tile(values, buffer, desc, row, column):
+    """Stores 64 by 128 values through shared memory, and waits only for those before."""
+    tma.store_wait(0)
+    buffer.store(values)
+    fence_async_shared()
+    store(desc, [row, column], buffer)

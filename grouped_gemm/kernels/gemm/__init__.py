@@ -1,0 +1,1 @@
+"""Grouped GEMM kernels, their tiles and the search for tiles."""

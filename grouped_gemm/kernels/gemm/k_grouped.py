@@ -1,0 +1,303 @@
+"""The K-grouped product of wgrad: in each group, the rows are the contraction.
+
+Operands without scales are read as they lie, (M, D). fp8 operands are read along contiguous tokens, because the fp8
+MMA of Hopper wants both operands so. Their quantizer writes (T/128, D, 128), blocks of 128 tokens that start anew with
+each group, zero where a group's last block is short: so groups need no masks, no TMA alignment, and no offsets from the
+host. Blockwise, row b of the scales is that of block b.
+
+M, T, E: rows, rows in padded blocks, groups. P, Q: features of the first and the second operand.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor, load_ragged
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.preference import AUTOTUNE
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.common.groups import at_once, group_at, tile_position
+from grouped_gemm.kernels.common.launch import can_use_tma, cdiv, kind_of, launch, launcher, on_device, packed
+from grouped_gemm.kernels.gemm.mx import ONES, add_mx_product
+from grouped_gemm.kernels.gemm.tile_search import wgrad_tile
+from grouped_gemm.kernels.gemm.tiles import Tile
+from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK
+
+if TYPE_CHECKING:
+    from grouped_gemm.kernels.gemm import k_grouped_hopper
+
+_MOST_RAGGED_ROWS = 1 << 30  # that a ragged descriptor addresses
+
+
+def wgrad(
+    lhs: Tensor,
+    lhs_scale: Tensor | None,
+    rhs: Tensor,
+    rhs_scale: Tensor | None,
+    offs: Tensor,
+    num_rows: int,
+    recipe: Recipe,
+    out_dtype: torch.dtype,
+    accumulate_into: Tensor | None = None,
+) -> Tensor:
+    """Per group, the transpose of its rows of ``lhs`` times its rows of ``rhs``, with fp32 accumulation.
+
+    Args:
+        lhs: (M, P), contiguous P: bfloat16, float16 or float32; or (T/128, P, 128) fp8, contiguous.
+        lhs_scale: factors of fp8, contiguous: rowwise (E, P) and blockwise (T/128, P) fp32, MX (T/128, P, 4) E8M0.
+        rhs: (M, Q) or (T/128, Q, 128), as ``lhs``.
+        rhs_scale: rowwise (E, Q), blockwise (T/128, Q), MX (T/128, Q, 4).
+        offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
+        num_rows: M.
+        recipe: any.
+        out_dtype: bfloat16, float16 or float32.
+        accumulate_into: (E, P, Q) float32, contiguous, to which the product is added: a gradient over many steps.
+
+    Returns:
+        (E, P, Q), contiguous; exactly zero for an empty group. Or ``accumulate_into``.
+
+    Raises:
+        ValueError: ``accumulate_into`` has another dtype, shape or memory order.
+    """
+    num_groups, p, q = offs.shape[0], lhs.shape[1], rhs.shape[1]
+    accumulate = accumulate_into is not None
+    if accumulate_into is None:
+        out_EPQ = torch.empty(num_groups, p, q, dtype=out_dtype, device=lhs.device)
+    else:
+        out_EPQ = accumulate_into
+        form = out_EPQ.dtype, out_EPQ.shape, out_EPQ.is_contiguous()
+        if form != (torch.float32, (num_groups, p, q), True):
+            raise ValueError(f"accumulate_into: expected float32, {(num_groups, p, q)}, contiguous; found {form}")
+    if num_rows == 0:
+        return out_EPQ if accumulate else out_EPQ.zero_()
+    strides = lhs.shape[1], lhs.stride(), q, rhs.stride()
+    places = (lhs.data_ptr() | rhs.data_ptr()) & 15
+    is_far = num_rows > _MOST_RAGGED_ROWS
+    key = (lhs.dtype, strides, num_groups, recipe, out_EPQ.dtype, accumulate, lhs.device, places, is_far)
+    if AUTOTUNE.is_on_now():  # as in `m_grouped`
+        product = _product(lhs, rhs, out_EPQ, recipe, accumulate, is_far)
+    else:
+        found = _products.get(key)
+        product = found or _products.setdefault(key, _product(lhs, rhs, out_EPQ, recipe, accumulate, is_far))
+    if recipe is Recipe.MXFP8:
+        lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
+    with on_device(lhs):
+        product.run(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, out_EPQ)
+    return out_EPQ
+
+
+class _Product:
+    """How products are run by the kernel below: what does not depend on M, found once."""
+
+    def __init__(self, out_EPQ: Tensor, kind: str, tma: bool, tile: Tile, accumulate: bool) -> None:
+        self._shape = num_groups, p, q = out_EPQ.shape
+        self.tile = tile
+        self._tma = tma
+        # Groups differ in length, so tiles are not shared out beforehand: a free multiprocessor takes the next one.
+        self._grid = (num_groups * cdiv(p, tile.rows) * cdiv(q, tile.columns),)
+        self._launch = launcher(
+            _wgrad,
+            {
+                "KIND": kind,
+                "TMA": tma,
+                "TOKEN_BLOCK": TOKEN_BLOCK,
+                "E_AT_ONCE": at_once(num_groups),
+                "BLOCK_P": tile.rows,
+                "BLOCK_Q": tile.columns,
+                "BLOCK_T": tile.depth,
+                "BAND": tile.band,
+                "ACCUMULATE": accumulate,
+            },
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
+
+    def run(
+        self,
+        lhs: Tensor,
+        lhs_scale: Tensor | None,
+        rhs: Tensor,
+        rhs_scale: Tensor | None,
+        offs: Tensor,
+        num_rows: int,
+        out_EPQ: Tensor,
+    ) -> None:
+        """Fills or adds to ``out_EPQ``; arguments as of `wgrad`."""
+        lhs_arg, rhs_arg, tile = lhs, rhs, self.tile
+        if self._tma and lhs_scale is None:  # reads zeros past the end of a group
+            lhs_arg = create_ragged_descriptor(lhs, [tile.depth, tile.rows])
+            rhs_arg = create_ragged_descriptor(rhs, [tile.depth, tile.columns])
+        elif self._tma:
+            lhs_arg = TensorDescriptor.from_tensor(lhs.view(-1, TOKEN_BLOCK), [tile.rows, tile.depth])
+            rhs_arg = TensorDescriptor.from_tensor(rhs.view(-1, TOKEN_BLOCK), [tile.columns, tile.depth])
+        self._launch(
+            self._grid,
+            lhs_arg,
+            lhs_scale,
+            rhs_arg,
+            rhs_scale,
+            offs,
+            out_EPQ,
+            num_rows,
+            *self._shape,
+            lhs.stride(0),
+            rhs.stride(0),
+        )
+
+
+_products: dict[tuple[Any, ...], _Product | k_grouped_hopper.Product] = {}  # by all that `_product` looks at
+
+
+def _product(
+    lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, recipe: Recipe, accumulate: bool, is_far: bool
+) -> _Product | k_grouped_hopper.Product:
+    machine = machine_of(lhs.device)
+    kind = kind_of(lhs, recipe)
+    tma = can_use_tma(lhs, rhs) and not is_far
+    if tma and machine.arch == "sm_90":
+        from grouped_gemm.kernels.gemm import k_grouped_hopper
+
+        if k_grouped_hopper.can_run(lhs, rhs, kind):
+            return k_grouped_hopper.Product(lhs, rhs, out_EPQ, kind, accumulate)
+    _, p, q = out_EPQ.shape
+    return _Product(out_EPQ, kind, tma, wgrad_tile(machine, kind, p, q, tma), accumulate)
+
+
+@triton.jit(do_not_specialize=["M", "E"])
+def _wgrad(
+    lhs,
+    lhs_scale,
+    rhs,
+    rhs_scale,
+    offs,
+    out,
+    M,
+    E,
+    P,
+    Q,
+    lhs_stride,
+    rhs_stride,
+    KIND: tl.constexpr,
+    TMA: tl.constexpr,
+    TOKEN_BLOCK: tl.constexpr,
+    E_AT_ONCE: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BAND: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):
+    BLOCKWISE: tl.constexpr = KIND == "blockwise"
+    MX: tl.constexpr = KIND == "mx" or KIND == "mx upcast"
+    SCALED: tl.constexpr = KIND == "rowwise" or BLOCKWISE or MX
+    tl.static_assert(TOKEN_BLOCK % BLOCK_T == 0 and (not (BLOCKWISE or MX) or BLOCK_T == TOKEN_BLOCK))
+    tiles_p = tl.cdiv(P, BLOCK_P)
+    tiles_q = tl.cdiv(Q, BLOCK_Q)
+    e = tl.program_id(0) // (tiles_p * tiles_q)
+    tile_p, tile_q = tile_position(tl.program_id(0) % (tiles_p * tiles_q), tiles_p, tiles_q, BAND)
+    first_p = tile_p * BLOCK_P
+    first_q = tile_q * BLOCK_Q
+    ps = first_p + tl.arange(0, BLOCK_P)
+    qs = first_q + tl.arange(0, BLOCK_Q)
+    ts = tl.arange(0, BLOCK_T)
+
+    start, end, first_block, last_block = group_at(e, offs, M, E, TOKEN_BLOCK, E_AT_ONCE)
+    length = end - start
+    if SCALED:
+        start = first_block * TOKEN_BLOCK
+        length = (last_block - first_block) * TOKEN_BLOCK
+    if not TMA:
+        if SCALED:
+            lhs_tiles = ps[:, None] * TOKEN_BLOCK + ts[None, :]  # in a block of tokens, which 32 bits address
+            rhs_tiles = qs[:, None] * TOKEN_BLOCK + ts[None, :]
+        else:
+            lhs_tiles = lhs + (start + ts).to(tl.int64)[:, None] * lhs_stride + ps[None, :]
+            rhs_tiles = rhs + (start + ts).to(tl.int64)[:, None] * rhs_stride + qs[None, :]
+    if BLOCKWISE or MX:
+        lhs_scales = lhs_scale + first_block.to(tl.int64) * P + ps
+        rhs_scales = rhs_scale + first_block.to(tl.int64) * Q + qs
+
+    acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    for t in range(0, length, BLOCK_T):
+        if BLOCKWISE or MX:
+            p_scales = tl.load(lhs_scales, mask=ps < P, other=ONES if MX else 0)
+            q_scales = tl.load(rhs_scales, mask=qs < Q, other=ONES if MX else 0)
+            lhs_scales += P
+            rhs_scales += Q
+        if SCALED:
+            block = first_block + t // TOKEN_BLOCK
+            if TMA:
+                lhs_PT = lhs.load([block * P + first_p, t % TOKEN_BLOCK])
+                rhs_QT = rhs.load([block * Q + first_q, t % TOKEN_BLOCK])
+            else:
+                lines = tl.cast(block, tl.int64) * TOKEN_BLOCK
+                lhs_PT = tl.load(lhs + (lines * P + t % TOKEN_BLOCK) + lhs_tiles, mask=(ps < P)[:, None], other=0.0)
+                rhs_QT = tl.load(rhs + (lines * Q + t % TOKEN_BLOCK) + rhs_tiles, mask=(qs < Q)[:, None], other=0.0)
+            lhs_tile = lhs_PT
+            rhs_tile = rhs_QT.T
+        else:
+            if TMA:
+                lhs_TP = load_ragged(lhs, start, length, [t, first_p])
+                rhs_tile = load_ragged(rhs, start, length, [t, first_q])
+            else:
+                in_group = (ts < length - t)[:, None]
+                lhs_TP = tl.load(lhs_tiles, mask=in_group & (ps < P)[None, :], other=0.0)
+                rhs_tile = tl.load(rhs_tiles, mask=in_group & (qs < Q)[None, :], other=0.0)
+                lhs_tiles += BLOCK_T * tl.cast(lhs_stride, tl.int64)
+                rhs_tiles += BLOCK_T * tl.cast(rhs_stride, tl.int64)
+            lhs_tile = lhs_TP.T
+        if BLOCKWISE:
+            acc += tl.dot(lhs_tile, rhs_tile) * p_scales[:, None] * q_scales[None, :]
+        elif MX:
+            acc = add_mx_product(lhs_tile, p_scales, rhs_tile, q_scales, acc, KIND == "mx")
+        else:
+            acc = tl.dot(lhs_tile, rhs_tile, acc, input_precision="ieee")
+    if KIND == "rowwise":
+        p_scales = tl.load(lhs_scale + e.to(tl.int64) * P + ps, mask=ps < P, other=0)
+        q_scales = tl.load(rhs_scale + e.to(tl.int64) * Q + qs, mask=qs < Q, other=0)
+        acc = acc * p_scales[:, None] * q_scales[None, :]
+    target = out + e.to(tl.int64) * P * Q + ps.to(tl.int64)[:, None] * Q + qs[None, :]
+    mask = (ps < P)[:, None] & (qs < Q)[None, :]
+    if ACCUMULATE:
+        acc += tl.load(target, mask=mask, other=0)
+    tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+
+
+def group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The sum of each group's rows, accumulated in fp32: (E, N) from (M, N) with contiguous rows."""
+    (num_rows, columns), num_groups = x_MN.shape, offs.shape[0]
+    out_EN = torch.empty(num_groups, columns, dtype=out_dtype, device=x_MN.device)
+    with on_device(x_MN):
+        launch(
+            _group_sums, (num_groups, cdiv(columns, 64)),
+            x_MN, offs, out_EN, num_rows, num_groups, columns, x_MN.stride(0),
+            constants={
+                "TOKEN_BLOCK": TOKEN_BLOCK, "E_AT_ONCE": at_once(num_groups),
+                "BLOCK_M": 128, "BLOCK_N": 64,
+            },
+        )  # fmt: skip
+    return out_EN
+
+
+@triton.jit(do_not_specialize=["M", "E"])
+def _group_sums(
+    x, offs, out, M, E, N, x_stride,
+    TOKEN_BLOCK: tl.constexpr, E_AT_ONCE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    e = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, end, _, _ = group_at(e, offs, M, E, TOKEN_BLOCK, E_AT_ONCE)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for row in range(start, end, BLOCK_M):
+        rows = row + tl.arange(0, BLOCK_M)
+        source = x + rows.to(tl.int64)[:, None] * x_stride + columns[None, :]
+        acc += tl.load(source, mask=(rows < end)[:, None] & (columns < N)[None, :], other=0).to(tl.float32)
+    tl.store(out + e.to(tl.int64) * N + columns, tl.sum(acc, 0).to(out.dtype.element_ty), mask=columns < N)

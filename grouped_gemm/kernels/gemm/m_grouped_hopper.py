@@ -1,0 +1,370 @@
+"""The M-grouped GEMM on Hopper, warp-specialized, in Gluon: most calls of `m_grouped`.
+
+Blockwise it is about twice as fast as that, otherwise by up to a third (docs/performance.md).
+
+One warp copies tiles of both operands, and blockwise the scales of the rows, into a ring of shared memory; two or three
+warpgroups multiply, each 64 rows of the tile. Blockwise, a warpgroup multiplies 128 of C into fresh registers and adds
+them, scaled, to its sum, while the tensor cores work for the others. A finished tile leaves through shared memory while
+the next one begins. Groups are found from ``offs``, as in `m_grouped`.
+
+M, E: rows, groups. C: the contraction. N: columns of the result.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.kernels.common.hopper import (
+    PRODUCER_REGISTERS,
+    STORED,
+    HopperTile,
+    before,
+    describe_scales,
+    describe_tile,
+    load,
+    place,
+    store_tile,
+)
+from grouped_gemm.kernels.common.launch import cdiv, launcher, num_processors
+
+# H200, triton 3.6.0, 2026-11-21.
+TILES = {
+    "16 bit": HopperTile(2, 256, 64, 4, 232, 16),
+    "rowwise": HopperTile(2, 256, 128, 4, 232, 8),
+    "blockwise": HopperTile(3, 128, 128, 4, 152, 8),
+}
+# Likewise: where it is the faster one. Without scales at 8 rows a group, 0.87 to 1.2 times as fast as
+# `m_grouped`'s own.
+_ROWS = {
+    "16 bit": (RowClass.SMALL, RowClass.LARGE),
+    "rowwise": tuple(RowClass),
+    "blockwise": tuple(RowClass),
+}
+
+
+def can_run(lhs_MC: Tensor, rhs_ECO: Tensor, out_dtype: torch.dtype, kind: str, rows: RowClass) -> bool:
+    """Whether this kernel runs operands that TMA can read, on Hopper, and is the faster one.
+
+    The matrices must follow one another without gaps, and the result's rows start at multiples of 16 bytes. A matrix
+    whose lines are along C must have whole tiles of it, lest a tile ends with lines of the next one.
+    """
+    _, depth, columns = rhs_ECO.shape
+    c_contiguous = rhs_ECO.stride(1) == 1
+    lines, stride = (columns, rhs_ECO.stride(2)) if c_contiguous else (depth, rhs_ECO.stride(1))
+    return (
+        rows in _ROWS.get(kind, ())
+        and (rhs_ECO.shape[0] == 1 or rhs_ECO.stride(0) == lines * stride)
+        and columns * out_dtype.itemsize % 16 == 0
+        and (c_contiguous or depth % TILES[kind].depth == 0)
+    )
+
+
+class Product:
+    """How products are run of which `can_run` is true: what does not depend on M, found once.
+
+    Args:
+        lhs_MC, rhs_ECO, out_dtype, kind: as of `can_run`.
+    """
+
+    def __init__(self, lhs_MC: Tensor, rhs_ECO: Tensor, out_dtype: torch.dtype, kind: str) -> None:
+        tile = TILES[kind]
+        self._num_groups, self._depth, self._columns = num_groups, depth, columns = rhs_ECO.shape
+        c_contiguous = rhs_ECO.stride(1) == 1
+        self._lhs_stride = lhs_MC.stride(0)
+        self._lhs_box = [64, tile.depth]
+        self._rhs_stride = rhs_ECO.stride(2) if c_contiguous else rhs_ECO.stride(1)
+        self._rhs_shape = [num_groups * columns, depth] if c_contiguous else [num_groups * depth, columns]
+        self._rhs_box = [tile.columns, tile.depth] if c_contiguous else [tile.depth, tile.columns]
+        self._is_blockwise = kind == "blockwise"
+        self._stores_by_tma = out_dtype.itemsize == 2
+        self._tile_rows = 64 * tile.consumers
+        self._tile_columns = cdiv(columns, tile.columns)
+        self._processors = num_processors(lhs_MC.device)
+        self._launch = launcher(
+            _kernel,
+            {
+                "KIND": kind, "C_CONTIGUOUS": c_contiguous, "CONSUMERS": tile.consumers, "BLOCK_N": tile.columns,
+                "BLOCK_C": tile.depth, "STAGES": tile.stages, "BAND": tile.band, "REGISTERS": tile.registers,
+                "num_warps": 4,
+            },
+        )  # fmt: skip
+
+    def run(
+        self,
+        lhs_MC: Tensor,
+        lhs_scale: Tensor | None,
+        rhs_ECO: Tensor,
+        rhs_scale: Tensor | None,
+        bias_EO: Tensor | None,
+        offs: Tensor,
+        out_MO: Tensor,
+    ) -> None:
+        """Fills ``out_MO``; arguments as of `gemm.grouped_mm`."""
+        num_rows, num_groups, depth, columns = lhs_MC.shape[0], self._num_groups, self._depth, self._columns
+        lhs_desc = describe_tile(lhs_MC, [num_rows, depth], self._lhs_stride, self._lhs_box)
+        rhs_desc = describe_tile(rhs_ECO, self._rhs_shape, self._rhs_stride, self._rhs_box)
+        scale_desc = out_desc = None
+        strides: tuple[int, ...] = (0, 0, 0)
+        if self._is_blockwise:
+            assert lhs_scale is not None and rhs_scale is not None
+            scale_desc = describe_scales(lhs_scale, 64)
+            strides = rhs_scale.stride()
+        if self._stores_by_tma:
+            out_desc = describe_tile(out_MO, [num_rows, columns], columns, STORED)
+        most_tiles = (cdiv(num_rows, self._tile_rows) + num_groups) * self._tile_columns
+        self._launch(
+            (min(most_tiles, self._processors),),
+            lhs_desc, rhs_desc, scale_desc, out_desc, lhs_scale, rhs_scale, bias_EO,
+            offs, out_MO, num_rows, num_groups, depth, columns, *strides,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _seek(offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK_M: gl.constexpr):
+    """Moves on to the group that has ``tile``. Rows past the last group are group E; there is none past that one.
+
+    Returns:
+        The group, its first row, one past its last row, its first tile, and where its scales begin.
+    """
+    tiles = (end - start + BLOCK_M - 1) // BLOCK_M * columns
+    while (e <= E) & (tile >= first_tile + tiles):
+        first_tile += tiles
+        scale_row += (end - start + 3) // 4 * 4
+        start = end
+        e += 1
+        end = gl.load(offs + gl.minimum(e, E - 1))
+        end = gl.where(e < E, gl.maximum(start, gl.minimum(end, M)), M)
+        tiles = (end - start + BLOCK_M - 1) // BLOCK_M * columns
+    return e, start, end, first_tile, scale_row
+
+
+@gluon.jit
+def _produce(
+    lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
+    KIND: gl.constexpr, C_CONTIGUOUS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = 64 * CONSUMERS
+    SCALES: gl.constexpr = KIND == "blockwise"
+    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_C * (lhs_desc.dtype.primitive_bitwidth // 8)
+    columns = (N + BLOCK_N - 1) // BLOCK_N
+    tile = gl.program_id(0)
+    zero = gl.to_tensor(0)
+    e, start, end, first_tile, scale_row = _seek(offs, M, E, columns, tile, zero - 1, zero, zero, zero, zero, BLOCK_M)
+    slot = 0
+    phase = 1
+    while e < E:
+        rows = (end - start + BLOCK_M - 1) // BLOCK_M
+        tile_row, tile_column = place(tile - first_tile, rows, columns, BAND)
+        row = tile_row * BLOCK_M
+        column = tile_column * BLOCK_N
+        for c in range(0, C, BLOCK_C):
+            mbarrier.wait(empty.index(slot), phase)
+            barrier = full.index(slot)
+            mbarrier.expect(barrier, BYTES + (BLOCK_M * 4 if SCALES else 0))
+            if C_CONTIGUOUS:
+                load(rhs_desc, [e * N + column, c], barrier, rhs_bufs.index(slot))
+            else:
+                load(rhs_desc, [e * C + c, column], barrier, rhs_bufs.index(slot))
+            for i in gl.static_range(CONSUMERS):
+                load(lhs_desc, [start + row + 64 * i, c], barrier, lhs_bufs.index(slot * CONSUMERS + i))
+                if SCALES:
+                    source = [c // BLOCK_C, scale_row + row + 64 * i]
+                    load(scale_desc, source, barrier, scale_bufs.index(slot * CONSUMERS + i))
+            slot += 1
+            if slot == STAGES:
+                slot = 0
+                phase ^= 1
+        tile += gl.num_programs(0)
+        e, start, end, first_tile, scale_row = _seek(
+            offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK_M
+        )
+
+
+@gluon.jit
+def _consume(
+    which: gl.constexpr, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
+    lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
+    KIND: gl.constexpr, C_CONTIGUOUS: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = 64 * CONSUMERS
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 256 // lhs_bufs.dtype.primitive_bitwidth]
+    )
+    columns = (N + BLOCK_N - 1) // BLOCK_N
+    steps = (C + BLOCK_C - 1) // BLOCK_C
+    tile = gl.program_id(0)
+    zero = gl.to_tensor(0)
+    e, start, end, first_tile, scale_row = _seek(offs, M, E, columns, tile, zero - 1, zero, zero, zero, zero, BLOCK_M)
+    slot = 0
+    phase = 0
+    while e <= E:
+        rows = (end - start + BLOCK_M - 1) // BLOCK_M
+        tile_row, tile_column = place(tile - first_tile, rows, columns, BAND)
+        row = start + tile_row * BLOCK_M + which * 64
+        column = tile_column * BLOCK_N
+        acc = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
+        if e < E:
+            if row >= end:  # none of its rows is in the group: only keeps the ring going
+                for _ in range(steps):
+                    mbarrier.wait(full.index(slot), phase)
+                    mbarrier.arrive(empty.index(slot), count=1)
+                    slot += 1
+                    if slot == STAGES:
+                        slot = 0
+                        phase ^= 1
+            elif KIND == "blockwise":
+                block_scales = rhs_scale + e.to(gl.int64) * scale_stride_e + column // 128 * scale_stride_o
+                next_scale = gl.load(block_scales)
+                for step in range(steps):
+                    block_scale = next_scale
+                    block_scales += gl.where(step + 1 < steps, scale_stride_c, 0)
+                    next_scale = gl.load(block_scales)  # a step ahead: nothing waits for it
+                    mbarrier.wait(full.index(slot), phase)
+                    product = warpgroup_mma(
+                        lhs_bufs.index(slot * CONSUMERS + which),
+                        rhs_bufs.index(slot).permute((1, 0)),
+                        gl.zeros((64, BLOCK_N), gl.float32, LAYOUT),
+                        use_acc=False,
+                        is_async=True,
+                    )
+                    scale = scale_bufs.index(slot * CONSUMERS + which).permute((1, 0)).load(LAYOUT) * block_scale
+                    product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
+                    mbarrier.arrive(empty.index(slot), count=1)
+                    acc = acc + product * scale
+                    slot += 1
+                    if slot == STAGES:
+                        slot = 0
+                        phase ^= 1
+            else:
+                for step in range(steps):
+                    mbarrier.wait(full.index(slot), phase)
+                    rhs = rhs_bufs.index(slot).permute((1, 0)) if C_CONTIGUOUS else rhs_bufs.index(slot)
+                    acc = warpgroup_mma(lhs_bufs.index(slot * CONSUMERS + which), rhs, acc, is_async=True)
+                    acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # the step before is done
+                    mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=step > 0)
+                    slot += 1
+                    if slot == STAGES:
+                        slot = 0
+                        phase ^= 1
+                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+                mbarrier.arrive(empty.index(before(slot, STAGES)), count=1)
+        if row < end:
+            _finish(
+                acc, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
+                KIND, HAS_BIAS, TMA_STORE,
+            )  # fmt: skip
+        tile += gl.num_programs(0)
+        e, start, end, first_tile, scale_row = _seek(
+            offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK_M
+        )
+    if TMA_STORE:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _finish(
+    acc, buffer, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
+    KIND: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
+):  # fmt: skip
+    """Scales a finished tile, adds the bias, and stores it: whole tiles through shared memory, others masked."""
+    if acc.shape[1] == 256:  # by halves: fewer registers
+        halves = acc.reshape([64, 2, 128]).permute((0, 2, 1)).split()
+        for i in gl.static_range(2):
+            _finish(
+                halves[i], buffer, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column + 128 * i, E, N,
+                KIND, HAS_BIAS, TMA_STORE,
+            )  # fmt: skip
+    else:
+        rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
+        ns = column + gl.arange(0, 128, layout=gl.SliceLayout(0, acc.type.layout))
+        e64 = gl.minimum(e, E - 1).to(gl.int64)  # past the last group nothing is loaded, lest zeros become NaN
+        if KIND == "rowwise":
+            row_scales = gl.load(lhs_scale + rows, mask=(rows < end) & (e < E), other=0)
+            column_scales = gl.load(rhs_scale + e64 * N + ns, mask=(ns < N) & (e < E), other=0)
+            acc = acc * gl.expand_dims(row_scales, 1) * gl.expand_dims(column_scales, 0)
+        if HAS_BIAS:
+            biases = gl.load(bias + e64 * N + ns, mask=(ns < N) & (e < E), other=0)
+            acc = acc + gl.expand_dims(biases.to(gl.float32), 0)
+        values = acc.to(out.dtype.element_ty)
+        if TMA_STORE and row + 64 <= end:
+            store_tile(values, buffer, out_desc, row, column)
+        else:
+            target = out + gl.expand_dims(rows.to(gl.int64), 1) * N + gl.expand_dims(ns, 0)
+            gl.store(target, values, mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(ns < N, 0))
+
+
+@gluon.jit(do_not_specialize=["M", "E"])
+def _kernel(
+    lhs_desc, rhs_desc, scale_desc, out_desc, lhs_scale, rhs_scale, bias, offs, out, M, E, C, N,
+    scale_stride_e, scale_stride_c, scale_stride_o,
+    KIND: gl.constexpr, C_CONTIGUOUS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
+    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    # A warpgroup's arguments are values: what is not there has a stand-in, which nothing reads.
+    HAS_BIAS: gl.constexpr = bias is not None
+    TMA_STORE: gl.constexpr = out_desc is not None
+    if lhs_scale is None:
+        lhs_scale = offs
+    if rhs_scale is None:
+        rhs_scale = offs
+    if bias is None:
+        bias = offs
+    if scale_desc is None:
+        scale_desc = lhs_desc
+    if out_desc is None:
+        out_desc = lhs_desc
+    lhs_bufs = gl.allocate_shared_memory(lhs_desc.dtype, [STAGES * CONSUMERS, 64, BLOCK_C], lhs_desc.layout)
+    RHS_BOX: gl.constexpr = [STAGES, BLOCK_N, BLOCK_C] if C_CONTIGUOUS else [STAGES, BLOCK_C, BLOCK_N]
+    rhs_bufs = gl.allocate_shared_memory(rhs_desc.dtype, RHS_BOX, rhs_desc.layout)
+    scale_bufs = lhs_bufs
+    if KIND == "blockwise":
+        scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * CONSUMERS, 1, 64], scale_desc.layout)
+    out_bufs = lhs_bufs
+    if TMA_STORE:
+        out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 64, 128], out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    if CONSUMERS == 3:
+        gl.warp_specialize([
+            (_consume, (0, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
+                lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
+                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+            (_consume, (1, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
+                lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
+                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+            (_consume, (2, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
+                lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
+                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+            (_produce, (lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
+                KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+        ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_consume, (0, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
+                lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
+                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+            (_consume, (1, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
+                lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
+                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+            (_produce, (lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
+                KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+        ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

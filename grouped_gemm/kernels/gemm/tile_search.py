@@ -1,0 +1,392 @@
+"""Tiles found ahead of time on the user's own GPU, and kept in a file: GROUPED_GEMM_AUTOTUNE=1. Imports no Triton.
+
+Three rules. A call only looks up: `search` runs in `grouped_gemm.warmup` and nowhere else. M is no key, the row class
+is, so that one machine code serves all calls of a class; wgrad's does not even depend on that. And a tile is kept only
+if its result is that of the shipped tile, bit for bit: the switch changes how long a product takes, never its value,
+and a row's bits depend on the other groups as much as they did before, which is not at all.
+
+C, O, P, Q: the contraction and the columns of `m_grouped`, the features of `k_grouped`'s operands.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from grouped_gemm.core.machine import Machine, machine_of
+from grouped_gemm.core.preference import AUTOTUNE, cache_directory
+from grouped_gemm.core.problem import RowClass
+from grouped_gemm.core.store import DAMAGE, locked, read, replace
+from grouped_gemm.kernels.gemm import tiles
+from grouped_gemm.kernels.gemm.tiles import Tile
+
+SCHEMA = 1  # of the file; another number is another file
+MARGIN = 1.02  # how many times as fast as the shipped tile one must be: repeated medians differ by up to 1%
+_POWERS_OF_TWO = ("rows", "columns", "depth", "warps")
+_BOUNDS = {
+    "rows": (16, 256), "columns": (16, 256), "depth": (16, 128), "warps": (1, 16), "stages": (1, 16), "band": (1, 16),
+}  # fmt: skip
+
+
+class Site(NamedTuple):
+    """One use of a tile: all that the best one depends on, beside the versions of Triton and of the kernels.
+
+    Attributes:
+        arch: "sm_90".
+        gpu: the device's own name: an H100 and an H200 are both sm_90.
+        kernel: "gemm" or "wgrad".
+        kind: kind of operands, as in `tiles`.
+        rows: value of the row class; "any" for wgrad.
+        sizes: (C, O) of gemm, (P, Q) of wgrad.
+        layout: which axis of gemm's rhs is contiguous, "c" or "o"; and whether TMA reads the operands.
+    """
+
+    arch: str
+    gpu: str
+    kernel: str
+    kind: str
+    rows: str
+    sizes: tuple[int, int]
+    layout: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.kind} {self.rows} {self.sizes[0]}x{self.sizes[1]} {self.layout}"
+
+
+class Found(NamedTuple):
+    """What a search found: the tile, and how many times as fast as the shipped one it is (1 where it is that one)."""
+
+    tile: Tile
+    speedup: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """One search, for people.
+
+    Attributes:
+        site: what was tuned.
+        shipped: the tile of the table.
+        tile: the one that is used from now on.
+        shipped_ms: milliseconds of the shipped tile.
+        ms: milliseconds of ``tile``.
+        tried: how many other tiles were tried.
+        different: how many of them gave other bits.
+        failed: those that did not compile or run, and why.
+    """
+
+    site: Site
+    shipped: Tile
+    tile: Tile
+    shipped_ms: float
+    ms: float
+    tried: int
+    different: int
+    failed: tuple[tuple[Tile, str], ...]
+
+    @property
+    def speedup(self) -> float:
+        """How many times as fast as the shipped tile; 1 where that one stays."""
+        return 1.0 if self.tile == self.shipped else self.shipped_ms / self.ms
+
+    def __str__(self) -> str:
+        kept = "the shipped tile stays"
+        if self.tile != self.shipped:
+            kept = f"{self.speedup:.2f}x as fast with {tile_name(self.tile)}, shipped {tile_name(self.shipped)}"
+        trials = f"{self.tried} tried, {len(self.failed)} failed, {self.different} gave other bits"
+        reasons = sorted({reason for _, reason in self.failed})
+        return f"{self.site}: {kept} ({trials}{''.join(f'; failed: {reason}' for reason in reasons)})"
+
+
+def tile_name(tile: Tile) -> str:
+    """``128x256x64, 8 warps, 3 stages, band 16``, and whatever else a tile has."""
+    rest = tile._asdict()
+    sides = "x".join(str(rest.pop(name)) for name in ("rows", "columns", "depth"))
+    counts = [f"{rest.pop(name)} {name}" for name in ("warps", "stages")]
+    return ", ".join([sides, *counts, *(f"{name} {value}" for name, value in rest.items())])
+
+
+# -- looking up
+
+
+def gemm_tile(machine: Machine, kind: str, rows: RowClass, c: int, o: int, c_contiguous: bool, tma: bool) -> Tile:
+    """The tile of the M-grouped kernel: where GROUPED_GEMM_AUTOTUNE=1, one that was found for this use; else shipped.
+
+    Raises:
+        ValueError: the switch has an unknown value.
+    """
+    shipped = tiles.gemm_tile(machine.vendor, machine.arch, kind, rows)
+    if not AUTOTUNE.is_on():
+        return shipped
+    layout = ("c" if c_contiguous else "o") + (" tma" if tma else "")
+    return _look_up(Site(machine.arch, machine.name, "gemm", kind, rows.value, (c, o), layout), shipped)
+
+
+def wgrad_tile(machine: Machine, kind: str, p: int, q: int, tma: bool) -> Tile:
+    """Likewise of the K-grouped kernel."""
+    shipped = tiles.wgrad_tile(machine.vendor, machine.arch, kind)
+    if not AUTOTUNE.is_on():
+        return shipped
+    return _look_up(Site(machine.arch, machine.name, "wgrad", kind, "any", (p, q), "tma" if tma else "plain"), shipped)
+
+
+class _Watch(threading.local):
+    """What a search has this thread do: other threads go on with the tiles that they have."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Site, Tile] | None = None  # uses and their shipped tiles
+        self.trial: tuple[Site, Tile] | None = None
+
+
+_watch = _Watch()
+
+
+def _look_up(site: Site, shipped: Tile) -> Tile:
+    if _watch.seen is not None:
+        _watch.seen[site] = shipped
+    if _watch.trial is not None and _watch.trial[0] == site:
+        return _watch.trial[1]
+    found = known().get(site)
+    return shipped if found is None else found.tile
+
+
+# -- the file
+
+
+def path() -> Path:
+    """The file, in `preference.cache_directory`."""
+    return cache_directory() / f"tiles-{SCHEMA}.json"
+
+
+@functools.cache
+def known() -> dict[Site, Found]:
+    """What was found for this Triton and these kernels, here or in an earlier process: the file, read once.
+
+    A file that is damaged or cannot be read is ignored with a warning.
+    """
+    try:
+        entries = _entries()
+    except OSError as error:
+        warnings.warn(
+            f"tiles-{SCHEMA}.json: expected a file that can be read; found {error}. Shipped tiles are used. Set "
+            "GROUPED_GEMM_CACHE_DIR to a directory that can be read and written.",
+            stacklevel=2,
+        )
+        return {}
+    except DAMAGE as error:
+        warnings.warn(
+            f"{path()}: expected tiles that a search has found; found {type(error).__name__}: {error}. The file is "
+            "ignored and shipped tiles are used. Delete it; grouped_gemm.warmup then searches again.",
+            stacklevel=2,
+        )
+        return {}
+    return {_site(entry): Found(Tile(**entry["tile"]), entry["speedup"]) for entry in entries if _is_current(entry)}
+
+
+def _entries() -> list[dict[str, Any]]:
+    """The entries of the file, those of other versions too; none where there is no file.
+
+    Raises:
+        One of DAMAGE: the file cannot be read, or holds something else.
+    """
+    entries = read(path(), SCHEMA, "tiles")
+    for entry in entries:
+        _site(entry)
+        if _is_current(entry):
+            _check(entry)
+    return entries
+
+
+def _is_current(entry: dict[str, Any]) -> bool:
+    return all(entry[name] == version for name, version in versions().items())
+
+
+def _site(entry: dict[str, Any]) -> Site:
+    first, second = entry["sizes"]
+    names = {name: entry[name] for name in Site._fields if name != "sizes"}
+    if not all(isinstance(value, str) for value in names.values()) or not all(
+        isinstance(n, int) for n in (first, second)
+    ):
+        raise TypeError(f"a use that is none: {entry!r}")
+    return Site(**names, sizes=(first, second))
+
+
+def _check(entry: dict[str, Any]) -> None:
+    """The tile of an entry is one that its kernel takes, no larger than a search tries."""
+    site, tile = _site(entry), Tile(**entry["tile"])
+    for name, value in tile._asdict().items():
+        least, most = _BOUNDS[name]
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{name} of a tile is {value!r}, and not from {least} to {most}")
+    if any(value & (value - 1) for value in (getattr(tile, name) for name in _POWERS_OF_TWO)):
+        raise ValueError(f"no powers of two: {tile}")
+    if site.kind in ("blockwise", "mx", "mx upcast") and tile.depth != 128:
+        raise ValueError(f"depth of a tile is {tile.depth}, and a block of scales 128")
+    if (site.kernel, site.kind) == ("gemm", "blockwise") and tile.columns > 128:
+        raise ValueError(f"a tile has {tile.columns} columns, and a block of scales 128")
+    if type(entry["speedup"]) not in (int, float) or not 0 < entry["speedup"] < math.inf:
+        raise ValueError(f"speedup is {entry['speedup']!r}")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What a tile was found with. The sources of the kernels are part of it: what was found with others is not used."""
+    sources = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.parent.rglob("*.py")):
+        sources.update(source.read_bytes())
+    return {"triton": str(machine_of("cpu").version("triton")), "kernels": sources.hexdigest()[:16]}
+
+
+def store(found: dict[Site, Found]) -> None:
+    """Uses ``found`` from now on, in this process, and adds it to the file.
+
+    Several processes may do so at a time: each reads, adds and replaces the file under a lock, and a reader sees the
+    file as it was before or after. Where the directory cannot be written, a warning says so.
+    """
+    known().update(found)
+    try:
+        file = path()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file.with_suffix(".lock")):
+            try:
+                before = _entries()
+            except DAMAGE:  # `known` has warned of it
+                before = []
+            kept = [entry for entry in before if not (_is_current(entry) and _site(entry) in found)]
+            new = [_entry(site, result) for site, result in found.items()]
+            replace(file, json.dumps({"schema": SCHEMA, "tiles": kept + new}, indent=1))
+    except OSError as error:
+        warnings.warn(
+            f"tiles-{SCHEMA}.json: expected a directory to keep it in; found {error}. This process uses what it found, "
+            "later ones have to search again. Set GROUPED_GEMM_CACHE_DIR to a directory that can be written.",
+            stacklevel=2,
+        )
+
+
+def _entry(site: Site, found: Found) -> dict[str, Any]:
+    return {**site._asdict(), **versions(), "tile": found.tile._asdict(), "speedup": round(found.speedup, 4)}
+
+
+# -- searching
+
+
+def search(run: Callable[[], Tensor], timer: Callable[[Callable[[], Tensor]], float] | None = None) -> list[Search]:
+    """Searches a tile for each use in ``run`` that nothing is known of yet, and stores what it found.
+
+    Takes about a second for each tile that has to be compiled; waits for the device. Not during graph capture.
+
+    Args:
+        run: launches a product, on operands of a size that tells; the same result each time.
+        timer: milliseconds of a function; None: the median of ``triton.testing.do_bench``, which empties L2 before
+            each run.
+
+    Returns:
+        What was done, one for each use.
+
+    Raises:
+        RuntimeError: the shipped tile's own result does not repeat, so that no comparison means anything.
+    """
+    timer = timer or _milliseconds
+    seen: dict[Site, Tile] = {}
+    _watch.seen = seen
+    try:
+        run()
+    finally:
+        _watch.seen = None
+    searches = [_search(site, shipped, run, timer) for site, shipped in seen.items() if site not in known()]
+    if searches:
+        store({done.site: Found(done.tile, done.speedup) for done in searches})
+    return searches
+
+
+def _search(
+    site: Site, shipped: Tile, run: Callable[[], Tensor], timer: Callable[[Callable[[], Tensor]], float]
+) -> Search:
+    """Better tiles are looked for in one respect after the other, each time around the best one so far."""
+    truth = _with(site, shipped, run)
+    times = {shipped: _with(site, shipped, lambda: timer(run))}
+    failed: dict[Tile, str] = {}
+    different = 0
+    for variants in (_sides, _depths, _stages, _bands):
+        for tile in variants(site, min(times, key=times.__getitem__)):
+            if tile in times or tile in failed:
+                continue
+            try:
+                result = _with(site, tile, run)
+                if not _same_bits(result, truth):
+                    different += 1
+                    times[tile] = float("inf")
+                    continue
+                times[tile] = _with(site, tile, lambda: timer(run))
+            except Exception as error:  # of the compiler or the launch: this tile is none; the report says so
+                failed[tile] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if not _same_bits(_with(site, shipped, run), truth):  # raises where a trial has left the device unusable
+        raise RuntimeError(f"{site}: expected the same bits from the same tile; found others. Nothing was stored.")
+    best = min(times, key=times.__getitem__)
+    tried = len(times) + len(failed) - 1
+    if best != shipped:  # once more, in turns: the first times were minutes apart
+        again = [(_with(site, shipped, lambda: timer(run)), _with(site, best, lambda: timer(run))) for _ in range(2)]
+        times[shipped], times[best] = (min(column) for column in zip(*again))
+        if times[shipped] < MARGIN * times[best]:
+            best = shipped
+    return Search(site, shipped, best, times[shipped], times[best], tried, different, tuple(failed.items()))
+
+
+def _with(site: Site, tile: Tile, run: Callable[[], Any]) -> Any:
+    """What ``run`` returns where ``site`` works in ``tile``."""
+    _watch.trial = site, tile
+    try:
+        return run()
+    finally:
+        _watch.trial = None
+
+
+def _milliseconds(run: Callable[[], Tensor]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(run, warmup=10, rep=50, return_mode="median"))
+
+
+def _same_bits(x: Tensor, truth: Tensor) -> bool:
+    bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
+    return torch.equal(x.view(bits), truth.view(bits))
+
+
+def _sides(site: Site, tile: Tile) -> Iterator[Tile]:
+    """Rows and columns, with warps that keep 32 to 128 accumulators in a thread."""
+    fewest = {RowClass.DECODE.value: (16, 32, 64), RowClass.SMALL.value: (32, 64, 128)}.get(site.rows, (64, 128, 256))
+    # gemm's step has one scale of rhs, blockwise
+    widest = (32, 64, 128) if site.kind == "blockwise" and site.kernel == "gemm" else (64, 128, 256)
+    for rows in fewest:
+        for columns in widest:
+            for warps in (4, 8):
+                if 32 <= rows * columns // (32 * warps) <= 128:
+                    yield tile._replace(rows=rows, columns=columns, warps=warps)
+
+
+def _depths(site: Site, tile: Tile) -> Iterator[Tile]:
+    """Values of the contraction in one step; blockwise, that is a block."""
+    for depth in () if site.kind == "blockwise" else (32, 64, 128):
+        yield tile._replace(depth=depth)
+
+
+def _stages(site: Site, tile: Tile) -> Iterator[Tile]:
+    for stages in (tile.stages - 1, tile.stages + 1, tile.stages + 2):
+        if stages >= 1:
+            yield tile._replace(stages=stages)
+
+
+def _bands(site: Site, tile: Tile) -> Iterator[Tile]:
+    for band in (1, 4, 8, 16):
+        yield tile._replace(band=band)

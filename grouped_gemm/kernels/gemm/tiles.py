@@ -1,0 +1,132 @@
+"""Which tile a kernel works in, as tables by architecture, kind of operands and row class. Nothing tunes in a call.
+
+M is not a key: a call with more rows runs the same machine code, and its rows get the same bits. An entry says where
+it was measured; the others are plausible, and marked so. `tile_search` holds those found on the user's GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from grouped_gemm.core.problem import RowClass
+
+
+class Tile(NamedTuple):
+    """How one program works.
+
+    Attributes:
+        rows: rows of an output tile.
+        columns: columns of an output tile.
+        depth: values of the contraction in one step.
+        warps: warps of a program.
+        stages: steps whose loads are in flight at once.
+        band: tiles of a group go down this many tile rows before they go on to the next column, so that programs
+            that run at the same time share operands in L2.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    band: int = 8
+
+
+_DECODE, _SMALL, _LARGE = RowClass.DECODE, RowClass.SMALL, RowClass.LARGE
+_Table = dict[tuple[str, RowClass], Tile]  # (kind, row class); kinds: `launch.kind_of`
+
+# H200, triton 3.6.0, 2026-11-21, 32768x8x2048x7168 balanced: the "large" entries of 16 bit, rowwise and blockwise.
+# All other entries here, and every band: not measured. `gemm_hopper` has tiles of its own, and runs most calls.
+_GEMM_SM90: _Table = {
+    ("16 bit", _LARGE): Tile(128, 256, 64, 8, 3, band=16),
+    ("16 bit", _SMALL): Tile(64, 256, 64, 4, 4, band=4),
+    ("16 bit", _DECODE): Tile(64, 128, 64, 4, 6, band=1),
+    ("32 bit", _LARGE): Tile(64, 64, 32, 8, 3),
+    ("rowwise", _LARGE): Tile(128, 256, 128, 8, 3, band=16),
+    ("rowwise", _SMALL): Tile(64, 256, 128, 4, 4, band=4),
+    ("rowwise", _DECODE): Tile(64, 128, 128, 4, 6, band=1),
+    ("blockwise", _LARGE): Tile(128, 128, 128, 8, 4, band=12),
+    ("blockwise", _SMALL): Tile(64, 128, 128, 4, 4, band=4),
+    ("blockwise", _DECODE): Tile(64, 128, 128, 4, 6, band=1),
+    ("mx upcast", _LARGE): Tile(128, 128, 128, 8, 3, band=12),
+    ("mx upcast", _DECODE): Tile(64, 128, 128, 4, 3, band=1),
+}
+# Not measured. Fits the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
+_GEMM_NVIDIA: _Table = {
+    ("16 bit", _LARGE): Tile(128, 128, 32, 8, 4),
+    ("16 bit", _DECODE): Tile(16, 128, 64, 4, 4, band=1),
+    ("32 bit", _LARGE): Tile(64, 64, 32, 8, 3),
+    ("rowwise", _LARGE): Tile(128, 128, 64, 8, 4),
+    ("blockwise", _LARGE): Tile(128, 64, 128, 8, 3),
+    ("mx", _LARGE): Tile(128, 128, 128, 8, 3),  # with 64 rows, Triton widens the operands for sm_100, silently
+    ("mx upcast", _LARGE): Tile(64, 64, 128, 4, 3),
+}
+# Not measured. Fits the 64 KiB of LDS of gfx942.
+_GEMM_AMD: _Table = {
+    ("16 bit", _LARGE): Tile(128, 128, 64, 8, 2),
+    ("32 bit", _LARGE): Tile(64, 64, 32, 8, 2),
+    ("rowwise", _LARGE): Tile(128, 128, 128, 8, 2),
+    ("blockwise", _LARGE): Tile(128, 128, 128, 8, 2),
+    ("mx", _LARGE): Tile(128, 128, 128, 8, 2),
+    ("mx upcast", _LARGE): Tile(128, 128, 128, 8, 2),
+}
+# The interpreter: small, so that small cases have many tiles.
+_GEMM_CPU: _Table = {
+    ("16 bit", _LARGE): Tile(16, 32, 32, 4, 1, band=2),
+    ("32 bit", _LARGE): Tile(16, 32, 32, 4, 1, band=2),
+    ("rowwise", _LARGE): Tile(16, 32, 64, 4, 1, band=2),
+    ("blockwise", _LARGE): Tile(16, 64, 128, 4, 1, band=2),
+    ("mx", _LARGE): Tile(16, 32, 128, 4, 1, band=2),
+    ("mx upcast", _LARGE): Tile(16, 32, 128, 4, 1, band=2),
+}
+_GEMM = {"nvidia": _GEMM_NVIDIA, "amd": _GEMM_AMD, "cpu": _GEMM_CPU, "sm_90": _GEMM_SM90}
+
+# wgrad: rows and columns are features, the depth is tokens; the row class of the call plays no part.
+# Not measured, but for the forms that they share with _GEMM_SM90.
+_WGRAD: dict[str, dict[str, Tile]] = {
+    "sm_90": {
+        "16 bit": Tile(128, 256, 64, 8, 3, band=8),
+        "32 bit": Tile(64, 64, 32, 8, 3),
+        "rowwise": Tile(128, 256, 128, 8, 3, band=8),
+        "blockwise": Tile(128, 128, 128, 8, 4, band=12),
+        "mx upcast": Tile(128, 128, 128, 8, 3, band=12),
+    },
+    "nvidia": {
+        "16 bit": Tile(128, 128, 32, 8, 4),
+        "32 bit": Tile(64, 64, 32, 8, 3),
+        "rowwise": Tile(128, 128, 64, 8, 4),
+        "blockwise": Tile(128, 128, 128, 8, 2),
+        "mx": Tile(128, 128, 128, 8, 3),
+        "mx upcast": Tile(32, 64, 128, 4, 3),
+    },
+    "amd": {
+        "16 bit": Tile(128, 128, 64, 8, 2),
+        "32 bit": Tile(64, 64, 32, 8, 2),
+        "rowwise": Tile(128, 128, 128, 8, 2),
+        "blockwise": Tile(128, 128, 128, 8, 2),
+        "mx": Tile(128, 128, 128, 8, 2),
+        "mx upcast": Tile(128, 128, 128, 8, 2),
+    },
+    "cpu": {
+        "16 bit": Tile(32, 32, 32, 4, 1, band=2),
+        "32 bit": Tile(32, 32, 32, 4, 1, band=2),
+        "rowwise": Tile(32, 32, 64, 4, 1, band=2),
+        "blockwise": Tile(32, 32, 128, 4, 1, band=2),
+        "mx": Tile(32, 32, 128, 4, 1, band=2),
+        "mx upcast": Tile(32, 32, 128, 4, 1, band=2),
+    },
+}
+
+
+@functools.cache
+def gemm_tile(vendor: str, arch: str, kind: str, rows: RowClass) -> Tile:
+    """The tile of the M-grouped kernel: the architecture's own, else its vendor's; else that of the next row class."""
+    table = _GEMM.get(arch, _GEMM[vendor])
+    larger = (rows, _SMALL, _LARGE) if rows is _DECODE else (rows, _LARGE)
+    return next(table[kind, row_class] for row_class in larger if (kind, row_class) in table)
+
+
+def wgrad_tile(vendor: str, arch: str, kind: str) -> Tile:
+    """The tile of the K-grouped kernel: the architecture's own, else its vendor's."""
+    return _WGRAD.get(arch, _WGRAD[vendor])[kind]

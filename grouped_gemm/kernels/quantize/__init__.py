@@ -1,0 +1,1 @@
+"""Quantizers and the layouts that they write."""

@@ -1,0 +1,104 @@
+"""The tensors that the quantizers fill and the products read: shapes, strides and dtypes. Imports no Triton.
+
+An operand that is not wanted is an empty tensor of shape (0,).
+
+MX scales, E8M0, lie as blockwise ones do, four in place of one: (ceil(depth/128), lines, 4), lines being the rows or
+columns that the contraction runs along. A step of a kernel covers 128 of the contraction and reads an aligned int32 for
+each line of its tile, adjacent ones for adjacent lines, wherever a group starts. Scales of no values are 1.
+
+M, E, K, N: rows, groups, in and out features. D: K or N. T: tokens in blocks of 128 that start anew with each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.recipes import Recipe
+
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # two data, two scales, in the order of a function's own
+
+TOKEN_BLOCK = 128
+SCALE_ALIGNMENT = 4  # fp32 scales that TMA reads start at multiples of 16 bytes
+MX_SCALES = 4  # how many MX scales a line has in 128 of the contraction
+
+
+def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, columns: bool) -> Operands:
+    """Data and scales of an operand of forward and dgrad, then of an operand of wgrad, both of ``x_MD``.
+
+    Returns:
+        Data (M, D) fp8, contiguous D; scales, rowwise (M,), blockwise (ceil(D/128), S), MX (ceil(D/128), M, 4). In S,
+        the rows of each group start at a multiple of 4, after those of the group before: S is M + 3 E, rounded up to
+        such a multiple.
+        Data (T/128, D, 128) fp8, contiguous, so that a tile of 128 tokens is in one piece; scales, rowwise (E, D),
+        blockwise (T/128, D), MX (T/128, D, 4).
+        T is ``(M // 128 + E) * 128``, which is enough for any ``offs``.
+    """
+    num_rows, features = x_MD.shape
+    each = (MX_SCALES,) if recipe is Recipe.MXFP8 else ()
+    if rows:
+        row_data = _empty_fp8(x_MD, (num_rows, features))
+        scale_shape: tuple[int, ...] = (num_rows,)
+        if recipe is Recipe.MXFP8:
+            scale_shape = -(-features // 128), num_rows, MX_SCALES
+        elif recipe.block is not None:
+            padded_rows = num_rows + (SCALE_ALIGNMENT - 1) * num_groups
+            scale_shape = -(-features // recipe.block), -(-padded_rows // SCALE_ALIGNMENT) * SCALE_ALIGNMENT
+        row_scale = x_MD.new_empty(scale_shape, dtype=recipe.scale_dtype)
+    else:
+        row_data, row_scale = x_MD.new_empty(0), x_MD.new_empty(0)
+    if columns:
+        token_blocks = num_rows // TOKEN_BLOCK + num_groups
+        column_data = _empty_fp8(x_MD, (token_blocks, features, TOKEN_BLOCK))
+        scale_rows = num_groups if recipe.block is None else token_blocks
+        column_scale = x_MD.new_empty(scale_rows, features, *each, dtype=recipe.scale_dtype)
+    else:
+        column_data, column_scale = x_MD.new_empty(0), x_MD.new_empty(0)
+    return row_data, row_scale, column_data, column_scale
+
+
+def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Operands:
+    """Data for forward and for dgrad, then the scales of each; blockwise, both have the first scales.
+
+    Returns:
+        Data (E, N, K) fp8, contiguous K, and data (E, K, N) fp8, contiguous N.
+        Scales: rowwise (E, N) and (E, K); blockwise (E, ceil(K/128), ceil(N/128)) and nothing;
+        MX (E, ceil(K/128), N, 4) and (E, ceil(N/128), K, 4).
+    """
+    num_groups, k, n = b_EKN.shape
+    forward_data = _empty_fp8(b_EKN, (num_groups, n, k)) if forward else b_EKN.new_empty(0)
+    dgrad_data = _empty_fp8(b_EKN, (num_groups, k, n)) if dgrad else b_EKN.new_empty(0)
+    if recipe.weight_lines > 1:
+        blocks = num_groups, -(-k // recipe.weight_lines), -(-n // recipe.weight_lines)
+        forward_scale, dgrad_scale = b_EKN.new_empty(blocks, dtype=torch.float32), b_EKN.new_empty(0)
+    else:
+        forward_scale = _empty_line_scales(b_EKN, k, n, recipe) if forward else b_EKN.new_empty(0)
+        dgrad_scale = _empty_line_scales(b_EKN, n, k, recipe) if dgrad else b_EKN.new_empty(0)
+    return forward_data, dgrad_data, forward_scale, dgrad_scale
+
+
+def mx_scales(scale_EBL: Tensor) -> Tensor:
+    """A checkpoint's MX scales, (E, ceil(depth/32), lines), as `weights` has them, (E, ceil(depth/128), lines, 4)."""
+    num_groups, blocks, lines = scale_EBL.shape
+    one = 127  # the code of 2^0
+    codes = F.pad(scale_EBL.view(torch.uint8), (0, 0, 0, -blocks % MX_SCALES), value=one)
+    return codes.view(num_groups, -1, MX_SCALES, lines).transpose(2, 3).contiguous().view(scale_EBL.dtype)
+
+
+def _empty_line_scales(b_EKN: Tensor, depth: int, lines: int, recipe: Recipe) -> Tensor:
+    """The scales of weights, of which each line has its own, summed over ``depth``."""
+    num_groups = b_EKN.shape[0]
+    shape = (num_groups, -(-depth // 128), lines, MX_SCALES) if recipe is Recipe.MXFP8 else (num_groups, lines)
+    return b_EKN.new_empty(shape, dtype=recipe.scale_dtype)
+
+
+def _empty_fp8(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Lines start at multiples of 16 bytes, as TMA wants them, whatever their length."""
+    *outer, line = shape
+    padded = -(-line // 16) * 16
+    buffer = x.new_empty(*outer, padded, dtype=machine_of(x.device).fp8_dtype)
+    return buffer if padded == line else buffer[..., :line]

@@ -1,0 +1,198 @@
+"""Decisions as text and as data: what `explain`, GROUPED_GEMM_LOG and the command line show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from grouped_gemm.backends import get_backend
+from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.problem import Pass, RowClass, dtype_name
+from grouped_gemm.selection.rules import Decision
+
+_WHY = {
+    "argument": "asked for by the argument",
+    "context": "asked for by prefer(...)",
+    "environment": "asked for by the environment",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a call runs where it runs. ``print`` it, or take `to_dict`.
+
+    Attributes:
+        decision: the decision with its trace; incomplete where no backend runs the call.
+        num_rows: M, where it is known.
+    """
+
+    decision: Decision
+    num_rows: int | None = None
+
+    @property
+    def host_syncs(self) -> dict[str, str]:
+        """By backend, when a call waits for the host; empty where it never does, as always on a CPU."""
+        if not self.decision.problem.machine.is_gpu:
+            return {}
+        waiting = (b for p, b in self.decision.chosen if p in get_backend(b).host_sync_passes)
+        return {b.value: get_backend(b).host_syncs for b in waiting if get_backend(b).host_syncs}
+
+    @property
+    def padding(self) -> dict[str, int]:
+        """By backend that pads groups, how many rows it adds at most."""
+        problem = self.decision.problem
+        multiples = {b: get_backend(b).padded_to(problem) for b in self.decision.backends}
+        return {b.value: problem.num_groups * (m - 1) for b, m in multiples.items() if problem.group_alignment % m}
+
+    @property
+    def quantized_bytes(self) -> int | None:
+        """Bytes of data that quantizers read and write for a call; None where M is not known.
+
+        An operand is read once by each backend that quantizes it, weights that were quantized beforehand not at all.
+        Scales, up to 4% more, are not counted.
+        """
+        problem = self.decision.problem
+        if self.num_rows is None:
+            return None
+        if not problem.recipe.is_scaled:
+            return 0
+        forward, dgrad, wgrad = map(self.decision.backend, Pass)
+        operands = [
+            (self.num_rows * problem.k, (forward, wgrad)),
+            (self.num_rows * problem.n, (dgrad, wgrad)),
+            (0 if problem.weights else problem.num_groups * problem.k * problem.n, (forward, dgrad)),
+        ]
+        total = 0
+        for elements, readers in operands:
+            layouts = [kind for kind in readers if kind is not None]
+            total += elements * (len(set(layouts)) * problem.dtype.itemsize + len(layouts))
+        return total
+
+    @property
+    def why(self) -> str:
+        """What made the preference, as a phrase."""
+        decision = self.decision
+        if decision.preference is not KernelPreference.AUTO:
+            return _WHY[decision.asked_by]
+        if decision.expected is None:
+            return "AUTO: the first in its order that can run it"
+        return f"AUTO: {decision.expected.source}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain strings, numbers, lists and dicts, ready for JSON."""
+        problem = self.decision.problem
+        return {
+            "problem": {
+                "M": self.num_rows,
+                "E": problem.num_groups,
+                "K": problem.k,
+                "N": problem.n,
+                "rows": problem.rows.value,
+                "recipe": problem.recipe.value,
+                "dtype": dtype_name(problem.dtype),
+                "out_dtype": dtype_name(problem.out_dtype),
+                "arch": problem.machine.arch,
+                "passes": [p.value for p in problem.passes],
+                "group_alignment": problem.group_alignment,
+            },
+            "preference": self.decision.preference.value,
+            "asked_by": self.decision.asked_by,
+            "runs": self.decision.is_complete,
+            "chosen": {p.value: backend.value for p, backend in self.decision.chosen},
+            "refusals": [
+                {
+                    "backend": r.backend.value,
+                    "passes": [p.value for p in r.passes],
+                    "reason": r.reason,
+                    "fix": r.fix,
+                }
+                for r in self.decision.refusals
+            ],
+            "alternatives": [backend.value for backend in self.decision.alternatives],
+            "host_syncs": self.host_syncs,
+            "padding_rows_at_most": self.padding,
+            "quantized_bytes": self.quantized_bytes,
+            "expected": self._expected_as_dict(),
+        }
+
+    def _expected_as_dict(self) -> dict[str, Any] | None:
+        expected = self.decision.expected
+        if expected is None:
+            return None
+        return {
+            "source": expected.source,
+            "M": expected.num_rows,
+            "passes_us": {
+                pass_.value: {kind.value: round(time, 1) for kind, time in times} for pass_, times in expected.passes
+            },
+            "call_us": None if expected.total is None else round(expected.total, 1),
+            "on_one_backend_us": {kind.value: round(time, 1) for kind, time in expected.others},
+        }
+
+    def __str__(self) -> str:
+        decision, chosen = self.decision, dict(self.decision.chosen)
+        rows = "" if self.num_rows is None else f"M = {self.num_rows}, "
+        lines = [str(decision.problem), f"  {'rows':12}{rows}{decision.problem.rows.value} groups"]
+        for pass_ in decision.problem.passes:
+            if pass_ in chosen:
+                lines.append(f"  {pass_.value:12}{chosen[pass_].value:12}{self._times(pass_)}".rstrip())
+            else:
+                is_auto = decision.preference is KernelPreference.AUTO
+                who = "every one refuses" if is_auto else f"{decision.preference.value} refuses"
+                lines.append(f"  {pass_.value:12}{'no backend':12}{who}")
+        lines.append(f"  {'why':12}{self.why}")
+        lines += [f"  {'expected':12}{line}" for line in self._expectations()]
+        if self.quantized_bytes:
+            lines.append(f"  {'quantized':12}{_bytes(self.quantized_bytes)}, read and written")
+        syncs = [f"{backend}: {when}" for backend, when in self.host_syncs.items()]
+        lines.append(f"  {'host syncs':12}{'; '.join(syncs) or 'none'}")
+        lines.append(f"  {'padding':12}{'; '.join(self._paddings()) or 'none'}")
+        lines += [f"  {'refused':12}{line}" for line in decision.refusal_lines()]
+        if decision.alternatives:
+            lines.append(f"  {'instead':12}{', '.join(kind.value for kind in decision.alternatives)} would run it")
+        return "\n".join(lines)
+
+    def _times(self, pass_: Pass) -> str:
+        """What a pass takes on the backend that runs it, and on others: "0.99 ms; triton 1.09 ms"."""
+        expected = self.decision.expected
+        times = dict(dict(expected.passes).get(pass_, ())) if expected else {}
+        own = times.pop(dict(self.decision.chosen)[pass_], None)
+        others = [f"{kind.value} {self._duration(time)}" for kind, time in times.items()]
+        return "; ".join(([] if own is None else [f"about {self._duration(own)}"]) + others)
+
+    def _expectations(self) -> list[str]:
+        expected = self.decision.expected
+        if expected is None or expected.total is None:
+            return []
+        rows = expected.num_rows if self.num_rows is None or not self._scales else self.num_rows
+        chosen = self.decision.backends
+        others = [f"{kind.value} alone {self._duration(time)}" for kind, time in expected.others if chosen != (kind,)]
+        return ["; ".join([f"{self._duration(expected.total)} in all, for M = {rows}", *others])]
+
+    @property
+    def _scales(self) -> bool:
+        """Whether times grow with M; those of few rows are those of the weights."""
+        return self.decision.problem.rows is RowClass.LARGE
+
+    def _duration(self, microseconds: float) -> str:
+        expected = self.decision.expected
+        if expected is not None and self.num_rows is not None and self._scales:
+            microseconds *= self.num_rows / expected.num_rows
+        return f"{microseconds:.0f} us" if microseconds < 995 else f"{microseconds / 1e3:.3g} ms"
+
+    def _paddings(self) -> list[str]:
+        """By backend, rows at most, and in percent of M where it is known."""
+        percent = {
+            b: f" ({100 * rows / self.num_rows:.2g}%)" if self.num_rows else "" for b, rows in self.padding.items()
+        }
+        return [f"{backend}: at most {rows} rows{percent[backend]}" for backend, rows in self.padding.items()]
+
+
+def _bytes(count: int) -> str:
+    """``1.2 GB``, in powers of 1000."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1e3
+    return f"{size:.3g} GB"

@@ -1,0 +1,363 @@
+"""Which backend runs which pass: every rule of selection is in this file.
+
+`decide` is a pure function of a problem, a preference and candidates, so that any machine can be simulated:
+
+1. A backend refuses a pass when one of its requirements for it does not hold, or when its tiny run fails.
+2. A preference that names a backend gets that backend for every pass, or an error; nothing takes its place.
+3. AUTO takes, for each pass, the first backend of the vendor's `AUTO_ORDER` that does not refuse it,
+4. unless a choice of others for the whole call was measured to be faster by `MARGIN` (`cost_model`). What waits for the
+   device is among them only where this very kind of call was measured on the user's own GPU.
+5. On a GPU, AUTO takes Emulated only where nothing else runs a pass and `strict` is off; `Decision.falls_back` says so.
+6. Weights that were quantized beforehand are read by the backend that wrote them, and by no other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from grouped_gemm.backends import Candidate
+from grouped_gemm.backends.base import Requirement
+from grouped_gemm.core.preference import STRICT, KernelPreference
+from grouped_gemm.core.problem import Pass, Problem
+from grouped_gemm.selection.cost_model import Estimate, Table, estimate
+
+# In which order AUTO tries, by vendor; "" is every other device. Each backend has a place, so that each has its say.
+AUTO_ORDER: dict[str, tuple[KernelPreference, ...]] = {
+    "nvidia": (
+        KernelPreference.TRITON,
+        KernelPreference.DEEPGEMM,
+        KernelPreference.TORCH,
+        KernelPreference.HIPBLASLT,
+        KernelPreference.EMULATED,
+    ),
+    "amd": (
+        KernelPreference.TRITON,
+        KernelPreference.HIPBLASLT,
+        KernelPreference.TORCH,
+        KernelPreference.DEEPGEMM,
+        KernelPreference.EMULATED,
+    ),
+    "": (
+        KernelPreference.EMULATED,
+        KernelPreference.TORCH,
+        KernelPreference.TRITON,
+        KernelPreference.DEEPGEMM,
+        KernelPreference.HIPBLASLT,
+    ),
+}
+
+
+MARGIN = 1.02  # how many times as fast others must be: medians of the same call differ by up to 1% from run to run
+Chosen = dict[Pass, KernelPreference]
+
+
+class NoBackendError(RuntimeError):
+    """No backend runs the call as it was asked for. The message has every reason of every backend, with its remedy."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a backend does not run some passes of a problem.
+
+    Attributes:
+        backend: who refuses.
+        passes: the passes it refuses for this reason.
+        reason: what is required and what was found, as a phrase; or why it was not tried.
+        fix: what the user can do, as a sentence.
+    """
+
+    backend: KernelPreference
+    passes: tuple[Pass, ...]
+    reason: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a call is expected to take, for a decision's trace. Times are microseconds.
+
+    Attributes:
+        source: where it was measured, as a phrase.
+        num_rows: M of the calls that it speaks of.
+        passes: for each pass, the backends that were measured and do not refuse it, the fastest first: what each adds
+            to the chosen passes before it, with what is quantized for it. The health of those that were not chosen has
+            not been looked at.
+        total: of the whole call with the backends that were chosen; None where one of them was not measured.
+        others: whole calls on one backend alone, the fastest first.
+    """
+
+    source: str
+    num_rows: int
+    passes: tuple[tuple[Pass, tuple[tuple[KernelPreference, float], ...]], ...]
+    total: float | None
+    others: tuple[tuple[KernelPreference, float], ...]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who runs which pass of a problem, and the whole trace of why.
+
+    Attributes:
+        problem: what was asked.
+        preference: who should run it, and
+        asked_by: where that was said: "argument", "context", "environment" or "default".
+        chosen: the backend of each pass that has one.
+        refusals: every reason of every candidate that refused a pass, in the order of trying.
+        alternatives: where the backend that was asked for refuses, those that would run every pass.
+        expected: what was measured, where anything was.
+    """
+
+    problem: Problem
+    preference: KernelPreference
+    asked_by: str
+    chosen: tuple[tuple[Pass, KernelPreference], ...]
+    refusals: tuple[Refusal, ...]
+    alternatives: tuple[KernelPreference, ...] = ()
+    expected: Expected | None = None
+
+    def backend(self, pass_: Pass) -> KernelPreference | None:
+        """The backend of a pass; None where the pass is not part of the problem or no backend runs it."""
+        for chosen, backend in self.chosen:
+            if chosen is pass_:
+                return backend
+        return None
+
+    @property
+    def backends(self) -> tuple[KernelPreference, ...]:
+        """Every backend that runs a pass, once."""
+        return tuple(dict.fromkeys(backend for _, backend in self.chosen))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every pass of the problem has a backend."""
+        return len(self.chosen) == len(self.problem.passes)
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether AUTO ended at Emulated on a GPU."""
+        return (
+            self.preference is KernelPreference.AUTO
+            and self.problem.machine.is_gpu
+            and KernelPreference.EMULATED in self.backends
+        )
+
+    def refusal_lines(self) -> list[str]:
+        """One line for each refusal: backend, passes where it does not concern all, reason, remedy."""
+        lines = []
+        for refusal in self.refusals:
+            everything = refusal.passes == self.problem.passes
+            passes = "" if everything else "+".join(p.value for p in refusal.passes) + " "
+            lines.append(f"{refusal.backend.value:10}{passes}{refusal.reason}. {refusal.fix}".rstrip())
+        return lines
+
+    def check(self) -> None:
+        """Returns where every pass has a backend.
+
+        Raises:
+            NoBackendError: a pass has none.
+        """
+        if self.is_complete:
+            return
+        if self.preference is KernelPreference.AUTO:
+            head = f"no backend runs {self.problem}"
+        else:
+            head = f"{self.preference.value}, which the {self.asked_by} asks for, does not run {self.problem}"
+        others = [f"{kind.value:10}would run it." for kind in self.alternatives]
+        raise NoBackendError("\n".join([head, *(f"  {line}" for line in (*self.refusal_lines(), *others))]))
+
+
+def decide(
+    problem: Problem,
+    preference: KernelPreference,
+    candidates: Sequence[Candidate],
+    *,
+    asked_by: str = "argument",
+    strict: bool = False,
+    tables: Iterable[Table] = (),
+) -> Decision:
+    """Picks a backend for each pass of ``problem``.
+
+    Args:
+        problem: the facts of the call.
+        preference: a backend, or AUTO.
+        candidates: the backends of this version, in any order.
+        asked_by: where the preference comes from, for the trace.
+        strict: whether AUTO may not fall back to Emulated on a GPU.
+        tables: measurements, those that count most first.
+
+    Returns:
+        A decision, complete or not; `Decision.check` raises where it is not. If a named backend refuses, the
+        trace has the others' reasons as well, or names them as alternatives.
+    """
+    candidates_by_kind = {candidate.backend.kind: candidate for candidate in candidates}
+    order = AUTO_ORDER.get(problem.machine.vendor, AUTO_ORDER[""])
+    trial = _Trial(problem, candidates_by_kind, strict and preference is KernelPreference.AUTO)
+    expected = estimate(problem, tables)
+    if preference is not KernelPreference.AUTO:
+        if len(trial.healthy(preference)) == len(problem.passes):
+            chosen: Chosen = dict.fromkeys(problem.passes, preference)
+            return trial.decision(preference, asked_by, chosen, _expected(expected, trial, chosen, order))
+        others = (kind for kind in order if kind is not preference)
+        alternatives = tuple(kind for kind in others if len(trial.healthy(kind)) == len(problem.passes))
+        return trial.decision(preference, asked_by, {}, None, alternatives)
+    # A tiny run may compile for seconds, so only those are looked at that would be chosen.
+    while True:
+        chosen = _fastest(_first(problem, order, trial), trial, expected)
+        if all(trial.healthy(kind) for kind in dict.fromkeys(chosen.values())):
+            return trial.decision(preference, asked_by, chosen, _expected(expected, trial, chosen, order))
+
+
+def able(problem: Problem, candidates: Sequence[Candidate]) -> dict[KernelPreference, tuple[Pass, ...]]:
+    """The passes of ``problem`` that each backend but Emulated runs, in AUTO's order; healthy ones that run any."""
+    trial = _Trial(problem, {candidate.backend.kind: candidate for candidate in candidates}, strict=True)
+    order = AUTO_ORDER.get(problem.machine.vendor, AUTO_ORDER[""])
+    kinds = [kind for kind in order if kind is not KernelPreference.EMULATED and trial.healthy(kind)]
+    return {kind: tuple(trial.runs(kind)) for kind in kinds}
+
+
+class _Trial:
+    """What the backends say to a problem, each asked once, and only where it matters."""
+
+    def __init__(self, problem: Problem, candidates: Mapping[KernelPreference, Candidate], strict: bool) -> None:
+        self._problem = problem
+        self._candidates = candidates
+        self._strict = strict
+        self._refusals: dict[KernelPreference, list[Refusal]] = {}
+        self._looked_at: set[KernelPreference] = set()
+
+    @property
+    def asked(self) -> frozenset[KernelPreference]:
+        """Who was asked."""
+        return frozenset(self._refusals)
+
+    def runs(self, kind: KernelPreference) -> list[Pass]:
+        """Which passes ``kind`` runs, as far as is known; its reasons for the others go into the trace."""
+        if kind not in self._refusals:
+            self._refusals[kind] = self._say(kind)
+        return [p for p in self._problem.passes if not any(p in refusal.passes for refusal in self._refusals[kind])]
+
+    def healthy(self, kind: KernelPreference) -> list[Pass]:
+        """Likewise, after its tiny run, if it has a pass to run at all."""
+        if self.runs(kind) and kind not in self._looked_at:
+            self._looked_at.add(kind)
+            health = self._candidates[kind].health()
+            if not health.is_good:
+                reason = f"is installed but broken: {health.problem}"
+                self._refusals[kind].append(Refusal(kind, self._problem.passes, reason, health.fix))
+        return self.runs(kind)
+
+    def waits(self, kind: KernelPreference, pass_: Pass) -> bool:
+        """Whether the host waits for the device in ``pass_``."""
+        backend = self._candidates[kind].backend
+        return bool(self._problem.machine.is_gpu and backend.host_syncs and pass_ in backend.host_sync_passes)
+
+    def _say(self, kind: KernelPreference) -> list[Refusal]:
+        passes = self._problem.passes
+        if kind not in self._candidates:
+            return [Refusal(kind, passes, "is not part of this version", "Use another backend.")]
+        if kind is KernelPreference.EMULATED and self._problem.machine.is_gpu and self._strict:
+            fix = "Ask for it with KernelPreference.EMULATED."
+            return [Refusal(kind, passes, f"is not tried while {STRICT.name}=1", fix)]
+        return _refusals(self._candidates[kind], self._problem)
+
+    def decision(
+        self,
+        preference: KernelPreference,
+        asked_by: str,
+        chosen: Chosen,
+        expected: Expected | None,
+        alternatives: tuple[KernelPreference, ...] = (),
+    ) -> Decision:
+        refusals = tuple(refusal for refusals in self._refusals.values() for refusal in refusals)
+        in_order = tuple((p, chosen[p]) for p in self._problem.passes if p in chosen)
+        return Decision(self._problem, preference, asked_by, in_order, refusals, alternatives, expected)
+
+
+def _first(problem: Problem, order: Sequence[KernelPreference], trial: _Trial) -> Chosen:
+    """For each pass, the first of ``order`` that runs it and, where it is broken, will say so."""
+    chosen: Chosen = {}
+    for pass_ in problem.passes:
+        for kind in order:
+            if pass_ in trial.runs(kind):
+                chosen[pass_] = kind
+                break
+    return chosen
+
+
+def _fastest(first: Chosen, trial: _Trial, expected: Estimate | None) -> Chosen:
+    """``first``, unless others for its passes make the whole call `MARGIN` times as fast.
+
+    A wait costs what comes after the call as well, so it has to be the user's own measurement that speaks for it.
+    """
+    if expected is None or not first or not all(kind in expected.times for kind in first.values()):
+        return first
+    able = [
+        [
+            kind
+            for kind in expected.times
+            if pass_ in trial.runs(kind) and (kind is own or expected.is_exact or not trial.waits(kind, pass_))
+        ]
+        for pass_, own in first.items()
+    ]
+    choices = [dict(zip(first, kinds)) for kinds in itertools.product(*able)]
+    best = min(choices, key=expected.total)
+    return best if expected.total(first) > MARGIN * expected.total(best) else first
+
+
+def _expected(
+    found: Estimate | None, trial: _Trial, chosen: Chosen, order: Sequence[KernelPreference]
+) -> Expected | None:
+    """What the trace says of times."""
+    if found is None or not chosen:
+        return None
+    kinds = [kind for kind in order if kind in found.times and kind in trial.asked]
+    passes = tuple(chosen)
+
+    def fastest_first(times: Iterable[tuple[KernelPreference, float]]) -> tuple[tuple[KernelPreference, float], ...]:
+        return tuple(sorted((time for time in times if math.isfinite(time[1])), key=lambda time: time[1]))
+
+    by_pass = tuple(
+        (p, fastest_first((kind, found.of_pass(kind, p, chosen)) for kind in kinds if p in trial.runs(kind)))
+        for p in passes
+    )
+    alone = [kind for kind in kinds if all(p in trial.runs(kind) for p in passes)]
+    others = fastest_first((kind, found.total(dict.fromkeys(passes, kind))) for kind in alone)
+    total = found.total(chosen)
+    return Expected(found.source, found.num_rows, by_pass, total if math.isfinite(total) else None, others)
+
+
+def _refusals(candidate: Candidate, problem: Problem) -> list[Refusal]:
+    """Every requirement of one backend that does not hold."""
+    kind = candidate.backend.kind
+    found = []
+    for requirement in (*candidate.backend.requirements, *_reads_weights(kind)):
+        passes = tuple(p for p in problem.passes if p in requirement.passes)
+        if passes and not requirement.holds(problem):
+            reason = f"requires {requirement.what}; found {requirement.found(problem)}"
+            found.append(Refusal(kind, passes, reason, requirement.fix))
+    return found
+
+
+def _reads_weights(kind: KernelPreference) -> tuple[Requirement, Requirement]:
+    """Weights that were quantized beforehand are in the layouts of ``kind``."""
+
+    def requirement(pass_: Pass, index: int, fix: str) -> Requirement:
+        def found(problem: Problem) -> str:
+            owner = problem.weights[index] if problem.weights else None
+            return "none" if owner is None else f"{owner.value}'s"
+
+        return Requirement(
+            what=f"quantized weights in its layout for {pass_.value}",
+            holds=lambda p: p.weights is None or p.weights[index] is kind,
+            found=found,
+            fix=fix,
+            passes=(pass_,),
+        )
+
+    return (
+        requirement(Pass.FORWARD, 0, "Quantize them with the kernel_preference that the call has."),
+        requirement(Pass.DGRAD, 1, "Quantize them with dgrad=True and the kernel_preference that the call has."),
+    )
