@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from grouped_gemm import backend, ops
 from grouped_gemm.backends import product_ops, register_ops
+from grouped_gemm.core import distributions
 from grouped_gemm.core.machine import Machine
 from grouped_gemm.core.preference import KernelPreference, prefer
 from grouped_gemm.core.problem import Pass, Problem
 from grouped_gemm.core.quantized import Quantized, QuantizedWeights
+from grouped_gemm.core.quantized import weights_of as weights_of  # saved files name it
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import explain, grouped_mm, quantize_weights
 from grouped_gemm.integrations.torch_function import override_torch
@@ -19,6 +23,9 @@ from grouped_gemm.linear import QuantizedGroupedLinear
 from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.rules import Decision, NoBackendError
 from grouped_gemm.weight_cache import WeightCache, cache_weights
+
+if importlib.util.find_spec("grouped_gemm_backend") is not None:  # the extension of the older package and its forks
+    distributions.warn_of_others()
 
 if TYPE_CHECKING:
     from grouped_gemm.autotune.warmup import Warmup, warmup
@@ -38,9 +45,11 @@ __all__ = [
     "Recipe",
     "Warmup",
     "WeightCache",
+    "backend",
     "cache_weights",
     "explain",
     "grouped_mm",
+    "ops",
     "override_torch",
     "prefer",
     "product_ops",

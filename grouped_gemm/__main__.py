@@ -14,9 +14,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from grouped_gemm import __version__
+from grouped_gemm.core import distributions
 from grouped_gemm.core.machine import PACKAGES, Machine
 from grouped_gemm.core.problem import dtype_name
+
+try:
+    from grouped_gemm import __version__
+except ImportError:  # __init__.py is that of another distribution
+    sys.exit(f"grouped_gemm: {distributions.message(distributions.others())}")
 
 Run = Callable[[argparse.Namespace], int]
 

@@ -92,7 +92,7 @@ def test_doctor_is_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
 def test_doctor_json_has_the_documented_form(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("doctor --json") == 0
     findings = json.loads(capsys.readouterr().out)
-    assert set(findings) == {"machine", "versions", "backends", "switches", "choices"}
+    assert set(findings) == {"machine", "versions", "overwritten_by", "backends", "switches", "choices"}
     assert set(findings["machine"]) == {"name", "vendor", "arch", "fp8_dtype"}
     assert {"grouped_gemm", "python", "torch"} <= set(findings["versions"])
     assert all(set(b) == {"name", "ready", "runs", "reasons", "summary"} for b in findings["backends"])

@@ -25,7 +25,8 @@ LAYERS = (
     ("integrations", "integrations.*"),
     ("moe", "moe.*"),
     ("__init__",),
-    ("autotune.warmup", "integrations.torch_function", "linear"),
+    ("ops",),
+    ("autotune.warmup", "backend", "integrations.torch_function", "linear"),
     ("functional",),
     ("selection.dtensor",),
     ("autograd", "autotune.profile", "selection.checks", "selection.explanation"),
@@ -48,7 +49,7 @@ LAYERS = (
     ("backends.deepgemm.layouts", "kernels", "kernels.*"),
     ("core.library", "core.problem", "core.quantized", "reference"),
     ("core.machine", "core.preference", "core.recipes", "kernels.common.interpreter"),
-    ("autotune.timing", "core.store", "core.vmap"),
+    ("autotune.timing", "core.distributions", "core.store", "core.vmap"),
     ("autotune", "core", "selection"),
 )
 

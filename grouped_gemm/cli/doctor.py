@@ -17,6 +17,7 @@ from grouped_gemm import __version__
 from grouped_gemm.autotune import profile
 from grouped_gemm.backends import Candidate, candidates
 from grouped_gemm.backends.base import ALL_PASSES, _GroupedMMBackend
+from grouped_gemm.core import distributions
 from grouped_gemm.core.machine import Machine, default_device, machine_of
 from grouped_gemm.core.preference import (
     AUTOTUNE,
@@ -44,6 +45,7 @@ def gather(machine: Machine | None = None, backends: Sequence[Candidate] | None 
     Returns:
         machine: name, vendor, arch, fp8_dtype.
         versions: version by package.
+        overwritten_by: other distributions that have written into this package's folder, as "name version".
         backends: for each its name, whether it is ready, that is, runs any pass of any recipe; the passes that it
             ``runs`` by recipe; its ``reasons`` (passes, reason, fix) against the recipe that suits it best; a summary.
         switches: for each its name, value, default, meaning, and error: None, or why its value is not known. Last,
@@ -61,6 +63,7 @@ def gather(machine: Machine | None = None, backends: Sequence[Candidate] | None 
             "fp8_dtype": dtype_name(machine.fp8_dtype),
         },
         "versions": {"grouped_gemm": __version__, "python": platform.python_version(), **dict(machine.versions)},
+        "overwritten_by": distributions.others(),
         "backends": [_backend(candidate, machine) for candidate in backends],
         "switches": switches,
         "choices": _choices(machine, backends, any(switch["error"] for switch in switches)),
@@ -141,6 +144,8 @@ def render(findings: dict[str, Any]) -> str:
     known_as = ", ".join(dict.fromkeys((machine["name"], machine["vendor"], machine["arch"])))  # a CPU is just "cpu"
     lines = ["machine", f"  {known_as}", f"  FP8 data in {machine['fp8_dtype']}", "", "versions"]
     lines += [f"  {package:16}{version}" for package, version in findings["versions"].items()]
+    if findings["overwritten_by"]:
+        lines.append(f"  error: {distributions.message(findings['overwritten_by'])}")
     lines += ["", "backends"]
     for backend in findings["backends"]:
         lines += _backend_lines(backend)

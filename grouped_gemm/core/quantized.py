@@ -174,7 +174,9 @@ class QuantizedWeights:
 
 
 def weights_of(form: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedWeights:
-    """`QuantizedWeights` of their ``form`` and ``tensors``. Saved files name this function: it keeps its name.
+    """`QuantizedWeights` of their ``form`` and ``tensors``.
+
+    Saved files name this function as ``grouped_gemm.weights_of``, which it stays, wherever it is defined.
 
     Raises:
         ValueError: they were saved with another version of the layouts, or the tensors do not have this form.
@@ -210,6 +212,7 @@ def _check_tensors(tensors: dict[str, Tensor], shape: torch.Size, recipe: Recipe
             )
 
 
+weights_of.__module__ = "grouped_gemm"
 # So that torch.load(weights_only=True) makes them, after `import grouped_gemm`: it imports nothing itself.
 torch.serialization.add_safe_globals([weights_of])
 

@@ -1,0 +1,59 @@
+"""`gmm` without gradients, as the older package with this import name has it: MegaBlocks and others call it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grouped_gemm.functional import grouped_mm
+from grouped_gemm.selection import checks
+
+
+def gmm(
+    a: Tensor,
+    b: Tensor,
+    batch_sizes: Tensor,
+    trans_a: bool = False,
+    trans_b: bool = False,
+    c: Tensor | None = None,
+) -> Tensor:
+    """Multiplies each group of rows by its own matrix, or sums the outer products of each group's rows.
+
+    Args:
+        a: (M, K); bfloat16, float16 or float32.
+        b: (E, K, N), or (E, N, K) with ``trans_b``; (M, N) with ``trans_a``.
+        batch_sizes: (E,) integers on the CPU or on the device of ``a``: how many rows each group has. Rows past their
+            sum belong to no group.
+        trans_a: whether the rows of a group are what is summed over, as in the gradient of ``b``.
+        trans_b: whether ``b`` is (E, N, K).
+        c: where the result is written, or None.
+
+    Returns:
+        (M, N), whose rows past the last group are zero; with ``trans_a`` (E, K, N), zero for an empty group. It is
+        ``c`` where that was given. It has no gradients: `grouped_gemm.ops.gmm` has.
+
+    Raises:
+        TypeError, ValueError: as `grouped_gemm.grouped_mm`, or both ``trans_a`` and ``trans_b`` are set.
+        NoBackendError: no backend runs the call.
+    """
+    if trans_a and trans_b:
+        checks.fail("trans_a and trans_b", "at most one of them", "both")
+    offs = ends(batch_sizes, a)
+    with torch.no_grad():
+        result = grouped_mm(a.t() if trans_a else a, b.transpose(1, 2) if trans_b else b, offs)
+        if c is None:
+            return result
+        if c.shape != result.shape:
+            checks.fail("c", f"shape {tuple(result.shape)}", tuple(c.shape))
+        return c.copy_(result)
+
+
+def ends(batch_sizes: Tensor, a: Tensor) -> Tensor:
+    """The end row of each group, (E,) int32 on the device of ``a``, from the sizes of groups. The host does not wait.
+
+    Raises:
+        TypeError: ``batch_sizes`` is no tensor.
+        ValueError: it is not (E,), or no tensor of integers.
+    """
+    checks.check_tensor("batch_sizes", batch_sizes, (1,), (torch.int64, torch.int32))
+    return batch_sizes.cumsum(0, dtype=torch.int32).to(a.device, non_blocking=True)

@@ -1,0 +1,159 @@
+"""`gmm`, `permute` and `unpermute`, as the older package with this import name has them.
+
+Megatron-Core up to 0.16, MegaBlocks and others call these. `grouped_mm` and `grouped_gemm.moe` are what new code calls.
+
+T, k, M, H: tokens, experts of each token, rows in the order of experts, features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouped_gemm import backend
+from grouped_gemm.functional import grouped_mm
+from grouped_gemm.selection import checks
+
+__all__ = ["backend", "gmm", "permute", "unpermute"]
+
+
+def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Tensor:
+    """Multiplies each group of rows by its own matrix; differentiable in ``a`` and ``b``.
+
+    Args:
+        a: (M, K); bfloat16, float16 or float32.
+        b: (E, K, N), or (E, N, K) with ``trans_b``.
+        batch_sizes: (E,) integers on the CPU or on the device of ``a``: how many rows each group has. Rows past their
+            sum belong to no group.
+        trans_b: whether ``b`` is (E, N, K).
+
+    Returns:
+        (M, N), whose rows past the last group are zero.
+
+    Raises:
+        TypeError, ValueError: as `grouped_gemm.grouped_mm`.
+        NoBackendError: no backend runs the call.
+    """
+    return grouped_mm(a, b.transpose(1, 2) if trans_b else b, backend.ends(batch_sizes, a))
+
+
+def permute(
+    input_act: Tensor, indices: Tensor, num_out_tokens: int | None = None, max_token_num: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Copies tokens into the order of their experts; differentiable in ``input_act``. The host does not wait.
+
+    Args:
+        input_act: (T, H).
+        indices: (T, k), or (T,) where k is 1: integers, the experts of each token.
+        num_out_tokens: M, of the T * k rows those that are kept, the first ones; None or 0: all of them.
+        max_token_num: not used. The older package allocates memory by it.
+
+    Returns:
+        The rows, (M, H), sorted by expert; those of one expert in the order of tokens. And the place of each token's
+        rows among them, (k * T,) int32: that of slot j of token t is at j * T + t, and -1 where its row is not kept.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and found.
+    """
+    checks.check_tensor("input_act", input_act, (2,), checks.DTYPES)
+    checks.check_tensor("indices", indices, (1, 2), (torch.int64, torch.int32))
+    num_tokens = input_act.shape[0]
+    if indices.shape[0] != num_tokens:
+        checks.fail("indices.shape[0]", f"{num_tokens}, the tokens of input_act", indices.shape[0])
+    slots = indices if indices.dim() == 2 else indices[:, None]
+    num_rows = slots.numel()
+    num_kept = num_rows if not num_out_tokens else min(num_out_tokens, num_rows)
+    order = torch.argsort(slots.flatten(), stable=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(num_rows, device=order.device))
+    places = torch.where(places < num_kept, places, -1)
+    places_kT = places.view(slots.shape).t().int().contiguous()
+    tokens = order[:num_kept] // max(slots.shape[1], 1)
+    return _Permute.apply(input_act, tokens, places_kT), places_kT.flatten()
+
+
+def unpermute(input_act: Tensor, row_id_map: Tensor, probs: Tensor | None = None) -> Tensor:
+    """Sums the rows of each token, times their probabilities; differentiable in ``input_act`` and ``probs``.
+
+    Sums are in fp32, in the order of slots. The host does not wait.
+
+    Args:
+        input_act: (M, H), rows in the order of experts.
+        row_id_map: (k * T,) int32, from `permute`.
+        probs: (T, k), the factor of each row; None: 1, and k is 1.
+
+    Returns:
+        (T, H) in the dtype of ``input_act``.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it, what was expected and found.
+    """
+    checks.check_tensor("input_act", input_act, (2,), checks.DTYPES)
+    checks.check_tensor("row_id_map", row_id_map, (1,), (torch.int32, torch.int64))
+    if probs is not None:
+        checks.check_tensor("probs", probs, (2,), checks.DTYPES)
+        if probs.numel() != row_id_map.numel():
+            checks.fail("probs", f"(T, k) of T * k = {row_id_map.numel()}, as row_id_map has them", tuple(probs.shape))
+    top_k, num_tokens = (1, row_id_map.numel()) if probs is None else (probs.shape[1], probs.shape[0])
+    return _Unpermute.apply(input_act, row_id_map.view(top_k, num_tokens), probs)
+
+
+def _sum_of_slots(rows_MH: Tensor, places_kT: Tensor, probs_Tk: Tensor | None) -> Tensor:
+    """For each token the sum of its rows, (T, H): in fp32, slot by slot."""
+    num_rows, features = rows_MH.shape
+    total = rows_MH.new_zeros(places_kT.shape[1], features, dtype=torch.float32)
+    if num_rows == 0:
+        return total.to(rows_MH.dtype)
+    for j, places in enumerate(places_kT):
+        rows = rows_MH.index_select(0, places.clamp(min=0)).float()
+        if probs_Tk is not None:
+            rows *= probs_Tk[:, j, None].float()
+        total += rows.masked_fill_(places[:, None] < 0, 0)
+    return total.to(rows_MH.dtype)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows of tokens; their gradients come back together as `_sum_of_slots`, without atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, tokens_M: Tensor, places_kT: Tensor) -> Tensor:
+        """(M, H)."""
+        ctx.save_for_backward(places_kT)
+        return x_TH.index_select(0, tokens_M)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_MH: Tensor) -> tuple[Tensor | None, ...]:
+        """dX (T, H)."""
+        (places_kT,) = ctx.saved_tensors
+        return _sum_of_slots(dy_MH, places_kT, None), None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    """Sums of rows; a row's gradient is that of its token, times its probability."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_MH: Tensor, places_kT: Tensor, probs_Tk: Tensor | None) -> Tensor:
+        """(T, H)."""
+        ctx.save_for_backward(rows_MH, places_kT, probs_Tk)
+        return _sum_of_slots(rows_MH, places_kT, probs_Tk)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
+        """d rows (M, H), zero where no token asked for one, and d probs (T, k)."""
+        rows_MH, places_kT, probs_Tk = ctx.saved_tensors
+        drows = dprobs = None
+        if ctx.needs_input_grad[0]:
+            drows = rows_MH.new_zeros(rows_MH.shape[0] + 1, rows_MH.shape[1])  # the last is of rows that were dropped
+            for j, places in enumerate(places_kT):
+                scaled = dy_TH if probs_Tk is None else (dy_TH.float() * probs_Tk[:, j, None].float()).to(dy_TH.dtype)
+                drows.index_copy_(0, torch.where(places < 0, rows_MH.shape[0], places).long(), scaled)
+            drows = drows[:-1]
+        if ctx.needs_input_grad[2]:
+            dprobs = torch.zeros_like(probs_Tk)
+            for j, places in enumerate(places_kT if rows_MH.shape[0] else ()):
+                rows = rows_MH.index_select(0, places.clamp(min=0)).float()
+                dprobs[:, j] = (rows * dy_TH.float()).sum(1).masked_fill_(places < 0, 0)
+        return drows, None, dprobs
