@@ -167,6 +167,21 @@ def test_a_layer_written_on_the_older_package():
     torch.testing.assert_close(torch.autograd.grad(y.sum(), w)[0], torch.autograd.grad(truth.sum(), w)[0])
 
 
+@pytest.mark.gpu
+def test_the_host_does_not_wait_for_the_device(device):
+    x, experts, probs = (t.detach().to(device).requires_grad_(t.requires_grad) for t in routed(64))
+    w = torch.randn(5, 8, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    sizes = torch.tensor([64, 32, 32, 32, 32])
+    torch.cuda.set_sync_debug_mode("error")  # before anything is decided
+    try:
+        for batch_sizes in (sizes, sizes.to(device, non_blocking=True)):
+            rows, row_id_map = ops.permute(x.bfloat16(), experts)
+            ops.unpermute(ops.gmm(rows, w, batch_sizes), row_id_map, probs).backward(x.detach().bfloat16())
+    finally:
+        torch.cuda.set_sync_debug_mode(0)
+    assert w.grad.isfinite().all() and probs.grad.isfinite().all()
+
+
 # -- imports
 
 

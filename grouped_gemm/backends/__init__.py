@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +106,8 @@ class _Checkup:
 def _health(backend: _GroupedMMBackend, device: torch.device) -> Health:
     """What the backend's own check says; what it raises is an answer as well.
 
-    It may be asked for inside of anything: while a model is traced, under modes that watch or replace ops, in autocast.
+    It may be asked for inside of anything: while a model is traced, under modes that watch or replace ops, in autocast,
+    where host syncs are errors.
     """
     casts = device.type != "meta" and torch.is_autocast_enabled(device.type)  # which raises for meta
     with (
@@ -115,8 +116,20 @@ def _health(backend: _GroupedMMBackend, device: torch.device) -> Health:
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False) if casts else nullcontext(),
+        _host_syncs_allowed() if device.type == "cuda" else nullcontext(),
     ):
         try:
             return backend.health(device)
         except Exception as error:
             return Health(f"{type(error).__name__}: {error}", "Reinstall it for this torch and device.")
+
+
+@contextmanager
+def _host_syncs_allowed() -> Iterator[None]:
+    """Without `torch.cuda.set_sync_debug_mode`, under which the comparison of a tiny run would fail."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode(0)
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
