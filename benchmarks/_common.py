@@ -11,11 +11,11 @@ import torch
 
 from grouped_gemm import Recipe
 from grouped_gemm.backends import get_backend
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 
 DEVICE = "cuda"
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)
-TRITON = get_backend(KernelPreference.TRITON)
+TRITON = get_backend(BackendKind.TRITON)
 FP8 = torch.float8_e4m3fn
 failures: list[str] = []
 

@@ -28,7 +28,7 @@ from _report import SHAPES, legend
 from grouped_gemm import NoBackendError, Recipe, explain, grouped_mm
 from grouped_gemm.autotune.timing import device_microseconds, wall_microseconds
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 
 GOAL = 1.03
 MOST_RUNS = 5
@@ -42,7 +42,7 @@ CASES = {  # recipe and dtype
 }
 KINDS = ("balanced", "ragged", "tiny")
 TINY = 64  # rows
-CONTESTANTS = tuple(kind for kind in KernelPreference if kind not in (KernelPreference.AUTO, KernelPreference.EMULATED))
+CONTESTANTS = tuple(kind for kind in BackendKind if kind is not BackendKind.EMULATED)
 results: list[dict[str, Any]] = []
 
 

@@ -26,12 +26,12 @@ from grouped_gemm import Pass, Problem, Recipe, grouped_mm
 from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.backends.deepgemm import package as deepgemm_package
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection.rules import decide
 
 RECIPE = Recipe.FP8_BLOCKWISE
-BACKEND = get_backend(KernelPreference.DEEPGEMM)
+BACKEND = get_backend(BackendKind.DEEPGEMM)
 BF16 = torch.bfloat16
 GOALS = {
     "over a call by hand": ("at most", 1.01),
@@ -198,7 +198,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA GPU")
     problem = Problem(machine_of(device), 8, 4096, 4096, RowClass.LARGE, RECIPE, passes=tuple(Pass))
-    decide(problem, KernelPreference.DEEPGEMM, candidates(device)).check()
+    decide(problem, BackendKind.DEEPGEMM, candidates(device)).check()
     machine = machine_of(device)
     print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions))
     print(legend(args.shapes))

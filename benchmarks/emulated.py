@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grouped_gemm import KernelPreference, Pass, Quantized, Recipe, reference
+from grouped_gemm import BackendKind, Pass, Quantized, Recipe, reference
 from grouped_gemm.backends import get_backend
 
 GOAL = 2.0
@@ -76,7 +76,7 @@ def runs(shape: Shape, recipe: Recipe) -> dict[Pass, tuple[Run, Run]]:
     offs = shape.offs()
     groups = reference.group_slices(offs.tolist())
 
-    backend = get_backend(KernelPreference.EMULATED)
+    backend = get_backend(BackendKind.EMULATED)
     plan = backend.plan(offs, shape.m)
     a_rows, a_columns = backend.quantize_activations(a_MK, plan, recipe, rows=True, columns=True)
     dy_rows, dy_columns = backend.quantize_activations(dy_MN, plan, recipe, rows=True, columns=True)

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from grouped_gemm import KernelPreference, Recipe, autograd, backends, functional, grouped_mm, quantize_weights
+from grouped_gemm import BackendKind, Recipe, autograd, backends, functional, grouped_mm, quantize_weights
 from grouped_gemm.backends import triton
 from grouped_gemm.backends.base import _GroupedMMBackend
 from grouped_gemm.core.library import ops
@@ -178,8 +178,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with (
         mock.patch.multiple(ops, **NOTHING),
-        mock.patch.dict(backends._instances, {KernelPreference.TRITON: Anywhere()}),
-        mock.patch.dict(rules.AUTO_ORDER, {"": (KernelPreference.TRITON,)}),
+        mock.patch.dict(backends._instances, {BackendKind.TRITON: Anywhere()}),
+        mock.patch.dict(rules.AUTO_ORDER, {"": (BackendKind.TRITON,)}),
     ):
         results = {}
         for recipe in (Recipe.NONE, Recipe.FP8_BLOCKWISE):

@@ -12,7 +12,7 @@ from grouped_gemm import backend, ops
 from grouped_gemm.backends import product_ops, register_ops
 from grouped_gemm.core import distributions
 from grouped_gemm.core.machine import Machine
-from grouped_gemm.core.preference import KernelPreference, prefer
+from grouped_gemm.core.preference import BackendKind, KernelPreference, prefer
 from grouped_gemm.core.problem import Pass, Problem
 from grouped_gemm.core.quantized import Quantized, QuantizedWeights
 from grouped_gemm.core.quantized import weights_of as weights_of  # saved files name it
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "BackendKind",
     "Decision",
     "Explanation",
     "KernelPreference",

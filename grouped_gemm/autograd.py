@@ -19,24 +19,24 @@ from grouped_gemm import weight_cache
 from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
 from grouped_gemm.core import tracing, vmap
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 
-_Plans = dict[KernelPreference, OffsetPlan]
+_Plans = dict[BackendKind, OffsetPlan]
 
 
 class Route(NamedTuple):
     """Who runs which pass, None where nobody has to, and what the passes need to know."""
 
-    forward: KernelPreference | None
-    dgrad: KernelPreference | None
-    wgrad: KernelPreference | None
+    forward: BackendKind | None
+    dgrad: BackendKind | None
+    wgrad: BackendKind | None
     recipe: Recipe
     dtype: torch.dtype
     out_dtype: torch.dtype
     b_contiguous: str
-    backends: tuple[KernelPreference, ...]  # every one that runs a pass, once
+    backends: tuple[BackendKind, ...]  # every one that runs a pass, once
     group_alignment: int = 1  # what every group's size is a multiple of
 
     @property
@@ -79,8 +79,8 @@ def dense_weights(b_EKN: Tensor) -> tuple[Tensor, str]:
 
 
 def layouts(
-    first: KernelPreference | None,
-    second: KernelPreference | None,
+    first: BackendKind | None,
+    second: BackendKind | None,
     quantize: Callable[[_GroupedMMBackend, bool, bool], Layouts],
 ) -> Layouts:
     """Two layouts of one operand, each by the backend that reads it: from one read where that is the same one.
@@ -98,15 +98,13 @@ def layouts(
     )
 
 
-def weights_for(
-    b_EKN: Tensor, recipe: Recipe, forward: KernelPreference | None, dgrad: KernelPreference | None
-) -> Layouts:
+def weights_for(b_EKN: Tensor, recipe: Recipe, forward: BackendKind | None, dgrad: BackendKind | None) -> Layouts:
     """Weights in the layouts that the backends of forward and dgrad read."""
     return layouts(forward, dgrad, lambda b, one, two: b.quantize_weights(b_EKN, recipe, forward=one, dgrad=two))
 
 
 def _activations_for(
-    x_MD: Tensor, recipe: Recipe, plans: _Plans, rows: KernelPreference | None, columns: KernelPreference | None
+    x_MD: Tensor, recipe: Recipe, plans: _Plans, rows: BackendKind | None, columns: BackendKind | None
 ) -> Layouts:
     return layouts(
         rows, columns, lambda b, one, two: b.quantize_activations(x_MD, plans[b.kind], recipe, rows=one, columns=two)
@@ -114,7 +112,7 @@ def _activations_for(
 
 
 def _product(
-    kind: KernelPreference,
+    kind: BackendKind,
     lhs: Quantized | None,
     rhs: Quantized | None,
     plans: _Plans,
@@ -300,7 +298,7 @@ class _GroupSums(torch.autograd.Function):
     """The sum of each group's rows, (E, N): the gradient of a bias, with a gradient of its own."""
 
     @staticmethod
-    def forward(ctx: Any, x_MN: Tensor, plan: OffsetPlan, kind: KernelPreference, out_dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x_MN: Tensor, plan: OffsetPlan, kind: BackendKind, out_dtype: torch.dtype) -> Tensor:
         """(E, N) from ``x`` with contiguous rows."""
         ctx.save_for_backward(plan.offs)
         ctx.num_rows, ctx.dtype = x_MN.shape[0], x_MN.dtype

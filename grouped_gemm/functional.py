@@ -37,7 +37,9 @@ from grouped_gemm.core.preference import (
     LOG,
     STRICT,
     VALIDATE,
+    BackendKind,
     KernelPreference,
+    Preference,
     check_bool,
     environment,
     is_current,
@@ -61,7 +63,7 @@ def grouped_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     group_alignment: int = 1,
-    kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+    kernel_preference: Preference = KernelPreference.AUTO,
 ) -> Tensor:
     """Multiplies each group of rows by its own matrix; differentiable in ``a``, ``b`` and ``bias``.
 
@@ -131,7 +133,7 @@ def explain(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     group_alignment: int = 1,
-    kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+    kernel_preference: Preference = KernelPreference.AUTO,
 ) -> Explanation:
     """What `grouped_mm` would do with the same arguments, and why; multiplies nothing. Passes follow ``requires_grad``.
 
@@ -154,7 +156,7 @@ def quantize_weights(
     scale: Tensor | None = None,
     dtype: torch.dtype | None = None,
     dgrad: bool = False,
-    kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+    kernel_preference: Preference = KernelPreference.AUTO,
 ) -> QuantizedWeights:
     """Quantizes weights once, for many calls of `grouped_mm`, or takes over a checkpoint's.
 
@@ -317,7 +319,7 @@ def _prepare(
     recipe: Recipe | str | None,
     out_dtype: torch.dtype | None,
     group_alignment: int,
-    kernel_preference: KernelPreference | str,
+    kernel_preference: Preference,
 ) -> _Call:
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
         checks.check_tangents(a=a, b=b, bias=bias)
@@ -400,8 +402,8 @@ def _route(facts: dict[str, Any]) -> Route:
     name, _, text = chosen.partition(": ")
     if name in _ERRORS:
         raise _ERRORS[name](text)
-    forward, dgrad, wgrad = [KernelPreference.parse(name) if name else None for name in chosen.split(",")]
-    backends: tuple[KernelPreference, ...] = ()
+    forward, dgrad, wgrad = [BackendKind(name) if name else None for name in chosen.split(",")]
+    backends: tuple[BackendKind, ...] = ()
     for kind in (forward, dgrad, wgrad):
         if kind is not None and kind not in backends:
             backends += (kind,)

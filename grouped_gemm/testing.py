@@ -22,7 +22,7 @@ from torch import Tensor
 from grouped_gemm import reference
 from grouped_gemm.backends import candidates
 from grouped_gemm.core.machine import Machine, machine_of
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.problem import Pass, Problem, dtype_name, row_class
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import grouped_mm
@@ -104,7 +104,7 @@ class Case:
         has_bias: whether a bias is added.
     """
 
-    backend: KernelPreference
+    backend: BackendKind
     recipe: Recipe = Recipe.NONE
     dtype: torch.dtype = torch.bfloat16
     passes: Passes = FORWARD
@@ -147,7 +147,7 @@ class Case:
 
 def cases(
     *,
-    backends: Iterable[KernelPreference] | None = None,
+    backends: Iterable[BackendKind] | None = None,
     recipes: Iterable[Recipe] = (Recipe.NONE,),
     dtypes: Iterable[torch.dtype] = (torch.bfloat16,),
     passes: Iterable[Passes] = (FORWARD,),
@@ -162,7 +162,7 @@ def cases(
     return [Case(*arguments) for arguments in product]
 
 
-def backend_kinds() -> list[KernelPreference]:
+def backend_kinds() -> list[BackendKind]:
     """The backends of this version."""
     return [candidate.backend.kind for candidate in candidates(torch.device("cpu"))]
 
@@ -339,7 +339,7 @@ def rounding_tolerance(dtype: torch.dtype, case: Case | None = None, device: tor
 def sums_coarsely(case: Case, device: torch.device) -> bool:
     """Whether tensor cores sum up with 13 bits only: products of fp8, on Ada and Hopper, which widen MX operands."""
     in_fp8 = case.recipe.is_scaled and case.recipe is not Recipe.MXFP8
-    return in_fp8 and case.backend is not KernelPreference.EMULATED and machine_of(device).arch in ("sm_89", "sm_90")
+    return in_fp8 and case.backend is not BackendKind.EMULATED and machine_of(device).arch in ("sm_89", "sm_90")
 
 
 def quantization_tolerance(recipe: Recipe, dtype: torch.dtype) -> float:

@@ -11,7 +11,7 @@ import torch
 
 from grouped_gemm import functional, testing
 from grouped_gemm.core.machine import default_device
-from grouped_gemm.core.preference import SWITCHES, KernelPreference
+from grouped_gemm.core.preference import SWITCHES, BackendKind
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,12 +53,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     name = config.getoption("--backend")
     if name is None:
         return
-    about_it = [item for item in items if _backend(item) is KernelPreference.parse(name)]
+    about_it = [item for item in items if _backend(item) is BackendKind(name.lower())]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(about_it)])
     items[:] = about_it
 
 
-def _backend(item: pytest.Item) -> KernelPreference | None:
+def _backend(item: pytest.Item) -> BackendKind | None:
     """The backend that a test is about."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     return parameters["case"].backend if "case" in parameters else parameters.get("backend")

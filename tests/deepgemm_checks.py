@@ -9,10 +9,10 @@ from torch import Tensor
 
 from grouped_gemm import Recipe, reference, testing
 from grouped_gemm.backends import get_backend
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 
 FP8 = torch.float8_e4m3fn
-BACKEND = get_backend(KernelPreference.DEEPGEMM)
+BACKEND = get_backend(BackendKind.DEEPGEMM)
 # ends of groups, M, alignment: ragged, with empty groups and rows past the last one; ends out of order and range; none
 # of them; one row; whole blocks, with a tail that is none
 GROUPS = (

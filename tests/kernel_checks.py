@@ -15,9 +15,9 @@ from grouped_gemm import Pass, Recipe, reference, testing
 from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 
-BACKEND = get_backend(KernelPreference.TRITON)
+BACKEND = get_backend(BackendKind.TRITON)
 
 
 def assert_same(found: Tensor, expected: Tensor, what: str) -> None:

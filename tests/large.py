@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from grouped_gemm import KernelPreference, Pass, Recipe, grouped_mm
+from grouped_gemm import BackendKind, Pass, Recipe, grouped_mm
 from grouped_gemm.backends import get_backend
 from grouped_gemm.testing import TRAINING, Case, Inputs, Shape
 
-TRITON = KernelPreference.TRITON
+TRITON = BackendKind.TRITON
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
 # Whole and short tiles of every kernel, empty groups, a group of one row, rows of nobody. K and N are no multiples of
 # 128: the last blocks of both are half.

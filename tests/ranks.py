@@ -24,7 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
-from grouped_gemm import KernelPreference, Recipe, cache_weights, grouped_mm
+from grouped_gemm import BackendKind, Recipe, cache_weights, grouped_mm
 from grouped_gemm.backends import get_backend
 
 RANKS, LAYERS, MICRO_BATCHES, STEPS = 2, 2, 2, 2
@@ -39,7 +39,7 @@ class Job(NamedTuple):
     rank: int
     device: torch.device
     mesh: DeviceMesh
-    backend: KernelPreference
+    backend: BackendKind
     recipe: Recipe
 
     def product(self, a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def main(device_type: str, meeting: str, backend: str, recipe: str) -> None:
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS
     )
-    job = Job(rank, device, init_device_mesh(device_type, (RANKS,)), KernelPreference.parse(backend), Recipe(recipe))
+    job = Job(rank, device, init_device_mesh(device_type, (RANKS,)), BackendKind(backend), Recipe(recipe))
     wrong = {}
     for name, check in CHECKS.items():
         try:

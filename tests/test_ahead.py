@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from grouped_gemm import (
-    KernelPreference,
+    BackendKind,
     Machine,
     NoBackendError,
     Pass,
@@ -59,7 +59,7 @@ def test_a_backend_that_compiles_nothing_is_not_called(monkeypatch, weights):
     monkeypatch.setattr(warmup_module, "grouped_mm", lambda *args, **options: pytest.fail("a call was made"))
     done = warmup(weights, kernel_preference="emulated")
     assert done.calls == 0
-    assert all(dict(c.decision.chosen) == dict.fromkeys(Pass, KernelPreference.EMULATED) for c in done.classes)
+    assert all(dict(c.decision.chosen) == dict.fromkeys(Pass, BackendKind.EMULATED) for c in done.classes)
     assert "nothing to compile" in str(done)
 
 
@@ -206,7 +206,7 @@ def tiled(monkeypatch, tmp_path):
         run()
         return 1.0 if backend.tiles[-1][2].band == 1 else 2.0
 
-    monkeypatch.setitem(backends._instances, KernelPreference.EMULATED, backend)
+    monkeypatch.setitem(backends._instances, BackendKind.EMULATED, backend)
     monkeypatch.setattr(tile_search, "_milliseconds", milliseconds)
     monkeypatch.setattr(warmup_module, "_USUAL", {RowClass.DECODE: 2, RowClass.SMALL: 20, RowClass.LARGE: 260})
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
@@ -274,7 +274,7 @@ class Rival(emulated.Backend):
     )
     host_syncs = ""
 
-    def __init__(self, kind: KernelPreference) -> None:
+    def __init__(self, kind: BackendKind) -> None:
         self.kind = kind
 
 
@@ -285,7 +285,7 @@ def compete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
     monkeypatch.setattr(profile, "_known", {})
     machine = Machine("nvidia", "sm_90", "NVIDIA H200", (("torch", "2.11.0"), ("triton", "3.6.0")))
-    rivals = tuple(backends.Candidate(Rival(kind)) for kind in (KernelPreference.TRITON, KernelPreference.TORCH))
+    rivals = tuple(backends.Candidate(Rival(kind)) for kind in (BackendKind.TRITON, BackendKind.TORCH))
     monkeypatch.setattr(functional, "machine_of", lambda device: machine)
     for module in (functional, warmup_module):
         monkeypatch.setattr(module, "candidates", lambda device: rivals)
@@ -294,8 +294,8 @@ def compete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
     def measure(problem, num_rows, device, contestants):
         flat = lambda calls: dict.fromkeys(calls, 1.0)  # noqa: E731
         case, failed = original(problem, num_rows, device, contestants, flat, flat)
-        slow = {part: 2.0 for part in case.times[KernelPreference.TRITON]}
-        return dataclasses.replace(case, times={**case.times, KernelPreference.TRITON: slow}), failed
+        slow = {part: 2.0 for part in case.times[BackendKind.TRITON]}
+        return dataclasses.replace(case, times={**case.times, BackendKind.TRITON: slow}), failed
 
     monkeypatch.setattr(profile, "measure", measure)
     functional.forget()
@@ -308,13 +308,13 @@ def compete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
 
 def test_a_contest_decides_what_auto_takes_from_then_on(weights, compete):
     (contest,) = compete(weights, RowClass.LARGE)
-    assert contest.decision.backends == (KernelPreference.TORCH,)
+    assert contest.decision.backends == (BackendKind.TORCH,)
     assert str(contest).startswith(
         "large: forward torch, dgrad torch, wgrad torch (torch alone 7 us; triton alone 14 us"
     )
     a, offs = torch.zeros(3000, K, dtype=torch.bfloat16), torch.tensor([1000, 2000, 3000], dtype=torch.int32)
     decided = functional.explain(a, weights, offs, recipe="fp8_rowwise").decision
-    assert decided.backends == (KernelPreference.TORCH,)
+    assert decided.backends == (BackendKind.TORCH,)
     assert "NVIDIA H200" in decided.expected.source
 
 
@@ -331,7 +331,7 @@ def test_a_contest_is_of_all_that_could_run_such_calls(weights, compete, out_dty
     with prefer(host_sync=False):
         (contest,) = compete(weights, RowClass.LARGE, bias=bias, out_dtype=out_dtype)
     (case,) = profile.known(contest.decision.problem.machine).cases
-    assert set(case.times) == {KernelPreference.TRITON, KernelPreference.TORCH}
+    assert set(case.times) == {BackendKind.TRITON, BackendKind.TORCH}
     assert compete(weights, RowClass.LARGE) == []
 
 
@@ -348,7 +348,7 @@ def test_a_call_that_was_remembered_follows_a_contest(weights, compete, monkeypa
         grouped_mm(a, weights, offs, recipe="fp8_rowwise")
         compete(weights, RowClass.LARGE)
         grouped_mm(a, weights, offs, recipe="fp8_rowwise")
-    assert routes == [KernelPreference.TRITON, KernelPreference.TORCH]
+    assert routes == [BackendKind.TRITON, BackendKind.TORCH]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from grouped_gemm import (
-    KernelPreference,
+    BackendKind,
     Machine,
     NoBackendError,
     Pass,
@@ -61,7 +61,7 @@ SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
 EACH_PASS = (FORWARD, DGRAD, WGRAD)
 # Those whose order of summation depends on nothing but K and the row's own group (guarantee 6).
-BATCH_INVARIANT = {KernelPreference.EMULATED, KernelPreference.TRITON}
+BATCH_INVARIANT = {BackendKind.EMULATED, BackendKind.TRITON}
 H100 = Machine("nvidia", "sm_90", "NVIDIA H100")
 
 
@@ -579,7 +579,7 @@ def test_what_is_not_finite_in_a_weight_reaches_the_rows_of_its_group_and_no_oth
 # 9. A pass that a backend cannot run is a refusal at the forward call, not an error or a zero in backward.
 
 
-def refusing(kind: KernelPreference, pass_: Pass, monkeypatch: pytest.MonkeyPatch) -> None:
+def refusing(kind: BackendKind, pass_: Pass, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives a backend a requirement that nothing meets."""
     never = Requirement("a full moon", lambda p: False, lambda p: "half a one", "Wait.", (pass_,))
     cls = type(get_backend(kind))
@@ -658,17 +658,17 @@ def in_the_middle_of_nan(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_each_thread_has_its_own_preference():
-    inputs = make_inputs(Case(KernelPreference.EMULATED), torch.device("cpu"))
+    inputs = make_inputs(Case(BackendKind.EMULATED), torch.device("cpu"))
     both_inside = threading.Barrier(2)
 
-    def preference_inside(kind: KernelPreference) -> KernelPreference:
+    def preference_inside(kind: BackendKind) -> BackendKind | None:
         with prefer(kind):
             both_inside.wait(timeout=30)
-            found = explain(inputs.a, inputs.b, inputs.offs).decision.preference
+            found = explain(inputs.a, inputs.b, inputs.offs).decision.preference.kind
             both_inside.wait(timeout=30)
         return found
 
-    kinds = [KernelPreference.EMULATED, KernelPreference.TRITON]
+    kinds = [BackendKind.EMULATED, BackendKind.TRITON]
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(preference_inside, kinds)) == kinds
 

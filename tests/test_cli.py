@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from grouped_gemm import KernelPreference, Machine, Pass, Recipe, __version__, explain
+from grouped_gemm import BackendKind, Machine, Pass, Recipe, __version__, explain
 from grouped_gemm import __main__ as cli
 from grouped_gemm.backends import Candidate, candidates, emulated
 from grouped_gemm.backends.base import Health, requires_arch, requires_recipe
@@ -26,7 +26,7 @@ EXPLAIN = f"explain {CALL} --m 96"
 
 
 class _HopperWgrad(emulated.Backend):
-    kind = KernelPreference.DEEPGEMM
+    kind = BackendKind.DEEPGEMM
     summary = "Stands for a backend that runs only some passes here."
     requirements = (
         requires_recipe([Recipe.FP8_BLOCKWISE]),

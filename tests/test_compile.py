@@ -8,7 +8,7 @@ from kernel_checks import assert_same_bits
 from large import RAGGED, layer, train, training, with_sizes
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from grouped_gemm import KernelPreference, NoBackendError, Pass, Recipe, grouped_mm, prefer, quantize_weights
+from grouped_gemm import BackendKind, NoBackendError, Pass, Recipe, grouped_mm, prefer, quantize_weights
 from grouped_gemm.core import tracing
 from grouped_gemm.testing import make_inputs
 
@@ -134,7 +134,7 @@ def test_a_compiled_function_follows_prefer():
 
     compiled = torch.compile(layer, fullgraph=True, backend="eager")
     compiled(a, w, offs)
-    with prefer(KernelPreference.TRITON), pytest.raises(Exception, match="triton, which the context asks for"):
+    with prefer(BackendKind.TRITON), pytest.raises(Exception, match="triton, which the context asks for"):
         compiled(a, w, offs)
     compiled(a, w, offs)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from grouped_gemm import KernelPreference, Machine, Pass, Problem, Recipe
+from grouped_gemm import BackendKind, Machine, Pass, Problem, Recipe
 from grouped_gemm.autotune import profile
 from grouped_gemm.backends import Candidate, emulated
 from grouped_gemm.backends.base import Requirement
@@ -22,7 +22,7 @@ from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection import cost_model
 from grouped_gemm.selection.cost_model import PARTS, Case
 
-TRITON, DEEPGEMM, TORCH = (KernelPreference[name] for name in ("TRITON", "DEEPGEMM", "TORCH"))
+TRITON, DEEPGEMM, TORCH = (BackendKind[name] for name in ("TRITON", "DEEPGEMM", "TORCH"))
 TRAINING = tuple(Pass)
 H200 = Machine("nvidia", "sm_90", "NVIDIA H200", (("torch", "2.11.0"), ("triton", "3.6.0")))
 CPU = torch.device("cpu")
@@ -64,11 +64,11 @@ def problem(recipe: Recipe = Recipe.FP8_BLOCKWISE, **facts: Any) -> Problem:
     return Problem(H200, 3, 32, 48, RowClass.SMALL, recipe, **{"passes": TRAINING} | facts)
 
 
-def held(asked: Problem, *backends: type[emulated.Backend]) -> tuple[Case, dict[KernelPreference, str], int]:
+def held(asked: Problem, *backends: type[emulated.Backend]) -> tuple[Case, dict[BackendKind, str], int]:
     """A contest whose parts take 1, 2, 3, ... microseconds; and how many were timed."""
     timed = []
 
-    def timer(calls: dict[KernelPreference, Callable[[], Any]]) -> dict[KernelPreference, float]:
+    def timer(calls: dict[BackendKind, Callable[[], Any]]) -> dict[BackendKind, float]:
         for kind, run in calls.items():
             run()
             timed.append(kind)

@@ -9,14 +9,15 @@ import math
 import pytest
 import torch
 
-from grouped_gemm import Explanation, KernelPreference, Machine, Pass, Problem, Recipe
+from grouped_gemm import BackendKind, Explanation, KernelPreference, Machine, Pass, Problem, Recipe
 from grouped_gemm.backends import Candidate, get_backend
 from grouped_gemm.backends.base import Health
 from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection.cost_model import PARTS, Case, Estimate, Table, estimate, parse, render, shipped
 from grouped_gemm.selection.rules import MARGIN, decide
 
-AUTO, TRITON, DEEPGEMM, EMULATED = (KernelPreference[name] for name in ("AUTO", "TRITON", "DEEPGEMM", "EMULATED"))
+AUTO = KernelPreference.AUTO
+TRITON, DEEPGEMM, EMULATED = (BackendKind[name] for name in ("TRITON", "DEEPGEMM", "EMULATED"))
 FORWARD, DGRAD, WGRAD = Pass
 TRAINING = (FORWARD, DGRAD, WGRAD)
 BLOCKWISE = Recipe.FP8_BLOCKWISE
@@ -45,7 +46,7 @@ def problem(machine: Machine = H200, **facts) -> Problem:
     return Problem(machine, **facts)
 
 
-def decision(asked: Problem, *tables: Table, broken: tuple[KernelPreference, ...] = (), patience: bool = True):
+def decision(asked: Problem, *tables: Table, broken: tuple[BackendKind, ...] = (), patience: bool = True):
     """What AUTO decides; without ``patience``, DeepGEMM's wgrad waits for the host, as the real one does."""
     kinds = (TRITON, DEEPGEMM, EMULATED)
     deepgemm = get_backend(DEEPGEMM)
@@ -56,7 +57,7 @@ def decision(asked: Problem, *tables: Table, broken: tuple[KernelPreference, ...
     return decide(asked, AUTO, [Candidate(backends[kind], healths[kind]) for kind in kinds], tables=tables)
 
 
-def chosen(*args, **options) -> tuple[KernelPreference | None, ...]:
+def chosen(*args, **options) -> tuple[BackendKind | None, ...]:
     found = decision(*args, **options)
     return tuple(found.backend(p) for p in found.problem.passes)
 
@@ -236,10 +237,10 @@ def test_auto_takes_what_waits_where_this_very_call_was_measured_so():
     assert chosen(problem(host_sync=False), own, patience=False) == (DEEPGEMM, DEEPGEMM, TRITON)
 
 
-@pytest.mark.parametrize("faster, expected", ((True, KernelPreference.HIPBLASLT), (False, TRITON)))
+@pytest.mark.parametrize("faster, expected", ((True, BackendKind.HIPBLASLT), (False, TRITON)))
 def test_hipblaslt_is_taken_where_it_was_measured_to_be_faster(faster, expected):
     machine = Machine("amd", "gfx942", "AMD Instinct MI300X", (*VERSIONS, ("rocm", "7.1")))
-    kinds = (TRITON, KernelPreference.HIPBLASLT)
+    kinds = (TRITON, BackendKind.HIPBLASLT)
     asked = problem(machine, recipe=Recipe.FP8_ROWWISE, group_alignment=128)
     theirs = dict.fromkeys(PARTS, 50.0 if faster else 100.0)
     measured = Case("fp8_rowwise", "large", True, **SIZES, num_rows=8192, times=dict(zip(kinds, (times(), theirs))))

@@ -30,12 +30,13 @@ from grouped_gemm.backends import Candidate, get_backend
 from grouped_gemm.backends.base import Health
 from grouped_gemm.backends.deepgemm import package as deepgemm_package
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind, KernelPreference
 from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 
-AUTO, DEEPGEMM, TRITON, EMULATED = (KernelPreference[name] for name in ("AUTO", "DEEPGEMM", "TRITON", "EMULATED"))
+AUTO = KernelPreference.AUTO
+DEEPGEMM, TRITON, EMULATED = (BackendKind[name] for name in ("DEEPGEMM", "TRITON", "EMULATED"))
 FORWARD, BACKWARD, WGRAD = Pass
 BACKENDS = {kind: get_backend(kind) for kind in (DEEPGEMM, TRITON, EMULATED)}
 VERSIONS = (("deep_gemm", "0.1.5"), ("triton", "3.6.0"))
@@ -51,7 +52,7 @@ def problem(machine: Machine = H200, recipe: Recipe = BLOCKWISE, **facts) -> Pro
     return Problem(machine, rows=RowClass.LARGE, recipe=recipe, **facts)
 
 
-def decision(asked: Problem, preference: KernelPreference = DEEPGEMM, broken: str = ""):
+def decision(asked: Problem, preference: BackendKind | KernelPreference = DEEPGEMM, broken: str = ""):
     healths = {DEEPGEMM: lambda: Health(broken, broken and "Mend it.")}
     found = [Candidate(backend, healths.get(kind, Health)) for kind, backend in BACKENDS.items()]
     return decide(asked, preference, found)

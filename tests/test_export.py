@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grouped_gemm import KernelPreference, Recipe, grouped_mm, override_torch
+from grouped_gemm import BackendKind, Recipe, grouped_mm, override_torch
 from grouped_gemm.testing import FORWARD, Case, Shape, cases, make_inputs
 
 SHAPE = Shape("whole_blocks", (0, 7, 1, 30), tail=2, k=128, n=256)
@@ -80,7 +80,7 @@ def test_a_program_is_for_every_row_class(case, strict, grad, device):
 @pytest.mark.parametrize("rows", [torch.export.Dim("rows"), torch.export.Dim.AUTO], ids=["unbounded", "auto"])
 def test_a_number_of_rows_without_bounds_is_not_narrowed_down(rows, strict):
     """Selection must not ask for the row class of the example."""
-    case, device = Case(KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
+    case, device = Case(BackendKind.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
     model = Experts(case, device).requires_grad_(False)
     program = export(model, case, device, strict, rows)
     for num_rows in (8, 65, 1100):
@@ -112,7 +112,7 @@ class Decorated(Overridden):
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("kind", [Overridden, Decorated])
 def test_override_torch_holds_in_a_program(kind, grad, strict):
-    case, device = Case(KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
+    case, device = Case(BackendKind.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
     model = kind(case, device).requires_grad_(grad)
     block = override_torch("fp8_blockwise", kernel_preference="emulated")
     with contextlib.nullcontext() if kind is Decorated else block, torch.set_grad_enabled(grad):
@@ -134,7 +134,7 @@ assert torch.equal(found, torch.load(wanted))
 
 
 def test_another_process_loads_a_program(tmp_path):
-    case, device = Case(KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
+    case, device = Case(BackendKind.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
     model = Experts(case, device).requires_grad_(False)
     x, offs = inputs_of(case, device, 100)
     files = [str(tmp_path / name) for name in ("program.pt2", "x.pt", "offs.pt", "y.pt")]

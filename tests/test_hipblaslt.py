@@ -26,12 +26,13 @@ from grouped_gemm.backends import Candidate, candidates, get_backend
 from grouped_gemm.backends.base import Health
 from grouped_gemm.backends.hipblaslt import backend as hipblaslt
 from grouped_gemm.core import machine as machine_module
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind, KernelPreference
 from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 
-AUTO, HIPBLASLT, TRITON, EMULATED = (KernelPreference[name] for name in ("AUTO", "HIPBLASLT", "TRITON", "EMULATED"))
+AUTO = KernelPreference.AUTO
+HIPBLASLT, TRITON, EMULATED = (BackendKind[name] for name in ("HIPBLASLT", "TRITON", "EMULATED"))
 FORWARD, BACKWARD, WGRAD = Pass
 NONE, ROWWISE, POW2, MX = Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.MXFP8
 BACKEND = get_backend(HIPBLASLT)
@@ -85,8 +86,8 @@ def problem(machine=MI355X, recipe: Recipe = ROWWISE, **facts) -> Problem:
     return Problem(machine, rows=RowClass.LARGE, recipe=recipe, **facts)
 
 
-def decision(asked: Problem, preference: KernelPreference = HIPBLASLT, *broken: KernelPreference):
-    def health(kind: KernelPreference) -> Health:
+def decision(asked: Problem, preference: BackendKind | KernelPreference = HIPBLASLT, *broken: BackendKind):
+    def health(kind: BackendKind) -> Health:
         return Health("does not work", "Mend it.") if kind in broken else Health()
 
     kinds = (HIPBLASLT, TRITON, EMULATED)

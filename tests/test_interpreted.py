@@ -12,7 +12,7 @@ import pytest
 
 from grouped_gemm import Machine
 from grouped_gemm.backends import get_backend
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.problem import Problem, RowClass
 
 pytest.importorskip("triton")
@@ -104,5 +104,5 @@ def test_a_missing_numpy_is_named():
 )
 def test_interpreted_kernels_are_for_a_cpu_and_compiled_ones_for_a_gpu(vendor, interprets, runs):
     problem = Problem(Machine(vendor, vendor, vendor, interprets=interprets), 1, 16, 16, RowClass.DECODE)
-    first_two = get_backend(KernelPreference.TRITON).requirements[:2]
+    first_two = get_backend(BackendKind.TRITON).requirements[:2]
     assert all(requirement.holds(problem) for requirement in first_two) is runs

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from grouped_gemm import Decision, KernelPreference, explain, grouped_mm, prefer, quantize_weights
+from grouped_gemm import BackendKind, Decision, KernelPreference, explain, grouped_mm, prefer, quantize_weights
 from grouped_gemm.core.preference import AUTOTUNE, BACKEND, SWITCHES, resolve
 
 A = torch.ones(4, 32, dtype=torch.bfloat16)
@@ -67,7 +67,7 @@ def test_quantize_weights_follows_the_same_precedence(monkeypatch):
         quantize_weights(B, "mxfp8")
     with prefer("triton"):
         weights = quantize_weights(B, "mxfp8", kernel_preference="emulated")
-    assert weights.forward_backend is KernelPreference.EMULATED
+    assert weights.forward_backend is BackendKind.EMULATED
 
 
 def test_the_environment_is_read_at_every_call(monkeypatch):
@@ -164,7 +164,8 @@ def test_a_backend_is_known_by_its_name_in_either_case(monkeypatch, preference, 
 
 
 def test_a_preference_is_taken_as_it_is():
-    assert KernelPreference.parse(KernelPreference.TRITON) is KernelPreference.TRITON
+    for value in (KernelPreference.TRITON, BackendKind.TRITON):
+        assert KernelPreference.parse(value) is KernelPreference.TRITON
 
 
 EXPECTED = "one of auto, emulated, torch, triton, deepgemm, hipblaslt; found 'cuda'"

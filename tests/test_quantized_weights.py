@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm import (
-    KernelPreference,
+    BackendKind,
     Quantized,
     QuantizedGroupedLinear,
     QuantizedWeights,
@@ -29,7 +29,7 @@ from grouped_gemm.testing import DGRAD, Case, Shape, backend_kinds, cases, make_
 
 SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)
 SHAPE = Shape("whole_blocks", (0, 37, 1, 130, 8), tail=5, k=256, n=128)
-EMULATED = Case(KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE, passes=DGRAD, shape=SHAPE)
+EMULATED = Case(BackendKind.EMULATED, Recipe.FP8_BLOCKWISE, passes=DGRAD, shape=SHAPE)
 EACH = pytest.mark.parametrize("case", cases(recipes=SCALED, passes=(DGRAD,), shapes=[SHAPE]), ids=str)
 E, K, N = 4, 40, 24
 
@@ -51,7 +51,7 @@ def padded() -> QuantizedWeights:
         x.view(torch.uint8).copy_(torch.arange(x.numel()).view(x.shape) % 127)
     forward = Quantized(by_n.transpose(1, 2), scale, Recipe.MXFP8, 1, "triton weights")
     dgrad = Quantized(by_k, dgrad_scale, Recipe.MXFP8, 2, "triton weights")
-    triton = KernelPreference.TRITON
+    triton = BackendKind.TRITON
     return QuantizedWeights(torch.Size((E, K, N)), torch.bfloat16, forward, dgrad, triton, triton)
 
 
@@ -94,11 +94,11 @@ def test_a_slice_multiplies_as_weights_that_were_sliced_before(case, device):
 
 
 ADOPTED = {
-    KernelPreference.EMULATED: SCALED,
-    KernelPreference.TRITON: SCALED,
-    KernelPreference.TORCH: (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.MXFP8),
-    KernelPreference.DEEPGEMM: (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2),
-    KernelPreference.HIPBLASLT: (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.MXFP8),
+    BackendKind.EMULATED: SCALED,
+    BackendKind.TRITON: SCALED,
+    BackendKind.TORCH: (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.MXFP8),
+    BackendKind.DEEPGEMM: (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2),
+    BackendKind.HIPBLASLT: (Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.MXFP8),
 }
 
 
@@ -158,7 +158,7 @@ def test_a_bad_slice_is_named(experts, error, words):
 def test_a_layout_that_does_not_lie_by_experts_is_not_sliced():
     weights = small()
     shared = Quantized(weights.forward.data, weights.forward.scale.transpose(0, 1), Recipe.MXFP8, 1, "by blocks")
-    kind = KernelPreference.EMULATED
+    kind = BackendKind.EMULATED
     mixed = QuantizedWeights(weights.shape, weights.dtype, shared, None, kind, None)
     with pytest.raises(ValueError, match=r"by blocks, whose forward_scale .*; slice the weights before"):
         mixed[1:3]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grouped_gemm import KernelPreference, Recipe
+from grouped_gemm import BackendKind, Recipe
 from grouped_gemm.testing import TRAINING, Case, Shape, cases
 
 SCRIPT = Path(__file__).with_name("ranks.py")
@@ -45,9 +45,9 @@ def check(case: Case, device_type: str, meeting: Path) -> None:
 
 
 ON_CPU = (
-    (KernelPreference.EMULATED, Recipe.NONE),
-    (KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE),
-    (KernelPreference.TORCH, Recipe.NONE),
+    (BackendKind.EMULATED, Recipe.NONE),
+    (BackendKind.EMULATED, Recipe.FP8_BLOCKWISE),
+    (BackendKind.TORCH, Recipe.NONE),
 )
 
 

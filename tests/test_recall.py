@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from grouped_gemm import (
-    KernelPreference,
+    BackendKind,
     NoBackendError,
     functional,
     grouped_mm,
@@ -170,7 +170,7 @@ def test_prefer_acts_on_the_call_that_follows():
         grouped_mm(A, B, OFFS)
     grouped_mm(A, B, OFFS)
     with pytest.raises(NoBackendError, match="deepgemm, which the argument asks for"):
-        grouped_mm(A, B, OFFS, kernel_preference=KernelPreference.DEEPGEMM)
+        grouped_mm(A, B, OFFS, kernel_preference=BackendKind.DEEPGEMM)
 
 
 def test_another_thread_is_not_taken_for_this_one():

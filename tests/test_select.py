@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from grouped_gemm import (
+    BackendKind,
     Explanation,
     KernelPreference,
     Machine,
@@ -42,7 +43,8 @@ from grouped_gemm.core.problem import RowClass, row_class
 from grouped_gemm.selection import explanation as explanation_module
 from grouped_gemm.selection.rules import AUTO_ORDER, Decision, decide
 
-AUTO, EMULATED, TORCH, TRITON, DEEPGEMM, HIPBLASLT = KernelPreference
+AUTO = KernelPreference.AUTO
+EMULATED, TORCH, TRITON, DEEPGEMM, HIPBLASLT = BackendKind
 FORWARD, DGRAD, WGRAD = Pass
 TRAINING = (FORWARD, DGRAD, WGRAD)
 
@@ -114,10 +116,10 @@ BACKENDS = {b.kind: b for b in (DeepGEMM(), Triton(), Torch(), HipBLASLt(), emul
 KINDS = tuple(BACKENDS)
 STATES = ("present", "broken", "absent")
 BROKEN = Health("built for another torch", "Reinstall it.")
-EVERYTHING: dict[KernelPreference, str] = dict.fromkeys(KINDS, "present")
+EVERYTHING: dict[BackendKind, str] = dict.fromkeys(KINDS, "present")
 
 
-def candidates(states: Mapping[KernelPreference, str]) -> list[Candidate]:
+def candidates(states: Mapping[BackendKind, str]) -> list[Candidate]:
     """The backends that are not absent; those that are not named are present."""
     health = {"present": Health, "broken": lambda: BROKEN}
     states = EVERYTHING | dict(states)
@@ -128,11 +130,11 @@ def problem(machine: str, recipe: Recipe = Recipe.FP8_BLOCKWISE, passes=TRAINING
     return Problem(MACHINES[machine], 8, 4096, 2048, RowClass.LARGE, recipe, passes=passes, **facts)
 
 
-def auto(asked: Problem, states: Mapping[KernelPreference, str] = EVERYTHING, **options) -> Decision:
+def auto(asked: Problem, states: Mapping[BackendKind, str] = EVERYTHING, **options) -> Decision:
     return decide(asked, AUTO, candidates(states), asked_by="default", **options)
 
 
-def choice(decision: Decision) -> tuple[KernelPreference | None, ...]:
+def choice(decision: Decision) -> tuple[BackendKind | None, ...]:
     return tuple(decision.backend(pass_) for pass_ in decision.problem.passes)
 
 
@@ -158,13 +160,13 @@ def problems(machine: str) -> list[Problem]:
 
 
 @functools.cache
-def sweep(machine: str, strict: bool = False) -> list[tuple[Problem, dict[KernelPreference, str], Decision]]:
+def sweep(machine: str, strict: bool = False) -> list[tuple[Problem, dict[BackendKind, str], Decision]]:
     """What AUTO decides for every problem with every backend present, absent or broken, in every combination."""
     combinations = [dict(zip(KINDS, states)) for states in itertools.product(STATES, repeat=len(KINDS))]
     return [(p, states, auto(p, states, strict=strict)) for p in problems(machine) for states in combinations]
 
 
-def runs(kind: KernelPreference, asked: Problem, pass_: Pass, states: Mapping[KernelPreference, str]) -> bool:
+def runs(kind: BackendKind, asked: Problem, pass_: Pass, states: Mapping[BackendKind, str]) -> bool:
     """Whether a backend can run a pass, straight from what it declares."""
     owners = asked.weights and dict(zip((FORWARD, DGRAD), asked.weights))
     needed = [requirement for requirement in BACKENDS[kind].requirements if pass_ in requirement.passes]
@@ -450,7 +452,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     functional._decide_once.cache_clear()
     functional._routes.clear()
 
-    def move(machine: str, states: Mapping[KernelPreference, str]) -> None:
+    def move(machine: str, states: Mapping[BackendKind, str]) -> None:
         monkeypatch.setattr(functional, "machine_of", lambda device: MACHINES[machine])
         monkeypatch.setattr(functional, "candidates", lambda device: tuple(candidates(states)))
 

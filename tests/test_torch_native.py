@@ -21,7 +21,18 @@ from torch_checks import (
     check_zeros,
 )
 
-from grouped_gemm import Explanation, KernelPreference, Machine, Pass, Problem, Recipe, grouped_mm, reference, testing
+from grouped_gemm import (
+    BackendKind,
+    Explanation,
+    KernelPreference,
+    Machine,
+    Pass,
+    Problem,
+    Recipe,
+    grouped_mm,
+    reference,
+    testing,
+)
 from grouped_gemm.backends import Candidate, get_backend
 from grouped_gemm.backends.torch_native import backend as torch_native
 from grouped_gemm.core.machine import machine_of
@@ -29,7 +40,7 @@ from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import TRAINING, Case, Shape
 
-TORCH, TRITON, EMULATED = (KernelPreference[name] for name in ("TORCH", "TRITON", "EMULATED"))
+TORCH, TRITON, EMULATED = (BackendKind[name] for name in ("TORCH", "TRITON", "EMULATED"))
 TRITON_36 = (("triton", "3.6.0"),)
 MSLK = (("mslk", "2.11.0"),)
 H200 = Machine("nvidia", "sm_90", "NVIDIA H200", TRITON_36)

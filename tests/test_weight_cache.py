@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from grouped_gemm import KernelPreference, Recipe, WeightCache, cache_weights, grouped_mm, weight_cache
+from grouped_gemm import BackendKind, Recipe, WeightCache, cache_weights, grouped_mm, weight_cache
 from grouped_gemm.backends import get_backend
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.testing import TRAINING, Case, Shape, cases, make_inputs
@@ -27,7 +27,7 @@ from grouped_gemm.testing import TRAINING, Case, Shape, cases, make_inputs
 SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)
 # K and N in whole blocks, which every backend takes.
 SHAPE = Shape("whole_blocks", (0, 37, 1, 130, 0), tail=5, k=256, n=128)
-EMULATED = Case(KernelPreference.EMULATED, Recipe.FP8_BLOCKWISE, passes=TRAINING, shape=SHAPE)
+EMULATED = Case(BackendKind.EMULATED, Recipe.FP8_BLOCKWISE, passes=TRAINING, shape=SHAPE)
 EACH = pytest.mark.parametrize("case", cases(recipes=SCALED, passes=(TRAINING,), shapes=[SHAPE]), ids=str)
 A_RECIPE = pytest.mark.parametrize(
     "case", cases(recipes=(Recipe.MXFP8, Recipe.FP8_BLOCKWISE), passes=(TRAINING,), shapes=[SHAPE]), ids=str
@@ -161,7 +161,7 @@ def test_recipes_are_told_apart(quantized):
 class Named:
     """A backend whose layouts hold its name."""
 
-    def __init__(self, kind: KernelPreference) -> None:
+    def __init__(self, kind: BackendKind) -> None:
         self.kind = kind
 
     def quantize_weights(self, b, recipe, *, forward, dgrad):
@@ -173,7 +173,7 @@ class Named:
 
 def test_backends_are_told_apart():
     cache, b = WeightCache(), torch.ones(2, 3, 4)
-    first, second = (Named(kind) for kind in (KernelPreference.TRITON, KernelPreference.DEEPGEMM))
+    first, second = (Named(kind) for kind in (BackendKind.TRITON, BackendKind.DEEPGEMM))
     for _ in range(2):
         (one, _), (_, other) = (
             cache.quantize(first, b, Recipe.MXFP8, forward=True, dgrad=False),
@@ -705,7 +705,7 @@ def test_a_cuda_graph_neither_keeps_nor_finds_anything(monkeypatch, quantized):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "case", cases(backends=[KernelPreference.TRITON], recipes=(Recipe.FP8_BLOCKWISE,), shapes=[SHAPE]), ids=str
+    "case", cases(backends=[BackendKind.TRITON], recipes=(Recipe.FP8_BLOCKWISE,), shapes=[SHAPE]), ids=str
 )
 def test_a_replayed_graph_reads_the_weights_of_now(case, device):
     layer = Layer(case, device)

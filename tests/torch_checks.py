@@ -10,11 +10,11 @@ from torch import Tensor
 
 from grouped_gemm import Recipe, reference, testing
 from grouped_gemm.backends import get_backend
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
 
 FP8 = torch.float8_e4m3fn
-BACKEND = get_backend(KernelPreference.TORCH)
+BACKEND = get_backend(BackendKind.TORCH)
 # ends of groups, M: ragged, with empty groups and rows past the last one; ends out of order and range; none of them;
 # one row; many groups; multiples of 32
 GROUPS = (

@@ -27,7 +27,7 @@ from grouped_gemm.autotune.timing import captured_microseconds, device_microseco
 from grouped_gemm.backends import Candidate
 from grouped_gemm.backends.base import ALL_PASSES, OffsetPlan, _GroupedMMBackend
 from grouped_gemm.core.machine import Machine
-from grouped_gemm.core.preference import KernelPreference, cache_directory
+from grouped_gemm.core.preference import BackendKind, cache_directory
 from grouped_gemm.core.problem import Pass, Problem, RowClass
 from grouped_gemm.core.store import DAMAGE, locked, read, replace
 from grouped_gemm.kernels.gemm import tile_search
@@ -36,7 +36,7 @@ from grouped_gemm.selection.cost_model import Case, Table, Times
 from grouped_gemm.selection.rules import able
 
 SCHEMA = 1  # of the file; another number is another file
-Timer = Callable[[dict[KernelPreference, Callable[[], Any]]], dict[KernelPreference, float]]
+Timer = Callable[[dict[BackendKind, Callable[[], Any]]], dict[BackendKind, float]]
 
 
 def tables(machine: Machine, tunes: bool) -> tuple[Table, ...]:
@@ -61,7 +61,7 @@ def measure(
     contestants: Sequence[Candidate],
     on_device: Timer | None = None,
     on_host: Timer = host_microseconds,
-) -> tuple[Case, dict[KernelPreference, str]]:
+) -> tuple[Case, dict[BackendKind, str]]:
     """Times the parts of a call on random operands, for each of ``contestants`` that is able to run a pass.
 
     Takes about half a second for each, and as much memory as a training step; waits for the device.
@@ -90,15 +90,15 @@ def measure(
     del by_n
     offs = uneven_ends(num_rows, problem.num_groups, problem.group_alignment, device)
     backends = {contestant.backend.kind: contestant.backend for contestant in contestants}
-    failures: dict[KernelPreference, str] = {}
-    runs: dict[KernelPreference, dict[str, Callable[[], Any]]] = {}
+    failures: dict[BackendKind, str] = {}
+    runs: dict[BackendKind, dict[str, Callable[[], Any]]] = {}
     for kind, passes in able(problem, contestants).items():
         with _noting(failures, kind):
             runs[kind] = _parts(backends[kind], problem, passes, a_MK, g_MN, b_EKN, offs)
             for run in runs[kind].values():
                 run()  # compiles
-    times: dict[KernelPreference, dict[str, float]] = {kind: {} for kind in runs if kind not in failures}
-    hosts: dict[KernelPreference, dict[str, float]] = {kind: {} for kind in times}
+    times: dict[BackendKind, dict[str, float]] = {kind: {} for kind in runs if kind not in failures}
+    hosts: dict[BackendKind, dict[str, float]] = {kind: {} for kind in times}
     for part in cost_model.PARTS:
         calls = {kind: runs[kind][part] for kind in times if part in runs[kind] and kind not in failures}
         waiting = {kind: calls.pop(kind) for kind in tuple(calls) if not in_graphs or _waits(backends[kind], part)}
@@ -125,7 +125,7 @@ def _waits(backend: _GroupedMMBackend, part: str) -> bool:
 
 
 @contextlib.contextmanager
-def _noting(failures: dict[KernelPreference, str], kind: KernelPreference) -> Iterator[None]:
+def _noting(failures: dict[BackendKind, str], kind: BackendKind) -> Iterator[None]:
     """What is raised, by a compiler or a launch, is why ``kind`` is out of this contest."""
     try:
         yield
@@ -134,13 +134,13 @@ def _noting(failures: dict[KernelPreference, str], kind: KernelPreference) -> It
 
 
 def _timed(
-    calls: dict[KernelPreference, Callable[[], Any]], timer: Timer, failures: dict[KernelPreference, str]
-) -> dict[KernelPreference, float]:
+    calls: dict[BackendKind, Callable[[], Any]], timer: Timer, failures: dict[BackendKind, str]
+) -> dict[BackendKind, float]:
     """By turns; where that fails, each alone, which tells whose fault it is."""
     try:
         return timer(calls) if calls else {}
     except Exception:
-        times: dict[KernelPreference, float] = {}
+        times: dict[BackendKind, float] = {}
         for kind, call in calls.items():
             with _noting(failures, kind):
                 times |= timer({kind: call})
@@ -301,9 +301,9 @@ def _is_same(entry: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _case(entry: dict[str, Any]) -> Case:
-    def clock(name: str) -> dict[KernelPreference, Times]:
+    def clock(name: str) -> dict[BackendKind, Times]:
         return {
-            KernelPreference.parse(kind): {part: float(parts[part]) for part in cost_model.PARTS if part in parts}
+            BackendKind(kind): {part: float(parts[part]) for part in cost_model.PARTS if part in parts}
             for kind, parts in entry[name].items()
         }
 

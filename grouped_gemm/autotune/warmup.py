@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grouped_gemm.autograd import dense_weights, layouts, weights_for
 from grouped_gemm.backends import candidates, get_backend
-from grouped_gemm.core.preference import AUTOTUNE, KernelPreference, check_bool
+from grouped_gemm.core.preference import AUTOTUNE, BackendKind, KernelPreference, Preference, check_bool
 from grouped_gemm.core.problem import Pass, Problem, RowClass
 from grouped_gemm.core.quantized import Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
@@ -71,7 +71,7 @@ class Contest:
     failed: tuple[tuple[str, str], ...]
 
     @property
-    def alone(self) -> tuple[tuple[KernelPreference, float], ...]:
+    def alone(self) -> tuple[tuple[BackendKind, float], ...]:
         """Microseconds of whole calls on one backend, the fastest first."""
         return self.decision.expected.others if self.decision.expected else ()
 
@@ -179,7 +179,7 @@ def warmup(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     group_alignment: int = 1,
-    kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+    kernel_preference: Preference = KernelPreference.AUTO,
 ) -> Warmup:
     """Compiles what `grouped_mm` with these weights needs, so that no step of a model waits for a compiler.
 
@@ -359,7 +359,7 @@ def _tune(b: Tensor | QuantizedWeights, bias: Tensor | None, decision: Decision)
     forward, dgrad, wgrad = map(decision.backend, (Pass.FORWARD, Pass.DGRAD, Pass.WGRAD))
     plans = {kind: get_backend(kind).plan(offs, len(a), problem.group_alignment) for kind in decision.backends}
 
-    def quantized(x: Tensor, by_row: KernelPreference | None) -> tuple[Quantized | None, Quantized | None]:
+    def quantized(x: Tensor, by_row: BackendKind | None) -> tuple[Quantized | None, Quantized | None]:
         return layouts(
             by_row,
             wgrad,
@@ -378,7 +378,7 @@ def _tune(b: Tensor | QuantizedWeights, bias: Tensor | None, decision: Decision)
     runs: list[Callable[[], Tensor]] = []
 
     def product(
-        kind: KernelPreference | None, lhs: Quantized | None, rhs: Quantized | None, dtype: torch.dtype, *bias: Any
+        kind: BackendKind | None, lhs: Quantized | None, rhs: Quantized | None, dtype: torch.dtype, *bias: Any
     ) -> None:
         if kind is not None and lhs is not None and rhs is not None and get_backend(kind).compiles:
             runs.append(lambda: get_backend(kind).grouped_mm(lhs, rhs, plans[kind], dtype, *bias))

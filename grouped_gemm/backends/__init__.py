@@ -16,15 +16,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from grouped_gemm.backends.base import Health, _GroupedMMBackend
 from grouped_gemm.core.library import NAMES
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 
 # Each module has one subclass of _GroupedMMBackend, named Backend.
 _MODULES = {
-    KernelPreference.EMULATED: "grouped_gemm.backends.emulated",
-    KernelPreference.TRITON: "grouped_gemm.backends.triton",
-    KernelPreference.DEEPGEMM: "grouped_gemm.backends.deepgemm.backend",
-    KernelPreference.TORCH: "grouped_gemm.backends.torch_native.backend",
-    KernelPreference.HIPBLASLT: "grouped_gemm.backends.hipblaslt.backend",
+    BackendKind.EMULATED: "grouped_gemm.backends.emulated",
+    BackendKind.TRITON: "grouped_gemm.backends.triton",
+    BackendKind.DEEPGEMM: "grouped_gemm.backends.deepgemm.backend",
+    BackendKind.TORCH: "grouped_gemm.backends.torch_native.backend",
+    BackendKind.HIPBLASLT: "grouped_gemm.backends.hipblaslt.backend",
 }
 
 
@@ -41,10 +41,10 @@ class Candidate:
     health: Callable[[], Health] = Health
 
 
-_instances: dict[KernelPreference, _GroupedMMBackend] = {}
+_instances: dict[BackendKind, _GroupedMMBackend] = {}
 
 
-def get_backend(kind: KernelPreference) -> _GroupedMMBackend:
+def get_backend(kind: BackendKind) -> _GroupedMMBackend:
     """The one instance of a backend, in a plain dict that Dynamo can look into.
 
     Raises:
@@ -116,7 +116,7 @@ def _health(backend: _GroupedMMBackend, device: torch.device) -> Health:
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False) if casts else nullcontext(),
-        _host_syncs_allowed() if device.type == "cuda" else nullcontext(),
+        _host_syncs_allowed() if device.type == "cuda" and torch.cuda.is_initialized() else nullcontext(),
     ):
         try:
             return backend.health(device)

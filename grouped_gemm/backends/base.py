@@ -12,7 +12,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from grouped_gemm import reference
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.problem import Pass, Problem, dtype_name
 from grouped_gemm.core.quantized import Layouts, Quantized
 from grouped_gemm.core.recipes import Recipe
@@ -240,7 +240,7 @@ class _GroupedMMBackend(ABC):
     op returns its own argument.
     """
 
-    kind: ClassVar[KernelPreference]
+    kind: ClassVar[BackendKind]
     summary: ClassVar[str]  # one sentence for doctor and docs/backends.md
     requirements: ClassVar[tuple[Requirement, ...]]
     host_syncs: ClassVar[str] = ""  # when a call waits for the host, as a phrase; empty: never

@@ -26,7 +26,7 @@ from grouped_gemm.backends.base import (
 )
 from grouped_gemm.core.library import define_op, ops
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
 
@@ -40,7 +40,7 @@ _ALONG_N = "reference weights along N"
 class Backend(_GroupedMMBackend):
     """Plain torch, in fp32."""
 
-    kind = KernelPreference.EMULATED
+    kind = BackendKind.EMULATED
     summary = "Dequantizes and multiplies in fp32 with plain torch, group by group: right everywhere, fast nowhere."
     requirements = (
         requires_recipe(Recipe),

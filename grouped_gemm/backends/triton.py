@@ -27,7 +27,7 @@ from grouped_gemm.backends.base import (
     unscaled_weights,
 )
 from grouped_gemm.core.library import define_op, ops
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.problem import Problem
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
@@ -55,7 +55,7 @@ def _requires_gpu_in(archs: tuple[str, ...], purpose: str, concerns: Callable[[P
 class Backend(_GroupedMMBackend):
     """Kernels of this package, in Triton."""
 
-    kind = KernelPreference.TRITON
+    kind = BackendKind.TRITON
     summary = "This package's own kernels: no padding, no vendor library, no wait for the device."
     requirements = (
         Requirement(

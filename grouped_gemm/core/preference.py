@@ -14,13 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 
-class KernelPreference(Enum):
-    """A backend, or AUTO: the fastest one that can run the call."""
+class BackendKind(Enum):
+    """A backend."""
 
-    AUTO = "auto"
     EMULATED = "emulated"
     TORCH = "torch"
     TRITON = "triton"
@@ -28,20 +27,39 @@ class KernelPreference(Enum):
     HIPBLASLT = "hipblaslt"
     # The enums of this package keep Enum's own hash, slow as it is: Dynamo of torch 2.11 knows no other.
 
+
+class KernelPreference(Enum):
+    """What a user asks for: a backend, or AUTO, the fastest one that can run the call."""
+
+    AUTO = "auto"
+    EMULATED = "emulated"
+    TORCH = "torch"
+    TRITON = "triton"
+    DEEPGEMM = "deepgemm"
+    HIPBLASLT = "hipblaslt"
+
+    @property
+    def kind(self) -> BackendKind | None:
+        """The backend that it names; None for AUTO."""
+        return None if self is KernelPreference.AUTO else BackendKind(self.value)
+
     @classmethod
-    def parse(cls, value: KernelPreference | str, argument: str = "kernel_preference") -> KernelPreference:
-        """The preference named by ``value``: a `KernelPreference`, or its name in either case.
+    def parse(cls, value: Preference, argument: str = "kernel_preference") -> KernelPreference:
+        """The preference that ``value`` stands for: itself, a `BackendKind`, or the name of one in either case.
 
         Raises:
             ValueError: nothing has this name; the message says that it was found in ``argument``.
         """
         if isinstance(value, KernelPreference):
             return value
+        if isinstance(value, BackendKind):
+            return _BY_NAME[value.value]
         if isinstance(value, str) and value.lower() in _BY_NAME:
             return _BY_NAME[value.lower()]
         raise ValueError(f"{argument}: expected a KernelPreference or one of {', '.join(_BY_NAME)}; found {value!r}")
 
 
+Preference: TypeAlias = KernelPreference | BackendKind | str
 _BY_NAME = {preference.value: preference for preference in KernelPreference}
 
 
@@ -179,7 +197,7 @@ def check_bool(argument: str, value: object) -> None:
 
 
 @contextmanager
-def prefer(kernel_preference: KernelPreference | str | None = None, *, host_sync: bool | None = None) -> Iterator[None]:
+def prefer(kernel_preference: Preference | None = None, *, host_sync: bool | None = None) -> Iterator[None]:
     """Sets the preference of the calls inside the block, in this thread. Blocks nest; the innermost wins.
 
     Args:

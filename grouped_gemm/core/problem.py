@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 
 from grouped_gemm.core.machine import Machine
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.recipes import Recipe
 
 
@@ -79,7 +79,7 @@ class Problem:
     is_aligned: bool = True
     host_sync: bool = True
     captured: bool = False
-    weights: tuple[KernelPreference, KernelPreference | None] | None = None
+    weights: tuple[BackendKind, BackendKind | None] | None = None
 
     def __str__(self) -> str:
         passes = "+".join(p.value for p in self.passes)

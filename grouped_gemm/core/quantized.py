@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.recipes import Recipe
 
 
@@ -66,8 +66,8 @@ class QuantizedWeights:
     dtype: torch.dtype
     forward: Quantized
     dgrad: Quantized | None
-    forward_backend: KernelPreference
-    dgrad_backend: KernelPreference | None
+    forward_backend: BackendKind
+    dgrad_backend: BackendKind | None
 
     @property
     def recipe(self) -> Recipe:
@@ -187,11 +187,11 @@ def weights_of(form: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedWei
     _check_tensors(tensors, shape, recipe, form["data_dtype"])
     data, scale = tensors["forward_data"], tensors["forward_scale"]
     kind, axis, layout = form["forward"]
-    forward, forward_backend = Quantized(data, scale, recipe, axis, layout), KernelPreference.parse(kind)
+    forward, forward_backend = Quantized(data, scale, recipe, axis, layout), BackendKind(kind)
     if form["dgrad"] is not None:
         kind, axis, layout = form["dgrad"]
         data, scale = tensors.get("dgrad_data", data), tensors.get("dgrad_scale", scale)
-        dgrad, dgrad_backend = Quantized(data, scale, recipe, axis, layout), KernelPreference.parse(kind)
+        dgrad, dgrad_backend = Quantized(data, scale, recipe, axis, layout), BackendKind(kind)
     return QuantizedWeights(shape, form["dtype"], forward, dgrad, forward_backend, dgrad_backend)
 
 

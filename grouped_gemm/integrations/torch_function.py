@@ -20,7 +20,7 @@ from torch.utils import checkpoint as checkpointing
 from torch.utils._contextlib import context_decorator
 
 from grouped_gemm.core import tracing
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import KernelPreference, Preference
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import grouped_mm
 from grouped_gemm.selection import checks
@@ -67,7 +67,7 @@ class override_torch(TorchFunctionMode):
         recipe: Recipe | str | None = None,
         *,
         group_alignment: int = 1,
-        kernel_preference: KernelPreference | str = KernelPreference.AUTO,
+        kernel_preference: Preference = KernelPreference.AUTO,
     ) -> None:
         super().__init__()
         self.recipe = None if recipe is None else Recipe.parse(recipe)

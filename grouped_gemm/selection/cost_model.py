@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.problem import Pass, Problem
 
 # Microseconds of each part. a: (M, K); g: dY, (M, N); b: the weights. rows, columns: the layouts of forward or dgrad,
@@ -62,8 +62,8 @@ class Case:
     k: int
     n: int
     num_rows: int
-    times: Mapping[KernelPreference, Times] = field(hash=False)
-    hosts: Mapping[KernelPreference, Times] = field(hash=False, default_factory=dict)
+    times: Mapping[BackendKind, Times] = field(hash=False)
+    hosts: Mapping[BackendKind, Times] = field(hash=False, default_factory=dict)
 
     def covers(self, problem: Problem) -> bool:
         """Whether each pass of ``problem`` was measured, on one backend at least."""
@@ -110,18 +110,18 @@ class Estimate:
 
     source: str
     num_rows: int
-    times: Mapping[KernelPreference, Times]
-    hosts: Mapping[KernelPreference, Times] = field(default_factory=dict)
+    times: Mapping[BackendKind, Times]
+    hosts: Mapping[BackendKind, Times] = field(default_factory=dict)
     is_exact: bool = False
 
-    def total(self, chosen: Mapping[Pass, KernelPreference]) -> float:
+    def total(self, chosen: Mapping[Pass, BackendKind]) -> float:
         """Microseconds of a call whose passes run on ``chosen``; infinite where that was not measured."""
         parts = list(_parts(chosen))
         on_device = sum(self.times.get(kind, {}).get(part, math.inf) for kind, part in parts)
         on_host = sum(self.hosts.get(kind, {}).get(part, 0.0) for kind, part in parts)
         return max(on_device, on_host)
 
-    def of_pass(self, kind: KernelPreference, pass_: Pass, chosen: Mapping[Pass, KernelPreference]) -> float:
+    def of_pass(self, kind: BackendKind, pass_: Pass, chosen: Mapping[Pass, BackendKind]) -> float:
         """Microseconds that ``pass_`` on ``kind`` adds to those passes of ``chosen`` that come before it there."""
         passes = list(chosen)
         before = {p: chosen[p] for p in passes[: passes.index(pass_)]}
@@ -129,7 +129,7 @@ class Estimate:
         return total - (self.total(before) if before and math.isfinite(total) else 0)
 
 
-def _parts(chosen: Mapping[Pass, KernelPreference]) -> Iterator[tuple[KernelPreference, str]]:
+def _parts(chosen: Mapping[Pass, BackendKind]) -> Iterator[tuple[BackendKind, str]]:
     """The parts of a call whose passes run on ``chosen``, and who runs them."""
     forward, dgrad, wgrad = map(chosen.get, Pass)
     for kind in dict.fromkeys(chosen.values()):
@@ -172,7 +172,7 @@ def _scaled(case: Case, problem: Problem, table: Table) -> Estimate:
     """The times of ``case`` for the sizes of ``problem``, at as many rows for each group; the host's stay the same."""
     groups, k, n = (y / max(x, 1) for x, y in zip((case.num_groups, case.k, case.n), _sizes(problem)))
     work = {"plan": 1.0, "a": groups * k, "g": groups * n}
-    times: dict[KernelPreference, dict[str, float]] = {}
+    times: dict[BackendKind, dict[str, float]] = {}
     for kind, parts in case.times.items():
         times[kind] = {}
         for part, microseconds in parts.items():
@@ -214,7 +214,7 @@ def parse(text: str) -> Table:
         case = Case(row["recipe"], row["rows"], row["blocks"] == "whole", num_groups, k, n, num_rows, {})
         key = str(case)
         times = {part: float(row[part]) for part in PARTS if row[part]}
-        same, kind = cases.get(key, case), KernelPreference.parse(row["backend"])
+        same, kind = cases.get(key, case), BackendKind(row["backend"])
         if row["clock"] == "device":
             cases[key] = replace(same, times={**same.times, kind: times})
         else:

@@ -20,38 +20,38 @@ from dataclasses import dataclass
 
 from grouped_gemm.backends import Candidate
 from grouped_gemm.backends.base import Requirement
-from grouped_gemm.core.preference import STRICT, KernelPreference
+from grouped_gemm.core.preference import STRICT, BackendKind, KernelPreference, Preference
 from grouped_gemm.core.problem import Pass, Problem
 from grouped_gemm.selection.cost_model import Estimate, Table, estimate
 
 # In which order AUTO tries, by vendor; "" is every other device. Each backend has a place, so that each has its say.
-AUTO_ORDER: dict[str, tuple[KernelPreference, ...]] = {
+AUTO_ORDER: dict[str, tuple[BackendKind, ...]] = {
     "nvidia": (
-        KernelPreference.TRITON,
-        KernelPreference.DEEPGEMM,
-        KernelPreference.TORCH,
-        KernelPreference.HIPBLASLT,
-        KernelPreference.EMULATED,
+        BackendKind.TRITON,
+        BackendKind.DEEPGEMM,
+        BackendKind.TORCH,
+        BackendKind.HIPBLASLT,
+        BackendKind.EMULATED,
     ),
     "amd": (
-        KernelPreference.TRITON,
-        KernelPreference.HIPBLASLT,
-        KernelPreference.TORCH,
-        KernelPreference.DEEPGEMM,
-        KernelPreference.EMULATED,
+        BackendKind.TRITON,
+        BackendKind.HIPBLASLT,
+        BackendKind.TORCH,
+        BackendKind.DEEPGEMM,
+        BackendKind.EMULATED,
     ),
     "": (
-        KernelPreference.EMULATED,
-        KernelPreference.TORCH,
-        KernelPreference.TRITON,
-        KernelPreference.DEEPGEMM,
-        KernelPreference.HIPBLASLT,
+        BackendKind.EMULATED,
+        BackendKind.TORCH,
+        BackendKind.TRITON,
+        BackendKind.DEEPGEMM,
+        BackendKind.HIPBLASLT,
     ),
 }
 
 
 MARGIN = 1.02  # how many times as fast others must be: medians of the same call differ by up to 1% from run to run
-Chosen = dict[Pass, KernelPreference]
+Chosen = dict[Pass, BackendKind]
 
 
 class NoBackendError(RuntimeError):
@@ -69,7 +69,7 @@ class Refusal:
         fix: what the user can do, as a sentence.
     """
 
-    backend: KernelPreference
+    backend: BackendKind
     passes: tuple[Pass, ...]
     reason: str
     fix: str
@@ -91,9 +91,9 @@ class Expected:
 
     source: str
     num_rows: int
-    passes: tuple[tuple[Pass, tuple[tuple[KernelPreference, float], ...]], ...]
+    passes: tuple[tuple[Pass, tuple[tuple[BackendKind, float], ...]], ...]
     total: float | None
-    others: tuple[tuple[KernelPreference, float], ...]
+    others: tuple[tuple[BackendKind, float], ...]
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,12 @@ class Decision:
     problem: Problem
     preference: KernelPreference
     asked_by: str
-    chosen: tuple[tuple[Pass, KernelPreference], ...]
+    chosen: tuple[tuple[Pass, BackendKind], ...]
     refusals: tuple[Refusal, ...]
-    alternatives: tuple[KernelPreference, ...] = ()
+    alternatives: tuple[BackendKind, ...] = ()
     expected: Expected | None = None
 
-    def backend(self, pass_: Pass) -> KernelPreference | None:
+    def backend(self, pass_: Pass) -> BackendKind | None:
         """The backend of a pass; None where the pass is not part of the problem or no backend runs it."""
         for chosen, backend in self.chosen:
             if chosen is pass_:
@@ -126,7 +126,7 @@ class Decision:
         return None
 
     @property
-    def backends(self) -> tuple[KernelPreference, ...]:
+    def backends(self) -> tuple[BackendKind, ...]:
         """Every backend that runs a pass, once."""
         return tuple(dict.fromkeys(backend for _, backend in self.chosen))
 
@@ -141,7 +141,7 @@ class Decision:
         return (
             self.preference is KernelPreference.AUTO
             and self.problem.machine.is_gpu
-            and KernelPreference.EMULATED in self.backends
+            and BackendKind.EMULATED in self.backends
         )
 
     def refusal_lines(self) -> list[str]:
@@ -171,7 +171,7 @@ class Decision:
 
 def decide(
     problem: Problem,
-    preference: KernelPreference,
+    preference: Preference,
     candidates: Sequence[Candidate],
     *,
     asked_by: str = "argument",
@@ -192,15 +192,16 @@ def decide(
         A decision, complete or not; `Decision.check` raises where it is not. If a named backend refuses, the
         trace has the others' reasons as well, or names them as alternatives.
     """
+    preference = KernelPreference.parse(preference)
     candidates_by_kind = {candidate.backend.kind: candidate for candidate in candidates}
     order = AUTO_ORDER.get(problem.machine.vendor, AUTO_ORDER[""])
     trial = _Trial(problem, candidates_by_kind, strict and preference is KernelPreference.AUTO)
     expected = estimate(problem, tables)
-    if preference is not KernelPreference.AUTO:
-        if len(trial.healthy(preference)) == len(problem.passes):
-            chosen: Chosen = dict.fromkeys(problem.passes, preference)
+    if (named := preference.kind) is not None:
+        if len(trial.healthy(named)) == len(problem.passes):
+            chosen: Chosen = dict.fromkeys(problem.passes, named)
             return trial.decision(preference, asked_by, chosen, _expected(expected, trial, chosen, order))
-        others = (kind for kind in order if kind is not preference)
+        others = (kind for kind in order if kind is not named)
         alternatives = tuple(kind for kind in others if len(trial.healthy(kind)) == len(problem.passes))
         return trial.decision(preference, asked_by, {}, None, alternatives)
     # A tiny run may compile for seconds, so only those are looked at that would be chosen.
@@ -210,36 +211,36 @@ def decide(
             return trial.decision(preference, asked_by, chosen, _expected(expected, trial, chosen, order))
 
 
-def able(problem: Problem, candidates: Sequence[Candidate]) -> dict[KernelPreference, tuple[Pass, ...]]:
+def able(problem: Problem, candidates: Sequence[Candidate]) -> dict[BackendKind, tuple[Pass, ...]]:
     """The passes of ``problem`` that each backend but Emulated runs, in AUTO's order; healthy ones that run any."""
     trial = _Trial(problem, {candidate.backend.kind: candidate for candidate in candidates}, strict=True)
     order = AUTO_ORDER.get(problem.machine.vendor, AUTO_ORDER[""])
-    kinds = [kind for kind in order if kind is not KernelPreference.EMULATED and trial.healthy(kind)]
+    kinds = [kind for kind in order if kind is not BackendKind.EMULATED and trial.healthy(kind)]
     return {kind: tuple(trial.runs(kind)) for kind in kinds}
 
 
 class _Trial:
     """What the backends say to a problem, each asked once, and only where it matters."""
 
-    def __init__(self, problem: Problem, candidates: Mapping[KernelPreference, Candidate], strict: bool) -> None:
+    def __init__(self, problem: Problem, candidates: Mapping[BackendKind, Candidate], strict: bool) -> None:
         self._problem = problem
         self._candidates = candidates
         self._strict = strict
-        self._refusals: dict[KernelPreference, list[Refusal]] = {}
-        self._looked_at: set[KernelPreference] = set()
+        self._refusals: dict[BackendKind, list[Refusal]] = {}
+        self._looked_at: set[BackendKind] = set()
 
     @property
-    def asked(self) -> frozenset[KernelPreference]:
+    def asked(self) -> frozenset[BackendKind]:
         """Who was asked."""
         return frozenset(self._refusals)
 
-    def runs(self, kind: KernelPreference) -> list[Pass]:
+    def runs(self, kind: BackendKind) -> list[Pass]:
         """Which passes ``kind`` runs, as far as is known; its reasons for the others go into the trace."""
         if kind not in self._refusals:
             self._refusals[kind] = self._say(kind)
         return [p for p in self._problem.passes if not any(p in refusal.passes for refusal in self._refusals[kind])]
 
-    def healthy(self, kind: KernelPreference) -> list[Pass]:
+    def healthy(self, kind: BackendKind) -> list[Pass]:
         """Likewise, after its tiny run, if it has a pass to run at all."""
         if self.runs(kind) and kind not in self._looked_at:
             self._looked_at.add(kind)
@@ -249,16 +250,16 @@ class _Trial:
                 self._refusals[kind].append(Refusal(kind, self._problem.passes, reason, health.fix))
         return self.runs(kind)
 
-    def waits(self, kind: KernelPreference, pass_: Pass) -> bool:
+    def waits(self, kind: BackendKind, pass_: Pass) -> bool:
         """Whether the host waits for the device in ``pass_``."""
         backend = self._candidates[kind].backend
         return bool(self._problem.machine.is_gpu and backend.host_syncs and pass_ in backend.host_sync_passes)
 
-    def _say(self, kind: KernelPreference) -> list[Refusal]:
+    def _say(self, kind: BackendKind) -> list[Refusal]:
         passes = self._problem.passes
         if kind not in self._candidates:
             return [Refusal(kind, passes, "is not part of this version", "Use another backend.")]
-        if kind is KernelPreference.EMULATED and self._problem.machine.is_gpu and self._strict:
+        if kind is BackendKind.EMULATED and self._problem.machine.is_gpu and self._strict:
             fix = "Ask for it with KernelPreference.EMULATED."
             return [Refusal(kind, passes, f"is not tried while {STRICT.name}=1", fix)]
         return _refusals(self._candidates[kind], self._problem)
@@ -269,14 +270,14 @@ class _Trial:
         asked_by: str,
         chosen: Chosen,
         expected: Expected | None,
-        alternatives: tuple[KernelPreference, ...] = (),
+        alternatives: tuple[BackendKind, ...] = (),
     ) -> Decision:
         refusals = tuple(refusal for refusals in self._refusals.values() for refusal in refusals)
         in_order = tuple((p, chosen[p]) for p in self._problem.passes if p in chosen)
         return Decision(self._problem, preference, asked_by, in_order, refusals, alternatives, expected)
 
 
-def _first(problem: Problem, order: Sequence[KernelPreference], trial: _Trial) -> Chosen:
+def _first(problem: Problem, order: Sequence[BackendKind], trial: _Trial) -> Chosen:
     """For each pass, the first of ``order`` that runs it and, where it is broken, will say so."""
     chosen: Chosen = {}
     for pass_ in problem.passes:
@@ -307,16 +308,14 @@ def _fastest(first: Chosen, trial: _Trial, expected: Estimate | None) -> Chosen:
     return best if expected.total(first) > MARGIN * expected.total(best) else first
 
 
-def _expected(
-    found: Estimate | None, trial: _Trial, chosen: Chosen, order: Sequence[KernelPreference]
-) -> Expected | None:
+def _expected(found: Estimate | None, trial: _Trial, chosen: Chosen, order: Sequence[BackendKind]) -> Expected | None:
     """What the trace says of times."""
     if found is None or not chosen:
         return None
     kinds = [kind for kind in order if kind in found.times and kind in trial.asked]
     passes = tuple(chosen)
 
-    def fastest_first(times: Iterable[tuple[KernelPreference, float]]) -> tuple[tuple[KernelPreference, float], ...]:
+    def fastest_first(times: Iterable[tuple[BackendKind, float]]) -> tuple[tuple[BackendKind, float], ...]:
         return tuple(sorted((time for time in times if math.isfinite(time[1])), key=lambda time: time[1]))
 
     by_pass = tuple(
@@ -341,7 +340,7 @@ def _refusals(candidate: Candidate, problem: Problem) -> list[Refusal]:
     return found
 
 
-def _reads_weights(kind: KernelPreference) -> tuple[Requirement, Requirement]:
+def _reads_weights(kind: BackendKind) -> tuple[Requirement, Requirement]:
     """Weights that were quantized beforehand are in the layouts of ``kind``."""
 
     def requirement(pass_: Pass, index: int, fix: str) -> Requirement:

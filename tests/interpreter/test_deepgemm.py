@@ -16,11 +16,11 @@ from grouped_gemm.backends.base import Health
 from grouped_gemm.backends.deepgemm import backend as deepgemm
 from grouped_gemm.backends.deepgemm import package as deepgemm_package
 from grouped_gemm.core.library import NAMES
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 
 FP8 = torch.float8_e4m3fn
-BACKEND = get_backend(KernelPreference.DEEPGEMM)
+BACKEND = get_backend(BackendKind.DEEPGEMM)
 BLOCKWISE = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 groups = pytest.mark.parametrize("ends, num_rows, alignment", GROUPS, ids=str)
 
@@ -80,7 +80,7 @@ SHAPES = (
 @pytest.mark.parametrize("recipe", (*BLOCKWISE, Recipe.NONE), ids=lambda r: r.value)
 def test_calls(recipe, b_contiguous, shape):
     passes = TRAINING if recipe.is_scaled else DGRAD
-    case = Case(KernelPreference.DEEPGEMM, recipe, passes=passes, shape=shape, b_contiguous=b_contiguous)
+    case = Case(BackendKind.DEEPGEMM, recipe, passes=passes, shape=shape, b_contiguous=b_contiguous)
     inputs = testing.make_inputs(case, torch.device("cpu"))
     found = testing.run(case, inputs)
     for pass_ in passes:
@@ -96,7 +96,7 @@ def test_calls(recipe, b_contiguous, shape):
 
 
 def test_groups_of_whole_blocks_are_not_copied():
-    case = Case(KernelPreference.DEEPGEMM, Recipe.NONE, shape=SHAPES[1])
+    case = Case(BackendKind.DEEPGEMM, Recipe.NONE, shape=SHAPES[1])
     inputs = testing.make_inputs(case, torch.device("cpu"))
     testing.run(case, inputs)
     ((_, (a, b, out, _)),) = fake_deep_gemm.calls
@@ -105,7 +105,7 @@ def test_groups_of_whole_blocks_are_not_copied():
 
 
 def test_what_was_saved_may_have_been_offloaded():
-    case = Case(KernelPreference.DEEPGEMM, Recipe.FP8_BLOCKWISE, passes=TRAINING, shape=SHAPES[1])
+    case = Case(BackendKind.DEEPGEMM, Recipe.FP8_BLOCKWISE, passes=TRAINING, shape=SHAPES[1])
     inputs = testing.make_inputs(case, torch.device("cpu"))
     expected = testing.run(case, inputs)
     with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda x: x):
@@ -136,7 +136,7 @@ def test_each_pass_may_run_on_a_backend_of_its_own(monkeypatch):
     """Forward and dgrad here, wgrad on this package's own kernels, as AUTO has it for groups of whole blocks."""
     chosen = "deepgemm,deepgemm,triton"
     monkeypatch.setattr(functional, "_chosen", lambda **facts: chosen)
-    case = Case(KernelPreference.DEEPGEMM, Recipe.FP8_BLOCKWISE_POW2, passes=TRAINING, shape=SHAPES[1])
+    case = Case(BackendKind.DEEPGEMM, Recipe.FP8_BLOCKWISE_POW2, passes=TRAINING, shape=SHAPES[1])
     inputs = testing.make_inputs(case, torch.device("cpu"))
     found = testing.run(case, inputs)
     assert [name for name, _ in fake_deep_gemm.calls] == ["scaled_grouped_mm"] * 2

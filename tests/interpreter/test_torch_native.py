@@ -16,7 +16,7 @@ from torch_checks import (
     unswizzled,
 )
 
-from grouped_gemm import KernelPreference, Machine, Pass, Recipe, quantize_weights, reference, testing
+from grouped_gemm import BackendKind, Machine, Pass, Recipe, quantize_weights, reference, testing
 from grouped_gemm.backends import candidates
 from grouped_gemm.backends.base import Health
 from grouped_gemm.backends.torch_native import backend as torch_native
@@ -86,7 +86,7 @@ SHAPES = (
 @pytest.mark.parametrize("b_contiguous", "kn")
 @pytest.mark.parametrize("recipe", (*ROWWISE, MXFP8, Recipe.NONE), ids=lambda r: r.value)
 def test_calls(recipe, b_contiguous, shape):
-    case = Case(KernelPreference.TORCH, recipe, passes=TRAINING, shape=shape, b_contiguous=b_contiguous)
+    case = Case(BackendKind.TORCH, recipe, passes=TRAINING, shape=shape, b_contiguous=b_contiguous)
     inputs = testing.make_inputs(case, torch.device("cpu"))
     found = testing.run(case, inputs)
     for pass_ in TRAINING:
@@ -102,7 +102,7 @@ def test_calls(recipe, b_contiguous, shape):
 def test_weights_of_a_checkpoint(recipe):
     torch.manual_seed(0)
     blocks = reference.weight_blocks(recipe, 1)
-    case = Case(KernelPreference.TORCH, recipe, shape=SHAPES[0])
+    case = Case(BackendKind.TORCH, recipe, shape=SHAPES[0])
     inputs = testing.make_inputs(case, torch.device("cpu"))
     data, scale = reference.quantize(inputs.b, blocks, case.recipe, torch.float8_e4m3fn)
     weights = quantize_weights(data, case.recipe, scale=scale, dgrad=True, kernel_preference="torch")

@@ -34,7 +34,7 @@ from grouped_gemm.backends.deepgemm import package as deepgemm_package
 from grouped_gemm.backends.deepgemm.layouts import BLOCK
 from grouped_gemm.core.library import define_op, ops
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.problem import Pass, Problem, dtype_name
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
@@ -54,7 +54,7 @@ def _multiple(problem: Problem) -> int:
 class Backend(_GroupedMMBackend):
     """Kernels of the package deep_gemm."""
 
-    kind = KernelPreference.DEEPGEMM
+    kind = BackendKind.DEEPGEMM
     summary = "The vendor's kernels from the package deep_gemm, on groups padded to multiples of 128 rows."
     requirements = (
         requires_arch(("sm_90", "sm_100"), fix="Use another backend."),

@@ -38,7 +38,7 @@ from grouped_gemm.backends.hipblaslt import layouts as layouts
 from grouped_gemm.backends.hipblaslt.layouts import ALIGNMENT, MX_BLOCK, MX_DEPTH, MX_LINES, round_up
 from grouped_gemm.core.library import define_op, ops
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.problem import Pass, Problem, RowClass, dtype_name
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
@@ -86,7 +86,7 @@ def _requires_mx_depth(axis: str, pass_: Pass) -> Requirement:
 class Backend(_GroupedMMBackend):
     """Products of hipBLASLt, group by group."""
 
-    kind = KernelPreference.HIPBLASLT
+    kind = BackendKind.HIPBLASLT
     summary = "AMD's library through torch, group by group: checked against its contract, not run on AMD hardware yet."
     requirements = (
         requires_arch(_ARCHS, fix="Use another backend."),

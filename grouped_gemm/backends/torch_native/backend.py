@@ -35,7 +35,7 @@ from grouped_gemm.backends.torch_native import layouts as torch_native_layouts
 from grouped_gemm.backends.torch_native.layouts import ALIGNMENT, TOKENS
 from grouped_gemm.core.library import define_op, ops
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.problem import Problem, dtype_name
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
@@ -65,7 +65,7 @@ def _multiple(problem: Problem) -> int:
 class Backend(_GroupedMMBackend):
     """torch's own grouped products."""
 
-    kind = KernelPreference.TORCH
+    kind = BackendKind.TORCH
     summary = (
         "The products of torch itself, `grouped_mm` and `scaled_grouped_mm`, where they do not wait for the device."
     )
