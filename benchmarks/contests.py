@@ -20,11 +20,11 @@ import torch
 from _common import DEVICE, failures
 from _report import SHAPES
 
-from grouped_gemm import Pass, Problem, Recipe
+from grouped_gemm import CallSpec, Pass, Recipe
 from grouped_gemm.autotune.profile import measure
 from grouped_gemm.backends import candidates
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection.cost_model import Case, Table, render
 
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)  # on which backends compete
@@ -39,7 +39,7 @@ def contest(shape: str, recipe: Recipe, rows: RowClass, alignment: int) -> Case:
     device = torch.device(DEVICE, torch.cuda.current_device())
     num_rows, num_groups, n, k = SHAPES[shape]
     num_rows = num_groups * ROWS[rows] if rows in ROWS else num_rows
-    problem = Problem(
+    spec = CallSpec(
         machine_of(device),
         num_groups,
         k,
@@ -49,7 +49,7 @@ def contest(shape: str, recipe: Recipe, rows: RowClass, alignment: int) -> Case:
         passes=tuple(Pass),
         group_alignment=alignment,
     )
-    case, failed = measure(problem, num_rows, device, candidates(device))
+    case, failed = measure(spec, num_rows, device, candidates(device))
     for kind, reason in failed.items():
         failures.append(f"{shape} {recipe.value} {rows.value}: {kind.value}: {reason}")
         print(f"FAILED {failures[-1]}", flush=True)

@@ -22,12 +22,12 @@ import torch
 from _common import DEVICE, attempt, ends_of, failures, milliseconds, milliseconds_by_turns
 from _report import SHAPES, legend
 
-from grouped_gemm import Pass, Problem, Recipe, grouped_mm
+from grouped_gemm import CallSpec, Pass, Recipe, grouped_mm
 from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.backends.deepgemm import package as deepgemm_package
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
-from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection.rules import decide
 
 RECIPE = Recipe.FP8_BLOCKWISE
@@ -197,8 +197,8 @@ def main() -> None:
     device = torch.device(DEVICE)
     if not torch.cuda.is_available():
         sys.exit("needs a CUDA GPU")
-    problem = Problem(machine_of(device), 8, 4096, 4096, RowClass.LARGE, RECIPE, passes=tuple(Pass))
-    decide(problem, BackendKind.DEEPGEMM, candidates(device)).check()
+    spec = CallSpec(machine_of(device), 8, 4096, 4096, RowClass.LARGE, RECIPE, passes=tuple(Pass))
+    decide(spec, BackendKind.DEEPGEMM, candidates(device)).check()
     machine = machine_of(device)
     print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions))
     print(legend(args.shapes))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from grouped_gemm import backend, ops
 from grouped_gemm.backends import product_ops, register_ops
 from grouped_gemm.core import distributions
+from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.machine import Machine
 from grouped_gemm.core.preference import BackendKind, KernelPreference, prefer
-from grouped_gemm.core.problem import Pass, Problem
 from grouped_gemm.core.quantized import Quantized, QuantizedWeights
 from grouped_gemm.core.quantized import weights_of as weights_of  # saved files name it
 from grouped_gemm.core.recipes import Recipe
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BackendKind",
+    "CallSpec",
     "Decision",
     "Explanation",
     "KernelPreference",
     "Machine",
     "NoBackendError",
     "Pass",
-    "Problem",
     "Quantized",
     "QuantizedGroupedLinear",
     "QuantizedWeights",

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import torch
 
 from grouped_gemm.core import distributions
+from grouped_gemm.core.call_spec import dtype_name
 from grouped_gemm.core.machine import PACKAGES, Machine
-from grouped_gemm.core.problem import dtype_name
 
 try:
     from grouped_gemm import __version__
@@ -80,9 +80,9 @@ def _doctor(parser: argparse.ArgumentParser) -> Run:
 def _explain(parser: argparse.ArgumentParser) -> Run:
     from grouped_gemm.autotune import profile
     from grouped_gemm.backends import Candidate, candidates
+    from grouped_gemm.core.call_spec import CallSpec, Pass, RowClass, row_class
     from grouped_gemm.core.machine import default_device, imagined, machine_of
     from grouped_gemm.core.preference import AUTOTUNE, STRICT, KernelPreference, resolve
-    from grouped_gemm.core.problem import Pass, Problem, RowClass, row_class
     from grouped_gemm.core.recipes import Recipe
     from grouped_gemm.selection.explanation import Explanation
     from grouped_gemm.selection.rules import decide
@@ -101,7 +101,7 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
         fastest = args.k if args.b_contiguous == "k" else args.n
 
         def explained(rows: RowClass) -> Explanation:
-            problem = Problem(
+            spec = CallSpec(
                 machine,
                 num_groups=args.experts,
                 k=args.k,
@@ -117,7 +117,7 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
                 is_aligned=all(size * args.dtype.itemsize % 16 == 0 for size in (args.k, fastest)),
             )
             tables = profile.tables(machine, tunes)
-            decision = decide(problem, preference, found, asked_by=asked_by, strict=strict, tables=tables)
+            decision = decide(spec, preference, found, asked_by=asked_by, strict=strict, tables=tables)
             return Explanation(decision, args.m)
 
         classes = args.rows if args.m is None else (row_class(args.m, args.experts),)
@@ -182,8 +182,8 @@ def _versions(text: str) -> dict[str, str]:
 
 def _warmup(parser: argparse.ArgumentParser) -> Run:
     from grouped_gemm import NoBackendError, warmup
+    from grouped_gemm.core.call_spec import row_class
     from grouped_gemm.core.machine import default_device
-    from grouped_gemm.core.problem import row_class
 
     def run(args: argparse.Namespace) -> int:
         def empty(*shape: int) -> torch.Tensor:
@@ -216,8 +216,8 @@ def _warmup(parser: argparse.ArgumentParser) -> Run:
 
 def _add_call(parser: argparse.ArgumentParser) -> None:
     """The options that describe a kind of call, for every command that speaks of one."""
+    from grouped_gemm.core.call_spec import RowClass
     from grouped_gemm.core.preference import KernelPreference
-    from grouped_gemm.core.problem import RowClass
     from grouped_gemm.core.recipes import Recipe
     from grouped_gemm.selection import checks
 

@@ -9,7 +9,7 @@ M, E, K, N: rows, groups, in and out features. D: K or N.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,64 +18,14 @@ from torch import Tensor
 from grouped_gemm import weight_cache
 from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
-from grouped_gemm.core import tracing, vmap
+from grouped_gemm.core import vmap
+from grouped_gemm.core.dense import dense_rows, dense_weights
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.selection.route import Route
 
 _Plans = dict[BackendKind, OffsetPlan]
-
-
-class Route(NamedTuple):
-    """Who runs which pass, None where nobody has to, and what the passes need to know."""
-
-    forward: BackendKind | None
-    dgrad: BackendKind | None
-    wgrad: BackendKind | None
-    recipe: Recipe
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    b_contiguous: str
-    backends: tuple[BackendKind, ...]  # every one that runs a pass, once
-    group_alignment: int = 1  # what every group's size is a multiple of
-
-    @property
-    def unscaled_dgrad(self) -> Route:
-        """The route of dA = dY B^T as a call of its own, whose dgrad is forward. For `Recipe.NONE`."""
-        b_contiguous = "n" if self.b_contiguous == "k" else "k"
-        return self._replace(forward=self.dgrad, dgrad=self.forward, out_dtype=self.dtype, b_contiguous=b_contiguous)
-
-    @property
-    def unscaled_wgrad(self) -> Route:
-        """The route of dB as a call of its own, or of forward in the dtype of a gradient. For `Recipe.NONE`."""
-        return self._replace(out_dtype=self.dtype)
-
-
-def materialized(x: Tensor) -> Tensor:
-    """``x`` with its values in memory, as kernels read them.
-
-    It is a copy where a negation is pending, which only the dispatcher carries out: of `torch._neg_view`, and of the
-    imaginary part of a conjugate.
-    """
-    if torch.compiler.is_compiling():  # compiled code goes through the dispatcher
-        return x
-    return x.clone() if x.is_neg() else x
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """``x`` (M, D) with contiguous rows: itself, unless it is a transpose or an expanded gradient."""
-    if torch.compiler.is_compiling():
-        return x if tracing.holds(x.stride(1) == 1) else x.contiguous()
-    x = x.clone() if x.is_neg() else x
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def dense_weights(b_EKN: Tensor) -> tuple[Tensor, str]:
-    """``b`` with K or N contiguous, and which of them: itself, unless it is a slice across both."""
-    b_EKN = materialized(b_EKN)
-    if b_EKN.stride(2) == 1:
-        return b_EKN, "n"
-    return (b_EKN, "k") if b_EKN.stride(1) == 1 else (b_EKN.contiguous(), "n")
 
 
 def layouts(

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from grouped_gemm import reference
 from grouped_gemm.backends import candidates
+from grouped_gemm.core.call_spec import CallSpec, Pass, dtype_name, row_class
 from grouped_gemm.core.machine import Machine, machine_of
 from grouped_gemm.core.preference import BackendKind
-from grouped_gemm.core.problem import Pass, Problem, dtype_name, row_class
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import grouped_mm
 from grouped_gemm.selection.rules import decide
@@ -124,11 +124,11 @@ class Case:
             parts.append("bias")
         return "-".join(parts)
 
-    def problem(self, machine: Machine) -> Problem:
+    def spec(self, machine: Machine) -> CallSpec:
         """What selection sees of this case on ``machine``."""
         shape, item = self.shape, self.dtype.itemsize
         rows_of_b = shape.k if self.b_contiguous == "k" else shape.n
-        return Problem(
+        return CallSpec(
             machine,
             len(shape.sizes),
             shape.k,
@@ -169,7 +169,7 @@ def backend_kinds() -> list[BackendKind]:
 
 def refusal(case: Case, device: torch.device) -> str:
     """Why the backend of ``case`` does not run it on ``device``, with every reason and remedy; empty where it does."""
-    decision = decide(case.problem(machine_of(device)), case.backend, candidates(device))
+    decision = decide(case.spec(machine_of(device)), case.backend, candidates(device))
     if decision.is_complete:
         return ""
     reasons = [f"{r.reason}. {r.fix}".rstrip() for r in decision.refusals if r.backend is case.backend]

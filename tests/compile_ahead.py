@@ -24,7 +24,7 @@ from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
 from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
 from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
 from grouped_gemm.backends.torch_native import quantize_mx as torch_native_quantize_mx
-from grouped_gemm.core.problem import RowClass
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.kernels.common import hopper, launch
 from grouped_gemm.kernels.gemm import k_grouped, k_grouped_hopper, m_grouped, m_grouped_hopper, tiles
 from grouped_gemm.kernels.gemm.tiles import Tile

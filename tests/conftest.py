@@ -9,9 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grouped_gemm import functional, testing
+from grouped_gemm import testing
 from grouped_gemm.core.machine import default_device
 from grouped_gemm.core.preference import SWITCHES, BackendKind
+from grouped_gemm.selection import route
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -80,10 +81,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for switch in SWITCHES:
         monkeypatch.delenv(switch.name, raising=False)
-    functional._decide_once.cache_clear()
-    functional._routes.clear()
-    functional._logged.clear()
-    functional._warned.clear()
+    route.reset_caches()
 
 
 @pytest.fixture(autouse=True)

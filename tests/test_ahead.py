@@ -28,8 +28,10 @@ from grouped_gemm.autotune import profile
 from grouped_gemm.autotune import warmup as warmup_module
 from grouped_gemm.backends import emulated
 from grouped_gemm.backends.base import Requirement
-from grouped_gemm.core.problem import RowClass, row_class
+from grouped_gemm.core import call_spec
+from grouped_gemm.core.call_spec import RowClass, row_class
 from grouped_gemm.kernels.gemm import tile_search, tiles
+from grouped_gemm.selection import route
 
 E, K, N = 3, 32, 48
 
@@ -85,20 +87,20 @@ def test_operands_are_as_the_model_has_them(weights, calls):
 @pytest.mark.parametrize("rows", ("small", RowClass.SMALL, ("SMALL",), ("small", RowClass.SMALL)), ids=str)
 def test_row_classes_may_be_named(weights, rows):
     done = warmup(weights, rows=rows)
-    assert [c.decision.problem.rows for c in done.classes] == [RowClass.SMALL]
+    assert [c.decision.spec.rows for c in done.classes] == [RowClass.SMALL]
 
 
 def test_inference_has_no_gradients(weights, calls):
     done = warmup(weights, training=False, rows=(RowClass.DECODE,))
     assert [grad for *_, grad in calls] == [False]
-    assert done.classes[0].decision.problem.passes == (Pass.FORWARD,)
+    assert done.classes[0].decision.spec.passes == (Pass.FORWARD,)
 
 
 @pytest.mark.parametrize("dgrad", (False, True))
 def test_weights_that_were_quantized_beforehand(weights, calls, dgrad):
     done = warmup(quantize_weights(weights, "mxfp8", dgrad=dgrad), rows=("small",))
     assert done.calls == 1 + dgrad
-    assert done.classes[0].decision.problem.passes == ((Pass.FORWARD, Pass.DGRAD) if dgrad else (Pass.FORWARD,))
+    assert done.classes[0].decision.spec.passes == ((Pass.FORWARD, Pass.DGRAD) if dgrad else (Pass.FORWARD,))
 
 
 def test_groups_keep_a_promised_alignment(weights, calls):
@@ -110,7 +112,7 @@ def test_prefer_and_autocast_hold(weights, calls):
     with prefer("emulated"), torch.autocast("cpu", torch.float16):
         done = warmup(weights.detach().float(), rows=("decode",))
     assert done.classes[0].decision.asked_by == "context"
-    assert done.classes[0].decision.problem.dtype is torch.float16
+    assert done.classes[0].decision.spec.dtype is torch.float16
 
 
 def test_nothing_of_the_callers_changes(weights, calls):
@@ -166,7 +168,7 @@ def test_a_bad_argument_is_named(weights, change, error, message):
 def test_what_was_done_is_printed_and_data(weights, calls):
     done = warmup(weights, recipe="mxfp8", rows=("decode", RowClass.LARGE))
     lines = str(done).splitlines()
-    assert lines[0] == str(done.classes[0].decision.problem)
+    assert lines[0] == str(done.classes[0].decision.spec)
     assert [line.split()[0] for line in lines[1:]] == ["decode", "large", "total"]
     assert "4 calls" in lines[-1]
     data = json.loads(json.dumps(done.to_dict()))
@@ -286,24 +288,24 @@ def compete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
     monkeypatch.setattr(profile, "_known", {})
     machine = Machine("nvidia", "sm_90", "NVIDIA H200", (("torch", "2.11.0"), ("triton", "3.6.0")))
     rivals = tuple(backends.Candidate(Rival(kind)) for kind in (BackendKind.TRITON, BackendKind.TORCH))
-    monkeypatch.setattr(functional, "machine_of", lambda device: machine)
-    for module in (functional, warmup_module):
+    monkeypatch.setattr(call_spec, "machine_of", lambda device: machine)
+    for module in (route, warmup_module):
         monkeypatch.setattr(module, "candidates", lambda device: rivals)
     original = profile.measure
 
-    def measure(problem, num_rows, device, contestants):
+    def measure(spec, num_rows, device, contestants):
         flat = lambda calls: dict.fromkeys(calls, 1.0)  # noqa: E731
-        case, failed = original(problem, num_rows, device, contestants, flat, flat)
+        case, failed = original(spec, num_rows, device, contestants, flat, flat)
         slow = {part: 2.0 for part in case.times[BackendKind.TRITON]}
         return dataclasses.replace(case, times={**case.times, BackendKind.TRITON: slow}), failed
 
     monkeypatch.setattr(profile, "measure", measure)
-    functional.forget()
+    route.forget()
     options = {"recipe": "fp8_rowwise", "out_dtype": None, "group_alignment": 1, "kernel_preference": "auto"}
     yield lambda b, rows, training=True, bias=None, **changed: list(
         warmup_module._compete(b, bias, rows, training, options | changed)
     )
-    functional.forget()
+    route.forget()
 
 
 def test_a_contest_decides_what_auto_takes_from_then_on(weights, compete):
@@ -330,7 +332,7 @@ def test_a_contest_is_of_all_that_could_run_such_calls(weights, compete, out_dty
     bias = torch.zeros(E, N, dtype=torch.bfloat16)
     with prefer(host_sync=False):
         (contest,) = compete(weights, RowClass.LARGE, bias=bias, out_dtype=out_dtype)
-    (case,) = profile.known(contest.decision.problem.machine).cases
+    (case,) = profile.known(contest.decision.spec.machine).cases
     assert set(case.times) == {BackendKind.TRITON, BackendKind.TORCH}
     assert compete(weights, RowClass.LARGE) == []
 

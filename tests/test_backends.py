@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from grouped_gemm import (
     BackendKind,
+    KernelPreference,
     Machine,
     NoBackendError,
     Pass,
@@ -31,7 +32,7 @@ from grouped_gemm import (
 )
 from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.backends.base import Requirement
-from grouped_gemm.core.problem import Problem, RowClass
+from grouped_gemm.core.call_spec import CallSpec, RowClass
 from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import (
@@ -169,7 +170,9 @@ def test_the_problem_of_a_case_is_the_one_that_a_call_is_decided_by(case, device
         out_dtype=case.out_dtype,
         group_alignment=case.shape.alignment,
     ).decision
-    assert decision.problem == case.problem(decision.problem.machine)
+    machine = decision.spec.machine
+    asked_of_auto = decision.spec._replace(where=machine, preference=KernelPreference.AUTO)
+    assert asked_of_auto == case.spec(machine)
 
 
 @of_cases(
@@ -409,8 +412,8 @@ def test_explain_runs_nothing(case, device, monkeypatch):
     assert not calls
 
 
-def on_a_gpu(machine: Machine, host_sync: bool) -> Problem:
-    return Problem(machine, 8, 4096, 1536, RowClass.LARGE, passes=TRAINING, host_sync=host_sync)
+def on_a_gpu(machine: Machine, host_sync: bool) -> CallSpec:
+    return CallSpec(machine, 8, 4096, 1536, RowClass.LARGE, passes=TRAINING, host_sync=host_sync)
 
 
 def test_a_backend_that_waits_for_the_host_says_so_and_is_refused_where_it_may_not(backend):

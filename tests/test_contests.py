@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from grouped_gemm import BackendKind, Machine, Pass, Problem, Recipe
+from grouped_gemm import BackendKind, CallSpec, Machine, Pass, Recipe
 from grouped_gemm.autotune import profile
 from grouped_gemm.backends import Candidate, emulated
 from grouped_gemm.backends.base import Requirement
-from grouped_gemm.core.problem import RowClass
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.selection import cost_model
 from grouped_gemm.selection.cost_model import PARTS, Case
 
@@ -60,11 +60,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     profile._known.clear()
 
 
-def problem(recipe: Recipe = Recipe.FP8_BLOCKWISE, **facts: Any) -> Problem:
-    return Problem(H200, 3, 32, 48, RowClass.SMALL, recipe, **{"passes": TRAINING} | facts)
+def spec(recipe: Recipe = Recipe.FP8_BLOCKWISE, **facts: Any) -> CallSpec:
+    return CallSpec(H200, 3, 32, 48, RowClass.SMALL, recipe, **{"passes": TRAINING} | facts)
 
 
-def held(asked: Problem, *backends: type[emulated.Backend]) -> tuple[Case, dict[BackendKind, str], int]:
+def held(asked: CallSpec, *backends: type[emulated.Backend]) -> tuple[Case, dict[BackendKind, str], int]:
     """A contest whose parts take 1, 2, 3, ... microseconds; and how many were timed."""
     timed = []
 
@@ -83,7 +83,7 @@ def held(asked: Problem, *backends: type[emulated.Backend]) -> tuple[Case, dict[
 
 
 def test_every_part_of_every_backend_is_measured():
-    case, failed, count = held(problem(), Rival, ForwardOnly)
+    case, failed, count = held(spec(), Rival, ForwardOnly)
     assert set(case.times[DEEPGEMM]) == set(PARTS)
     assert set(case.times[TRITON]) == {"plan", "a_rows", "b_forward", "forward"}
     assert not failed
@@ -105,7 +105,7 @@ def test_every_part_of_every_backend_is_measured():
     ids=lambda value: "+".join(p.value for p in value) if isinstance(value, tuple) else "",
 )
 def test_only_the_parts_of_the_passes_are_measured(passes, parts):
-    case, _, _ = held(problem(passes=passes), Rival)
+    case, _, _ = held(spec(passes=passes), Rival)
     assert set(case.times[DEEPGEMM]) == parts
 
 
@@ -121,32 +121,32 @@ def test_few_rows_are_timed_in_graphs_and_what_waits_is_not(monkeypatch, rows, i
 
     monkeypatch.setattr(profile, "captured_microseconds", timer("graphs"))
     monkeypatch.setattr(profile, "device_microseconds", timer("events"))
-    asked = dataclasses.replace(problem(), rows=rows)
+    asked = spec()._replace(rows=rows)
     profile.measure(asked, 60, CPU, [Candidate(Patient())], on_host=lambda calls: dict.fromkeys(calls, 1.0))
     waiting = 1 if in_graphs else len(PARTS)
     assert (len(timed["graphs"]), len(timed["events"])) == (len(PARTS) - waiting, waiting)
 
 
 def test_the_host_is_measured_as_well():
-    case, _, _ = held(problem(), Rival, ForwardOnly)
+    case, _, _ = held(spec(), Rival, ForwardOnly)
     assert {kind: set(parts) for kind, parts in case.hosts.items()} == {k: set(p) for k, p in case.times.items()}
     assert set(case.hosts[DEEPGEMM].values()) == {0.5}
 
 
 def test_what_is_not_quantized_costs_nothing():
-    case, _, _ = held(problem(Recipe.NONE), Rival)
+    case, _, _ = held(spec(Recipe.NONE), Rival)
     quantizers = {part for part in PARTS if part[:2] in ("a_", "g_", "b_")}
     assert {part for part, time in case.times[DEEPGEMM].items() if time == 0} == quantizers
 
 
 def test_a_backend_that_fails_is_out_of_the_contest_with_its_reason():
-    case, failed, _ = held(problem(), Broken, Rival)
+    case, failed, _ = held(spec(), Broken, Rival)
     assert set(case.times[DEEPGEMM]) == set(PARTS) and case.times[TORCH] == case.hosts[TORCH] == {}
     assert failed == {TORCH: "RuntimeError: no kernel for this"}
 
 
 def test_a_case_knows_what_was_measured():
-    case, _, _ = held(problem(Recipe.FP8_ROWWISE_POW2, group_alignment=256), Rival)
+    case, _, _ = held(spec(Recipe.FP8_ROWWISE_POW2, group_alignment=256), Rival)
     assert dataclasses.replace(case, times={}, hosts={}) == Case("fp8_rowwise", "small", True, 3, 32, 48, 60, {})
 
 

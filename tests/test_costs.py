@@ -9,10 +9,10 @@ import math
 import pytest
 import torch
 
-from grouped_gemm import BackendKind, Explanation, KernelPreference, Machine, Pass, Problem, Recipe
+from grouped_gemm import BackendKind, CallSpec, Explanation, KernelPreference, Machine, Pass, Recipe
 from grouped_gemm.backends import Candidate, get_backend
 from grouped_gemm.backends.base import Health
-from grouped_gemm.core.problem import RowClass
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.selection.cost_model import PARTS, Case, Estimate, Table, estimate, parse, render, shipped
 from grouped_gemm.selection.rules import MARGIN, decide
 
@@ -41,12 +41,12 @@ def table(*cases: Case, **facts) -> Table:
     return Table("NVIDIA H200", "sm_90", "2026-11-21", "torch 2.11", cases, **facts)
 
 
-def problem(machine: Machine = H200, **facts) -> Problem:
+def spec(machine: Machine = H200, **facts) -> CallSpec:
     facts = {**SIZES, "recipe": BLOCKWISE, "rows": RowClass.LARGE, "passes": TRAINING, "host_sync": True} | facts
-    return Problem(machine, **facts)
+    return CallSpec(machine, **facts)
 
 
-def decision(asked: Problem, *tables: Table, broken: tuple[BackendKind, ...] = (), patience: bool = True):
+def decision(asked: CallSpec, *tables: Table, broken: tuple[BackendKind, ...] = (), patience: bool = True):
     """What AUTO decides; without ``patience``, DeepGEMM's wgrad waits for the host, as the real one does."""
     kinds = (TRITON, DEEPGEMM, EMULATED)
     deepgemm = get_backend(DEEPGEMM)
@@ -59,7 +59,7 @@ def decision(asked: Problem, *tables: Table, broken: tuple[BackendKind, ...] = (
 
 def chosen(*args, **options) -> tuple[BackendKind | None, ...]:
     found = decision(*args, **options)
-    return tuple(found.backend(p) for p in found.problem.passes)
+    return tuple(found.backend(p) for p in found.spec.passes)
 
 
 # What a call takes
@@ -104,7 +104,7 @@ def test_a_call_takes_what_the_slower_of_host_and_device_takes():
 
 def test_the_host_takes_the_same_for_other_sizes():
     slow_host = dataclasses.replace(case(times()), hosts={TRITON: times(forward=5000.0)})
-    asked = problem(k=8192, passes=(FORWARD,))
+    asked = spec(k=8192, passes=(FORWARD,))
     assert estimate(asked, [table(slow_host)]).hosts[TRITON]["forward"] == 5000
 
 
@@ -117,8 +117,8 @@ def test_what_was_not_measured_takes_forever():
 
 
 def test_weights_that_were_quantized_beforehand_cost_nothing():
-    asked = problem(passes=(FORWARD, DGRAD), weights=(TRITON, TRITON))
-    with_weights, without = (estimate(p, [table(case(times()))]) for p in (asked, problem(passes=(FORWARD, DGRAD))))
+    asked = spec(passes=(FORWARD, DGRAD), weights=(TRITON, TRITON))
+    with_weights, without = (estimate(p, [table(case(times()))]) for p in (asked, spec(passes=(FORWARD, DGRAD))))
     on_triton = dict.fromkeys((FORWARD, DGRAD), TRITON)
     assert without.total(on_triton) - with_weights.total(on_triton) == 100
 
@@ -129,7 +129,7 @@ def test_weights_that_were_quantized_beforehand_cost_nothing():
 def test_the_nearest_sizes_speak_scaled_by_the_work():
     near = case(times(), times(forward=300.0, a_rows=150.0, plan=7.0))
     far = case(times(), num_groups=128, k=128, n=128)
-    found = estimate(problem(num_groups=16, n=512), [table(near, far)])
+    found = estimate(spec(num_groups=16, n=512), [table(near, far)])
     parts = found.times[TRITON]
     assert parts["forward"] == 300 * 2 * 0.25
     assert parts["a_rows"] == 150 * 2
@@ -141,16 +141,16 @@ def test_the_nearest_sizes_speak_scaled_by_the_work():
 
 
 def test_no_part_takes_less_than_a_launch_but_one_that_is_none():
-    parts = estimate(problem(k=1, n=1), [table(case(times(), times(a_rows=0.0)))]).times[TRITON]
+    parts = estimate(spec(k=1, n=1), [table(case(times(), times(a_rows=0.0)))]).times[TRITON]
     assert parts["forward"] == 3 and parts["a_rows"] == 0
 
 
 def test_the_same_sizes_speak_for_themselves():
-    assert estimate(problem(), [table(case(times()))]).source == "measured on NVIDIA H200, 2026-11-21"
+    assert estimate(spec(), [table(case(times()))]).source == "measured on NVIDIA H200, 2026-11-21"
 
 
 def test_another_gpu_follows_the_nearest_that_is_known_and_says_so():
-    assert estimate(problem(B200), [table(case(times()))]).source.startswith(
+    assert estimate(spec(B200), [table(case(times()))]).source.startswith(
         "measured on NVIDIA H200, the nearest that is known, 2026-11-21"
     )
 
@@ -161,39 +161,39 @@ def test_another_gpu_follows_the_nearest_that_is_known_and_says_so():
     ids=("recipe", "rows", "dtype"),
 )
 def test_nothing_speaks_for_another_kind_of_call(facts):
-    assert estimate(problem(**facts), [table(case(times()))]) is None
+    assert estimate(spec(**facts), [table(case(times()))]) is None
 
 
 def test_power_of_two_scales_take_the_same_time():
-    assert estimate(problem(recipe=Recipe.FP8_BLOCKWISE_POW2), [table(case(times()))]) is not None
+    assert estimate(spec(recipe=Recipe.FP8_BLOCKWISE_POW2), [table(case(times()))]) is not None
 
 
 def test_a_case_of_whole_blocks_comes_before_a_nearer_one_where_they_are_promised():
     blocks = case(times(), times(forward=50.0), whole_blocks=True, **SIZES | {"k": 8192})
     both = table(case(times()), blocks)
-    assert estimate(problem(group_alignment=256), [both]).times[TRITON]["forward"] == 50 * 4096 / 8192
-    assert estimate(problem(), [both]).times[TRITON]["forward"] == 100
+    assert estimate(spec(group_alignment=256), [both]).times[TRITON]["forward"] == 50 * 4096 / 8192
+    assert estimate(spec(), [both]).times[TRITON]["forward"] == 100
 
 
 def test_a_graph_does_not_wait_for_the_host():
     slow_host = table(dataclasses.replace(case(times()), hosts={TRITON: times(forward=5000.0)}), is_exact=True)
-    assert estimate(problem(passes=(FORWARD,)), [slow_host]).total({FORWARD: TRITON}) == 5200
-    assert estimate(problem(passes=(FORWARD,), captured=True), [slow_host]).total({FORWARD: TRITON}) == 300
+    assert estimate(spec(passes=(FORWARD,)), [slow_host]).total({FORWARD: TRITON}) == 5200
+    assert estimate(spec(passes=(FORWARD,), captured=True), [slow_host]).total({FORWARD: TRITON}) == 300
 
 
 @pytest.mark.parametrize("changed", ({"k": 4097}, {"group_alignment": 128}), ids=str)
 def test_an_exact_table_speaks_for_its_own_cases_only(changed):
     exact = table(case(times()), is_exact=True)
-    assert estimate(problem(), [exact]) is not None
-    assert estimate(problem(**changed), [exact]) is None
+    assert estimate(spec(), [exact]) is not None
+    assert estimate(spec(**changed), [exact]) is None
 
 
 def test_an_exact_table_speaks_only_where_every_pass_was_measured():
     forward = {part: 1.0 for part in ("plan", "a_rows", "b_forward", "forward")}
     exact = table(case(forward, forward), is_exact=True)
-    assert estimate(problem(passes=(FORWARD,)), [exact]).times[TRITON]["forward"] == 1
-    assert estimate(problem(), [exact]) is None
-    assert estimate(problem(), [exact, table(case(times()))]).times[TRITON]["forward"] == 100
+    assert estimate(spec(passes=(FORWARD,)), [exact]).times[TRITON]["forward"] == 1
+    assert estimate(spec(), [exact]) is None
+    assert estimate(spec(), [exact, table(case(times()))]).times[TRITON]["forward"] == 100
 
 
 # What AUTO takes
@@ -214,34 +214,34 @@ SLOW = {"forward": 200.0, "dgrad": 200.0}
     ids=("equal", "faster", "faster wgrad", "faster wgrad that has to be fed", "faster forward"),
 )
 def test_auto_takes_what_makes_the_whole_call_fastest(deepgemm, expected):
-    assert chosen(problem(), table(case(times(**deepgemm)))) == expected
+    assert chosen(spec(), table(case(times(**deepgemm)))) == expected
 
 
 def test_auto_leaves_its_order_for_more_than_the_margin_only():
-    (total,) = (t for kind, t in decision(problem(), table(case(times()))).expected.others if kind is TRITON)
+    (total,) = (t for kind, t in decision(spec(), table(case(times()))).expected.others if kind is TRITON)
     gain = total * (1 - 1 / MARGIN)
     for share, expected in ((0.9, TRITON), (1.1, DEEPGEMM)):
         faster = times(forward=100 - share * gain / 3, dgrad=100 - share * gain / 3, wgrad=100 - share * gain / 3)
-        assert chosen(problem(), table(case(faster))) == (expected,) * 3
+        assert chosen(spec(), table(case(faster))) == (expected,) * 3
 
 
 def test_auto_takes_nothing_that_waits_for_the_host():
     faster = table(case(dict.fromkeys(PARTS, 1.0)))
-    assert chosen(problem(), faster, patience=False) == (DEEPGEMM, DEEPGEMM, TRITON)
-    assert chosen(problem(), faster, broken=(TRITON,), patience=False) == (DEEPGEMM, DEEPGEMM, DEEPGEMM)
+    assert chosen(spec(), faster, patience=False) == (DEEPGEMM, DEEPGEMM, TRITON)
+    assert chosen(spec(), faster, broken=(TRITON,), patience=False) == (DEEPGEMM, DEEPGEMM, DEEPGEMM)
 
 
 def test_auto_takes_what_waits_where_this_very_call_was_measured_so():
     own = table(case(dict.fromkeys(PARTS, 1.0)), is_exact=True)
-    assert chosen(problem(), own, patience=False) == (DEEPGEMM,) * 3
-    assert chosen(problem(host_sync=False), own, patience=False) == (DEEPGEMM, DEEPGEMM, TRITON)
+    assert chosen(spec(), own, patience=False) == (DEEPGEMM,) * 3
+    assert chosen(spec(host_sync=False), own, patience=False) == (DEEPGEMM, DEEPGEMM, TRITON)
 
 
 @pytest.mark.parametrize("faster, expected", ((True, BackendKind.HIPBLASLT), (False, TRITON)))
 def test_hipblaslt_is_taken_where_it_was_measured_to_be_faster(faster, expected):
     machine = Machine("amd", "gfx942", "AMD Instinct MI300X", (*VERSIONS, ("rocm", "7.1")))
     kinds = (TRITON, BackendKind.HIPBLASLT)
-    asked = problem(machine, recipe=Recipe.FP8_ROWWISE, group_alignment=128)
+    asked = spec(machine, recipe=Recipe.FP8_ROWWISE, group_alignment=128)
     theirs = dict.fromkeys(PARTS, 50.0 if faster else 100.0)
     measured = Case("fp8_rowwise", "large", True, **SIZES, num_rows=8192, times=dict(zip(kinds, (times(), theirs))))
     own = Table(machine.name, machine.arch, "2026-11-21", "as now", (measured,), is_exact=True)
@@ -250,23 +250,23 @@ def test_hipblaslt_is_taken_where_it_was_measured_to_be_faster(faster, expected)
 
 
 def test_auto_passes_over_a_fast_backend_that_is_broken_and_says_so():
-    found = decision(problem(), table(case(dict.fromkeys(PARTS, 1.0))), broken=(DEEPGEMM,))
+    found = decision(spec(), table(case(dict.fromkeys(PARTS, 1.0))), broken=(DEEPGEMM,))
     assert found.backends == (TRITON,)
     assert "deepgemm  is installed but broken: broken. Mend it." in found.refusal_lines()
 
 
 def test_the_health_of_what_is_not_taken_is_not_looked_at():
-    assert decision(problem(), table(case(times())), broken=(DEEPGEMM,)).refusals == ()
+    assert decision(spec(), table(case(times())), broken=(DEEPGEMM,)).refusals == ()
 
 
 def test_auto_follows_its_order_where_its_first_was_not_measured():
     unmeasured = dataclasses.replace(case(times()), times={DEEPGEMM: dict.fromkeys(PARTS, 1.0)})
-    assert chosen(problem(), table(unmeasured)) == (TRITON,) * 3
+    assert chosen(spec(), table(unmeasured)) == (TRITON,) * 3
 
 
 def test_auto_leaves_a_backend_that_failed_to_be_measured():
     failed = dataclasses.replace(case(times()), times={TRITON: {}, DEEPGEMM: times()})
-    assert chosen(problem(), table(failed)) == (DEEPGEMM,) * 3
+    assert chosen(spec(), table(failed)) == (DEEPGEMM,) * 3
 
 
 def test_measurements_of_one_vendor_say_nothing_of_another():
@@ -274,14 +274,14 @@ def test_measurements_of_one_vendor_say_nothing_of_another():
 
 
 def test_a_refusal_stands_against_any_speed():
-    assert chosen(problem(k=4000), table(case(dict.fromkeys(PARTS, 1.0)))) == (TRITON,) * 3
+    assert chosen(spec(k=4000), table(case(dict.fromkeys(PARTS, 1.0)))) == (TRITON,) * 3
 
 
 def test_equal_problems_are_decided_alike_whatever_the_order_of_candidates():
     faster = table(case(times(forward=1.0)), case(times(dgrad=1.0), k=4095))
     kinds = (TRITON, DEEPGEMM, EMULATED)
     found = {
-        decide(problem(), AUTO, [Candidate(get_backend(kind)) for kind in order], tables=[faster])
+        decide(spec(), AUTO, [Candidate(get_backend(kind)) for kind in order], tables=[faster])
         for order in itertools.permutations(kinds)
     }
     assert len(found) == 1
@@ -291,7 +291,7 @@ def test_equal_problems_are_decided_alike_whatever_the_order_of_candidates():
 
 
 def test_an_explanation_gives_the_times_of_those_that_run_and_of_those_that_would():
-    found = decision(problem(), table(case(times(forward=50.0, dgrad=300.0, wgrad=5.0, a_both=150.0))))
+    found = decision(spec(), table(case(times(forward=50.0, dgrad=300.0, wgrad=5.0, a_both=150.0))))
     lines = str(Explanation(found, 8192)).splitlines()
     assert lines[2:7] == [
         "  forward     triton      about 300 us; deepgemm 250 us",
@@ -303,12 +303,12 @@ def test_an_explanation_gives_the_times_of_those_that_run_and_of_those_that_woul
 
 
 def test_times_of_large_groups_are_those_of_the_call_s_own_rows():
-    text = str(Explanation(decision(problem(), table(case(times()))), 81920))
+    text = str(Explanation(decision(spec(), table(case(times()))), 81920))
     assert "expected    6 ms in all, for M = 81920" in text
 
 
 def test_an_explanation_without_measurements_has_no_times():
-    found = decision(problem(recipe=Recipe.MXFP8), table(case(times())))
+    found = decision(spec(recipe=Recipe.MXFP8), table(case(times())))
     assert "about" not in str(Explanation(found, 8192))
     assert Explanation(found, 8192).to_dict()["expected"] is None
 

@@ -15,11 +15,11 @@ import torch
 from deepgemm_checks import GROUPS, check_activations, check_plan
 
 from grouped_gemm import (
+    CallSpec,
     Explanation,
     Machine,
     NoBackendError,
     Pass,
-    Problem,
     Recipe,
     explain,
     grouped_mm,
@@ -29,9 +29,9 @@ from grouped_gemm import (
 from grouped_gemm.backends import Candidate, get_backend
 from grouped_gemm.backends.base import Health
 from grouped_gemm.backends.deepgemm import package as deepgemm_package
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind, KernelPreference
-from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 
@@ -47,18 +47,18 @@ BARE = Machine("nvidia", "sm_90", "NVIDIA H200", VERSIONS[1:])
 BLOCKWISE, POW2 = Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2
 
 
-def problem(machine: Machine = H200, recipe: Recipe = BLOCKWISE, **facts) -> Problem:
+def spec(machine: Machine = H200, recipe: Recipe = BLOCKWISE, **facts) -> CallSpec:
     facts = {"num_groups": 8, "k": 4096, "n": 2048, "passes": TRAINING} | facts
-    return Problem(machine, rows=RowClass.LARGE, recipe=recipe, **facts)
+    return CallSpec(machine, rows=RowClass.LARGE, recipe=recipe, **facts)
 
 
-def decision(asked: Problem, preference: BackendKind | KernelPreference = DEEPGEMM, broken: str = ""):
+def decision(asked: CallSpec, preference: BackendKind | KernelPreference = DEEPGEMM, broken: str = ""):
     healths = {DEEPGEMM: lambda: Health(broken, broken and "Mend it.")}
     found = [Candidate(backend, healths.get(kind, Health)) for kind, backend in BACKENDS.items()]
     return decide(asked, preference, found)
 
 
-def refused(asked: Problem) -> dict[Pass, str]:
+def refused(asked: CallSpec) -> dict[Pass, str]:
     """By pass that is refused, the reasons."""
     found = [r for r in decision(asked).refusals if r.backend is DEEPGEMM]
     passes = {p: "; ".join(f"{r.reason}. {r.fix}" for r in found if p in r.passes) for p in asked.passes}
@@ -91,16 +91,16 @@ def refused(asked: Problem) -> dict[Pass, str]:
     ids=str,
 )
 def test_what_it_refuses(facts, passes, text):
-    found = refused(problem(**facts))
+    found = refused(spec(**facts))
     assert tuple(found) == tuple(passes)
     assert all(text in reason for reason in found.values())
 
 
 def test_only_wgrad_waits_for_the_host():
-    assert Explanation(decision(problem())).host_syncs == {"deepgemm": BACKENDS[DEEPGEMM].host_syncs}
-    assert Explanation(decision(problem(passes=DGRAD))).host_syncs == {}
-    assert Explanation(decision(problem(passes=DGRAD))).padding == {"deepgemm": 8 * 127}
-    assert Explanation(decision(problem(passes=DGRAD, group_alignment=128))).padding == {}
+    assert Explanation(decision(spec())).host_syncs == {"deepgemm": BACKENDS[DEEPGEMM].host_syncs}
+    assert Explanation(decision(spec(passes=DGRAD))).host_syncs == {}
+    assert Explanation(decision(spec(passes=DGRAD))).padding == {"deepgemm": 8 * 127}
+    assert Explanation(decision(spec(passes=DGRAD, group_alignment=128))).padding == {}
 
 
 # What is found out of a package

@@ -21,13 +21,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from grouped_gemm import Explanation, Pass, Problem, Recipe, grouped_mm, quantize_weights, reference, testing
+from grouped_gemm import CallSpec, Explanation, Pass, Recipe, grouped_mm, quantize_weights, reference, testing
 from grouped_gemm.backends import Candidate, candidates, get_backend
 from grouped_gemm.backends.base import Health
 from grouped_gemm.backends.hipblaslt import backend as hipblaslt
 from grouped_gemm.core import machine as machine_module
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.preference import BackendKind, KernelPreference
-from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 
@@ -81,12 +81,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Build]]:
 # Selection
 
 
-def problem(machine=MI355X, recipe: Recipe = ROWWISE, **facts) -> Problem:
+def spec(machine=MI355X, recipe: Recipe = ROWWISE, **facts) -> CallSpec:
     facts = {"num_groups": 8, "k": 4096, "n": 2048, "passes": TRAINING, "group_alignment": 128} | facts
-    return Problem(machine, rows=RowClass.LARGE, recipe=recipe, **facts)
+    return CallSpec(machine, rows=RowClass.LARGE, recipe=recipe, **facts)
 
 
-def decision(asked: Problem, preference: BackendKind | KernelPreference = HIPBLASLT, *broken: BackendKind):
+def decision(asked: CallSpec, preference: BackendKind | KernelPreference = HIPBLASLT, *broken: BackendKind):
     def health(kind: BackendKind) -> Health:
         return Health("does not work", "Mend it.") if kind in broken else Health()
 
@@ -131,7 +131,7 @@ def decision(asked: Problem, preference: BackendKind | KernelPreference = HIPBLA
     ids=str,
 )
 def test_what_it_refuses(facts, passes, text):
-    asked = problem(**facts)
+    asked = spec(**facts)
     found = [r for r in decision(asked).refusals if r.backend is HIPBLASLT]
     reasons = {p: "; ".join(f"{r.reason}. {r.fix}" for r in found if p in r.passes) for p in asked.passes}
     assert tuple(p for p in asked.passes if reasons[p]) == tuple(passes)
@@ -142,18 +142,18 @@ def test_what_it_refuses(facts, passes, text):
 @pytest.mark.parametrize("recipe", Recipe, ids=lambda r: r.value)
 def test_what_auto_takes(recipe, name):
     """Triton; where that is broken, hipBLASLt for what it runs."""
-    asked = problem(on(name), recipe)
+    asked = spec(on(name), recipe)
     assert decision(asked, AUTO).backends == (TRITON,)
     runs = recipe in (NONE, ROWWISE, POW2) or (recipe is MX and name == "MI355X")
     assert decision(asked, AUTO, TRITON).backends == ((HIPBLASLT,) if runs else (EMULATED,))
-    ragged = decision(dataclasses.replace(asked, group_alignment=1), AUTO, TRITON)
+    ragged = decision(asked._replace(group_alignment=1), AUTO, TRITON)
     takes_wgrad = recipe is NONE
     expected = (HIPBLASLT if runs else EMULATED,) * 2 + (HIPBLASLT if takes_wgrad else EMULATED,)
     assert tuple(ragged.backend(pass_) for pass_ in TRAINING) == expected
 
 
 def test_it_says_that_it_waits():
-    assert Explanation(decision(problem())).host_syncs == {"hipblaslt": BACKEND.host_syncs}
+    assert Explanation(decision(spec())).host_syncs == {"hipblaslt": BACKEND.host_syncs}
 
 
 def test_a_tiny_run_that_is_wrong_is_its_health(install, monkeypatch):

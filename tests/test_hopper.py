@@ -37,8 +37,8 @@ from large import (
 
 from grouped_gemm import Pass, Recipe, reference
 from grouped_gemm.backends import candidates
+from grouped_gemm.core.call_spec import RowClass, row_class
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.problem import RowClass, row_class
 from grouped_gemm.testing import (
     DGRAD,
     FORWARD,

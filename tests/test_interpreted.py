@@ -12,8 +12,8 @@ import pytest
 
 from grouped_gemm import Machine
 from grouped_gemm.backends import get_backend
+from grouped_gemm.core.call_spec import CallSpec, RowClass
 from grouped_gemm.core.preference import BackendKind
-from grouped_gemm.core.problem import Problem, RowClass
 
 pytest.importorskip("triton")
 
@@ -103,6 +103,6 @@ def test_a_missing_numpy_is_named():
     ),
 )
 def test_interpreted_kernels_are_for_a_cpu_and_compiled_ones_for_a_gpu(vendor, interprets, runs):
-    problem = Problem(Machine(vendor, vendor, vendor, interprets=interprets), 1, 16, 16, RowClass.DECODE)
+    spec = CallSpec(Machine(vendor, vendor, vendor, interprets=interprets), 1, 16, 16, RowClass.DECODE)
     first_two = get_backend(BackendKind.TRITON).requirements[:2]
-    assert all(requirement.holds(problem) for requirement in first_two) is runs
+    assert all(requirement.holds(spec) for requirement in first_two) is runs

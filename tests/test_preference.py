@@ -98,13 +98,13 @@ def test_a_block_that_raises_leaves_what_it_found():
     with pytest.raises(ZeroDivisionError), prefer("triton", host_sync=False):
         raise ZeroDivisionError
     assert asked() == ("auto", "default")
-    assert decision().problem.host_sync
+    assert decision().spec.host_sync
 
 
 def test_another_thread_does_not_see_the_block():
     seen = []
     with prefer("triton", host_sync=False):
-        thread = threading.Thread(target=lambda: seen.append((asked(), decision().problem.host_sync)))
+        thread = threading.Thread(target=lambda: seen.append((asked(), decision().spec.host_sync)))
         thread.start()
         thread.join()
     assert seen == [(("auto", "default"), True)]
@@ -129,19 +129,19 @@ def test_blocks_of_several_threads_do_not_mix():
 
 
 def test_host_sync_is_allowed_unless_refused():
-    assert decision().problem.host_sync
+    assert decision().spec.host_sync
     with prefer(host_sync=False):
-        assert not decision().problem.host_sync
+        assert not decision().spec.host_sync
 
 
 def test_what_a_block_does_not_say_stays_as_it_is():
     with prefer("triton", host_sync=False):
         with prefer("torch"):
-            assert not decision().problem.host_sync
+            assert not decision().spec.host_sync
         with prefer(host_sync=True):
             assert asked() == ("triton", "context")
-            assert decision().problem.host_sync
-        assert not decision().problem.host_sync
+            assert decision().spec.host_sync
+        assert not decision().spec.host_sync
 
 
 def test_refusing_host_syncs_is_no_matter_on_a_cpu():

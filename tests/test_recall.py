@@ -20,6 +20,7 @@ from grouped_gemm import (
     quantize_weights,
 )
 from grouped_gemm.core.preference import SWITCHES, environment
+from grouped_gemm.selection import route
 
 M, E, K, N = 12, 3, 48, 32
 A = torch.ones(M, K, dtype=torch.bfloat16)
@@ -31,13 +32,13 @@ BIAS = torch.ones(E, N, dtype=torch.bfloat16)
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The ``a`` of each call that is checked; it grows as calls are made."""
-    seen, prepare = [], functional._prepare
+    seen, describe = [], functional.describe
 
     def record(a, *rest):
         seen.append(a)
-        return prepare(a, *rest)
+        return describe(a, *rest)
 
-    monkeypatch.setattr(functional, "_prepare", record)
+    monkeypatch.setattr(functional, "describe", record)
     return seen
 
 
@@ -77,14 +78,14 @@ def test_operands_that_autocast_casts_are_checked_once_too(prepared):
 def test_as_many_routes_as_row_classes_are_kept_while_rows_change():
     for num_rows in (0, 1, 7, 48, 49, 200, 768, 769, 1000):
         grouped_mm(torch.ones(num_rows, K), B.float(), torch.zeros(E, dtype=torch.int32))
-    assert len(functional._routes) == 3
+    assert len(route._routes) == 3
 
 
 def test_the_number_of_routes_is_bounded(monkeypatch):
-    monkeypatch.setattr(functional, "_MAX_ROUTES", 4)
+    monkeypatch.setattr(route, "_MAX_ROUTES", 4)
     for n in range(1, 12):
         grouped_mm(A, B[:, :, :n].contiguous(), OFFS)
-        assert len(functional._routes) <= 4
+        assert len(route._routes) <= 4
 
 
 def test_no_operand_is_kept_alive():
@@ -98,15 +99,14 @@ def test_no_operand_is_kept_alive():
 
 
 def test_the_warning_about_a_fallback_names_the_line_of_the_call(monkeypatch):
-    monkeypatch.setattr(functional.Decision, "falls_back", True)
+    monkeypatch.setattr(route.Decision, "falls_back", True)
     calls = (
         lambda: grouped_mm(A, B, OFFS),
         lambda: quantize_weights(B, "mxfp8"),
         lambda: override_torch()(torch._grouped_mm)(A, B, offs=OFFS),
     )
     for call in calls:
-        functional._warned.clear()
-        functional._routes.clear()
+        route.reset_caches()
         with pytest.warns(UserWarning, match="runs on the Emulated backend") as caught:
             call()
         assert caught[0].filename == __file__
@@ -142,15 +142,15 @@ def test_every_way_to_change_the_environment_is_seen(switch, monkeypatch):
 
 
 def test_a_decision_during_which_the_environment_changes_is_not_kept(monkeypatch):
-    prepare = functional._prepare
+    describe = functional.describe
 
     def meddle(*args):
         monkeypatch.setenv("GROUPED_GEMM_LOG", "1")
-        return prepare(*args)
+        return describe(*args)
 
-    monkeypatch.setattr(functional, "_prepare", meddle)
+    monkeypatch.setattr(functional, "describe", meddle)
     grouped_mm(A, B, OFFS)
-    assert not functional._routes
+    assert not route._routes
 
 
 def test_what_os_environ_does_not_see_is_not_kept(monkeypatch):

@@ -5,7 +5,6 @@ The backends of this file declare requirements like those of real ones and run n
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -18,15 +17,14 @@ import torch
 
 from grouped_gemm import (
     BackendKind,
+    CallSpec,
     Explanation,
     KernelPreference,
     Machine,
     NoBackendError,
     Pass,
-    Problem,
     Recipe,
     backends,
-    functional,
     grouped_mm,
     quantize_weights,
 )
@@ -39,8 +37,11 @@ from grouped_gemm.backends.base import (
     requires_dtype,
     requires_recipe,
 )
-from grouped_gemm.core.problem import RowClass, row_class
+from grouped_gemm.core import call_spec
+from grouped_gemm.core.call_spec import RowClass, row_class
 from grouped_gemm.selection import explanation as explanation_module
+from grouped_gemm.selection import route
+from grouped_gemm.selection import spec as spec_module
 from grouped_gemm.selection.rules import AUTO_ORDER, Decision, decide
 
 AUTO = KernelPreference.AUTO
@@ -80,7 +81,7 @@ class DeepGEMM(Declared):
         requires_arch(("sm_90",), "Use another backend.", passes=(WGRAD,)),
     )
 
-    def padded_to(self, problem: Problem) -> int:
+    def padded_to(self, spec: CallSpec) -> int:
         return 128
 
 
@@ -126,16 +127,16 @@ def candidates(states: Mapping[BackendKind, str]) -> list[Candidate]:
     return [Candidate(BACKENDS[kind], health[states[kind]]) for kind in KINDS if states[kind] != "absent"]
 
 
-def problem(machine: str, recipe: Recipe = Recipe.FP8_BLOCKWISE, passes=TRAINING, **facts) -> Problem:
-    return Problem(MACHINES[machine], 8, 4096, 2048, RowClass.LARGE, recipe, passes=passes, **facts)
+def spec(machine: str, recipe: Recipe = Recipe.FP8_BLOCKWISE, passes=TRAINING, **facts) -> CallSpec:
+    return CallSpec(MACHINES[machine], 8, 4096, 2048, RowClass.LARGE, recipe, passes=passes, **facts)
 
 
-def auto(asked: Problem, states: Mapping[BackendKind, str] = EVERYTHING, **options) -> Decision:
+def auto(asked: CallSpec, states: Mapping[BackendKind, str] = EVERYTHING, **options) -> Decision:
     return decide(asked, AUTO, candidates(states), asked_by="default", **options)
 
 
 def choice(decision: Decision) -> tuple[BackendKind | None, ...]:
-    return tuple(decision.backend(pass_) for pass_ in decision.problem.passes)
+    return tuple(decision.backend(pass_) for pass_ in decision.spec.passes)
 
 
 def message(decision: Decision) -> list[str]:
@@ -149,24 +150,24 @@ every_gpu = pytest.mark.parametrize("machine", GPUS)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
 
 
-def problems(machine: str) -> list[Problem]:
+def problems(machine: str) -> list[CallSpec]:
     """Kinds of calls on a machine: recipes and passes, then what a single fact changes."""
     recipes = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
     facts = ({"dtype": torch.float16}, {"group_alignment": 16}, {"host_sync": False}, {"weights": (TRITON, TORCH)})
     return [
-        *(problem(machine, recipe, passes) for recipe in recipes for passes in ((FORWARD,), TRAINING)),
-        *(problem(machine, Recipe.FP8_ROWWISE, (FORWARD, DGRAD), **fact) for fact in facts),
+        *(spec(machine, recipe, passes) for recipe in recipes for passes in ((FORWARD,), TRAINING)),
+        *(spec(machine, Recipe.FP8_ROWWISE, (FORWARD, DGRAD), **fact) for fact in facts),
     ]
 
 
 @functools.cache
-def sweep(machine: str, strict: bool = False) -> list[tuple[Problem, dict[BackendKind, str], Decision]]:
+def sweep(machine: str, strict: bool = False) -> list[tuple[CallSpec, dict[BackendKind, str], Decision]]:
     """What AUTO decides for every problem with every backend present, absent or broken, in every combination."""
     combinations = [dict(zip(KINDS, states)) for states in itertools.product(STATES, repeat=len(KINDS))]
     return [(p, states, auto(p, states, strict=strict)) for p in problems(machine) for states in combinations]
 
 
-def runs(kind: BackendKind, asked: Problem, pass_: Pass, states: Mapping[BackendKind, str]) -> bool:
+def runs(kind: BackendKind, asked: CallSpec, pass_: Pass, states: Mapping[BackendKind, str]) -> bool:
     """Whether a backend can run a pass, straight from what it declares."""
     owners = asked.weights and dict(zip((FORWARD, DGRAD), asked.weights))
     needed = [requirement for requirement in BACKENDS[kind].requirements if pass_ in requirement.passes]
@@ -206,12 +207,12 @@ def runs(kind: BackendKind, asked: Problem, pass_: Pass, states: Mapping[Backend
     ids=lambda value: value if isinstance(value, str) else getattr(value, "value", ""),
 )
 def test_auto_takes_for_each_pass_the_fastest_backend_that_runs_it(machine, recipe, states, expected):
-    assert choice(auto(problem(machine, recipe), states)) == expected
+    assert choice(auto(spec(machine, recipe), states)) == expected
 
 
 def test_a_promise_of_alignment_opens_a_backend():
-    asked = problem("H100", Recipe.FP8_ROWWISE)
-    promised = dataclasses.replace(asked, group_alignment=48)
+    asked = spec("H100", Recipe.FP8_ROWWISE)
+    promised = asked._replace(group_alignment=48)
     assert choice(auto(asked, {TRITON: "absent"})) == (EMULATED, EMULATED, EMULATED)
     assert choice(auto(promised, {TRITON: "absent"})) == (TORCH, TORCH, TORCH)
 
@@ -253,19 +254,19 @@ def test_every_reason_has_a_remedy(machine):
 
 
 def test_strict_means_nothing_on_a_cpu():
-    decision = auto(problem("CPU"), strict=True)
+    decision = auto(spec("CPU"), strict=True)
     assert decision.is_complete
     assert not decision.falls_back
 
 
 def test_asking_for_emulated_on_a_gpu_is_no_fallback_even_under_strict():
-    decision = decide(problem("H100"), EMULATED, candidates({}), strict=True)
+    decision = decide(spec("H100"), EMULATED, candidates({}), strict=True)
     assert choice(decision) == (EMULATED, EMULATED, EMULATED)
     assert not decision.falls_back
 
 
 def test_a_backend_that_waits_for_the_host_is_passed_over_where_nothing_may_wait():
-    asked = problem("RTX 4090", Recipe.NONE, host_sync=False)
+    asked = spec("RTX 4090", Recipe.NONE, host_sync=False)
     assert choice(auto(asked)) == (TRITON, TRITON, TRITON)
     assert not auto(asked, {TRITON: "broken"}).is_complete
 
@@ -303,14 +304,14 @@ def test_where_a_named_backend_refuses_the_alternatives_are_those_that_run_every
 
 
 def test_a_complete_decision_passes_its_check():
-    auto(problem("H100")).check()
+    auto(spec("H100")).check()
 
 
 # Texts
 
 
 def test_the_error_of_a_named_backend_gives_its_reasons_and_who_would_run():
-    head, *lines = message(decide(problem("B200"), DEEPGEMM, candidates({}), asked_by="environment"))
+    head, *lines = message(decide(spec("B200"), DEEPGEMM, candidates({}), asked_by="environment"))
     assert head == (
         "deepgemm, which the environment asks for, does not run "
         "grouped_mm(E=8, K=4096, N=2048, fp8_blockwise, bfloat16, sm_100, forward+dgrad+wgrad)"
@@ -329,7 +330,7 @@ def test_the_error_of_a_named_backend_gives_its_reasons_and_who_would_run():
 
 def test_the_error_under_strict_names_the_switch_every_reason_and_every_remedy():
     states = {TRITON: "broken", DEEPGEMM: "absent"}
-    head, *lines = message(auto(problem("RTX 4090", Recipe.NONE, (FORWARD,)), states, strict=True))
+    head, *lines = message(auto(spec("RTX 4090", Recipe.NONE, (FORWARD,)), states, strict=True))
     assert head == "no backend runs grouped_mm(E=8, K=4096, N=2048, none, bfloat16, sm_89, forward)"
     for line in (
         "  deepgemm  is not part of this version. Use another backend.",
@@ -341,7 +342,7 @@ def test_the_error_under_strict_names_the_switch_every_reason_and_every_remedy()
 
 
 def test_a_reason_against_some_passes_names_them():
-    decision = auto(problem("B200"), {TRITON: "absent"})
+    decision = auto(spec("B200"), {TRITON: "absent"})
     (line,) = (line for line in decision.refusal_lines() if line.startswith("deepgemm"))
     assert line == "deepgemm  wgrad requires sm_90; found sm_100. Use another backend."
 
@@ -361,14 +362,14 @@ def test_health_is_asked_only_where_every_requirement_of_a_pass_holds(machine):
 
 
 def test_health_is_asked_where_a_requirement_fails_for_another_pass_only():
-    decision = auto(problem("B200"), {TRITON: "absent", DEEPGEMM: "broken"})
+    decision = auto(spec("B200"), {TRITON: "absent", DEEPGEMM: "broken"})
     assert [r.passes for r in decision.refusals if "broken" in r.reason] == [TRAINING]
 
 
 def test_health_of_a_slower_backend_is_not_asked():
     (fast,) = (candidate for candidate in candidates({}) if candidate.backend.kind is TRITON)
     others = [Candidate(c.backend, asked_in_vain) for c in candidates({}) if c.backend.kind is not TRITON]
-    assert choice(decide(problem("H100"), AUTO, [*others, fast])) == (TRITON, TRITON, TRITON)
+    assert choice(decide(spec("H100"), AUTO, [*others, fast])) == (TRITON, TRITON, TRITON)
 
 
 def test_health_is_found_out_once(monkeypatch):
@@ -384,7 +385,7 @@ def test_health_is_found_out_once(monkeypatch):
 
 
 def test_only_the_backend_that_wrote_the_weights_reads_them():
-    asked = problem("H100", passes=(FORWARD, DGRAD), weights=(DEEPGEMM, DEEPGEMM))
+    asked = spec("H100", passes=(FORWARD, DGRAD), weights=(DEEPGEMM, DEEPGEMM))
     decision = auto(asked)
     assert choice(decision) == (DEEPGEMM, DEEPGEMM)
     assert decision.refusal_lines()[0] == (
@@ -394,18 +395,18 @@ def test_only_the_backend_that_wrote_the_weights_reads_them():
 
 
 def test_each_pass_follows_the_owner_of_its_own_layout():
-    asked = problem("H100", passes=(FORWARD, DGRAD), weights=(DEEPGEMM, TRITON))
+    asked = spec("H100", passes=(FORWARD, DGRAD), weights=(DEEPGEMM, TRITON))
     assert choice(auto(asked)) == (DEEPGEMM, TRITON)
 
 
 def test_weights_without_a_layout_for_dgrad_say_how_to_get_one():
-    decision = auto(problem("H100", passes=(FORWARD, DGRAD), weights=(TRITON, None)))
+    decision = auto(spec("H100", passes=(FORWARD, DGRAD), weights=(TRITON, None)))
     assert choice(decision) == (TRITON, None)
     assert "found none. Quantize them with dgrad=True" in "\n".join(message(decision))
 
 
 def test_a_named_backend_does_not_read_the_weights_of_another():
-    decision = decide(problem("H100", passes=(FORWARD,), weights=(TRITON, None)), DEEPGEMM, candidates({}))
+    decision = decide(spec("H100", passes=(FORWARD,), weights=(TRITON, None)), DEEPGEMM, candidates({}))
     assert choice(decision) == (None,)
     assert decision.alternatives == (TRITON,)
     assert decision.refusal_lines()[0] == (
@@ -418,14 +419,14 @@ def test_a_named_backend_does_not_read_the_weights_of_another():
 
 
 def test_equal_problems_give_equal_decisions_with_equal_hashes():
-    first, second = auto(problem("B200")), auto(problem("B200"))
+    first, second = auto(spec("B200")), auto(spec("B200"))
     assert first == second
     assert len({first, second}) == 1
 
 
 @every_machine
 def test_the_order_of_the_candidates_does_not_matter(machine):
-    asked = problem(machine, weights=(TORCH, TORCH))
+    asked = spec(machine, weights=(TORCH, TORCH))
     decisions = {decide(asked, AUTO, order) for order in itertools.permutations(candidates({TRITON: "broken"}))}
     assert len(decisions) == 1
 
@@ -446,19 +447,15 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Makes calls with CPU tensors decide as on another machine; what they decide for must be Emulated."""
     for variable in ("BACKEND", "STRICT", "LOG", "VALIDATE"):
         monkeypatch.delenv(f"GROUPED_GEMM_{variable}", raising=False)
-    monkeypatch.setattr(functional, "_logged", set())
-    monkeypatch.setattr(functional, "_warned", set())
     monkeypatch.setattr(explanation_module, "get_backend", BACKENDS.__getitem__)
-    functional._decide_once.cache_clear()
-    functional._routes.clear()
+    route.reset_caches()
 
     def move(machine: str, states: Mapping[BackendKind, str]) -> None:
-        monkeypatch.setattr(functional, "machine_of", lambda device: MACHINES[machine])
-        monkeypatch.setattr(functional, "candidates", lambda device: tuple(candidates(states)))
+        monkeypatch.setattr(call_spec, "machine_of", lambda device: MACHINES[machine])
+        monkeypatch.setattr(route, "candidates", lambda device: tuple(candidates(states)))
 
     yield move
-    functional._decide_once.cache_clear()
-    functional._routes.clear()
+    route.reset_caches()
 
 
 NOTHING_ELSE = dict.fromkeys((DEEPGEMM, TRITON, TORCH, HIPBLASLT), "broken")
@@ -521,10 +518,15 @@ def test_strict_holds_from_the_call_that_follows(on, monkeypatch):
         call()
 
 
+def pretend_capture(monkeypatch: pytest.MonkeyPatch, is_capturing: bool) -> None:
+    for module in (route, spec_module):
+        monkeypatch.setattr(module, "is_capturing", lambda x: is_capturing)
+
+
 def test_a_capture_that_begins_after_a_call_refuses_what_waits_for_the_host(on, monkeypatch):
     on("H100", NOTHING_ELSE)
     texts_of_warnings(call)
-    monkeypatch.setattr(functional, "_is_capturing", lambda x: True)
+    pretend_capture(monkeypatch, True)
     with pytest.raises(NoBackendError, match="emulated  requires leave to wait for the device"):
         call()
 
@@ -532,27 +534,27 @@ def test_a_capture_that_begins_after_a_call_refuses_what_waits_for_the_host(on, 
 def test_what_is_decided_in_a_capture_is_not_remembered(on, monkeypatch):
     """There, a backend that has not been tried is taken for healthy."""
     on("CPU", {})
-    monkeypatch.setattr(functional, "_is_capturing", lambda x: True)
+    pretend_capture(monkeypatch, True)
     monkeypatch.setattr(emulated.Backend, "requirements", ())
     call()
-    assert functional._decide_once.cache_info().currsize == 0 and not functional._routes
-    monkeypatch.setattr(functional, "_is_capturing", lambda x: False)
+    assert route._decide_once.cache_info().currsize == 0 and not route._routes
+    pretend_capture(monkeypatch, False)
     call()
-    assert functional._decide_once.cache_info().currsize == 1 and functional._routes
+    assert route._decide_once.cache_info().currsize == 1 and route._routes
 
 
 def test_what_forget_overtakes_is_decided_again(on, monkeypatch):
     """Another thread's contest may end while a call is being decided by what was known before."""
     on("CPU", {})
-    original, decisions = functional.decide, []
+    original, decisions = route.decide, []
 
     def overtaken(*args, **options) -> Decision:
         decisions.append(original(*args, **options))
         if len(decisions) == 1:
-            functional.forget()
+            route.forget()
         return decisions[-1]
 
-    monkeypatch.setattr(functional, "decide", overtaken)
+    monkeypatch.setattr(route, "decide", overtaken)
     for _ in range(3):
         call()
     assert len(decisions) == 2
@@ -599,7 +601,7 @@ def table(explanation: Explanation) -> list[list[str]]:
 
 
 def test_an_explanation_tells_who_runs_why_and_who_refused(explained):
-    lines = table(explained(auto(problem("B200"), {TRITON: "absent"})))
+    lines = table(explained(auto(spec("B200"), {TRITON: "absent"})))
     assert lines[0] == ["grouped_mm(E=8, K=4096, N=2048, fp8_blockwise, bfloat16, sm_100, forward+dgrad+wgrad)"]
     for line in (
         ["forward", "deepgemm"],
@@ -618,34 +620,34 @@ def test_an_explanation_tells_who_runs_why_and_who_refused(explained):
     (("argument", "by the argument"), ("context", "by prefer(...)"), ("environment", "by the environment")),
 )
 def test_an_explanation_tells_who_asked_for_the_backend(explained, asked_by, why):
-    decision = decide(problem("H100"), TRITON, candidates({}), asked_by=asked_by)
+    decision = decide(spec("H100"), TRITON, candidates({}), asked_by=asked_by)
     assert explained(decision).why == f"asked for {why}"
 
 
 def test_an_explanation_tells_when_a_call_waits_for_the_host(explained):
-    decision = decide(problem("MI300X", Recipe.NONE), HIPBLASLT, candidates({}))
+    decision = decide(spec("MI300X", Recipe.NONE), HIPBLASLT, candidates({}))
     assert explained(decision).host_syncs == {"hipblaslt": "offs is read at every pass"}
     assert ["host syncs", "hipblaslt: offs is read at every pass"] in table(explained(decision))
 
 
 def test_nothing_waits_for_the_host_on_a_cpu(explained):
-    assert explained(auto(problem("CPU"))).host_syncs == {}
+    assert explained(auto(spec("CPU"))).host_syncs == {}
 
 
 @pytest.mark.parametrize(("alignment", "padding"), ((1, {"deepgemm": 1016}), (16, {"deepgemm": 1016}), (256, {})))
 def test_padding_is_what_the_caller_has_not_promised(explained, alignment, padding):
-    asked = problem("H100", group_alignment=alignment)
+    asked = spec("H100", group_alignment=alignment)
     assert explained(decide(asked, DEEPGEMM, candidates({}))).padding == padding
 
 
 def test_an_explanation_of_what_no_backend_runs_says_so(explained):
-    explanation = explained(auto(problem("RTX 4090"), {TRITON: "broken"}, strict=True))
+    explanation = explained(auto(spec("RTX 4090"), {TRITON: "broken"}, strict=True))
     assert ["forward", "no backend", "every one refuses"] in table(explanation)
     assert explanation.to_dict()["runs"] is False
 
 
 def test_an_explanation_of_a_named_backend_that_refuses_names_those_that_would_run(explained):
-    explanation = explained(decide(problem("B200"), DEEPGEMM, candidates({}), asked_by="context"))
+    explanation = explained(decide(spec("B200"), DEEPGEMM, candidates({}), asked_by="context"))
     lines = table(explanation)
     assert ["forward", "no backend", "deepgemm refuses"] in lines
     assert ["why", "asked for by prefer(...)"] in lines
@@ -655,12 +657,12 @@ def test_an_explanation_of_a_named_backend_that_refuses_names_those_that_would_r
 
 @every_machine
 def test_an_explanation_survives_json(explained, machine):
-    data = explained(auto(problem(machine), {TRITON: "broken"})).to_dict()
+    data = explained(auto(spec(machine), {TRITON: "broken"})).to_dict()
     assert json.loads(json.dumps(data)) == data
 
 
 def test_an_explanation_as_data_has_the_whole_decision(explained):
-    data = explained(auto(problem("MI300X", Recipe.FP8_ROWWISE, group_alignment=128), {TRITON: "broken"})).to_dict()
+    data = explained(auto(spec("MI300X", Recipe.FP8_ROWWISE, group_alignment=128), {TRITON: "broken"})).to_dict()
     assert data == {
         "problem": {
             "M": 5000,

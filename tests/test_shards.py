@@ -137,7 +137,7 @@ def test_a_checkpoints_scales_may_be_sharded_with_its_weights(mesh):
 
 def test_warmup_is_for_the_shard(mesh):
     b = spread(operands()["w"].detach(), mesh).transpose(1, 2)
-    assert [warmed.decision.problem.num_groups for warmed in warmup(b, rows="small").classes] == [E]
+    assert [warmed.decision.spec.num_groups for warmed in warmup(b, rows="small").classes] == [E]
 
 
 @pytest.mark.parametrize("placements", [EXPERTS, REPLICAS], ids=["experts", "replicas"])

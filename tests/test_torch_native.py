@@ -23,11 +23,11 @@ from torch_checks import (
 
 from grouped_gemm import (
     BackendKind,
+    CallSpec,
     Explanation,
     KernelPreference,
     Machine,
     Pass,
-    Problem,
     Recipe,
     grouped_mm,
     reference,
@@ -35,8 +35,8 @@ from grouped_gemm import (
 )
 from grouped_gemm.backends import Candidate, get_backend
 from grouped_gemm.backends.torch_native import backend as torch_native
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.core.problem import RowClass
 from grouped_gemm.selection.rules import decide
 from grouped_gemm.testing import TRAINING, Case, Shape
 
@@ -56,9 +56,9 @@ NONE, ROWWISE, MXFP8 = Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.MXFP8
 ROWWISE_RECIPES = (ROWWISE, Recipe.FP8_ROWWISE_POW2)
 
 
-def problem(machine: Machine = H200, recipe: Recipe = NONE, **facts) -> Problem:
+def spec(machine: Machine = H200, recipe: Recipe = NONE, **facts) -> CallSpec:
     facts = {"num_groups": 8, "k": 4096, "n": 2048, "passes": TRAINING} | facts
-    return Problem(machine, rows=RowClass.LARGE, recipe=recipe, **facts)
+    return CallSpec(machine, rows=RowClass.LARGE, recipe=recipe, **facts)
 
 
 SHAPES = (
@@ -127,7 +127,7 @@ def case_on(recipe: Recipe, shape: Shape, device: torch.device, b_contiguous: st
     ids=str,
 )
 def test_what_it_refuses(facts, text):
-    found = decide(problem(**facts), TORCH, [Candidate(BACKEND)])
+    found = decide(spec(**facts), TORCH, [Candidate(BACKEND)])
     refusals = [f"{r.reason}. {r.fix}" for r in found.refusals if r.backend is TORCH]
     assert bool(refusals) == bool(text) and text in "; ".join(refusals)
     assert found.is_complete is not bool(text)
@@ -137,7 +137,7 @@ def test_what_it_refuses(facts, text):
 @pytest.mark.parametrize("machine, chosen", ((BARE, TORCH), (H200, TRITON), (CPU, EMULATED)), ids=lambda x: str(x)[:9])
 def test_auto_takes_it_where_triton_is_missing(machine, chosen):
     everyone = [Candidate(get_backend(kind)) for kind in (TORCH, TRITON, EMULATED)]
-    found = decide(problem(machine), KernelPreference.AUTO, everyone)
+    found = decide(spec(machine), KernelPreference.AUTO, everyone)
     assert found.backends == (chosen,)
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from grouped_gemm import Machine
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.preference import cache_directory
-from grouped_gemm.core.problem import RowClass
 from grouped_gemm.kernels.gemm import tile_search, tiles
 from grouped_gemm.kernels.gemm.tile_search import Found, Site
 from grouped_gemm.kernels.gemm.tiles import Tile

@@ -26,9 +26,9 @@ from torch import Tensor
 from grouped_gemm.autotune.timing import captured_microseconds, device_microseconds, host_microseconds
 from grouped_gemm.backends import Candidate
 from grouped_gemm.backends.base import ALL_PASSES, OffsetPlan, _GroupedMMBackend
+from grouped_gemm.core.call_spec import CallSpec, Pass, RowClass
 from grouped_gemm.core.machine import Machine
 from grouped_gemm.core.preference import BackendKind, cache_directory
-from grouped_gemm.core.problem import Pass, Problem, RowClass
 from grouped_gemm.core.store import DAMAGE, locked, read, replace
 from grouped_gemm.kernels.gemm import tile_search
 from grouped_gemm.selection import cost_model
@@ -55,7 +55,7 @@ def tables(machine: Machine, tunes: bool) -> tuple[Table, ...]:
 
 
 def measure(
-    problem: Problem,
+    spec: CallSpec,
     num_rows: int,
     device: torch.device,
     contestants: Sequence[Candidate],
@@ -67,7 +67,7 @@ def measure(
     Takes about half a second for each, and as much memory as a training step; waits for the device.
 
     Args:
-        problem: what kind of call; its passes say which parts.
+        spec: what kind of call; its passes say which parts.
         num_rows: M.
         device: where.
         contestants: the backends on that device.
@@ -78,23 +78,23 @@ def measure(
     Returns:
         The case, and why those that failed did.
     """
-    in_graphs = problem.rows is not RowClass.LARGE
+    in_graphs = spec.rows is not RowClass.LARGE
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device).normal_(generator=generator).to(problem.dtype)
+        return torch.empty(shape, dtype=torch.float32, device=device).normal_(generator=generator).to(spec.dtype)
 
-    a_MK, g_MN = normal(num_rows, problem.k), normal(num_rows, problem.n)
-    by_n = normal(problem.num_groups, problem.n, problem.k) * problem.k**-0.5
-    b_EKN = by_n.transpose(1, 2) if problem.b_contiguous == "k" else by_n.transpose(1, 2).contiguous()
+    a_MK, g_MN = normal(num_rows, spec.k), normal(num_rows, spec.n)
+    by_n = normal(spec.num_groups, spec.n, spec.k) * spec.k**-0.5
+    b_EKN = by_n.transpose(1, 2) if spec.b_contiguous == "k" else by_n.transpose(1, 2).contiguous()
     del by_n
-    offs = uneven_ends(num_rows, problem.num_groups, problem.group_alignment, device)
+    offs = uneven_ends(num_rows, spec.num_groups, spec.group_alignment, device)
     backends = {contestant.backend.kind: contestant.backend for contestant in contestants}
     failures: dict[BackendKind, str] = {}
     runs: dict[BackendKind, dict[str, Callable[[], Any]]] = {}
-    for kind, passes in able(problem, contestants).items():
+    for kind, passes in able(spec, contestants).items():
         with _noting(failures, kind):
-            runs[kind] = _parts(backends[kind], problem, passes, a_MK, g_MN, b_EKN, offs)
+            runs[kind] = _parts(backends[kind], spec, passes, a_MK, g_MN, b_EKN, offs)
             for run in runs[kind].values():
                 run()  # compiles
     times: dict[BackendKind, dict[str, float]] = {kind: {} for kind in runs if kind not in failures}
@@ -111,11 +111,11 @@ def measure(
                 found[kind][part] = microseconds
     for by_kind in (times, hosts):
         by_kind.update((kind, {}) for kind in failures)  # which no call is then expected to end on
-        if not problem.recipe.is_scaled:  # nothing is quantized: what was timed is a function that returns its argument
+        if not spec.recipe.is_scaled:  # nothing is quantized: what was timed is a function that returns its argument
             for parts in by_kind.values():
                 parts.update((part, 0.0) for part in parts if part[:2] in ("a_", "g_", "b_"))
-    sizes = problem.num_groups, problem.k, problem.n, num_rows
-    return Case(*cost_model.facts_of(problem), *sizes, times, hosts), failures
+    sizes = spec.num_groups, spec.k, spec.n, num_rows
+    return Case(*cost_model.facts_of(spec), *sizes, times, hosts), failures
 
 
 def _waits(backend: _GroupedMMBackend, part: str) -> bool:
@@ -156,7 +156,7 @@ def uneven_ends(num_rows: int, num_groups: int, alignment: int, device: torch.de
 
 def _parts(
     backend: _GroupedMMBackend,
-    problem: Problem,
+    spec: CallSpec,
     passes: Sequence[Pass],
     a_MK: Tensor,
     g_MN: Tensor,
@@ -165,8 +165,8 @@ def _parts(
 ) -> dict[str, Callable[[], Any]]:
     """Each of `costs.PARTS` that has to do with ``passes``, as a function without arguments."""
     forward, dgrad, wgrad = (p in passes for p in Pass)
-    recipe, num_rows, dtype = problem.recipe, len(a_MK), problem.dtype
-    plan: OffsetPlan = backend.plan(offs, num_rows, problem.group_alignment)
+    recipe, num_rows, dtype = spec.recipe, len(a_MK), spec.dtype
+    plan: OffsetPlan = backend.plan(offs, num_rows, spec.group_alignment)
 
     def activations(x: Tensor) -> Callable[[bool, bool], Any]:
         return lambda rows, columns: backend.quantize_activations(x, plan, recipe, rows=rows, columns=columns)
@@ -174,7 +174,7 @@ def _parts(
     def weights(one: bool, two: bool) -> Any:
         return backend.quantize_weights(b_EKN, recipe, forward=one, dgrad=two)
 
-    parts: dict[str, Callable[[], Any]] = {"plan": lambda: backend.plan(offs, num_rows, problem.group_alignment)}
+    parts: dict[str, Callable[[], Any]] = {"plan": lambda: backend.plan(offs, num_rows, spec.group_alignment)}
     for names, wanted, quantize in (
         (("a_rows", "a_columns", "a_both"), (forward, wgrad), activations(a_MK)),
         (("g_rows", "g_columns", "g_both"), (dgrad, wgrad), activations(g_MN)),
@@ -187,11 +187,11 @@ def _parts(
     g_rows, g_columns = activations(g_MN)(dgrad, wgrad)
     b_forward, b_dgrad = weights(forward, dgrad)
     if forward:
-        parts["forward"] = lambda: backend.grouped_mm(a_rows, b_forward, plan, problem.out_dtype)
+        parts["forward"] = lambda: backend.grouped_mm(a_rows, b_forward, plan, spec.out_dtype)
     if dgrad:
         parts["dgrad"] = lambda: backend.grouped_mm(g_rows, b_dgrad, plan, dtype)
     if wgrad:
-        parts["wgrad"] = lambda: backend.wgrad(a_columns, g_columns, plan, dtype, contiguous=problem.b_contiguous)
+        parts["wgrad"] = lambda: backend.wgrad(a_columns, g_columns, plan, dtype, contiguous=spec.b_contiguous)
     return parts
 
 

@@ -9,7 +9,6 @@ M, E, K, N: rows, groups, in and out features.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,15 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm.autograd import dense_weights, layouts, weights_for
+from grouped_gemm.autograd import layouts, weights_for
 from grouped_gemm.backends import candidates, get_backend
+from grouped_gemm.core.call_spec import CallSpec, Pass, RowClass
+from grouped_gemm.core.dense import dense_weights
 from grouped_gemm.core.preference import AUTOTUNE, BackendKind, KernelPreference, Preference, check_bool
-from grouped_gemm.core.problem import Pass, Problem, RowClass
 from grouped_gemm.core.quantized import Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
-from grouped_gemm.functional import explain, forget, grouped_mm
+from grouped_gemm.functional import explain, grouped_mm
 from grouped_gemm.kernels.gemm import tile_search
 from grouped_gemm.selection import checks, dtensor
+from grouped_gemm.selection.route import forget
 from grouped_gemm.selection.rules import Decision, able, decide
 
 # Rows of a group: the fewest of each class; and for times, what is usual. The latter of LARGE depend on E.
@@ -55,7 +56,7 @@ class WarmedUp:
         chosen = ", ".join(f"{pass_.value} {backend.value}" for pass_, backend in self.decision.chosen)
         done = f"M = {self.num_rows}: {_count(self.calls, 'call')} in {self.seconds:.1f} s"
         done = done if self.calls else "nothing to compile"
-        return f"  {self.decision.problem.rows.value:12}{done:36}{chosen}"
+        return f"  {self.decision.spec.rows.value:12}{done:36}{chosen}"
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,11 @@ class Contest:
         return self.decision.expected.others if self.decision.expected else ()
 
     def __str__(self) -> str:
-        problem = self.decision.problem
+        spec = self.decision.spec
         times = [f"{kind.value} alone {time:.0f} us" for kind, time in self.alone]
         chosen = ", ".join(f"{pass_.value} {backend.value}" for pass_, backend in self.decision.chosen)
         failed = [f"{kind} failed: {reason}" for kind, reason in self.failed]
-        return f"{problem.rows.value}: {chosen} ({'; '.join([*times, *failed])})"
+        return f"{spec.rows.value}: {chosen} ({'; '.join([*times, *failed])})"
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,10 @@ class Warmup:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain strings, numbers, lists and dicts, ready for JSON."""
         return {
-            "problem": str(self.classes[0].decision.problem) if self.classes else "",
+            "problem": str(self.classes[0].decision.spec) if self.classes else "",
             "classes": [
                 {
-                    "rows": warmed.decision.problem.rows.value,
+                    "rows": warmed.decision.spec.rows.value,
                     "M": warmed.num_rows,
                     "calls": warmed.calls,
                     "seconds": warmed.seconds,
@@ -127,7 +128,7 @@ class Warmup:
             ],
             "contests": [
                 {
-                    "rows": contest.decision.problem.rows.value,
+                    "rows": contest.decision.spec.rows.value,
                     "chosen": {pass_.value: backend.value for pass_, backend in contest.decision.chosen},
                     "on_one_backend_us": {kind.value: time for kind, time in contest.alone},
                     "failed": dict(contest.failed),
@@ -151,7 +152,7 @@ class Warmup:
         }
 
     def __str__(self) -> str:
-        lines = [str(self.classes[0].decision.problem)] if self.classes else []
+        lines = [str(self.classes[0].decision.spec)] if self.classes else []
         lines += map(str, self.classes)
         lines += [f"  {'backends':12}{contest}" for contest in self.contests]
         lines += [f"  {'tiles':12}{search}" for search in self.searches]
@@ -320,51 +321,47 @@ def _compete(
     offs = torch.zeros(b.shape[0], dtype=torch.int32, device=b.device)
     with torch.set_grad_enabled(training):
         eager = explain(a, b.detach().requires_grad_(training), offs, bias=bias, **options).decision
-    machine = eager.problem.machine
-    if eager.preference is not KernelPreference.AUTO or not machine.is_gpu or eager.problem.dtype != torch.bfloat16:
+    machine = eager.spec.machine
+    if eager.preference is not KernelPreference.AUTO or not machine.is_gpu or eager.spec.dtype != torch.bfloat16:
         return
     # What a case is known by does not tell these apart, so that it must have every backend that runs any of them.
-    problem = dataclasses.replace(eager.problem, out_dtype=eager.problem.dtype, has_bias=False, host_sync=True)
-    here, num_rows = candidates(b.device), b.shape[0] * _usual(problem)
-    has_rows = profile.uneven_ends(num_rows, b.shape[0], problem.group_alignment, torch.device("cpu"))[-1] > 0
+    spec = eager.spec._replace(out_dtype=eager.spec.dtype, has_bias=False, host_sync=True)
+    here, num_rows = candidates(b.device), b.shape[0] * _usual(spec)
+    has_rows = profile.uneven_ends(num_rows, b.shape[0], spec.group_alignment, torch.device("cpu"))[-1] > 0
     profile.read_again(machine)
-    if (
-        len(able(problem, here)) < 2
-        or not has_rows
-        or cost_model.estimate(problem, [profile.known(machine)]) is not None
-    ):
+    if len(able(spec, here)) < 2 or not has_rows or cost_model.estimate(spec, [profile.known(machine)]) is not None:
         return
-    case, failed = profile.measure(problem, num_rows, b.device, here)
+    case, failed = profile.measure(spec, num_rows, b.device, here)
     profile.store(machine, [case])
     forget()
-    decision = decide(eager.problem, KernelPreference.AUTO, here, tables=profile.tables(machine, True))
+    decision = decide(eager.spec, KernelPreference.AUTO, here, tables=profile.tables(machine, True))
     yield Contest(decision, tuple((kind.value, reason) for kind, reason in failed.items()))
 
 
-def _usual(problem: Problem) -> int:
+def _usual(spec: CallSpec) -> int:
     """Rows of a group in what is timed."""
-    return _USUAL.get(problem.rows, max(512, min(4096, 65536 // problem.num_groups)))
+    return _USUAL.get(spec.rows, max(512, min(4096, 65536 // spec.num_groups)))
 
 
 @torch.no_grad()
 def _tune(b: Tensor | QuantizedWeights, bias: Tensor | None, decision: Decision) -> list[tile_search.Search]:
     """Searches tiles for the products of one row class, each alone, on operands that are quantized already."""
-    problem = decision.problem
-    a, offs = _groups(b, _usual(problem), problem.group_alignment)
+    spec = decision.spec
+    a, offs = _groups(b, _usual(spec), spec.group_alignment)
     if not any(get_backend(kind).compiles for kind in decision.backends) or offs[-1] == 0:
         return []  # there are no tiles; or the promised alignment leaves no rows in this class
-    dy = a.new_empty(len(a), problem.n)
+    dy = a.new_empty(len(a), spec.n)
     _fill(a, dy)
-    a, dy = a.to(problem.dtype), dy.to(problem.dtype)
+    a, dy = a.to(spec.dtype), dy.to(spec.dtype)
     forward, dgrad, wgrad = map(decision.backend, (Pass.FORWARD, Pass.DGRAD, Pass.WGRAD))
-    plans = {kind: get_backend(kind).plan(offs, len(a), problem.group_alignment) for kind in decision.backends}
+    plans = {kind: get_backend(kind).plan(offs, len(a), spec.group_alignment) for kind in decision.backends}
 
     def quantized(x: Tensor, by_row: BackendKind | None) -> tuple[Quantized | None, Quantized | None]:
         return layouts(
             by_row,
             wgrad,
             lambda backend, one, two: backend.quantize_activations(
-                x, plans[backend.kind], problem.recipe, rows=one, columns=two
+                x, plans[backend.kind], spec.recipe, rows=one, columns=two
             ),
         )
 
@@ -372,7 +369,7 @@ def _tune(b: Tensor | QuantizedWeights, bias: Tensor | None, decision: Decision)
     if isinstance(b, Tensor):
         weights, _ = dense_weights(torch.empty_like(b.detach()))
         _fill(weights)
-        b_forward, b_dgrad = weights_for(weights.to(problem.dtype), problem.recipe, forward, dgrad)
+        b_forward, b_dgrad = weights_for(weights.to(spec.dtype), spec.recipe, forward, dgrad)
     else:
         b_forward, b_dgrad = b.forward, b.dgrad
     runs: list[Callable[[], Tensor]] = []
@@ -383,12 +380,12 @@ def _tune(b: Tensor | QuantizedWeights, bias: Tensor | None, decision: Decision)
         if kind is not None and lhs is not None and rhs is not None and get_backend(kind).compiles:
             runs.append(lambda: get_backend(kind).grouped_mm(lhs, rhs, plans[kind], dtype, *bias))
 
-    product(forward, a_rows, b_forward, problem.out_dtype, bias)
-    product(dgrad, dy_rows, b_dgrad, problem.dtype)
+    product(forward, a_rows, b_forward, spec.out_dtype, bias)
+    product(dgrad, dy_rows, b_dgrad, spec.dtype)
     if wgrad is not None and a_columns is not None and dy_columns is not None and get_backend(wgrad).compiles:
         runs.append(
             lambda: get_backend(wgrad).wgrad(
-                a_columns, dy_columns, plans[wgrad], problem.dtype, contiguous=problem.b_contiguous
+                a_columns, dy_columns, plans[wgrad], spec.dtype, contiguous=spec.b_contiguous
             )
         )
     return [search for run in runs for search in tile_search.search(run)]

@@ -34,7 +34,7 @@ class Candidate:
 
     Attributes:
         backend: the backend.
-        health: finds out whether it works there; asked only when every requirement of a problem holds.
+        health: finds out whether it works there; asked only when every requirement of a call holds.
     """
 
     backend: _GroupedMMBackend

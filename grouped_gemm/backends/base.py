@@ -12,8 +12,8 @@ from packaging.version import Version
 from torch import Tensor
 
 from grouped_gemm import reference
+from grouped_gemm.core.call_spec import CallSpec, Pass, dtype_name
 from grouped_gemm.core.preference import BackendKind
-from grouped_gemm.core.problem import Pass, Problem, dtype_name
 from grouped_gemm.core.quantized import Layouts, Quantized
 from grouped_gemm.core.recipes import Recipe
 
@@ -27,15 +27,15 @@ class Requirement:
 
     Attributes:
         what: what is required, as a phrase that completes "<pass> requires ...".
-        holds: whether a problem meets it.
-        found: what the problem has instead, as a phrase.
+        holds: whether a call meets it.
+        found: what the call has instead, as a phrase.
         fix: what the user can do, as a sentence.
         passes: the passes that need it.
     """
 
     what: str
-    holds: Callable[[Problem], bool]
-    found: Callable[[Problem], str]
+    holds: Callable[[CallSpec], bool]
+    found: Callable[[CallSpec], str]
     fix: str
     passes: tuple[Pass, ...] = ALL_PASSES
 
@@ -76,12 +76,12 @@ def requires_dtype(dtypes: Iterable[torch.dtype], passes: tuple[Pass, ...] = ALL
     )
 
 
-def requires_triton(purpose: str = "", concerns: Callable[[Problem], bool] = lambda p: True) -> Requirement:
-    """A Triton that this package's kernels run on is there, where the problem is one that this ``concerns``."""
+def requires_triton(purpose: str = "", concerns: Callable[[CallSpec], bool] = lambda p: True) -> Requirement:
+    """A Triton that this package's kernels run on is there, where the call is one that this ``concerns``."""
 
-    def holds(problem: Problem) -> bool:
-        version = problem.machine.version("triton")
-        return not concerns(problem) or (version is not None and version >= Version(_OLDEST_TRITON))
+    def holds(spec: CallSpec) -> bool:
+        version = spec.machine.version("triton")
+        return not concerns(spec) or (version is not None and version >= Version(_OLDEST_TRITON))
 
     return Requirement(
         what=f"triton {_OLDEST_TRITON} or later{purpose}",
@@ -247,7 +247,7 @@ class _GroupedMMBackend(ABC):
     host_sync_passes: ClassVar[tuple[Pass, ...]] = ALL_PASSES  # the passes that do, where any does
     compiles: ClassVar[bool] = True  # whether kernels are compiled or loaded at first use, which `warmup` does ahead
 
-    def padded_to(self, problem: Problem) -> int:
+    def padded_to(self, spec: CallSpec) -> int:
         """The multiple of rows that this backend pads every group to, where the caller has not; 1: it does not pad."""
         return 1
 

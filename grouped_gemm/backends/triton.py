@@ -26,9 +26,9 @@ from grouped_gemm.backends.base import (
     requires_triton,
     unscaled_weights,
 )
+from grouped_gemm.core.call_spec import CallSpec
 from grouped_gemm.core.library import define_op, ops
 from grouped_gemm.core.preference import BackendKind
-from grouped_gemm.core.problem import Problem
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize import layouts
@@ -42,8 +42,8 @@ _COLUMNS = "triton columns"
 _WEIGHTS = "triton weights"
 
 
-def _requires_gpu_in(archs: tuple[str, ...], purpose: str, concerns: Callable[[Problem], bool]) -> Requirement:
-    """The GPU is one of ``archs``, where the problem is one that this ``concerns``."""
+def _requires_gpu_in(archs: tuple[str, ...], purpose: str, concerns: Callable[[CallSpec], bool]) -> Requirement:
+    """The GPU is one of ``archs``, where the call is one that this ``concerns``."""
     return Requirement(
         what=" or ".join(archs) + purpose,
         holds=lambda p: not p.machine.is_gpu or p.machine.arch in archs or not concerns(p),

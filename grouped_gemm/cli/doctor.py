@@ -18,6 +18,7 @@ from grouped_gemm.autotune import profile
 from grouped_gemm.backends import Candidate, candidates
 from grouped_gemm.backends.base import ALL_PASSES, _GroupedMMBackend
 from grouped_gemm.core import distributions
+from grouped_gemm.core.call_spec import CallSpec, Pass, RowClass, dtype_name
 from grouped_gemm.core.machine import Machine, default_device, machine_of
 from grouped_gemm.core.preference import (
     AUTOTUNE,
@@ -30,7 +31,6 @@ from grouped_gemm.core.preference import (
     cache_directory,
     resolve,
 )
-from grouped_gemm.core.problem import Pass, Problem, RowClass, dtype_name
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.selection.rules import AUTO_ORDER, MARGIN, decide
 
@@ -75,9 +75,9 @@ def errors(findings: dict[str, Any]) -> list[str]:
     return [switch["error"] for switch in findings["switches"] if switch["error"]]
 
 
-def _nominal(machine: Machine, recipe: Recipe) -> Problem:
+def _nominal(machine: Machine, recipe: Recipe) -> CallSpec:
     """A training call as a model of middle size makes it: bfloat16, sizes that suit every kernel."""
-    return Problem(machine, num_groups=8, k=4096, n=4096, rows=RowClass.LARGE, recipe=recipe, passes=ALL_PASSES)
+    return CallSpec(machine, num_groups=8, k=4096, n=4096, rows=RowClass.LARGE, recipe=recipe, passes=ALL_PASSES)
 
 
 def _backend(candidate: Candidate, machine: Machine) -> dict[str, Any]:

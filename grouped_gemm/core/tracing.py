@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from grouped_gemm.core.problem import DECODE_ROWS, SMALL_ROWS, RowClass, row_class
+from grouped_gemm.core.call_spec import DECODE_ROWS, SMALL_ROWS, RowClass, row_class
 
 
 def holds(condition: bool) -> bool:
@@ -38,7 +38,7 @@ def is_data_dependent(size: int) -> bool:
 
 
 def row_class_of(num_rows: int, num_groups: int) -> RowClass:
-    """`problem.row_class`, LARGE where M is data-dependent, and where the class would narrow down M's stated bounds.
+    """`call_spec.row_class`, LARGE where M is data-dependent, and where the class would narrow down M's stated bounds.
 
     An exported program has the LARGE class as well: a program of one class would be of little use.
     """

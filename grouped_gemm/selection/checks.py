@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from grouped_gemm import reference
+from grouped_gemm.core.call_spec import dtype_name
 from grouped_gemm.core.library import define_op
 from grouped_gemm.core.preference import VALIDATE
-from grouped_gemm.core.problem import dtype_name
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.core.tracing import holds

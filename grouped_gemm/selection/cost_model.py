@@ -2,7 +2,7 @@
 
 A measured case takes a training call apart: the plan, the quantizers (each layout alone, and both from one read) and
 the three products. From these parts follows what any choice of backends for its passes would take, also where two of
-them quantize one operand. A problem like no case gets the times of the nearest one, scaled by the work.
+them quantize one operand. A call like no case gets the times of the nearest one, scaled by the work.
 
 An eager call takes what the device takes for its parts, or what the host does, whichever is more: few rows wait for
 the host. A CUDA graph is replayed without it.
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
+from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import BackendKind
-from grouped_gemm.core.problem import Pass, Problem
 
 # Microseconds of each part. a: (M, K); g: dY, (M, N); b: the weights. rows, columns: the layouts of forward or dgrad,
 # and of wgrad. both: two layouts from one read. A backend that does not run a pass lacks its parts.
@@ -65,13 +65,13 @@ class Case:
     times: Mapping[BackendKind, Times] = field(hash=False)
     hosts: Mapping[BackendKind, Times] = field(hash=False, default_factory=dict)
 
-    def covers(self, problem: Problem) -> bool:
-        """Whether each pass of ``problem`` was measured, on one backend at least."""
-        return all(any(p.value in times for times in self.times.values()) for p in problem.passes)
+    def covers(self, spec: CallSpec) -> bool:
+        """Whether each pass of ``spec`` was measured, on one backend at least."""
+        return all(any(p.value in times for times in self.times.values()) for p in spec.passes)
 
-    def distance(self, problem: Problem) -> float:
-        """How far its sizes are from those of ``problem``: the sum of the logarithms of the ratios."""
-        pairs = (self.num_groups, problem.num_groups), (self.k, problem.k), (self.n, problem.n)
+    def distance(self, spec: CallSpec) -> float:
+        """How far its sizes are from those of ``spec``: the sum of the logarithms of the ratios."""
+        pairs = (self.num_groups, spec.num_groups), (self.k, spec.k), (self.n, spec.n)
         return sum(abs(math.log(max(x, 1) / max(y, 1))) for x, y in pairs)
 
 
@@ -98,11 +98,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the parts of a problem are expected to take.
+    """What the parts of a call are expected to take.
 
     Attributes:
         source: where this was measured, as a phrase.
-        num_rows: M of the calls that it speaks of; a problem knows M as a class only.
+        num_rows: M of the calls that it speaks of; a spec knows M as a class only.
         times: microseconds that the device takes for the parts, of each backend that was measured.
         hosts: likewise the host.
         is_exact: whether this very kind of call was measured, on this very GPU.
@@ -147,30 +147,30 @@ def _parts(chosen: Mapping[Pass, BackendKind]) -> Iterator[tuple[BackendKind, st
         yield kind, pass_.value
 
 
-def facts_of(problem: Problem) -> tuple[str, str, bool]:
-    """Recipe, row class and whole blocks of the cases that speak of ``problem``, at any sizes."""
-    return problem.recipe.value.removesuffix("_pow2"), problem.rows.value, problem.group_alignment % 128 == 0
+def facts_of(spec: CallSpec) -> tuple[str, str, bool]:
+    """Recipe, row class and whole blocks of the cases that speak of ``spec``, at any sizes."""
+    return spec.recipe.value.removesuffix("_pow2"), spec.rows.value, spec.group_alignment % 128 == 0
 
 
-def estimate(problem: Problem, tables: Iterable[Table]) -> Estimate | None:
+def estimate(spec: CallSpec, tables: Iterable[Table]) -> Estimate | None:
     """What the first of ``tables`` that knows cases of this recipe and row class lets expect; None: none does."""
-    if problem.dtype is not torch.bfloat16:
+    if spec.dtype is not torch.bfloat16:
         return None
-    recipe, rows, whole_blocks = facts_of(problem)
+    recipe, rows, whole_blocks = facts_of(spec)
     for table in tables:
         alike = [case for case in table.cases if (case.recipe, case.rows) == (recipe, rows)]
         exactly = [case for case in alike if case.whole_blocks == whole_blocks]
         alike = exactly if table.is_exact else exactly or alike
         if table.is_exact:
-            alike = [case for case in alike if case.distance(problem) == 0 and case.covers(problem)]
+            alike = [case for case in alike if case.distance(spec) == 0 and case.covers(spec)]
         if alike:
-            return _scaled(min(alike, key=lambda case: case.distance(problem)), problem, table)
+            return _scaled(min(alike, key=lambda case: case.distance(spec)), spec, table)
     return None
 
 
-def _scaled(case: Case, problem: Problem, table: Table) -> Estimate:
-    """The times of ``case`` for the sizes of ``problem``, at as many rows for each group; the host's stay the same."""
-    groups, k, n = (y / max(x, 1) for x, y in zip((case.num_groups, case.k, case.n), _sizes(problem)))
+def _scaled(case: Case, spec: CallSpec, table: Table) -> Estimate:
+    """The times of ``case`` for the sizes of ``spec``, at as many rows for each group; the host's stay the same."""
+    groups, k, n = (y / max(x, 1) for x, y in zip((case.num_groups, case.k, case.n), _sizes(spec)))
     work = {"plan": 1.0, "a": groups * k, "g": groups * n}
     times: dict[BackendKind, dict[str, float]] = {}
     for kind, parts in case.times.items():
@@ -178,18 +178,18 @@ def _scaled(case: Case, problem: Problem, table: Table) -> Estimate:
         for part, microseconds in parts.items():
             scaled = microseconds * work.get(part.partition("_")[0], groups * k * n)
             times[kind][part] = max(scaled, min(microseconds, _LAUNCH_US))
-    hosts = {kind: dict(parts) for kind, parts in case.hosts.items() if not problem.captured}
-    if problem.weights is not None:  # they were quantized beforehand
+    hosts = {kind: dict(parts) for kind, parts in case.hosts.items() if not spec.captured}
+    if spec.weights is not None:  # they were quantized beforehand
         for parts in (*filter(None, times.values()), *hosts.values()):
             parts |= dict.fromkeys(("b_forward", "b_dgrad", "b_both"), 0.0)
-    where = table.gpu if table.gpu == problem.machine.name else f"{table.gpu}, the nearest that is known"
-    sizes = "" if case.distance(problem) == 0 else f" at E={case.num_groups}, K={case.k}, N={case.n}"
-    num_rows = max(1, round(case.num_rows / max(case.num_groups, 1) * problem.num_groups))
+    where = table.gpu if table.gpu == spec.machine.name else f"{table.gpu}, the nearest that is known"
+    sizes = "" if case.distance(spec) == 0 else f" at E={case.num_groups}, K={case.k}, N={case.n}"
+    num_rows = max(1, round(case.num_rows / max(case.num_groups, 1) * spec.num_groups))
     return Estimate(f"measured on {where}, {table.date}{sizes}", num_rows, times, hosts, table.is_exact)
 
 
-def _sizes(problem: Problem) -> tuple[int, int, int]:
-    return problem.num_groups, problem.k, problem.n
+def _sizes(spec: CallSpec) -> tuple[int, int, int]:
+    return spec.num_groups, spec.k, spec.n
 
 
 @functools.cache

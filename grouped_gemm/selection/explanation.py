@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grouped_gemm.backends import get_backend
+from grouped_gemm.core.call_spec import Pass, RowClass, dtype_name
 from grouped_gemm.core.preference import KernelPreference
-from grouped_gemm.core.problem import Pass, RowClass, dtype_name
 from grouped_gemm.selection.rules import Decision
 
 _WHY = {
@@ -32,7 +32,7 @@ class Explanation:
     @property
     def host_syncs(self) -> dict[str, str]:
         """By backend, when a call waits for the host; empty where it never does, as always on a CPU."""
-        if not self.decision.problem.machine.is_gpu:
+        if not self.decision.spec.machine.is_gpu:
             return {}
         waiting = (b for p, b in self.decision.chosen if p in get_backend(b).host_sync_passes)
         return {b.value: get_backend(b).host_syncs for b in waiting if get_backend(b).host_syncs}
@@ -40,9 +40,9 @@ class Explanation:
     @property
     def padding(self) -> dict[str, int]:
         """By backend that pads groups, how many rows it adds at most."""
-        problem = self.decision.problem
-        multiples = {b: get_backend(b).padded_to(problem) for b in self.decision.backends}
-        return {b.value: problem.num_groups * (m - 1) for b, m in multiples.items() if problem.group_alignment % m}
+        spec = self.decision.spec
+        multiples = {b: get_backend(b).padded_to(spec) for b in self.decision.backends}
+        return {b.value: spec.num_groups * (m - 1) for b, m in multiples.items() if spec.group_alignment % m}
 
     @property
     def quantized_bytes(self) -> int | None:
@@ -51,21 +51,21 @@ class Explanation:
         An operand is read once by each backend that quantizes it, weights that were quantized beforehand not at all.
         Scales, up to 4% more, are not counted.
         """
-        problem = self.decision.problem
+        spec = self.decision.spec
         if self.num_rows is None:
             return None
-        if not problem.recipe.is_scaled:
+        if not spec.recipe.is_scaled:
             return 0
         forward, dgrad, wgrad = map(self.decision.backend, Pass)
         operands = [
-            (self.num_rows * problem.k, (forward, wgrad)),
-            (self.num_rows * problem.n, (dgrad, wgrad)),
-            (0 if problem.weights else problem.num_groups * problem.k * problem.n, (forward, dgrad)),
+            (self.num_rows * spec.k, (forward, wgrad)),
+            (self.num_rows * spec.n, (dgrad, wgrad)),
+            (0 if spec.weights else spec.num_groups * spec.k * spec.n, (forward, dgrad)),
         ]
         total = 0
         for elements, readers in operands:
             layouts = [kind for kind in readers if kind is not None]
-            total += elements * (len(set(layouts)) * problem.dtype.itemsize + len(layouts))
+            total += elements * (len(set(layouts)) * spec.dtype.itemsize + len(layouts))
         return total
 
     @property
@@ -80,20 +80,20 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain strings, numbers, lists and dicts, ready for JSON."""
-        problem = self.decision.problem
+        spec = self.decision.spec
         return {
             "problem": {
                 "M": self.num_rows,
-                "E": problem.num_groups,
-                "K": problem.k,
-                "N": problem.n,
-                "rows": problem.rows.value,
-                "recipe": problem.recipe.value,
-                "dtype": dtype_name(problem.dtype),
-                "out_dtype": dtype_name(problem.out_dtype),
-                "arch": problem.machine.arch,
-                "passes": [p.value for p in problem.passes],
-                "group_alignment": problem.group_alignment,
+                "E": spec.num_groups,
+                "K": spec.k,
+                "N": spec.n,
+                "rows": spec.rows.value,
+                "recipe": spec.recipe.value,
+                "dtype": dtype_name(spec.dtype),
+                "out_dtype": dtype_name(spec.out_dtype),
+                "arch": spec.machine.arch,
+                "passes": [p.value for p in spec.passes],
+                "group_alignment": spec.group_alignment,
             },
             "preference": self.decision.preference.value,
             "asked_by": self.decision.asked_by,
@@ -132,8 +132,8 @@ class Explanation:
     def __str__(self) -> str:
         decision, chosen = self.decision, dict(self.decision.chosen)
         rows = "" if self.num_rows is None else f"M = {self.num_rows}, "
-        lines = [str(decision.problem), f"  {'rows':12}{rows}{decision.problem.rows.value} groups"]
-        for pass_ in decision.problem.passes:
+        lines = [str(decision.spec), f"  {'rows':12}{rows}{decision.spec.rows.value} groups"]
+        for pass_ in decision.spec.passes:
             if pass_ in chosen:
                 lines.append(f"  {pass_.value:12}{chosen[pass_].value:12}{self._times(pass_)}".rstrip())
             else:
@@ -172,7 +172,7 @@ class Explanation:
     @property
     def _scales(self) -> bool:
         """Whether times grow with M; those of few rows are those of the weights."""
-        return self.decision.problem.rows is RowClass.LARGE
+        return self.decision.spec.rows is RowClass.LARGE
 
     def _duration(self, microseconds: float) -> str:
         expected = self.decision.expected

@@ -1,6 +1,6 @@
 """Which backend runs which pass: every rule of selection is in this file.
 
-`decide` is a pure function of a problem, a preference and candidates, so that any machine can be simulated:
+`decide` is a pure function of a call, a preference and candidates, so that any machine can be simulated:
 
 1. A backend refuses a pass when one of its requirements for it does not hold, or when its tiny run fails.
 2. A preference that names a backend gets that backend for every pass, or an error; nothing takes its place.
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from grouped_gemm.backends import Candidate
 from grouped_gemm.backends.base import Requirement
+from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import STRICT, BackendKind, KernelPreference, Preference
-from grouped_gemm.core.problem import Pass, Problem
 from grouped_gemm.selection.cost_model import Estimate, Table, estimate
 
 # In which order AUTO tries, by vendor; "" is every other device. Each backend has a place, so that each has its say.
@@ -60,7 +60,7 @@ class NoBackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a backend does not run some passes of a problem.
+    """Why a backend does not run some passes of a call.
 
     Attributes:
         backend: who refuses.
@@ -98,10 +98,10 @@ class Expected:
 
 @dataclass(frozen=True)
 class Decision:
-    """Who runs which pass of a problem, and the whole trace of why.
+    """Who runs which pass of a call, and the whole trace of why.
 
     Attributes:
-        problem: what was asked.
+        spec: what was asked.
         preference: who should run it, and
         asked_by: where that was said: "argument", "context", "environment" or "default".
         chosen: the backend of each pass that has one.
@@ -110,7 +110,7 @@ class Decision:
         expected: what was measured, where anything was.
     """
 
-    problem: Problem
+    spec: CallSpec
     preference: KernelPreference
     asked_by: str
     chosen: tuple[tuple[Pass, BackendKind], ...]
@@ -119,7 +119,7 @@ class Decision:
     expected: Expected | None = None
 
     def backend(self, pass_: Pass) -> BackendKind | None:
-        """The backend of a pass; None where the pass is not part of the problem or no backend runs it."""
+        """The backend of a pass; None where the pass is not part of the call or no backend runs it."""
         for chosen, backend in self.chosen:
             if chosen is pass_:
                 return backend
@@ -132,15 +132,15 @@ class Decision:
 
     @property
     def is_complete(self) -> bool:
-        """Whether every pass of the problem has a backend."""
-        return len(self.chosen) == len(self.problem.passes)
+        """Whether every pass of the call has a backend."""
+        return len(self.chosen) == len(self.spec.passes)
 
     @property
     def falls_back(self) -> bool:
         """Whether AUTO ended at Emulated on a GPU."""
         return (
             self.preference is KernelPreference.AUTO
-            and self.problem.machine.is_gpu
+            and self.spec.machine.is_gpu
             and BackendKind.EMULATED in self.backends
         )
 
@@ -148,7 +148,7 @@ class Decision:
         """One line for each refusal: backend, passes where it does not concern all, reason, remedy."""
         lines = []
         for refusal in self.refusals:
-            everything = refusal.passes == self.problem.passes
+            everything = refusal.passes == self.spec.passes
             passes = "" if everything else "+".join(p.value for p in refusal.passes) + " "
             lines.append(f"{refusal.backend.value:10}{passes}{refusal.reason}. {refusal.fix}".rstrip())
         return lines
@@ -162,15 +162,15 @@ class Decision:
         if self.is_complete:
             return
         if self.preference is KernelPreference.AUTO:
-            head = f"no backend runs {self.problem}"
+            head = f"no backend runs {self.spec}"
         else:
-            head = f"{self.preference.value}, which the {self.asked_by} asks for, does not run {self.problem}"
+            head = f"{self.preference.value}, which the {self.asked_by} asks for, does not run {self.spec}"
         others = [f"{kind.value:10}would run it." for kind in self.alternatives]
         raise NoBackendError("\n".join([head, *(f"  {line}" for line in (*self.refusal_lines(), *others))]))
 
 
 def decide(
-    problem: Problem,
+    spec: CallSpec,
     preference: Preference,
     candidates: Sequence[Candidate],
     *,
@@ -178,10 +178,10 @@ def decide(
     strict: bool = False,
     tables: Iterable[Table] = (),
 ) -> Decision:
-    """Picks a backend for each pass of ``problem``.
+    """Picks a backend for each pass of ``spec``.
 
     Args:
-        problem: the facts of the call.
+        spec: the facts of the call.
         preference: a backend, or AUTO.
         candidates: the backends of this version, in any order.
         asked_by: where the preference comes from, for the trace.
@@ -194,36 +194,36 @@ def decide(
     """
     preference = KernelPreference.parse(preference)
     candidates_by_kind = {candidate.backend.kind: candidate for candidate in candidates}
-    order = AUTO_ORDER.get(problem.machine.vendor, AUTO_ORDER[""])
-    trial = _Trial(problem, candidates_by_kind, strict and preference is KernelPreference.AUTO)
-    expected = estimate(problem, tables)
+    order = AUTO_ORDER.get(spec.machine.vendor, AUTO_ORDER[""])
+    trial = _Trial(spec, candidates_by_kind, strict and preference is KernelPreference.AUTO)
+    expected = estimate(spec, tables)
     if (named := preference.kind) is not None:
-        if len(trial.healthy(named)) == len(problem.passes):
-            chosen: Chosen = dict.fromkeys(problem.passes, named)
+        if len(trial.healthy(named)) == len(spec.passes):
+            chosen: Chosen = dict.fromkeys(spec.passes, named)
             return trial.decision(preference, asked_by, chosen, _expected(expected, trial, chosen, order))
         others = (kind for kind in order if kind is not named)
-        alternatives = tuple(kind for kind in others if len(trial.healthy(kind)) == len(problem.passes))
+        alternatives = tuple(kind for kind in others if len(trial.healthy(kind)) == len(spec.passes))
         return trial.decision(preference, asked_by, {}, None, alternatives)
     # A tiny run may compile for seconds, so only those are looked at that would be chosen.
     while True:
-        chosen = _fastest(_first(problem, order, trial), trial, expected)
+        chosen = _fastest(_first(spec, order, trial), trial, expected)
         if all(trial.healthy(kind) for kind in dict.fromkeys(chosen.values())):
             return trial.decision(preference, asked_by, chosen, _expected(expected, trial, chosen, order))
 
 
-def able(problem: Problem, candidates: Sequence[Candidate]) -> dict[BackendKind, tuple[Pass, ...]]:
-    """The passes of ``problem`` that each backend but Emulated runs, in AUTO's order; healthy ones that run any."""
-    trial = _Trial(problem, {candidate.backend.kind: candidate for candidate in candidates}, strict=True)
-    order = AUTO_ORDER.get(problem.machine.vendor, AUTO_ORDER[""])
+def able(spec: CallSpec, candidates: Sequence[Candidate]) -> dict[BackendKind, tuple[Pass, ...]]:
+    """The passes of ``spec`` that each backend but Emulated runs, in AUTO's order; healthy ones that run any."""
+    trial = _Trial(spec, {candidate.backend.kind: candidate for candidate in candidates}, strict=True)
+    order = AUTO_ORDER.get(spec.machine.vendor, AUTO_ORDER[""])
     kinds = [kind for kind in order if kind is not BackendKind.EMULATED and trial.healthy(kind)]
     return {kind: tuple(trial.runs(kind)) for kind in kinds}
 
 
 class _Trial:
-    """What the backends say to a problem, each asked once, and only where it matters."""
+    """What the backends say to a call, each asked once, and only where it matters."""
 
-    def __init__(self, problem: Problem, candidates: Mapping[BackendKind, Candidate], strict: bool) -> None:
-        self._problem = problem
+    def __init__(self, spec: CallSpec, candidates: Mapping[BackendKind, Candidate], strict: bool) -> None:
+        self._problem = spec
         self._candidates = candidates
         self._strict = strict
         self._refusals: dict[BackendKind, list[Refusal]] = {}
@@ -277,10 +277,10 @@ class _Trial:
         return Decision(self._problem, preference, asked_by, in_order, refusals, alternatives, expected)
 
 
-def _first(problem: Problem, order: Sequence[BackendKind], trial: _Trial) -> Chosen:
+def _first(spec: CallSpec, order: Sequence[BackendKind], trial: _Trial) -> Chosen:
     """For each pass, the first of ``order`` that runs it and, where it is broken, will say so."""
     chosen: Chosen = {}
-    for pass_ in problem.passes:
+    for pass_ in spec.passes:
         for kind in order:
             if pass_ in trial.runs(kind):
                 chosen[pass_] = kind
@@ -328,14 +328,14 @@ def _expected(found: Estimate | None, trial: _Trial, chosen: Chosen, order: Sequ
     return Expected(found.source, found.num_rows, by_pass, total if math.isfinite(total) else None, others)
 
 
-def _refusals(candidate: Candidate, problem: Problem) -> list[Refusal]:
+def _refusals(candidate: Candidate, spec: CallSpec) -> list[Refusal]:
     """Every requirement of one backend that does not hold."""
     kind = candidate.backend.kind
     found = []
     for requirement in (*candidate.backend.requirements, *_reads_weights(kind)):
-        passes = tuple(p for p in problem.passes if p in requirement.passes)
-        if passes and not requirement.holds(problem):
-            reason = f"requires {requirement.what}; found {requirement.found(problem)}"
+        passes = tuple(p for p in spec.passes if p in requirement.passes)
+        if passes and not requirement.holds(spec):
+            reason = f"requires {requirement.what}; found {requirement.found(spec)}"
             found.append(Refusal(kind, passes, reason, requirement.fix))
     return found
 
@@ -344,8 +344,8 @@ def _reads_weights(kind: BackendKind) -> tuple[Requirement, Requirement]:
     """Weights that were quantized beforehand are in the layouts of ``kind``."""
 
     def requirement(pass_: Pass, index: int, fix: str) -> Requirement:
-        def found(problem: Problem) -> str:
-            owner = problem.weights[index] if problem.weights else None
+        def found(spec: CallSpec) -> str:
+            owner = spec.weights[index] if spec.weights else None
             return "none" if owner is None else f"{owner.value}'s"
 
         return Requirement(

@@ -32,10 +32,10 @@ from grouped_gemm.backends.base import (
 from grouped_gemm.backends.deepgemm import layouts as deepgemm_layouts
 from grouped_gemm.backends.deepgemm import package as deepgemm_package
 from grouped_gemm.backends.deepgemm.layouts import BLOCK
+from grouped_gemm.core.call_spec import CallSpec, Pass, dtype_name
 from grouped_gemm.core.library import define_op, ops
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
-from grouped_gemm.core.problem import Pass, Problem, dtype_name
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize import layouts
@@ -46,9 +46,9 @@ _COLUMNS = "deepgemm columns"
 _WEIGHTS = "deepgemm weights"
 
 
-def _multiple(problem: Problem) -> int:
+def _multiple(spec: CallSpec) -> int:
     """What K and N are multiples of: whole blocks of scales; a swizzled line of shared memory without scales."""
-    return BLOCK if problem.recipe.is_scaled else 64
+    return BLOCK if spec.recipe.is_scaled else 64
 
 
 class Backend(_GroupedMMBackend):
@@ -105,7 +105,7 @@ class Backend(_GroupedMMBackend):
     host_syncs = "the padded sizes of the groups are read at wgrad"
     host_sync_passes = (Pass.WGRAD,)
 
-    def padded_to(self, problem: Problem) -> int:
+    def padded_to(self, spec: CallSpec) -> int:
         return BLOCK
 
     def health(self, device: torch.device) -> Health:

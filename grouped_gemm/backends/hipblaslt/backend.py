@@ -36,10 +36,10 @@ from grouped_gemm.backends.base import (
 )
 from grouped_gemm.backends.hipblaslt import layouts as layouts
 from grouped_gemm.backends.hipblaslt.layouts import ALIGNMENT, MX_BLOCK, MX_DEPTH, MX_LINES, round_up
+from grouped_gemm.core.call_spec import CallSpec, Pass, RowClass, dtype_name
 from grouped_gemm.core.library import define_op, ops
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
-from grouped_gemm.core.problem import Pass, Problem, RowClass, dtype_name
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize.layouts import Operands
@@ -51,26 +51,26 @@ _WEIGHTS = "hipblaslt weights"
 _TAGS = (torch.Tag.cudagraph_unsafe,)  # of each op that looks at the ends of groups
 
 
-def _is_mx(problem: Problem) -> bool:
-    return problem.recipe is Recipe.MXFP8
+def _is_mx(spec: CallSpec) -> bool:
+    return spec.recipe is Recipe.MXFP8
 
 
-def _rocm(problem: Problem) -> tuple[int, ...]:
+def _rocm(spec: CallSpec) -> tuple[int, ...]:
     """Major and minor version of the ROCm that torch was built with, also of one before its release; (0,): none."""
-    version = problem.machine.version("rocm")
+    version = spec.machine.version("rocm")
     return (0,) if version is None else version.release[:2]
 
 
-def _found_rocm(problem: Problem) -> str:
-    version = problem.machine.version("rocm")
+def _found_rocm(spec: CallSpec) -> str:
+    version = spec.machine.version("rocm")
     return "no ROCm" if version is None else f"ROCm {version}"
 
 
-def _token_multiple(problem: Problem) -> int:
+def _token_multiple(spec: CallSpec) -> int:
     """What the rows of a group, the contraction of wgrad, are a multiple of."""
-    if not problem.recipe.is_scaled:
+    if not spec.recipe.is_scaled:
         return 1
-    return MX_DEPTH if _is_mx(problem) else ALIGNMENT
+    return MX_DEPTH if _is_mx(spec) else ALIGNMENT
 
 
 def _requires_mx_depth(axis: str, pass_: Pass) -> Requirement:
@@ -147,7 +147,7 @@ class Backend(_GroupedMMBackend):
         run = TinyRun([128, 128, 384], 400, k=128, n=256)  # a group is empty, sixteen rows are of none
         machine = machine_of(device)
         for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.MXFP8):
-            facts = Problem(machine, len(run.ends), run.k, run.n, RowClass.LARGE, recipe, group_alignment=MX_DEPTH)
+            facts = CallSpec(machine, len(run.ends), run.k, run.n, RowClass.LARGE, recipe, group_alignment=MX_DEPTH)
             if not all(requirement.holds(facts) for requirement in self.requirements):
                 continue
             if not self._gets_right(run, recipe, device, MX_DEPTH):

@@ -33,10 +33,10 @@ from grouped_gemm.backends.base import (
 )
 from grouped_gemm.backends.torch_native import layouts as torch_native_layouts
 from grouped_gemm.backends.torch_native.layouts import ALIGNMENT, TOKENS
+from grouped_gemm.core.call_spec import CallSpec, dtype_name
 from grouped_gemm.core.library import define_op, ops
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
-from grouped_gemm.core.problem import Problem, dtype_name
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize.layouts import Operands
@@ -48,18 +48,18 @@ _COLUMNS = "torch columns"
 _WEIGHTS = "torch weights"
 
 
-def _dtypes(problem: Problem) -> tuple[torch.dtype, ...]:
+def _dtypes(spec: CallSpec) -> tuple[torch.dtype, ...]:
     """What operands may be: on a GPU, torch multiplies others in a loop that waits for the device."""
-    if problem.recipe.is_scaled or problem.machine.is_gpu:
+    if spec.recipe.is_scaled or spec.machine.is_gpu:
         return (torch.bfloat16,)
     return (torch.bfloat16, torch.float16, torch.float32)
 
 
-def _multiple(problem: Problem) -> int:
+def _multiple(spec: CallSpec) -> int:
     """What K and N are multiples of: 16 bytes of what is multiplied, and whole MX blocks, whose scales torch counts."""
-    if problem.recipe is _MXFP8:
+    if spec.recipe is _MXFP8:
         return 32
-    return ALIGNMENT if problem.recipe.is_scaled else ALIGNMENT // problem.dtype.itemsize
+    return ALIGNMENT if spec.recipe.is_scaled else ALIGNMENT // spec.dtype.itemsize
 
 
 class Backend(_GroupedMMBackend):
@@ -190,7 +190,7 @@ def _has_triton(device: torch.device) -> bool:
 def _aligned(x: Tensor) -> Tensor:
     """A matrix or several, one of the last two axes contiguous, with lines that start at multiples of 16 bytes.
 
-    Itself where they do, as `Problem.is_aligned` says of strides; a slice of something may start anywhere.
+    Itself where they do, as `CallSpec.is_aligned` says of strides; a slice of something may start anywhere.
     """
     lines = x if x.stride(-1) == 1 else x.mT
     starts = x.data_ptr(), *(stride * x.element_size() for stride in lines.stride()[:-1])

@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from grouped_gemm.core.call_spec import RowClass, row_class
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import AUTOTUNE
-from grouped_gemm.core.problem import RowClass, row_class
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.common.groups import group_end, tile_position
 from grouped_gemm.kernels.common.launch import (

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from grouped_gemm.core.problem import RowClass
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.kernels.common.hopper import (
     PRODUCER_REGISTERS,
     STORED,

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.machine import Machine, machine_of
 from grouped_gemm.core.preference import AUTOTUNE, cache_directory
-from grouped_gemm.core.problem import RowClass
 from grouped_gemm.core.store import DAMAGE, locked, read, replace
 from grouped_gemm.kernels.gemm import tiles
 from grouped_gemm.kernels.gemm.tiles import Tile

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-from grouped_gemm.core.problem import RowClass
+from grouped_gemm.core.call_spec import RowClass
 
 
 class Tile(NamedTuple):

@@ -1,14 +1,14 @@
-"""The facts of a call that selection may look at: hashable, known from shapes and arguments alone."""
+"""`CallSpec`: the one description of a call."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 
-from grouped_gemm.core.machine import Machine
-from grouped_gemm.core.preference import BackendKind
+from grouped_gemm.core.machine import Machine, machine_of
+from grouped_gemm.core.preference import BackendKind, KernelPreference
 from grouped_gemm.core.recipes import Recipe
 
 
@@ -40,12 +40,14 @@ def row_class(num_rows: int, num_groups: int) -> RowClass:
     return RowClass.LARGE
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One kind of call. Equal problems get the same decision.
+class CallSpec(NamedTuple):
+    """All that decides how a call runs, known from its arguments without a look at values. Equal calls run alike.
+
+    It is the key of cached decisions, what requirements look at, and what a `Route` is made of. It is a tuple of
+    constants because Dynamo passes on nothing else to a function that it does not trace.
 
     Attributes:
-        machine: where it runs.
+        where: the device that it runs on; or a machine that is not there, to explain what would run on it.
         num_groups: E.
         k: K, in features.
         n: N, out features.
@@ -56,15 +58,17 @@ class Problem:
         passes: what will run, first what the forward call runs.
         b_contiguous: "n" or "k", the fastest axis of ``b``; weights (E, N, K) seen through a transpose have "k".
         has_bias: whether a bias is added.
-        group_alignment: every group's size is a multiple of it, as the caller promises.
+        group_alignment: every group's size is a multiple of it, as the caller guarantees.
         is_aligned: strides of ``a`` and ``b`` are multiples of 16 bytes, as TMA wants them. Where a tensor starts is
             known at the launch only.
         host_sync: whether a pass may wait for the device.
         captured: whether a CUDA graph is being captured; then it may not, and no replay waits for the host.
         weights: whose layouts for forward and dgrad ``b`` was quantized to beforehand; None: it was not.
+        preference: what the argument ``kernel_preference`` asks for.
+        context: what the surrounding `prefer` asks for; None: nothing.
     """
 
-    machine: Machine
+    where: torch.device | Machine
     num_groups: int
     k: int
     n: int
@@ -80,6 +84,13 @@ class Problem:
     host_sync: bool = True
     captured: bool = False
     weights: tuple[BackendKind, BackendKind | None] | None = None
+    preference: KernelPreference = KernelPreference.AUTO
+    context: KernelPreference | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that it runs on."""
+        return self.where if isinstance(self.where, Machine) else machine_of(self.where)
 
     def __str__(self) -> str:
         passes = "+".join(p.value for p in self.passes)
