@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grouped_gemm.core.preference import VALIDATE
 from grouped_gemm.functional import grouped_mm
 from grouped_gemm.selection import checks
 
@@ -33,16 +34,20 @@ def gmm(
         ``c`` where that was given. It has no gradients: `grouped_gemm.ops.gmm` has.
 
     Raises:
-        TypeError, ValueError: as `grouped_gemm.grouped_mm`, or both ``trans_a`` and ``trans_b`` are set.
+        TypeError, ValueError: as `grouped_gemm.grouped_mm`; or ``trans_a`` and ``trans_b`` are both set, or ``c`` does
+            not have the shape and dtype of the result.
         NoBackendError: no backend runs the call.
     """
     if trans_a and trans_b:
         checks.fail("trans_a and trans_b", "at most one of them", "both")
+    checks.check_tensor("a", a, (2,), checks.DTYPES)
+    checks.check_tensor("b", b, (2,) if trans_a else (3,), checks.DTYPES)
     offs = ends(batch_sizes, a)
     with torch.no_grad():
         result = grouped_mm(a.t() if trans_a else a, b.transpose(1, 2) if trans_b else b, offs)
         if c is None:
             return result
+        checks.check_tensor("c", c, (result.dim(),), (result.dtype,))
         if c.shape != result.shape:
             checks.fail("c", f"shape {tuple(result.shape)}", tuple(c.shape))
         return c.copy_(result)
@@ -53,7 +58,10 @@ def ends(batch_sizes: Tensor, a: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``batch_sizes`` is no tensor.
-        ValueError: it is not (E,), or no tensor of integers.
+        ValueError: it is not (E,), or no tensor of integers; under GROUPED_GEMM_VALIDATE=1, which is a host sync, also
+            where the sizes are more than the rows of ``a``.
     """
     checks.check_tensor("batch_sizes", batch_sizes, (1,), (torch.int64, torch.int32))
+    if VALIDATE.is_on() and (total := int(batch_sizes.sum())) > a.shape[0]:
+        checks.fail("batch_sizes", f"a sum of at most {a.shape[0]}, the rows of a", total)
     return batch_sizes.cumsum(0, dtype=torch.int32).to(a.device, non_blocking=True)

@@ -26,7 +26,8 @@ class QuantizedGroupedLinear(torch.nn.Module):
     Data and scales are buffers of integers, their bits, so that ``.half()`` and ``.to(torch.bfloat16)`` leave them as
     they are. ``.to(device)``, ``state_dict``, ``load_state_dict`` and ``copy.deepcopy`` work as usual. The state also
     says its form, that is shape, recipe, backends and the version of the layouts. A state of another form, or with data
-    but without their form, is refused, with ``strict=False`` as well.
+    but without their form or scales, is refused, with ``strict=False`` as well.
+    The module keeps the memory of ``weights``, and ``load_state_dict`` writes there: give each module its own weights.
     For a shard of the experts, pass ``weights[first:last]``: what a slice leaves out is neither kept nor saved.
 
     Args:
@@ -126,6 +127,9 @@ class QuantizedGroupedLinear(torch.nn.Module):
             # Without data and scales there is nothing to misread. Missing keys are the business of `strict`.
             advice = "save the module's whole state_dict, which has it"
             return f"{key}: expected the form of {', '.join(codes)}; found none; {advice}" if codes else None
+        missing = [name for name in self._views if name not in codes]
+        if codes and missing:  # data would meet the scales of others
+            return f"{prefix}{missing[0]}: expected the rest of {', '.join(codes)}; found none; load all or nothing"
         saved = state_dict[key]
         if not isinstance(saved, dict):
             return f"{key}: expected a dict, as get_extra_state returns it; found {type(saved).__name__}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm import backend
+from grouped_gemm.core import tracing
 from grouped_gemm.functional import grouped_mm
 from grouped_gemm.selection import checks
 
@@ -36,6 +37,8 @@ def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Ten
         TypeError, ValueError: as `grouped_gemm.grouped_mm`.
         NoBackendError: no backend runs the call.
     """
+    checks.check_tensor("a", a, (2,), checks.DTYPES)
+    checks.check_tensor("b", b, (3,), checks.DTYPES)
     return grouped_mm(a, b.transpose(1, 2) if trans_b else b, backend.ends(batch_sizes, a))
 
 
@@ -47,7 +50,7 @@ def permute(
     Args:
         input_act: (T, H).
         indices: (T, k), or (T,) where k is 1: integers, the experts of each token.
-        num_out_tokens: M, of the T * k rows those that are kept, the first ones; None or 0: all of them.
+        num_out_tokens: M, of the T * k rows those that are kept, the first ones; None, 0 or less: all of them.
         max_token_num: not used. The older package allocates memory by it.
 
     Returns:
@@ -62,9 +65,12 @@ def permute(
     num_tokens = input_act.shape[0]
     if indices.shape[0] != num_tokens:
         checks.fail("indices.shape[0]", f"{num_tokens}, the tokens of input_act", indices.shape[0])
+    _check_device("indices", indices, input_act)
+    if num_out_tokens is not None and (isinstance(num_out_tokens, bool) or not isinstance(num_out_tokens, int)):
+        raise TypeError(f"num_out_tokens: expected an int or None; found {type(num_out_tokens).__name__}")
     slots = indices if indices.dim() == 2 else indices[:, None]
     num_rows = slots.numel()
-    num_kept = num_rows if not num_out_tokens else min(num_out_tokens, num_rows)
+    num_kept = num_rows if num_out_tokens is None or num_out_tokens <= 0 else min(num_out_tokens, num_rows)
     order = torch.argsort(slots.flatten(), stable=True)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(num_rows, device=order.device))
     places = torch.where(places < num_kept, places, -1)
@@ -91,21 +97,25 @@ def unpermute(input_act: Tensor, row_id_map: Tensor, probs: Tensor | None = None
     """
     checks.check_tensor("input_act", input_act, (2,), checks.DTYPES)
     checks.check_tensor("row_id_map", row_id_map, (1,), (torch.int32, torch.int64))
+    _check_device("row_id_map", row_id_map, input_act)
     if probs is not None:
         checks.check_tensor("probs", probs, (2,), checks.DTYPES)
+        _check_device("probs", probs, input_act)
         if probs.numel() != row_id_map.numel():
             checks.fail("probs", f"(T, k) of T * k = {row_id_map.numel()}, as row_id_map has them", tuple(probs.shape))
     top_k, num_tokens = (1, row_id_map.numel()) if probs is None else (probs.shape[1], probs.shape[0])
     return _Unpermute.apply(input_act, row_id_map.view(top_k, num_tokens), probs)
 
 
+def _check_device(argument: str, x: Tensor, input_act: Tensor) -> None:
+    if x.device != input_act.device:
+        checks.fail(f"{argument}.device", f"{input_act.device}, where input_act is", x.device)
+
+
 def _sum_of_slots(rows_MH: Tensor, places_kT: Tensor, probs_Tk: Tensor | None) -> Tensor:
     """For each token the sum of its rows, (T, H): in fp32, slot by slot."""
-    num_rows, features = rows_MH.shape
-    total = rows_MH.new_zeros(places_kT.shape[1], features, dtype=torch.float32)
-    if num_rows == 0:
-        return total.to(rows_MH.dtype)
-    for j, places in enumerate(places_kT):
+    total = rows_MH.new_zeros(places_kT.shape[1], rows_MH.shape[1], dtype=torch.float32)
+    for j, places in enumerate(() if tracing.holds(rows_MH.shape[0] == 0) else places_kT):
         rows = rows_MH.index_select(0, places.clamp(min=0)).float()
         if probs_Tk is not None:
             rows *= probs_Tk[:, j, None].float()
@@ -114,7 +124,10 @@ def _sum_of_slots(rows_MH: Tensor, places_kT: Tensor, probs_Tk: Tensor | None) -
 
 
 class _Permute(torch.autograd.Function):
-    """Rows of tokens; their gradients come back together as `_sum_of_slots`, without atomic additions."""
+    """Rows of tokens; their gradients come back together as `_sum_of_slots`, without atomic additions.
+
+    What both backwards call has gradients itself, so that gradients of gradients are there.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, tokens_M: Tensor, places_kT: Tensor) -> Tensor:
@@ -123,7 +136,6 @@ class _Permute(torch.autograd.Function):
         return x_TH.index_select(0, tokens_M)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy_MH: Tensor) -> tuple[Tensor | None, ...]:
         """dX (T, H)."""
         (places_kT,) = ctx.saved_tensors
@@ -140,7 +152,6 @@ class _Unpermute(torch.autograd.Function):
         return _sum_of_slots(rows_MH, places_kT, probs_Tk)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
         """d rows (M, H), zero where no token asked for one, and d probs (T, k)."""
         rows_MH, places_kT, probs_Tk = ctx.saved_tensors
@@ -153,7 +164,7 @@ class _Unpermute(torch.autograd.Function):
             drows = drows[:-1]
         if ctx.needs_input_grad[2]:
             dprobs = torch.zeros_like(probs_Tk)
-            for j, places in enumerate(places_kT if rows_MH.shape[0] else ()):
+            for j, places in enumerate(() if tracing.holds(rows_MH.shape[0] == 0) else places_kT):
                 rows = rows_MH.index_select(0, places.clamp(min=0)).float()
                 dprobs[:, j] = (rows * dy_TH.float()).sum(1).masked_fill_(places < 0, 0)
         return drows, None, dprobs

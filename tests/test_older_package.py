@@ -77,6 +77,8 @@ def test_rows_past_the_last_group_are_zero():
 @pytest.mark.parametrize(
     "call, error, text",
     [
+        (lambda a, b, sizes: ops.gmm(None, b, sizes), TypeError, "a: expected a torch.Tensor; found NoneType"),
+        (lambda a, b, sizes: ops.gmm(a, b[0], sizes, True), ValueError, "b: expected a tensor of rank 3; found 2"),
         (lambda a, b, sizes: ops.gmm(a, b, list(SIZES)), TypeError, "batch_sizes: expected a torch.Tensor; found list"),
         (
             lambda a, b, sizes: ops.gmm(a, b, sizes.float()),
@@ -90,8 +92,34 @@ def test_rows_past_the_last_group_are_zero():
             ValueError,
             r"c: expected shape \(12, 16\); found \(12, 32\)",
         ),
+        (
+            lambda a, b, sizes: backend.gmm(a, b, sizes, c=torch.ones(12, 16).long()),
+            ValueError,
+            "c.dtype: expected one of",
+        ),
+        (lambda a, b, sizes: ops.permute(a, sizes), ValueError, r"indices.shape\[0\]: expected 12"),
+        (
+            lambda a, b, sizes: ops.permute(a, sizes.new_zeros(12, device="meta")),
+            ValueError,
+            "indices.device: expected cpu",
+        ),
+        (lambda a, b, sizes: ops.permute(a, sizes.new_zeros(12), 2.0), TypeError, "num_out_tokens: expected an int"),
+        (lambda a, b, sizes: ops.unpermute(a, sizes.new_zeros(12), a[:5, :2]), ValueError, "probs: expected"),
     ],
-    ids=["list", "floats", "too few", "both", "c"],
+    ids=[
+        "no a",
+        "a matrix",
+        "list",
+        "floats",
+        "too few",
+        "both",
+        "c",
+        "c of integers",
+        "few",
+        "meta",
+        "float",
+        "few probs",
+    ],
 )
 def test_wrong_arguments_are_named(call, error, text):
     with pytest.raises(error, match=text):
@@ -119,7 +147,7 @@ def test_rows_are_in_the_order_of_experts_then_of_tokens():
             assert torch.equal(rows[row_id_map[j * len(x) + t]], x[t])
 
 
-@pytest.mark.parametrize("kept", (None, 21, 10), ids=("all", "all by number", "some"))
+@pytest.mark.parametrize("kept", (None, -1, 50, 10), ids=str)
 def test_what_is_permuted_comes_back_with_its_gradients(kept):
     x, experts, probs = routed()
     rows, row_id_map = ops.permute(x, experts, num_out_tokens=kept)
@@ -130,7 +158,7 @@ def test_what_is_permuted_comes_back_with_its_gradients(kept):
     dy = torch.randn_like(y)
     for found, right in zip(torch.autograd.grad(y, (x, probs), dy), torch.autograd.grad(truth, (x, probs), dy)):
         torch.testing.assert_close(found, right)
-    assert len(rows) == (21 if kept is None else kept)
+    assert len(rows) == (10 if kept == 10 else 21)
 
 
 def test_one_expert_for_each_token_needs_no_probabilities():
@@ -149,12 +177,56 @@ def test_no_tokens():
     assert torch.autograd.grad(y.sum(), x)[0].shape == (0, 8)
 
 
-def test_sums_of_low_precision_are_in_fp32():
+def test_no_rows():
+    _, _, probs = routed()
+    y = ops.unpermute(torch.randn(0, 8, requires_grad=True), torch.full((21,), -1, dtype=torch.int32), probs)
+    assert y.shape == (7, 8) and not y.any()
+    assert not torch.autograd.grad(y.sum(), probs)[0].any()
+
+
+def test_low_precision_is_rounded_once():
     x, experts, probs = routed()
     rows, row_id_map = ops.permute(x.bfloat16(), experts)
     y = ops.unpermute(rows, row_id_map, probs)
     truth = (x.bfloat16().double() * probs.double().sum(1, keepdim=True)).bfloat16()
     torch.testing.assert_close(y, truth, rtol=2**-8, atol=0)
+    dy = torch.randn_like(y)
+    (drows,) = torch.autograd.grad(y, rows, dy)
+    for t, j in ((0, 0), (3, 1), (6, 2)):
+        expected = (dy[t].float() * probs[t, j]).bfloat16()
+        assert torch.equal(drows[row_id_map[j * len(x) + t]], expected)
+
+
+def test_gradients_have_gradients():
+    x, experts, probs = routed()
+
+    def penalty(y):
+        gradients = torch.autograd.grad(y.pow(3).sum(), (x, probs), create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), (x, probs))
+
+    rows, row_id_map = ops.permute(x, experts)
+    found, right = penalty(ops.unpermute(rows, row_id_map, probs)), penalty(x * probs.sum(1, keepdim=True))
+    for ours, truth in zip(found, right):
+        torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-3)
+
+
+def test_tokens_that_a_mask_keeps_compile():
+    x, experts, probs = routed()
+
+    def layer(x, experts, probs, mask):
+        rows, row_id_map = ops.permute(x[mask], experts[mask])
+        return ops.unpermute(rows, row_id_map, probs[mask])
+
+    mask = torch.arange(len(x)) % 3 > 0
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        for kept in (mask, torch.zeros_like(mask)):
+            y, truth = compiled(x, experts, probs, kept), layer(x, experts, probs, kept)
+            torch.testing.assert_close(y, truth)
+            for ours, right in zip(
+                torch.autograd.grad(y.sum(), (x, probs)), torch.autograd.grad(truth.sum(), (x, probs))
+            ):
+                torch.testing.assert_close(ours, right)
 
 
 def test_a_layer_written_on_the_older_package():

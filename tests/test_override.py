@@ -345,6 +345,28 @@ def test_what_cannot_run_inside_a_block_is_not_decorated(decorated, found, remed
         override_torch("mxfp8")(decorated)
 
 
+def test_what_another_decorator_suspends_is_refused_when_it_is_called():
+    a, b = operands()
+
+    def region():
+        yield F.grouped_mm(a, b, offs=OFFS)
+
+    decorated = override_torch("mxfp8")(contextlib.contextmanager(region))
+    with pytest.raises(TypeError, match="returns a _GeneratorContextManager, which runs after the block"):
+        decorated()
+
+
+def test_a_decorator_that_runs_a_generator_to_its_end_is_decorated(ours):
+    a, b = operands()
+
+    def steps():
+        yield F.grouped_mm(a, b, offs=OFFS)
+
+    first = functools.wraps(steps)(lambda: next(steps()))
+    override_torch("mxfp8")(first)()
+    assert len(ours) == 1
+
+
 def test_a_block_holds_for_its_own_thread(ours):
     a, b = operands()
     with override_torch("mxfp8"):

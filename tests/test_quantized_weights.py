@@ -408,6 +408,17 @@ def test_a_state_without_a_form_is_refused(strict):
     assert_same(module[0].weights, weights)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_data_are_not_loaded_without_their_scales(strict):
+    weights = small()
+    module = QuantizedGroupedLinear(weights)
+    state = QuantizedGroupedLinear(small(seed=1)).state_dict()
+    del state["forward_scale"]
+    with pytest.raises(RuntimeError, match="forward_scale: expected the rest of forward_data; found none"):
+        module.load_state_dict(state, strict=strict)
+    assert_same(module.weights, weights)
+
+
 def test_a_state_without_weights_may_be_loaded_in_part():
     weights = small()
     module = QuantizedGroupedLinear(weights, torch.zeros(E, N))

@@ -8,7 +8,7 @@ import inspect
 import sys
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -89,7 +89,8 @@ class override_torch(TorchFunctionMode):
         The body of a generator or coroutine runs inside the block, the code that it yields to does not.
 
         Raises:
-            TypeError: ``function`` is a class, a module, an asynchronous generator function, or is not callable.
+            TypeError: ``function`` is a class, a module, an asynchronous generator function, or is not callable. When
+                it is called: what it returns has yet to run, as what `contextlib.contextmanager` makes.
         """
         if isinstance(function, (staticmethod, classmethod)):
             return type(function)(self(function.__func__))
@@ -100,6 +101,8 @@ class override_torch(TorchFunctionMode):
             inside = _resumed_inside(self, function)
         else:
             inside = _inside(self, function)
+            if any(is_kind(inspect.unwrap(function)) for is_kind in _SUSPENDED):
+                inside = _finished(inside)
         return functools.wraps(function)(inside)
 
     def __torch_function__(
@@ -164,6 +167,26 @@ def _awaited_inside(block: override_torch, function: Callable[..., Any]) -> Call
         return await steps(*args, **kwargs)
 
     return inside
+
+
+_SUSPENDED = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+_UNFINISHED = (Generator, Coroutine, AsyncGenerator, contextlib._GeneratorContextManagerBase)
+
+
+def _finished(inside: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``inside``, which another decorator has made of a generator or coroutine function, if it runs to its end."""
+
+    def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        result = inside(*args, **kwargs)
+        if isinstance(result, _UNFINISHED):
+            raise TypeError(
+                f"override_torch: expected a function that runs when it is called; found one that returns a "
+                f"{type(result).__name__}, which runs after the block. Write @override_torch(...) below the other "
+                "decorator."
+            )
+        return result
+
+    return checked
 
 
 def _is_kind(is_kind: Callable[[Any], bool], function: Any) -> bool:
@@ -334,7 +357,7 @@ def _allow_push() -> None:
         tracer.unsafe_allow_externally_visible_side_effects = before
 
 
-# Dynamo runs these while tracing, so that they concern what is traced next; see `functional._chosen`.
+# Dynamo runs these while tracing, so that they concern what is traced next; see `route._decided`.
 _called._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _prepare_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
