@@ -141,7 +141,7 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
         }
     return {
         "find blocks": build(quantize_fp8._find_blocks, find, 4),
-        "find blocks of many groups": build(quantize_fp8._find_blocks, find | {"E_AT_ONCE": 1024}, 4),
+        "find blocks of many groups": build(quantize_fp8._find_blocks, find | {"E_AT_ONCE": 1024, "AT_ONCE": 8}, 4),
         "rows": build(quantize_fp8._quantize_rows, numbers | {"BLOCK_M": 1, "BLOCK_D": 8192, "WHOLE": True}, 8),
         "amax": build(quantize_fp8._amax, tile, 4),
         "tiles rowwise": build(quantize_fp8._quantize_tiles, activations | {"ROWWISE": True}, 4),

@@ -263,7 +263,7 @@ def test_explain_of_another_machine_says_what_it_assumes(capsys: pytest.CaptureF
 
 
 def test_explain_of_another_machine_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    _run(f"{EXPLAIN} --arch sm_100 --vendor NVIDIA --packages deep_gemm=0.1.5 --json")
+    _run(f"{EXPLAIN} --arch sm_100 --vendor NVIDIA --packages triton=3.6.0,deep_gemm=0.1.5 --json")
     found = json.loads(capsys.readouterr().out)
     assert (found["problem"]["arch"], found["chosen"]["forward"]) == ("sm_100", "triton")
     assert (found["assumed"]["vendor"], found["assumed"]["versions"]["deep_gemm"]) == ("nvidia", "0.1.5")

@@ -110,13 +110,15 @@ def _health(backend: _GroupedMMBackend, device: torch.device) -> Health:
     where host syncs are errors.
     """
     casts = device.type != "meta" and torch.is_autocast_enabled(device.type)  # which raises for meta
+    # To set the mode warns once a process, even where it is none; before CUDA is initialized there is none.
+    is_watched = device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.get_sync_debug_mode() != 0
     with (
         _disable_current_modes(),
         torch._C.DisableTorchFunction(),
         torch.inference_mode(False),
         torch.no_grad(),
         torch.autocast(device.type, enabled=False) if casts else nullcontext(),
-        _host_syncs_allowed() if device.type == "cuda" and torch.cuda.is_initialized() else nullcontext(),
+        _host_syncs_allowed() if is_watched else nullcontext(),
     ):
         try:
             return backend.health(device)

@@ -27,6 +27,18 @@ class BackendKind(Enum):
     HIPBLASLT = "hipblaslt"
     # The enums of this package keep Enum's own hash, slow as it is: Dynamo of torch 2.11 knows no other.
 
+    @classmethod
+    def named(cls, name: str) -> BackendKind:
+        """The backend of this name, as ``BackendKind(name)``, which Dynamo of torch 2.11 does not trace.
+
+        Raises:
+            KeyError: nothing has this name.
+        """
+        return _KINDS[name]
+
+
+_KINDS = {kind.value: kind for kind in BackendKind}
+
 
 class KernelPreference(Enum):
     """What a user asks for: a backend, or AUTO, the fastest one that can run the call."""

@@ -187,11 +187,11 @@ def weights_of(form: dict[str, Any], tensors: dict[str, Tensor]) -> QuantizedWei
     _check_tensors(tensors, shape, recipe, form["data_dtype"])
     data, scale = tensors["forward_data"], tensors["forward_scale"]
     kind, axis, layout = form["forward"]
-    forward, forward_backend = Quantized(data, scale, recipe, axis, layout), BackendKind(kind)
+    forward, forward_backend = Quantized(data, scale, recipe, axis, layout), BackendKind.named(kind)
     if form["dgrad"] is not None:
         kind, axis, layout = form["dgrad"]
         data, scale = tensors.get("dgrad_data", data), tensors.get("dgrad_scale", scale)
-        dgrad, dgrad_backend = Quantized(data, scale, recipe, axis, layout), BackendKind(kind)
+        dgrad, dgrad_backend = Quantized(data, scale, recipe, axis, layout), BackendKind.named(kind)
     return QuantizedWeights(shape, form["dtype"], forward, dgrad, forward_backend, dgrad_backend)
 
 

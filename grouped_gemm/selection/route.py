@@ -67,7 +67,7 @@ def route_of(spec: CallSpec) -> Route:
     if len(found) == 2:
         kind, text = found
         raise _ERRORS[kind](text)
-    forward, dgrad, wgrad = [BackendKind(name) if name else None for name in found]
+    forward, dgrad, wgrad = [BackendKind.named(name) if name else None for name in found]
     backends: tuple[BackendKind, ...] = ()
     for runs in (forward, dgrad, wgrad):
         if runs is not None and runs not in backends:

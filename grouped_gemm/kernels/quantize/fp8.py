@@ -144,11 +144,13 @@ def find_blocks(offs: Tensor, num_rows: int) -> Tensor:
     num_groups = offs.shape[0]
     num_blocks = num_rows // TOKEN_BLOCK + num_groups
     blocks = offs.new_empty(num_blocks, 4)
+    groups_at_once = at_once(num_groups)
+    blocks_at_once = 32 if groups_at_once < 1024 else 8  # with Triton 3.9, more spill
     launch(
-        _find_blocks, (cdiv(num_blocks, 32),), offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
+        _find_blocks, (cdiv(num_blocks, blocks_at_once),), offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
         constants={
-            "E_AT_ONCE": at_once(num_groups), "BLOCK": TOKEN_BLOCK,
-            "SCALE_ALIGNMENT": SCALE_ALIGNMENT, "AT_ONCE": 32,
+            "E_AT_ONCE": groups_at_once, "BLOCK": TOKEN_BLOCK,
+            "SCALE_ALIGNMENT": SCALE_ALIGNMENT, "AT_ONCE": blocks_at_once,
         },
     )  # fmt: skip
     return blocks
