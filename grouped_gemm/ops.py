@@ -104,7 +104,10 @@ def unpermute(input_act: Tensor, row_id_map: Tensor, probs: Tensor | None = None
         if probs.numel() != row_id_map.numel():
             checks.fail("probs", f"(T, k) of T * k = {row_id_map.numel()}, as row_id_map has them", tuple(probs.shape))
     top_k, num_tokens = (1, row_id_map.numel()) if probs is None else (probs.shape[1], probs.shape[0])
-    return _Unpermute.apply(input_act, row_id_map.view(top_k, num_tokens), probs)
+    places_kT = row_id_map.view(top_k, num_tokens)
+    if torch.compiler.is_compiling():  # by torch 2.11, the Function's gradients would be zero
+        return _sum_of_slots(input_act, places_kT, probs)
+    return _Unpermute.apply(input_act, places_kT, probs)
 
 
 def _check_device(argument: str, x: Tensor, input_act: Tensor) -> None:
@@ -155,16 +158,24 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
         """d rows (M, H), zero where no token asked for one, and d probs (T, k)."""
         rows_MH, places_kT, probs_Tk = ctx.saved_tensors
+        num_rows = rows_MH.shape[0]
         drows = dprobs = None
-        if ctx.needs_input_grad[0]:
-            drows = rows_MH.new_zeros(rows_MH.shape[0] + 1, rows_MH.shape[1])  # the last is of rows that were dropped
-            for j, places in enumerate(places_kT):
-                scaled = dy_TH if probs_Tk is None else (dy_TH.float() * probs_Tk[:, j, None].float()).to(dy_TH.dtype)
-                drows.index_copy_(0, torch.where(places < 0, rows_MH.shape[0], places).long(), scaled)
-            drows = drows[:-1]
+        if ctx.needs_input_grad[0] and tracing.holds(dy_TH.shape[0] == 0):
+            drows = torch.zeros_like(rows_MH)
+        elif ctx.needs_input_grad[0]:
+            asked_by_kT = torch.arange(places_kT.numel(), device=places_kT.device)
+            places = torch.where(places_kT < 0, num_rows, places_kT).flatten().long()  # the last is of what was dropped
+            slot_of_row = asked_by_kT.new_full((num_rows + 1,), -1).index_copy(0, places, asked_by_kT)[:-1]
+            is_asked, slots = slot_of_row[:, None] >= 0, slot_of_row.clamp(min=0)
+            drows = dy_TH.index_select(0, slots % dy_TH.shape[0])
+            if probs_Tk is not None:
+                drows = (drows.float() * probs_Tk.t().flatten().index_select(0, slots)[:, None].float()).to(dy_TH.dtype)
+            drows = drows.masked_fill(~is_asked, 0)
         if ctx.needs_input_grad[2]:
-            dprobs = torch.zeros_like(probs_Tk)
-            for j, places in enumerate(() if tracing.holds(rows_MH.shape[0] == 0) else places_kT):
-                rows = rows_MH.index_select(0, places.clamp(min=0)).float()
-                dprobs[:, j] = (rows * dy_TH.float()).sum(1).masked_fill_(places < 0, 0)
+            has_rows = not tracing.holds(num_rows == 0)
+            by_slot = [
+                (rows_MH.index_select(0, places.clamp(min=0)).float() * dy_TH.float()).sum(1).masked_fill(places < 0, 0)
+                for places in (places_kT if has_rows else ())
+            ]
+            dprobs = torch.stack(by_slot, 1).to(probs_Tk.dtype) if by_slot else torch.zeros_like(probs_Tk)
         return drows, None, dprobs

@@ -174,6 +174,8 @@ def test_no_tokens():
     rows, row_id_map = ops.permute(x, torch.zeros(0, 2, dtype=torch.int64))
     y = ops.unpermute(rows, row_id_map, torch.rand(0, 2))
     assert (rows.shape, y.shape) == ((0, 8), (0, 8))
+    spare = torch.randn(2, 8, requires_grad=True)
+    assert not torch.autograd.grad(ops.unpermute(spare, row_id_map, torch.rand(0, 2)).sum(), spare)[0].any()
     assert torch.autograd.grad(y.sum(), x)[0].shape == (0, 8)
 
 
