@@ -1,6 +1,6 @@
 """`gmm`, `permute` and `unpermute`, as the older package with this import name has them.
 
-Megatron-Core up to 0.16, MegaBlocks and others call these. `grouped_mm` and `grouped_gemm.moe` are what new code calls.
+Megatron-Core up to 0.16, MegaBlocks and others call these. New code calls `grouped_mm`.
 
 T, k, M, H: tokens, experts of each token, rows in the order of experts, features.
 """
@@ -65,7 +65,7 @@ def permute(
     num_tokens = input_act.shape[0]
     if indices.shape[0] != num_tokens:
         checks.fail("indices.shape[0]", f"{num_tokens}, the tokens of input_act", indices.shape[0])
-    _check_device("indices", indices, input_act)
+    checks.check_device("indices", indices, "input_act", input_act.device)
     if num_out_tokens is not None and (isinstance(num_out_tokens, bool) or not isinstance(num_out_tokens, int)):
         raise TypeError(f"num_out_tokens: expected an int or None; found {type(num_out_tokens).__name__}")
     slots = indices if indices.dim() == 2 else indices[:, None]
@@ -97,10 +97,10 @@ def unpermute(input_act: Tensor, row_id_map: Tensor, probs: Tensor | None = None
     """
     checks.check_tensor("input_act", input_act, (2,), checks.DTYPES)
     checks.check_tensor("row_id_map", row_id_map, (1,), (torch.int32, torch.int64))
-    _check_device("row_id_map", row_id_map, input_act)
+    checks.check_device("row_id_map", row_id_map, "input_act", input_act.device)
     if probs is not None:
         checks.check_tensor("probs", probs, (2,), checks.DTYPES)
-        _check_device("probs", probs, input_act)
+        checks.check_device("probs", probs, "input_act", input_act.device)
         if probs.numel() != row_id_map.numel():
             checks.fail("probs", f"(T, k) of T * k = {row_id_map.numel()}, as row_id_map has them", tuple(probs.shape))
     top_k, num_tokens = (1, row_id_map.numel()) if probs is None else (probs.shape[1], probs.shape[0])
@@ -108,11 +108,6 @@ def unpermute(input_act: Tensor, row_id_map: Tensor, probs: Tensor | None = None
     if torch.compiler.is_compiling():  # by torch 2.11, the Function's gradients would be zero
         return _sum_of_slots(input_act, places_kT, probs)
     return _Unpermute.apply(input_act, places_kT, probs)
-
-
-def _check_device(argument: str, x: Tensor, input_act: Tensor) -> None:
-    if x.device != input_act.device:
-        checks.fail(f"{argument}.device", f"{input_act.device}, where input_act is", x.device)
 
 
 def _sum_of_slots(rows_MH: Tensor, places_kT: Tensor, probs_Tk: Tensor | None) -> Tensor:

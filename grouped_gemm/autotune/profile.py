@@ -163,7 +163,7 @@ def _parts(
     b_EKN: Tensor,
     offs: Tensor,
 ) -> dict[str, Callable[[], Any]]:
-    """Each of `costs.PARTS` that has to do with ``passes``, as a function without arguments."""
+    """Each of `cost_model.PARTS` that has to do with ``passes``, as a function without arguments."""
     forward, dgrad, wgrad = (p in passes for p in Pass)
     recipe, num_rows, dtype = spec.recipe, len(a_MK), spec.dtype
     plan: OffsetPlan = backend.plan(offs, num_rows, spec.group_alignment)
@@ -239,7 +239,7 @@ def _read(machine: Machine) -> Table:
 
 
 def store(machine: Machine, cases: Sequence[Case]) -> None:
-    """Uses ``cases`` from now on, in this process, and adds them to the file, as `tuning.store` does with tiles.
+    """Uses ``cases`` from now on, in this process, and adds them to the file, as `tile_search.store` does with tiles.
 
     Where another process was faster to measure the same, what it has stored is used: all then decide alike.
     """

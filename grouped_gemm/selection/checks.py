@@ -52,6 +52,12 @@ def check_tensor(argument: str, value: Any, dims: tuple[int, ...], dtypes: tuple
         fail(f"{argument}.dtype", "one of " + ", ".join(map(dtype_name, dtypes)), dtype_name(value.dtype))
 
 
+def check_device(argument: str, x: Tensor | QuantizedWeights, other: str, device: torch.device) -> None:
+    """``x`` is on ``device``, where the argument ``other`` is."""
+    if x.device != device:
+        fail(f"{argument}.device", f"{device}, where {other} is", x.device)
+
+
 def check_offs(offs: Tensor, num_groups: int | None, device: torch.device) -> None:
     """``offs`` has one int32 end row per group, on the operands' device."""
     if isinstance(offs, Tensor) and offs.dtype in _OTHER_INTEGERS:
@@ -61,8 +67,7 @@ def check_offs(offs: Tensor, num_groups: int | None, device: torch.device) -> No
             dtype_name(offs.dtype),
         )
     check_tensor("offs", offs, (1,), (torch.int32,))
-    if offs.device != device:
-        fail("offs.device", f"{device}, where a is", offs.device)
+    check_device("offs", offs, "a", device)
     if num_groups is None and holds(offs.shape[0] == 0):
         fail("offs", "at least one group", "none")
     if num_groups is not None and holds(offs.shape[0] != num_groups):
@@ -110,8 +115,7 @@ def check_operands(a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: 
     if bias is None:
         return
     check_bias(bias, b.shape)
-    if bias.device != a.device:
-        fail("bias.device", f"{a.device}, where a is", bias.device)
+    check_device("bias", bias, "a", a.device)
 
 
 def check_bias(bias: Tensor, shape: Sequence[int]) -> None:
@@ -222,8 +226,7 @@ def _check_powers_of_two(scale: Tensor, recipe: Recipe) -> None:
 def _check_together(a: Tensor, b: Tensor | QuantizedWeights) -> None:
     if b.dtype != a.dtype:
         fail("b.dtype", f"{dtype_name(a.dtype)}, as a has it", dtype_name(b.dtype))
-    if b.device != a.device:
-        fail("b.device", f"{a.device}, where a is", b.device)
+    check_device("b", b, "a", a.device)
 
 
 @define_op(

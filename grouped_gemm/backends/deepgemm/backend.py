@@ -188,7 +188,7 @@ def _for_tma(x: Tensor) -> Tensor:
 
 
 def _with_next_block(row_map: Tensor) -> Tensor:
-    """``row_map`` as `layouts_deepgemm.plan` has it, with a block of -1 behind it: offloading has cut that off."""
+    """``row_map`` as `layouts.plan` has it, with a block of -1 behind it: offloading has cut that off."""
     end = row_map.storage_offset() + row_map.shape[0] + BLOCK
     if row_map.untyped_storage().nbytes() >= end * row_map.element_size():
         return row_map

@@ -38,7 +38,7 @@ _ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 32, 256  # a tile that is copied
 
 
 def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Fills ``out``, from `layouts_deepgemm.plan`. Any values of ``offs`` (E,) int32 are safe."""
+    """Fills ``out``, from `layouts.plan`. Any values of ``offs`` (E,) int32 are safe."""
     row_map, blocks, sizes = out
     num_blocks, num_groups = blocks.shape[0], offs.shape[0]
     if num_rows == 0:
@@ -55,7 +55,7 @@ def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor, Tensor]) -
 
 
 def quantize_activations(x_MD: Tensor, blocks: Tensor, recipe: Recipe, out: tuple[Tensor, ...]) -> None:
-    """Fills ``out``, from `layouts_deepgemm.activations`, by one read: what has no elements is not wanted.
+    """Fills ``out``, from `layouts.activations`, by one read: what has no elements is not wanted.
 
     Args:
         x_MD: (M, D), contiguous D, a multiple of 128; bfloat16, float16 or float32.
@@ -192,7 +192,7 @@ def _quantize_packed(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
     BLOCK: tl.constexpr, FIELDS: tl.constexpr, BAND: tl.constexpr,
 ):  # fmt: skip
-    """As `_quantize_tiles`, where `quantize_packed.can_run`: two values of bfloat16 in a register."""
+    """As `_quantize_tiles`, where `packed_bf16.can_run`: two values of bfloat16 in a register."""
     d_blocks = D // BLOCK
     block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
     d = d_block * BLOCK

@@ -279,7 +279,7 @@ def _check_promise(ends: list[int], multiple: int) -> None:
 
 
 def _fill_activations(x_MD: Tensor, ends: list[int], recipe: Recipe, out: Operands) -> None:
-    """The torch twin of `quantize_hipblaslt.quantize_activations`."""
+    """The torch twin of `quantize.quantize_activations`."""
     by_row, row_scale, by_column, column_scale = out
     num_rows, features = x_MD.shape
     if by_row.dim() == 2 and num_rows:
@@ -321,7 +321,7 @@ def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) ->
 
 
 def _fill_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
-    """The torch twin of `quantize_hipblaslt.quantize_weights`."""
+    """The torch twin of `quantize.quantize_weights`."""
     for axis, by_line, line_scale in ((1, out[0], out[2]), (2, out[1], out[3])):
         if by_line.dim() != 3:
             continue

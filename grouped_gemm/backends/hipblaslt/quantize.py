@@ -37,7 +37,7 @@ from grouped_gemm.kernels.quantize.mx import _quantize_tile
 
 
 def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) -> None:
-    """Fills ``out``, from `layouts_hipblaslt.activations`: what has no elements is not wanted.
+    """Fills ``out``, from `layouts.activations`: what has no elements is not wanted.
 
     Args:
         x_MD: (M, D), contiguous D, a multiple of 16; bfloat16, float16 or float32.
@@ -90,7 +90,7 @@ def _quantize_both(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) ->
 
 
 def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
-    """Fills ``out``, from `layouts_hipblaslt.weights`: what has no elements is not wanted.
+    """Fills ``out``, from `layouts.weights`: what has no elements is not wanted.
 
     Args:
         b_EKN: (E, K, N), K or N contiguous; bfloat16, float16 or float32.

@@ -1,7 +1,7 @@
 """The offset plan and the quantizer of activations for torch's grouped products, and the zeros that those leave out.
 
-Numbers are those of `reference`, bit for bit. Layouts: `layouts`; weights are `quantize`'s. MX activations are
-`quantize_torch_mx`'s.
+Numbers are those of `reference`, bit for bit. Layouts: `layouts`; weights are `kernels.quantize.fp8`'s. MX
+activations are `quantize_mx`'s.
 
 M, E, D: rows, groups, features. T: tokens, the rows of groups that are padded to multiples of 32.
 """
@@ -36,7 +36,7 @@ _PROGRAMS_PER_GROUP = 32  # which write an empty group's zeros, or leave at once
 
 
 def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor]) -> None:
-    """Fills ``out``, from `layouts_torch.plan`. Any values of ``offs`` (E,) int32 are safe."""
+    """Fills ``out``, from `layouts.plan`. Any values of ``offs`` (E,) int32 are safe."""
     num_groups = offs.shape[0]
     with on_device(offs):
         launch(
@@ -46,7 +46,7 @@ def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor]) -> None:
 
 
 def quantize(x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: Recipe, out: tuple[Tensor, ...]) -> None:
-    """Fills ``out``, from `layouts_torch.activations`: what has no elements is not wanted.
+    """Fills ``out``, from `layouts.activations`: what has no elements is not wanted.
 
     Rows alone are read once; with columns, whose scales need a whole group first, ``x_MD`` is read twice.
 

@@ -22,13 +22,13 @@ from grouped_gemm.kernels.quantize.mx import _quantize_tile
 
 
 def quantize_activations(x_MD: Tensor, ends: Tensor, token_ends: Tensor, out: Operands) -> None:
-    """Fills ``out``, from `layouts_torch.activations`: what has no elements is not wanted. One read of ``x_MD`` writes
+    """Fills ``out``, from `layouts.activations`: what has no elements is not wanted. One read of ``x_MD`` writes
     both. Rows past the last group are left as they are, as are tokens.
 
     Args:
         x_MD: (M, D), contiguous D, a multiple of 32; bfloat16, float16 or float32.
         ends: (E,) int32, and
-        token_ends: (E,) int32, both from `quantize_torch.fill_plan`.
+        token_ends: (E,) int32, both from `quantize.fill_plan`.
         out: data and scales by rows, data and scales by columns.
     """
     by_row, row_scale, by_column, column_scale = out

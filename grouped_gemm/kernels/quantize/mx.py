@@ -60,7 +60,7 @@ def quantize_weights(b_EKN: Tensor, out: Operands, *, swizzled: bool = False) ->
     Args:
         b_EKN: (E, K, N), K or N contiguous; bfloat16, float16 or float32.
         out: data for forward and for dgrad, then their scales.
-        swizzled: whether ``out`` is from `layouts_torch.weights`.
+        swizzled: whether ``out`` is from `torch_native.layouts.weights`.
     """
     for part, into in in_parts(b_EKN, out):
         _quantize_part(part, into, swizzled)
