@@ -7,7 +7,7 @@ bytes, ms, copy: GB/s) or a host time (host, us). What failed is None.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
@@ -45,14 +45,16 @@ def name(row: Row) -> str:
     return f"{row['shape']} {row['kind']} {row['recipe']} {row.get('pass') or 'quantizer, ' + row['quantizer']}"
 
 
-def sizes(shape: str) -> str:
-    """``32768x8x2048x7168``, M x E x N x K; empty for the name of another version of `SHAPES`."""
-    return "x".join(map(str, SHAPES.get(shape, ())))
+def sizes(shape: str, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> str:
+    """``32768x8x2048x7168``, M x E x N x K; empty for a name that is not among ``shapes``."""
+    return "x".join(map(str, shapes.get(shape, ())))
 
 
-def legend(shapes: Iterable[str]) -> str:
+def legend(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> str:
     """What the names of shapes stand for."""
-    return "shapes, M x E x N x K: " + ", ".join(f"{shape} {sizes(shape)}".rstrip() for shape in dict.fromkeys(shapes))
+    return "shapes, M x E x N x K: " + ", ".join(
+        f"{name} {sizes(name, shapes)}".rstrip() for name in dict.fromkeys(names)
+    )
 
 
 def rate(row: Row, ms: float | None) -> float | None:

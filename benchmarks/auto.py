@@ -2,12 +2,12 @@
 
     python -m grouped_gemm bench auto --json regret.json
 
-Whole calls: a forward call without gradients, and forward with backward, for each shape of `SHAPES`, balanced groups
-(in whole blocks of 128 rows, which is promised), ragged ones, and few rows: 64 in all. The backends are timed by turns:
-calls of more than two milliseconds on the device, with a cold L2; others by the clock on the wall, ten in a row. A
-call that AUTO gives to one backend alone is that very call, so what its ratio differs from 1 by is noise. Where the
-regret is over 1.03, all are timed again, four times, and the least of each counts; where it stays over, the exit
-code is 1.
+Whole calls: a forward call without gradients, and forward with backward, for the shapes of the profile and for
+`UNTUNED` ones, which are in no profile and which no tile was chosen for. Groups are balanced (in whole blocks of 128
+rows, which is guaranteed), ragged, or few rows: 64 in all. The backends' calls are interleaved: those of more than two
+milliseconds are timed on the device, with a cold L2, others by the wall clock, ten in a row. A call that AUTO gives to
+one backend alone is that very call, so any difference of their ratio from 1 is noise. Where the regret is over 1.03,
+all are timed again, four times, and the least of each counts; where it stays over, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -26,13 +26,20 @@ from _common import DEVICE, ends_of, failures
 from _report import SHAPES, legend
 
 from grouped_gemm import NoBackendError, Recipe, explain, grouped_mm
-from grouped_gemm.autotune.timing import device_microseconds, wall_microseconds
+from grouped_gemm.autotune.timing import eager_microseconds
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
 
 GOAL = 1.03
 MOST_RUNS = 5
-WAITS_US = 2000  # what takes the device longer does not wait for the host
+UNTUNED = {  # M, E, N, K, as in SHAPES
+    "mixtral_gateup": (16384, 8, 28672, 4096),
+    "mixtral_down": (16384, 8, 4096, 14336),
+    "scout_gateup": (16384, 16, 16384, 5120),
+    "olmoe_gateup": (65536, 64, 2048, 2048),
+    "glm_down": (32768, 40, 5120, 1536),
+}
+ALL_SHAPES = SHAPES | UNTUNED
 CASES = {  # recipe and dtype
     "bf16": (Recipe.NONE, torch.bfloat16),
     "fp16": (Recipe.NONE, torch.float16),
@@ -48,7 +55,7 @@ results: list[dict[str, Any]] = []
 
 def measure(shape: str, kind: str, name: str) -> None:
     recipe, dtype = CASES[name]
-    num_rows, num_groups, n, k = SHAPES[shape]
+    num_rows, num_groups, n, k = ALL_SHAPES[shape]
     num_rows = TINY if kind == "tiny" else num_rows
     torch.manual_seed(0)
     a = torch.randn(num_rows, k, device=DEVICE, dtype=dtype).requires_grad_()
@@ -74,6 +81,7 @@ def measure(shape: str, kind: str, name: str) -> None:
 
         return call
 
+    timer = partial(eager_microseconds, budget_ms=250)
     for what, make, grad in (("forward", forward, False), ("step", step, True)):
         calls = {}
         for backend in ("auto", *(contestant.value for contestant in CONTESTANTS)):
@@ -89,11 +97,7 @@ def measure(shape: str, kind: str, name: str) -> None:
             chosen = explain(a, w.transpose(1, 2), offs, **options).decision
         if len(calls) < 2 or "auto" not in calls:  # failures say why
             continue
-        timer = partial(device_microseconds, budget_ms=250)
         times = timer(calls)
-        if min(times.values()) < WAITS_US:
-            timer = wall_microseconds
-            times = timer(calls)
         runs = 1 if times["auto"] <= GOAL * min(times.values()) else MOST_RUNS
         for _ in range(runs - 1):
             again = timer(calls)
@@ -105,13 +109,13 @@ def measure(shape: str, kind: str, name: str) -> None:
         noise = auto / times[chosen.backends[0].value] if alone and chosen.backends[0].value in times else None
         row = {"shape": shape, "kind": kind, "case": name, "call": what, "auto_us": auto, "us": times, "best": best}
         row |= {"regret": regret, "noise": noise, "runs": runs, "chosen": {p.value: b.value for p, b in chosen.chosen}}
-        row |= {"expected_us": chosen.expected and chosen.expected.total}
+        row |= {"source": chosen.expected and chosen.expected.source}
         results.append(row)
         picked = "+".join(dict.fromkeys(b.value for _, b in chosen.chosen))
         others = ", ".join(f"{backend} {us:.0f}" for backend, us in times.items())
         mark = "" if regret <= GOAL else "  OVER"
         print(
-            f"{shape:13}{kind:9}{name:14}{what:8}{regret:6.3f}  {picked:16}{auto:8.0f} us  ({others}){mark}", flush=True
+            f"{shape:15}{kind:9}{name:14}{what:8}{regret:6.3f}  {picked:16}{auto:8.0f} us  ({others}){mark}", flush=True
         )
 
 
@@ -121,7 +125,7 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", choices=list(ALL_SHAPES), default=list(ALL_SHAPES))
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
@@ -131,7 +135,7 @@ def main() -> int:
         return 1
     machine, begin = machine_of(DEVICE), time.time()
     print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions))
-    print(legend(args.shapes), flush=True)
+    print(legend(args.shapes, ALL_SHAPES), flush=True)
     for shape in args.shapes:
         for name in args.cases:
             for kind in args.kinds:

@@ -116,8 +116,8 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
                 group_alignment=args.group_alignment,
                 is_aligned=all(size * args.dtype.itemsize % 16 == 0 for size in (args.k, fastest)),
             )
-            tables = profile.tables(machine, tunes)
-            decision = decide(spec, preference, found, asked_by=asked_by, strict=strict, tables=tables)
+            profiles = profile.profiles(machine, tunes)
+            decision = decide(spec, preference, found, asked_by=asked_by, strict=strict, profiles=profiles)
             return Explanation(decision, args.m)
 
         classes = args.rows if args.m is None else (row_class(args.m, args.experts),)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 from collections.abc import Callable
@@ -26,9 +25,10 @@ from grouped_gemm import (
 )
 from grouped_gemm.autotune import profile
 from grouped_gemm.autotune import warmup as warmup_module
+from grouped_gemm.autotune.measure import measure
 from grouped_gemm.backends import emulated
 from grouped_gemm.backends.base import Requirement
-from grouped_gemm.core import call_spec
+from grouped_gemm.core import call_spec, store
 from grouped_gemm.core.call_spec import RowClass, row_class
 from grouped_gemm.kernels.gemm import tile_search, tiles
 from grouped_gemm.selection import route
@@ -213,15 +213,15 @@ def tiled(monkeypatch, tmp_path):
     monkeypatch.setattr(warmup_module, "_USUAL", {RowClass.DECODE: 2, RowClass.SMALL: 20, RowClass.LARGE: 260})
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
-    tile_search.known.cache_clear()
+    tile_search.forget()
     yield backend
-    tile_search.known.cache_clear()
+    tile_search.forget()
 
 
 def test_without_the_switch_nothing_is_tuned(monkeypatch, weights, tiled):
     monkeypatch.delenv("GROUPED_GEMM_AUTOTUNE")
     done = warmup(weights)
-    assert (done.tunes, done.searches, tile_search.path().exists()) == (False, (), False)
+    assert (done.tunes, done.searches, store.path().exists()) == (False, (), False)
 
 
 def test_each_use_of_a_kernel_is_tuned_once(weights, tiled):
@@ -281,74 +281,68 @@ class Rival(emulated.Backend):
 
 
 @pytest.fixture
-def compete(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[warmup_module.Contest]]:
-    """Contests as on an H200 where the TORCH backend takes half of what TRITON does."""
+def profiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[warmup_module.Profiled]]:
+    """Measures as on an H200 where the TORCH backend takes half of what TRITON does."""
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
-    monkeypatch.setattr(profile, "_known", {})
+    profile.forget()
     machine = Machine("nvidia", "sm_90", "NVIDIA H200", (("torch", "2.11.0"), ("triton", "3.6.0")))
     rivals = tuple(backends.Candidate(Rival(kind)) for kind in (BackendKind.TRITON, BackendKind.TORCH))
     monkeypatch.setattr(call_spec, "machine_of", lambda device: machine)
+    monkeypatch.setattr(backends, "_instances", {rival.backend.kind: rival.backend for rival in rivals})
     for module in (route, warmup_module):
         monkeypatch.setattr(module, "candidates", lambda device: rivals)
-    original = profile.measure
-
-    def measure(spec, num_rows, device, contestants):
-        flat = lambda calls: dict.fromkeys(calls, 1.0)  # noqa: E731
-        case, failed = original(spec, num_rows, device, contestants, flat, flat)
-        slow = {part: 2.0 for part in case.times[BackendKind.TRITON]}
-        return dataclasses.replace(case, times={**case.times, BackendKind.TRITON: slow}), failed
-
-    monkeypatch.setattr(profile, "measure", measure)
+    times = {"triton": 2.0, "torch": 1.0}
+    timer = lambda calls: {plan: times[plan] for plan in calls}  # noqa: E731
+    monkeypatch.setattr(warmup_module, "measure", lambda *args: measure(*args, eager=timer, captured=timer))
     route.forget()
     options = {"recipe": "fp8_rowwise", "out_dtype": None, "group_alignment": 1, "kernel_preference": "auto"}
     yield lambda b, rows, training=True, bias=None, **changed: list(
-        warmup_module._compete(b, bias, rows, training, options | changed)
+        warmup_module._profile(b, bias, rows, training, options | changed)
     )
     route.forget()
+    profile.forget()
 
 
-def test_a_contest_decides_what_auto_takes_from_then_on(weights, compete):
-    (contest,) = compete(weights, RowClass.LARGE)
-    assert contest.decision.backends == (BackendKind.TORCH,)
-    assert str(contest).startswith(
-        "large: forward torch, dgrad torch, wgrad torch (torch alone 7 us; triton alone 14 us"
-    )
+def test_a_profile_decides_what_auto_takes_from_then_on(weights, profiled):
+    (found,) = profiled(weights, RowClass.LARGE)
+    assert found.decision.backends == (BackendKind.TORCH,)
+    assert str(found) == "large: forward torch, dgrad torch, wgrad torch (torch 1 us; triton 2 us)"
     a, offs = torch.zeros(3000, K, dtype=torch.bfloat16), torch.tensor([1000, 2000, 3000], dtype=torch.int32)
     decided = functional.explain(a, weights, offs, recipe="fp8_rowwise").decision
     assert decided.backends == (BackendKind.TORCH,)
-    assert "NVIDIA H200" in decided.expected.source
+    assert decided.expected.is_exact and "NVIDIA H200" in decided.expected.source
 
 
-def test_a_contest_is_held_once(weights, compete):
-    assert len(compete(weights, RowClass.LARGE)) == 1
-    assert compete(weights, RowClass.LARGE) == []
-    assert compete(weights, RowClass.LARGE, training=False) == [], "its passes were measured"
+def test_a_call_is_profiled_once(weights, profiled):
+    assert len(profiled(weights, RowClass.LARGE)) == 1
+    assert profiled(weights, RowClass.LARGE) == []
+    assert profiled(weights, RowClass.LARGE, training=False) == [], "forward was measured as well"
 
 
 @pytest.mark.parametrize("out_dtype", (None, torch.float32))
-def test_a_contest_is_of_all_that_could_run_such_calls(weights, compete, out_dtype):
-    """What a case is known by tells no bias, output dtype or leave to wait."""
+def test_every_plan_that_could_run_such_calls_is_profiled(weights, profiled, out_dtype):
+    """A profile does not tell calls with a bias, another output dtype, or without leave to sync apart."""
     bias = torch.zeros(E, N, dtype=torch.bfloat16)
     with prefer(host_sync=False):
-        (contest,) = compete(weights, RowClass.LARGE, bias=bias, out_dtype=out_dtype)
-    (case,) = profile.known(contest.decision.spec.machine).cases
-    assert set(case.times) == {BackendKind.TRITON, BackendKind.TORCH}
-    assert compete(weights, RowClass.LARGE) == []
+        (found,) = profiled(weights, RowClass.LARGE, bias=bias, out_dtype=out_dtype)
+    for times in profile.known(found.decision.spec.machine).times.values():
+        assert set(times.eager) == {"triton", "torch"}
+    assert profiled(weights, RowClass.LARGE) == []
 
 
-def test_a_class_that_an_alignment_leaves_no_rows_holds_no_contest(weights, compete):
-    assert compete(weights, RowClass.DECODE, group_alignment=128) == []
-    assert len(compete(weights, RowClass.LARGE, group_alignment=128)) == 1
+def test_a_class_that_an_alignment_leaves_no_rows_is_not_profiled(weights, profiled):
+    assert profiled(weights, RowClass.DECODE, group_alignment=128) == []
+    assert len(profiled(weights, RowClass.LARGE, group_alignment=128)) == 1
 
 
-def test_a_call_that_was_remembered_follows_a_contest(weights, compete, monkeypatch):
+def test_a_call_that_was_remembered_follows_a_new_profile(weights, profiled, monkeypatch):
     a, offs = torch.zeros(3000, K, dtype=torch.bfloat16), torch.tensor([1000, 2000, 3000], dtype=torch.int32)
     routes = []
     monkeypatch.setattr(functional, "run_forward", lambda *args: routes.append(args[-1].forward) or (None,))
     with torch.no_grad():
         grouped_mm(a, weights, offs, recipe="fp8_rowwise")
-        compete(weights, RowClass.LARGE)
+        profiled(weights, RowClass.LARGE)
         grouped_mm(a, weights, offs, recipe="fp8_rowwise")
     assert routes == [BackendKind.TRITON, BackendKind.TORCH]
 
@@ -356,10 +350,10 @@ def test_a_call_that_was_remembered_follows_a_contest(weights, compete, monkeypa
 @pytest.mark.parametrize(
     "changed", ({"kernel_preference": "triton"}, {"recipe": "mxfp8", "kernel_preference": "torch"})
 )
-def test_a_named_backend_does_not_compete(weights, compete, changed):
-    assert compete(weights, RowClass.LARGE, **changed) == []
+def test_a_named_backend_is_not_profiled(weights, profiled, changed):
+    assert profiled(weights, RowClass.LARGE, **changed) == []
 
 
-def test_on_a_cpu_nothing_competes(weights, monkeypatch):
+def test_on_a_cpu_nothing_is_profiled(weights, monkeypatch):
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
-    assert warmup(weights).contests == ()
+    assert warmup(weights).profiled == ()

@@ -249,7 +249,7 @@ def test_explain_takes_what_a_call_can_be(options: str, capsys: pytest.CaptureFi
 
 def test_explain_without_m_speaks_of_every_row_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(f"explain {CALL} --json") == 0
-    assert [found["problem"]["rows"] for found in json.loads(capsys.readouterr().out)] == ["decode", "small", "large"]
+    assert [found["call"]["rows"] for found in json.loads(capsys.readouterr().out)] == ["decode", "small", "large"]
 
 
 def test_explain_of_another_machine_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +265,7 @@ def test_explain_of_another_machine_says_what_it_assumes(capsys: pytest.CaptureF
 def test_explain_of_another_machine_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     _run(f"{EXPLAIN} --arch sm_100 --vendor NVIDIA --packages triton=3.6.0,deep_gemm=0.1.5 --json")
     found = json.loads(capsys.readouterr().out)
-    assert (found["problem"]["arch"], found["chosen"]["forward"]) == ("sm_100", "triton")
+    assert (found["call"]["arch"], found["chosen"]["forward"]) == ("sm_100", "triton")
     assert (found["assumed"]["vendor"], found["assumed"]["versions"]["deep_gemm"]) == ("nvidia", "0.1.5")
 
 
@@ -331,7 +331,7 @@ def test_warmup_says_who_will_run_what(capsys: pytest.CaptureFixture[str]) -> No
 def test_warmup_json_says_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(f"{WARMUP} --rows small,decode --inference --dtype float32 --b-contiguous n --json") == 0
     done = json.loads(capsys.readouterr().out)
-    assert set(done) == {"problem", "classes", "contests", "searches", "seconds", "tunes"}
+    assert set(done) == {"call", "classes", "profiled", "searches", "seconds", "tunes"}
     assert [warmed["rows"] for warmed in done["classes"]] == ["small", "decode"]
     assert all(warmed["chosen"] == {"forward": "emulated"} for warmed in done["classes"])
 
@@ -380,7 +380,7 @@ def test_bench_lists_the_benchmarks(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("bench --list") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("auto            The regret of AUTO on one CUDA GPU")
-    assert lines[1].startswith("contests        Measures what AUTO compares")
+    assert any(line.startswith("profiles        Measures the profile that AUTO reads") for line in lines)
     assert not [line for line in lines if line.startswith("_")]  # parts of a benchmark
 
 

@@ -73,9 +73,11 @@ def test_the_clock_on_the_wall_shows_whichever_is_slower(gpu):
     assert timing.wall_microseconds(calls) == pytest.approx({"host": 200 + 10 / 10, "device": 50 + 5 / 10})
 
 
-def test_the_host_does_not_wait_for_a_queue(gpu):
-    calls = {"one": gpu.call(host_us=20, device_us=50)}
-    assert timing.host_microseconds(calls) == pytest.approx({"one": 20})
+def test_an_eager_call_is_timed_where_it_is_slower(gpu):
+    long = {"long": gpu.call(host_us=200, device_us=3000), "longer": gpu.call(host_us=4000, device_us=3500)}
+    assert timing.eager_microseconds(long) == pytest.approx({"long": 3000, "longer": 3500})
+    short = {"host": gpu.call(host_us=200, device_us=10), "device": gpu.call(host_us=5, device_us=50)}
+    assert timing.eager_microseconds(short) == pytest.approx({"host": 200 + 10 / 10, "device": 50 + 5 / 10})
 
 
 @pytest.mark.parametrize("timer", (timing.device_microseconds, timing.wall_microseconds))

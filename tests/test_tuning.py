@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from grouped_gemm import Machine
+from grouped_gemm.core import store
 from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.preference import cache_directory
 from grouped_gemm.kernels.gemm import tile_search, tiles
@@ -31,21 +32,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache directory, the switch on, and nothing read yet."""
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
-    tile_search.known.cache_clear()
+    tile_search.forget()
     yield tmp_path / "cache"
-    tile_search.known.cache_clear()
+    tile_search.forget()
 
 
 def in_a_new_process() -> None:
     """What a process knows comes from the file alone."""
-    tile_search.known.cache_clear()
+    tile_search.forget()
 
 
 def change(**changes: object) -> None:
-    """Changes the one entry of the file."""
-    content = json.loads(tile_search.path().read_text())
+    """Changes the one entry of the file; versions are in its setting."""
+    content = json.loads(store.path().read_text())
     content["tiles"][0].update(changes)
-    tile_search.path().write_text(json.dumps(content))
+    store.path().write_text(json.dumps(content))
     in_a_new_process()
 
 
@@ -101,7 +102,7 @@ def test_with_the_switch_off_nothing_is_read(monkeypatch, value):
         monkeypatch.delenv("GROUPED_GEMM_AUTOTUNE")
     else:
         monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", value)
-    monkeypatch.setattr(tile_search, "_entries", lambda: pytest.fail("the file was read"))
+    monkeypatch.setattr(store, "read", lambda file: pytest.fail("the file was read"))
     assert tile_search.gemm_tile(*USE) == SHIPPED
     assert tile_search.search(lambda: torch.tensor(float(tile_search.gemm_tile(*USE).rows)), pytest.fail) == []
 
@@ -114,7 +115,7 @@ def test_an_unknown_value_of_the_switch_is_named(monkeypatch):
 
 def test_the_file_is_read_once(monkeypatch):
     reads = []
-    monkeypatch.setattr(tile_search, "_entries", lambda: reads.append(1) or [])
+    monkeypatch.setattr(store, "read", lambda file: reads.append(1) or {})
     tile_search.gemm_tile(*USE)
     tile_search.gemm_tile(*USE)
     assert len(reads) == 1
@@ -136,22 +137,23 @@ def test_where_files_are_kept(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ("triton", "kernels"))
 def test_what_was_found_with_other_versions_is_kept_and_not_used(name):
     tile_search.store({SITE: Found(OTHER, 1.1)})
-    change(**{name: "another", "tile": {"an": "unknown form"}})
+    change(setting={**tile_search.versions(), name: "another"}, tile={"an": "unknown form"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert tile_search.gemm_tile(*USE) == SHIPPED
         tile_search.store({SITE: Found(OTHER, 1.2)})
-    assert [entry[name] == "another" for entry in json.loads(tile_search.path().read_text())["tiles"]] == [True, False]
+    entries = json.loads(store.path().read_text())["tiles"]
+    assert [entry["setting"][name] == "another" for entry in entries] == [True, False]
 
 
 DAMAGE = {
     "no JSON": "{",
     "no text": b"\xff\xfe\x00",
     "a list": "[]",
-    "another schema": json.dumps({"schema": tile_search.SCHEMA + 1, "tiles": []}),
-    "no tiles": json.dumps({"schema": tile_search.SCHEMA}),
-    "entries that are none": json.dumps({"schema": tile_search.SCHEMA, "tiles": [3]}),
-    "a site without sizes": json.dumps({"schema": tile_search.SCHEMA, "tiles": [{"arch": "sm_90"}]}),
+    "another schema": json.dumps({"schema": store.SCHEMA + 1, "tiles": []}),
+    "tiles that are no list": json.dumps({"schema": store.SCHEMA, "tiles": 3}),
+    "entries that are none": json.dumps({"schema": store.SCHEMA, "tiles": [3]}),
+    "an entry without a setting": json.dumps({"schema": store.SCHEMA, "tiles": [{"arch": "sm_90"}]}),
 }
 TILES = {
     "no power of two": {"rows": 96},
@@ -172,13 +174,13 @@ def assert_ignored_with_one_warning():
         assert tile_search.gemm_tile(*USE) == SHIPPED
         assert tile_search.gemm_tile(*USE) == SHIPPED
     assert len(caught) == 1
-    assert str(caught[0].message).startswith(f"{tile_search.path()}: expected tiles")
+    assert str(caught[0].message).startswith(f"{store.path()}: expected tiles")
 
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(content):
-    tile_search.path().parent.mkdir()
-    tile_search.path().write_bytes(content if isinstance(content, bytes) else content.encode())
+    store.path().parent.mkdir()
+    store.path().write_bytes(content if isinstance(content, bytes) else content.encode())
     assert_ignored_with_one_warning()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -257,7 +259,7 @@ def test_a_lock_that_is_a_link_is_not_followed(folder):
     precious, new = folder / "precious", folder / "new"
     precious.write_text("precious")
     for target in (precious, new):
-        lock = folder / f"tiles-{tile_search.SCHEMA}.lock"
+        lock = folder / f"autotune-{store.SCHEMA}.lock"
         lock.unlink(missing_ok=True)
         lock.symlink_to(target)
         tile_search.store({SITE: Found(OTHER, 1.1)})
@@ -268,7 +270,7 @@ def test_a_lock_that_is_a_link_is_not_followed(folder):
 
 def test_a_lock_is_not_emptied(folder):
     folder.mkdir()
-    lock = folder / f"tiles-{tile_search.SCHEMA}.lock"
+    lock = folder / f"autotune-{store.SCHEMA}.lock"
     lock.write_text("precious")
     tile_search.store({SITE: Found(OTHER, 1.1)})
     assert lock.read_text() == "precious"
@@ -277,13 +279,13 @@ def test_a_lock_is_not_emptied(folder):
 def test_a_file_that_is_a_link_is_read_and_then_replaced(folder, tmp_path):
     tile_search.store({SITE: Found(OTHER, 1.1)})
     elsewhere = tmp_path / "elsewhere.json"
-    tile_search.path().rename(elsewhere)
-    tile_search.path().symlink_to(elsewhere)
+    store.path().rename(elsewhere)
+    store.path().symlink_to(elsewhere)
     before = elsewhere.read_text()
     in_a_new_process()
     assert tile_search.gemm_tile(*USE) == OTHER
     tile_search.store({SITE._replace(gpu="NVIDIA H100"): Found(OTHER, 1.1)})
-    assert elsewhere.read_text() == before and not tile_search.path().is_symlink()
+    assert elsewhere.read_text() == before and not store.path().is_symlink()
 
 
 def test_what_is_in_the_place_of_a_temporary_file_is_left_alone(folder, monkeypatch):
@@ -291,7 +293,7 @@ def test_what_is_in_the_place_of_a_temporary_file_is_left_alone(folder, monkeypa
     monkeypatch.setattr(os, "urandom", bytes)
     precious = folder / "precious"
     precious.write_text("precious")
-    guessed = folder / f"tiles-{tile_search.SCHEMA}.json.{bytes(8).hex()}.tmp"
+    guessed = folder / f"autotune-{store.SCHEMA}.json.{bytes(8).hex()}.tmp"
     guessed.symlink_to(precious)
     with pytest.warns(UserWarning, match="File exists"):
         tile_search.store({SITE: Found(OTHER, 1.1)})
@@ -300,7 +302,7 @@ def test_what_is_in_the_place_of_a_temporary_file_is_left_alone(folder, monkeypa
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch):
     tile_search.store({SITE: Found(OTHER, 1.1)})
-    before = tile_search.path().read_text()
+    before = store.path().read_text()
 
     def fail(*paths: object) -> None:
         raise OSError("no space left")
@@ -308,8 +310,8 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(monkeypatch):
     monkeypatch.setattr(os, "replace", fail)
     with pytest.warns(UserWarning, match="no space left"):
         tile_search.store({SITE._replace(gpu="NVIDIA H100"): Found(OTHER, 1.1)})
-    assert tile_search.path().read_text() == before
-    assert not list(tile_search.path().parent.glob("*.tmp"))
+    assert store.path().read_text() == before
+    assert not list(store.path().parent.glob("*.tmp"))
 
 
 def _store_many(number: int) -> None:
@@ -424,12 +426,12 @@ def test_a_product_that_does_not_repeat_is_an_error():
 
     with pytest.raises(RuntimeError, match="expected the same bits from the same tile"):
         tile_search.search(run, lambda run: 1.0)
-    assert not tile_search.path().exists()
+    assert not store.path().exists()
 
 
 def test_what_uses_no_tile_is_not_searched():
     assert tile_search.search(lambda: torch.ones(3), pytest.fail) == []
-    assert not tile_search.path().exists()
+    assert not store.path().exists()
 
 
 @pytest.mark.parametrize("kernel", ("gemm", "wgrad"))

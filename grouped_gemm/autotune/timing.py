@@ -1,4 +1,4 @@
-"""Times of calls that are compared: taken by turns, since a GPU that heats up or slows down does so for all of them."""
+"""Times of calls that are compared: interleaved, since a GPU that heats up or slows down does so for all of them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ _ROUNDS = (7, 40)  # of all calls
 # Enough for any part of a call. A call whose host takes longer before its first long kernel counts what is over.
 _MOST_AHEAD_US = 500.0
 _CYCLES_PER_US = 2000  # of a fast GPU's clock
+_DEVICE_BOUND_US = 2000  # a call that takes the device longer does not wait for the host
 # Shuffles rounds: what comes after a call that heats the device is slower, and must not always be the same one.
 _order = random.Random(0)
 
@@ -66,14 +67,30 @@ def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float
     return {name: 1e3 * statistics.median(map(milliseconds, found)) for name, found in pairs.items()}
 
 
-def host_microseconds(calls: Calls[T]) -> dict[T, float]:
-    """What the host takes until a call returns, in a queue that does not fill: the least, as others only add to it."""
-    return _on_host(calls, 20, 5, waits=False)
+def eager_microseconds(calls: Calls[T], budget_ms: float = 100) -> dict[T, float]:
+    """What eager calls take in a row: on the device, where the fastest takes it milliseconds; else by the wall clock,
+    since the host may take longer than the device.
+    """
+    times = device_microseconds(calls, budget_ms)
+    return times if min(times.values()) >= _DEVICE_BOUND_US else wall_microseconds(calls)
 
 
 def wall_microseconds(calls: Calls[T]) -> dict[T, float]:
-    """What one of ten calls in a row takes in all, whether host or device is slower: the least of 30 turns."""
-    return _on_host(calls, 30, 10, waits=True)
+    """What one of ten calls in a row takes in all, whether host or device is slower: the median of 30 turns."""
+    turns, in_a_row = 30, 10
+    times: dict[T, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    with _no_garbage_collection():
+        for _ in range(turns):
+            for name in _order.sample(names, len(names)):
+                call = calls[name]
+                torch.cuda.synchronize()
+                begin = time.perf_counter()
+                for _ in range(in_a_row):
+                    call()
+                torch.cuda.synchronize()
+                times[name].append(1e6 * (time.perf_counter() - begin) / in_a_row)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def captured_microseconds(calls: Calls[T], budget_ms: float = 20) -> dict[T, float]:
@@ -92,24 +109,6 @@ def _capture(call: Callable[[], Any], count: int) -> torch.cuda.CUDAGraph:
             for _ in range(count):
                 call()
     return graph
-
-
-def _on_host(calls: Calls[T], turns: int, in_a_row: int, waits: bool) -> dict[T, float]:
-    times: dict[T, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    with _no_garbage_collection():
-        for _ in range(turns):
-            for name in _order.sample(names, len(names)):
-                call = calls[name]
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                for _ in range(in_a_row):
-                    call()
-                if waits:
-                    torch.cuda.synchronize()
-                times[name].append(1e6 * (time.perf_counter() - begin) / in_a_row)
-    torch.cuda.synchronize()
-    return {name: min(found) for name, found in times.items()}
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ M, E, K, N: rows, groups, in and out features.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,18 +19,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm.autograd import layouts, weights_for
+from grouped_gemm.autograd import GroupedMM, run_forward
+from grouped_gemm.autotune import profile
+from grouped_gemm.autotune.measure import measure, uneven_ends
 from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.core.call_spec import CallSpec, Pass, RowClass
 from grouped_gemm.core.dense import dense_weights
-from grouped_gemm.core.preference import AUTOTUNE, BackendKind, KernelPreference, Preference, check_bool
-from grouped_gemm.core.quantized import Quantized, QuantizedWeights
+from grouped_gemm.core.preference import AUTOTUNE, KernelPreference, Preference, check_bool
+from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import explain, grouped_mm
 from grouped_gemm.kernels.gemm import tile_search
 from grouped_gemm.selection import checks, dtensor
-from grouped_gemm.selection.route import forget
-from grouped_gemm.selection.rules import Decision, able, decide
+from grouped_gemm.selection.cost_model import Call
+from grouped_gemm.selection.explanation import Explanation
+from grouped_gemm.selection.route import forget, route_on
+from grouped_gemm.selection.rules import Decision, able_plans, decide
 
 # Rows of a group: the fewest of each class; and for times, what is usual. The latter of LARGE depend on E.
 _FEWEST = {RowClass.DECODE: 1, RowClass.SMALL: 17, RowClass.LARGE: 257}
@@ -53,35 +58,28 @@ class WarmedUp:
     seconds: float
 
     def __str__(self) -> str:
-        chosen = ", ".join(f"{pass_.value} {backend.value}" for pass_, backend in self.decision.chosen)
         done = f"M = {self.num_rows}: {_count(self.calls, 'call')} in {self.seconds:.1f} s"
         done = done if self.calls else "nothing to compile"
-        return f"  {self.decision.spec.rows.value:12}{done:36}{chosen}"
+        return f"  {self.decision.spec.rows.value:12}{done:36}{self.decision.summary}"
 
 
 @dataclass(frozen=True)
-class Contest:
-    """One measurement of the backends that can run a kind of call.
+class Profiled:
+    """One measurement of the plans that can run a kind of call.
 
     Attributes:
-        decision: what AUTO takes from now on.
-        failed: backends that failed, and why.
+        decision: what AUTO takes from now on; `Decision.expected` has the times.
+        failed: plans that failed, and why.
     """
 
     decision: Decision
     failed: tuple[tuple[str, str], ...]
 
-    @property
-    def alone(self) -> tuple[tuple[BackendKind, float], ...]:
-        """Microseconds of whole calls on one backend, the fastest first."""
-        return self.decision.expected.others if self.decision.expected else ()
-
     def __str__(self) -> str:
-        spec = self.decision.spec
-        times = [f"{kind.value} alone {time:.0f} us" for kind, time in self.alone]
-        chosen = ", ".join(f"{pass_.value} {backend.value}" for pass_, backend in self.decision.chosen)
-        failed = [f"{kind} failed: {reason}" for kind, reason in self.failed]
-        return f"{spec.rows.value}: {chosen} ({'; '.join([*times, *failed])})"
+        expected = self.decision.expected
+        times = [f"{plan} {us:.0f} us" for plan, us in (expected.plans if expected else ()) if us < math.inf]
+        failed = [f"{plan} failed: {reason}" for plan, reason in self.failed]
+        return f"{self.decision.spec.rows.value}: {self.decision.summary} ({'; '.join([*times, *failed])})"
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,14 @@ class Warmup:
 
     Attributes:
         classes: the row classes, in the order that was asked for.
-        contests: measurements of backends that compete for one kind of call of which nothing was known.
+        profiled: measurements of kinds of calls that several plans can run and of which nothing was known.
         searches: searches of tiles, one for each use of a kernel of which nothing was known.
         seconds: how long all of it took.
         tunes: whether GROUPED_GEMM_AUTOTUNE is on.
     """
 
     classes: tuple[WarmedUp, ...]
-    contests: tuple[Contest, ...]
+    profiled: tuple[Profiled, ...]
     searches: tuple[tile_search.Search, ...]
     seconds: float
     tunes: bool
@@ -115,26 +113,12 @@ class Warmup:
     def to_dict(self) -> dict[str, Any]:
         """The same as plain strings, numbers, lists and dicts, ready for JSON."""
         return {
-            "problem": str(self.classes[0].decision.spec) if self.classes else "",
+            "call": str(self.classes[0].decision.spec) if self.classes else "",
             "classes": [
-                {
-                    "rows": warmed.decision.spec.rows.value,
-                    "M": warmed.num_rows,
-                    "calls": warmed.calls,
-                    "seconds": warmed.seconds,
-                    "chosen": {pass_.value: backend.value for pass_, backend in warmed.decision.chosen},
-                }
+                {"M": warmed.num_rows, "calls": warmed.calls, "seconds": warmed.seconds, **_chosen(warmed.decision)}
                 for warmed in self.classes
             ],
-            "contests": [
-                {
-                    "rows": contest.decision.spec.rows.value,
-                    "chosen": {pass_.value: backend.value for pass_, backend in contest.decision.chosen},
-                    "on_one_backend_us": {kind.value: time for kind, time in contest.alone},
-                    "failed": dict(contest.failed),
-                }
-                for contest in self.contests
-            ],
+            "profiled": [{**_chosen(found.decision), "failed": dict(found.failed)} for found in self.profiled],
             "searches": [
                 {
                     "use": str(search.site),
@@ -154,7 +138,7 @@ class Warmup:
     def __str__(self) -> str:
         lines = [str(self.classes[0].decision.spec)] if self.classes else []
         lines += map(str, self.classes)
-        lines += [f"  {'backends':12}{contest}" for contest in self.contests]
+        lines += [f"  {'plans':12}{profiled}" for profiled in self.profiled]
         lines += [f"  {'tiles':12}{search}" for search in self.searches]
         if self.tunes and not self.searches:
             lines.append(f"  {'tiles':12}nothing to search: known from earlier, or no kernel has tiles")
@@ -165,6 +149,11 @@ class Warmup:
             )
         lines.append(f"  {'total':12}{', '.join(counts)}, {self.seconds:.1f} s")
         return "\n".join(lines)
+
+
+def _chosen(decision: Decision) -> dict[str, Any]:
+    explanation = Explanation(decision).to_dict()
+    return {"rows": decision.spec.rows.value, "chosen": explanation["chosen"], "expected": explanation["expected"]}
 
 
 def _count(number: int, one: str, many: str = "") -> str:
@@ -188,7 +177,7 @@ def warmup(
 
     Call it once for each kind of expert weights, with the arguments that the model's calls have, under the same
     `prefer` and autocast. It makes a few small calls for each row class, on random rows, and waits for the device.
-    Weights and their ``grad`` stay as they are. Where GROUPED_GEMM_AUTOTUNE=1, it first times the backends that AUTO
+    Weights and their ``grad`` stay as they are. Where GROUPED_GEMM_AUTOTUNE=1, it first times the plans that AUTO
     could take, and then searches a tile for each kernel, unless the files of earlier runs know (docs/env.md). That
     takes minutes, and as much memory as a training step of up to 65536 rows, or 512 for each group, does with random
     weights beside yours.
@@ -228,10 +217,10 @@ def warmup(
     tunes = AUTOTUNE.is_on()
     begin = time.perf_counter()
     with torch.inference_mode(False), _current(b.device):
-        held = [
-            contest
+        profiled = [
+            found
             for row_class in (row_classes if tunes else ())
-            for contest in _compete(b, bias, row_class, training, options)
+            for found in _profile(b, bias, row_class, training, options)
         ]
         classes = tuple(_warm_up(b, bias, row_class, training, options) for row_class in row_classes)
         searches: list[tile_search.Search] = []
@@ -239,7 +228,7 @@ def warmup(
             # The most rows first: wgrad has one tile for all classes.
             for warmed in sorted(classes, key=lambda warmed: -warmed.num_rows):
                 searches += _tune(b, bias, warmed.decision)
-    return Warmup(classes, tuple(held), tuple(searches), time.perf_counter() - begin, tunes)
+    return Warmup(classes, tuple(profiled), tuple(searches), time.perf_counter() - begin, tunes)
 
 
 @contextmanager
@@ -263,11 +252,9 @@ def _row_class(value: RowClass | str) -> RowClass:
 
 def _groups(b: Tensor | QuantizedWeights, rows: int, alignment: int) -> tuple[Tensor, Tensor]:
     """Memory of (E * ``rows``, K) activations, and the ends of uneven groups: half of ``rows`` to one and a half."""
-    from grouped_gemm.autotune import profile
-
     num_groups, k, _ = b.shape
     a = torch.empty(num_groups * rows, k, dtype=b.dtype, device=b.device)
-    return a, profile.uneven_ends(len(a), num_groups, alignment, b.device)
+    return a, uneven_ends(len(a), num_groups, alignment, b.device)
 
 
 def _fill(*tensors: Tensor) -> None:
@@ -305,16 +292,13 @@ def _warm_up(
     return WarmedUp(decision, len(a), calls, time.perf_counter() - begin)
 
 
-def _compete(
+def _profile(
     b: Tensor | QuantizedWeights, bias: Tensor | None, rows: RowClass, training: bool, options: dict[str, Any]
-) -> Iterator[Contest]:
-    """Measures the backends that AUTO could take for one row class, of which nothing is known.
+) -> Iterator[Profiled]:
+    """Measures the plans that AUTO could take for one row class, if there are several and nothing is known of them.
 
-    Weights that are quantized have a backend already; and a promised alignment may leave no rows in the class.
+    Quantized weights have a backend already; and a guaranteed alignment may leave no rows in the class.
     """
-    from grouped_gemm.autotune import profile
-    from grouped_gemm.selection import cost_model
-
     if isinstance(b, QuantizedWeights):
         return
     a = torch.empty(b.shape[0] * _FEWEST[rows], b.shape[1], dtype=b.dtype, device=b.device).requires_grad_(training)
@@ -324,18 +308,18 @@ def _compete(
     machine = eager.spec.machine
     if eager.preference is not KernelPreference.AUTO or not machine.is_gpu or eager.spec.dtype != torch.bfloat16:
         return
-    # What a case is known by does not tell these apart, so that it must have every backend that runs any of them.
+    # A profile does not tell calls with a bias, another out_dtype or no leave to sync apart: measure every plan.
     spec = eager.spec._replace(out_dtype=eager.spec.dtype, has_bias=False, host_sync=True)
     here, num_rows = candidates(b.device), b.shape[0] * _usual(spec)
-    has_rows = profile.uneven_ends(num_rows, b.shape[0], spec.group_alignment, torch.device("cpu"))[-1] > 0
-    profile.read_again(machine)
-    if len(able(spec, here)) < 2 or not has_rows or cost_model.estimate(spec, [profile.known(machine)]) is not None:
+    has_rows = uneven_ends(num_rows, b.shape[0], spec.group_alignment, torch.device("cpu"))[-1] > 0
+    profile.forget()
+    if len(able_plans(spec, here)) < 2 or not has_rows or Call.of(spec) in profile.known(machine).times:
         return
-    case, failed = profile.measure(spec, num_rows, b.device, here)
-    profile.store(machine, [case])
+    times, failed = measure(spec, num_rows, b.device, here)
+    profile.store(machine, times)
     forget()
-    decision = decide(eager.spec, KernelPreference.AUTO, here, tables=profile.tables(machine, True))
-    yield Contest(decision, tuple((kind.value, reason) for kind, reason in failed.items()))
+    decision = decide(eager.spec, KernelPreference.AUTO, here, profiles=profile.profiles(machine, True))
+    yield Profiled(decision, tuple(failed.items()))
 
 
 def _usual(spec: CallSpec) -> int:
@@ -343,49 +327,25 @@ def _usual(spec: CallSpec) -> int:
     return _USUAL.get(spec.rows, max(512, min(4096, 65536 // spec.num_groups)))
 
 
-@torch.no_grad()
 def _tune(b: Tensor | QuantizedWeights, bias: Tensor | None, decision: Decision) -> list[tile_search.Search]:
-    """Searches tiles for the products of one row class, each alone, on operands that are quantized already."""
+    """Searches tiles for the passes of one row class, each pass alone, with what it quantizes."""
     spec = decision.spec
     a, offs = _groups(b, _usual(spec), spec.group_alignment)
-    if not any(get_backend(kind).compiles for kind in decision.backends) or offs[-1] == 0:
-        return []  # there are no tiles; or the promised alignment leaves no rows in this class
-    dy = a.new_empty(len(a), spec.n)
-    _fill(a, dy)
-    a, dy = a.to(spec.dtype), dy.to(spec.dtype)
-    forward, dgrad, wgrad = map(decision.backend, (Pass.FORWARD, Pass.DGRAD, Pass.WGRAD))
-    plans = {kind: get_backend(kind).plan(offs, len(a), spec.group_alignment) for kind in decision.backends}
-
-    def quantized(x: Tensor, by_row: BackendKind | None) -> tuple[Quantized | None, Quantized | None]:
-        return layouts(
-            by_row,
-            wgrad,
-            lambda backend, one, two: backend.quantize_activations(
-                x, plans[backend.kind], spec.recipe, rows=one, columns=two
-            ),
-        )
-
-    (a_rows, a_columns), (dy_rows, dy_columns) = quantized(a, forward), quantized(dy, dgrad)
-    if isinstance(b, Tensor):
-        weights, _ = dense_weights(torch.empty_like(b.detach()))
-        _fill(weights)
-        b_forward, b_dgrad = weights_for(weights.to(spec.dtype), spec.recipe, forward, dgrad)
-    else:
-        b_forward, b_dgrad = b.forward, b.dgrad
+    if offs[-1] == 0:  # the guaranteed alignment leaves no rows in this class
+        return []
+    weights = dense_weights(torch.empty_like(b.detach()))[0].to(spec.dtype) if isinstance(b, Tensor) else b
+    a, dy = a.to(spec.dtype), torch.empty(len(a), spec.n, dtype=spec.out_dtype, device=a.device)
+    _fill(a, dy, *([weights] if isinstance(weights, Tensor) else []))
+    backends = {pass_: kind for pass_, kind in decision.chosen if get_backend(kind).compiles}
     runs: list[Callable[[], Tensor]] = []
-
-    def product(
-        kind: BackendKind | None, lhs: Quantized | None, rhs: Quantized | None, dtype: torch.dtype, *bias: Any
-    ) -> None:
-        if kind is not None and lhs is not None and rhs is not None and get_backend(kind).compiles:
-            runs.append(lambda: get_backend(kind).grouped_mm(lhs, rhs, plans[kind], dtype, *bias))
-
-    product(forward, a_rows, b_forward, spec.out_dtype, bias)
-    product(dgrad, dy_rows, b_dgrad, spec.dtype)
-    if wgrad is not None and a_columns is not None and dy_columns is not None and get_backend(wgrad).compiles:
-        runs.append(
-            lambda: get_backend(wgrad).wgrad(
-                a_columns, dy_columns, plans[wgrad], spec.dtype, contiguous=spec.b_contiguous
-            )
-        )
+    if Pass.FORWARD in backends:
+        alone = route_on(spec, {Pass.FORWARD: backends[Pass.FORWARD]})
+        runs.append(torch.no_grad()(lambda: run_forward(a, weights, bias, offs, alone)[0]))
+    for pass_, operand in ((Pass.DGRAD, a), (Pass.WGRAD, weights)):
+        if pass_ in backends and isinstance(operand, Tensor):
+            route = route_on(spec, {p: kind for p, kind in decision.chosen if p in (Pass.FORWARD, pass_)})
+            leaf = operand.detach().requires_grad_()
+            x, w = (leaf, weights) if pass_ is Pass.DGRAD else (a, leaf)
+            y = GroupedMM.apply(x, w, None, offs, route)
+            runs.append(lambda y=y, leaf=leaf: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0])  # type: ignore[misc]
     return [search for run in runs for search in tile_search.search(run)]

@@ -32,6 +32,7 @@ from grouped_gemm.core.preference import (
     resolve,
 )
 from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.selection.cost_model import PLANS
 from grouped_gemm.selection.rules import AUTO_ORDER, MARGIN, decide
 
 
@@ -129,9 +130,9 @@ def _choices(machine: Machine, backends: Sequence[Candidate], is_broken: bool) -
     preference, asked_by = resolve(KernelPreference.AUTO, None)
     choices = {}
     for recipe in Recipe:
-        tables = profile.tables(machine, AUTOTUNE.is_on())
+        profiles = profile.profiles(machine, AUTOTUNE.is_on())
         decision = decide(
-            _nominal(machine, recipe), preference, backends, asked_by=asked_by, strict=STRICT.is_on(), tables=tables
+            _nominal(machine, recipe), preference, backends, asked_by=asked_by, strict=STRICT.is_on(), profiles=profiles
         )
         chosen = dict(decision.chosen)
         choices[recipe.value] = {p.value: chosen[p].value if p in chosen else None for p in Pass}
@@ -204,17 +205,19 @@ def backends_markdown() -> str:
             "",
             "## Which backend AUTO takes",
             "",
-            "For each pass, the first of the device's vendor that does not refuse it:",
+            "For each pass, the first backend in the vendor's order that does not refuse it:",
             "",
             *_table(("vendor", "order"), order),
             "",
-            "unless others were measured to make the whole call at least "
-            f"{round(100 * (MARGIN - 1))}% faster, with all that they",
-            "quantize. The passes of one call may run on different backends. What was measured, where and when, is in",
-            "the table `grouped_gemm/measured_h200.csv`, and in the file that `warmup` writes with",
-            "`GROUPED_GEMM_AUTOTUNE=1` ([env.md](env.md)), which comes first. A call of another size follows the",
-            "nearest case, another NVIDIA GPU the H200; `explain` says so, with the times. The table speaks for",
-            "nothing that waits for the device.",
+            f"On a GPU with a profile, another plan replaces it where the whole call was measured to be "
+            f"{round(100 * (MARGIN - 1))}% faster.",
+            f"The plans are: {'; '.join(PLANS)}.",
+            "",
+            f"This package ships profiles for {', '.join(profile.shipped_gpus())}. A profile speaks for exactly this",
+            "name of a GPU. A call of another size follows the nearest profiled sizes. `warmup` with",
+            "`GROUPED_GEMM_AUTOTUNE=1` measures a model's own calls on any GPU ([env.md](env.md)); AUTO believes these",
+            "first. `explain` shows the times, or says that nothing was measured. A plan with a host sync is taken for",
+            "its speed only where the user's own profile measured this very call.",
             *(line for backend in backends for line in _backend_page(backend)),
             "",
         ]

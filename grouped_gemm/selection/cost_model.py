@@ -1,237 +1,140 @@
-"""What a pass costs on each backend, as measured: what AUTO compares.
+"""What whole calls take on each plan, as measured on one GPU: what AUTO compares.
 
-A measured case takes a training call apart: the plan, the quantizers (each layout alone, and both from one read) and
-the three products. From these parts follows what any choice of backends for its passes would take, also where two of
-them quantize one operand. A call like no case gets the times of the nearest one, scaled by the work.
-
-An eager call takes what the device takes for its parts, or what the host does, whichever is more: few rows wait for
-the host. A CUDA graph is replayed without it.
+A plan names the backend of each pass. A profile holds the times of whole calls, with everything that a call does (group
+plan, quantizers, GEMMs, host time), by kind of call and plan. Nothing is added up or scaled: for sizes that nobody
+measured, the nearest profiled sizes tell which plan is the fastest. A profile speaks for exactly one name of a GPU: on
+any other, AUTO follows its vendor's order.
 
 M, E, K, N: rows, groups, in and out features.
 """
 
 from __future__ import annotations
 
-import csv
-import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import BackendKind
 
-# Microseconds of each part. a: (M, K); g: dY, (M, N); b: the weights. rows, columns: the layouts of forward or dgrad,
-# and of wgrad. both: two layouts from one read. A backend that does not run a pass lacks its parts.
-PARTS = (
-    "plan",
-    *("a_rows", "a_columns", "a_both"),
-    *("g_rows", "g_columns", "g_both"),
-    *("b_forward", "b_dgrad", "b_both"),
-    *(p.value for p in Pass),
-)
-Times = Mapping[str, float]
-_LAUNCH_US = 3.0  # what the shortest kernels of the table take
-_SIZES = {"num_groups": "E", "k": "K", "n": "N", "num_rows": "M"}  # columns of a table
-_SHIPPED = {"nvidia": "measured_h200.csv"}
+_TRITON, _TORCH, _DEEPGEMM, _HIPBLASLT = (BackendKind[n] for n in ("TRITON", "TORCH", "DEEPGEMM", "HIPBLASLT"))
+
+# The plans that AUTO compares: the backends of forward, dgrad and wgrad.
+PLANS: dict[str, dict[Pass, BackendKind]] = {
+    "triton": dict.fromkeys(Pass, _TRITON),
+    "torch": dict.fromkeys(Pass, _TORCH),
+    "deepgemm": dict.fromkeys(Pass, _DEEPGEMM),
+    "deepgemm, wgrad triton": {Pass.FORWARD: _DEEPGEMM, Pass.DGRAD: _DEEPGEMM, Pass.WGRAD: _TRITON},
+    "hipblaslt": dict.fromkeys(Pass, _HIPBLASLT),
+}
 
 
-@dataclass(frozen=True)
-class Case:
-    """One measurement.
+class Call(NamedTuple):
+    """A kind of call, and its sizes.
 
     Attributes:
         recipe: name of the recipe, without "_pow2", which takes the same time.
-        rows: value of the row class.
-        whole_blocks: whether groups were multiples of 128 rows, and that was promised.
+        rows: name of the row class.
+        whole_blocks: whether every group is guaranteed to be a multiple of 128 rows.
+        training: whether the call runs forward and backward, or forward alone.
         num_groups: E.
         k: K.
         n: N.
-        num_rows: M.
-        times: microseconds that the device takes for the parts, of each backend; none of one that failed.
-        hosts: likewise the host, until a part is launched.
     """
 
     recipe: str
     rows: str
     whole_blocks: bool
+    training: bool
     num_groups: int
     k: int
     n: int
+
+    @classmethod
+    def of(cls, spec: CallSpec) -> Call:
+        """The kind of call that ``spec`` describes."""
+        recipe = spec.recipe.value.removesuffix("_pow2")
+        training = spec.passes != (Pass.FORWARD,)
+        sizes = spec.num_groups, spec.k, spec.n
+        return cls(recipe, spec.rows.value, spec.group_alignment % 128 == 0, training, *sizes)
+
+    def distance(self, other: Call) -> float:
+        """How far the sizes of two calls are apart: the sum of the logarithms of their ratios.
+
+        E counts half: it says how often a kernel does its work, K and N say what work that is.
+        """
+        groups, k, n = (abs(math.log(max(x, 1) / max(y, 1))) for x, y in zip(self[-3:], other[-3:]))
+        return 0.5 * groups + k + n
+
+
+class Times(NamedTuple):
+    """What one kind of call took, in microseconds by plan; infinite where the plan failed.
+
+    Attributes:
+        num_rows: M of the calls that were timed.
+        eager: of an eager call: the time of the host or of the device, whichever is longer.
+        captured: of a call that is replayed in a CUDA graph.
+        date: when, as "2026-11-26".
+    """
+
     num_rows: int
-    times: Mapping[BackendKind, Times] = field(hash=False)
-    hosts: Mapping[BackendKind, Times] = field(hash=False, default_factory=dict)
-
-    def covers(self, spec: CallSpec) -> bool:
-        """Whether each pass of ``spec`` was measured, on one backend at least."""
-        return all(any(p.value in times for times in self.times.values()) for p in spec.passes)
-
-    def distance(self, spec: CallSpec) -> float:
-        """How far its sizes are from those of ``spec``: the sum of the logarithms of the ratios."""
-        pairs = (self.num_groups, spec.num_groups), (self.k, spec.k), (self.n, spec.n)
-        return sum(abs(math.log(max(x, 1) / max(y, 1))) for x, y in pairs)
+    eager: Mapping[str, float]
+    captured: Mapping[str, float]
+    date: str
 
 
 @dataclass(frozen=True)
-class Table:
-    """Cases that were measured on one GPU.
+class Profile:
+    """What was measured on one GPU.
 
     Attributes:
         gpu: its name.
-        arch: its architecture.
-        date: when, as "2026-11-21".
-        versions: of what, for people.
-        cases: the measurements.
-        is_exact: whether a case speaks for its own sizes only.
+        times: by kind of call.
+        is_exact: whether an entry speaks for its own sizes only.
     """
 
     gpu: str
-    arch: str
-    date: str
-    versions: str
-    cases: tuple[Case, ...]
+    times: Mapping[Call, Times]
     is_exact: bool = False
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What the parts of a call are expected to take.
+class Expected:
+    """The measurement that a decision rests on.
 
     Attributes:
-        source: where this was measured, as a phrase.
-        num_rows: M of the calls that it speaks of; a spec knows M as a class only.
-        times: microseconds that the device takes for the parts, of each backend that was measured.
-        hosts: likewise the host.
-        is_exact: whether this very kind of call was measured, on this very GPU.
+        source: where, when and at which sizes it was taken, as a phrase.
+        plans: microseconds of a whole call by plan, the fastest first; infinite where the plan failed.
+        is_exact: whether it is the user's own measurement of this very call.
     """
 
     source: str
-    num_rows: int
-    times: Mapping[BackendKind, Times]
-    hosts: Mapping[BackendKind, Times] = field(default_factory=dict)
+    plans: tuple[tuple[str, float], ...]
     is_exact: bool = False
 
-    def total(self, chosen: Mapping[Pass, BackendKind]) -> float:
-        """Microseconds of a call whose passes run on ``chosen``; infinite where that was not measured."""
-        parts = list(_parts(chosen))
-        on_device = sum(self.times.get(kind, {}).get(part, math.inf) for kind, part in parts)
-        on_host = sum(self.hosts.get(kind, {}).get(part, 0.0) for kind, part in parts)
-        return max(on_device, on_host)
 
-    def of_pass(self, kind: BackendKind, pass_: Pass, chosen: Mapping[Pass, BackendKind]) -> float:
-        """Microseconds that ``pass_`` on ``kind`` adds to those passes of ``chosen`` that come before it there."""
-        passes = list(chosen)
-        before = {p: chosen[p] for p in passes[: passes.index(pass_)]}
-        total = self.total({**before, pass_: kind})
-        return total - (self.total(before) if before and math.isfinite(total) else 0)
+def expected(spec: CallSpec, profiles: Sequence[Profile]) -> Expected | None:
+    """The times of the nearest call in the first of ``profiles`` that knows calls of this kind; None: none does.
 
-
-def _parts(chosen: Mapping[Pass, BackendKind]) -> Iterator[tuple[BackendKind, str]]:
-    """The parts of a call whose passes run on ``chosen``, and who runs them."""
-    forward, dgrad, wgrad = map(chosen.get, Pass)
-    for kind in dict.fromkeys(chosen.values()):
-        yield kind, "plan"
-    for first, second, names in (
-        (forward, wgrad, ("a_rows", "a_columns", "a_both")),
-        (dgrad, wgrad, ("g_rows", "g_columns", "g_both")),
-        (forward, dgrad, ("b_forward", "b_dgrad", "b_both")),
-    ):
-        if first is not None and first is second:
-            yield first, names[2]
-        else:
-            yield from ((kind, name) for kind, name in zip((first, second), names) if kind is not None)
-    for pass_, kind in chosen.items():
-        yield kind, pass_.value
-
-
-def facts_of(spec: CallSpec) -> tuple[str, str, bool]:
-    """Recipe, row class and whole blocks of the cases that speak of ``spec``, at any sizes."""
-    return spec.recipe.value.removesuffix("_pow2"), spec.rows.value, spec.group_alignment % 128 == 0
-
-
-def estimate(spec: CallSpec, tables: Iterable[Table]) -> Estimate | None:
-    """What the first of ``tables`` that knows cases of this recipe and row class lets expect; None: none does."""
-    if spec.dtype is not torch.bfloat16:
-        return None
-    recipe, rows, whole_blocks = facts_of(spec)
-    for table in tables:
-        alike = [case for case in table.cases if (case.recipe, case.rows) == (recipe, rows)]
-        exactly = [case for case in alike if case.whole_blocks == whole_blocks]
-        alike = exactly if table.is_exact else exactly or alike
-        if table.is_exact:
-            alike = [case for case in alike if case.distance(spec) == 0 and case.covers(spec)]
-        if alike:
-            return _scaled(min(alike, key=lambda case: case.distance(spec)), spec, table)
-    return None
-
-
-def _scaled(case: Case, spec: CallSpec, table: Table) -> Estimate:
-    """The times of ``case`` for the sizes of ``spec``, at as many rows for each group; the host's stay the same."""
-    groups, k, n = (y / max(x, 1) for x, y in zip((case.num_groups, case.k, case.n), _sizes(spec)))
-    work = {"plan": 1.0, "a": groups * k, "g": groups * n}
-    times: dict[BackendKind, dict[str, float]] = {}
-    for kind, parts in case.times.items():
-        times[kind] = {}
-        for part, microseconds in parts.items():
-            scaled = microseconds * work.get(part.partition("_")[0], groups * k * n)
-            times[kind][part] = max(scaled, min(microseconds, _LAUNCH_US))
-    hosts = {kind: dict(parts) for kind, parts in case.hosts.items() if not spec.captured}
-    if spec.weights is not None:  # they were quantized beforehand
-        for parts in (*filter(None, times.values()), *hosts.values()):
-            parts |= dict.fromkeys(("b_forward", "b_dgrad", "b_both"), 0.0)
-    where = table.gpu if table.gpu == spec.machine.name else f"{table.gpu}, the nearest that is known"
-    sizes = "" if case.distance(spec) == 0 else f" at E={case.num_groups}, K={case.k}, N={case.n}"
-    num_rows = max(1, round(case.num_rows / max(case.num_groups, 1) * spec.num_groups))
-    return Estimate(f"measured on {where}, {table.date}{sizes}", num_rows, times, hosts, table.is_exact)
-
-
-def _sizes(spec: CallSpec) -> tuple[int, int, int]:
-    return spec.num_groups, spec.k, spec.n
-
-
-@functools.cache
-def shipped(vendor: str) -> Table | None:
-    """The measurements that come with this package for the GPUs of ``vendor``; None: there are none."""
-    if vendor not in _SHIPPED:
-        return None
-    return parse((Path(__file__).parent / _SHIPPED[vendor]).read_text(encoding="utf-8"))
-
-
-def parse(text: str) -> Table:
-    """The table that `render` wrote.
-
-    Raises:
-        ValueError, KeyError: it is none.
+    Float16 follows bfloat16, which runs through the same kernels. Float32 was not measured.
     """
-    lines = text.splitlines()
-    head = dict(line.removeprefix("# ").split(": ", 1) for line in lines if line.startswith("# "))
-    cases: dict[str, Case] = {}
-    for row in csv.DictReader(line for line in lines if not line.startswith("#")):
-        num_groups, k, n, num_rows = (int(row[column]) for column in _SIZES.values())
-        case = Case(row["recipe"], row["rows"], row["blocks"] == "whole", num_groups, k, n, num_rows, {})
-        key = str(case)
-        times = {part: float(row[part]) for part in PARTS if row[part]}
-        same, kind = cases.get(key, case), BackendKind(row["backend"])
-        if row["clock"] == "device":
-            cases[key] = replace(same, times={**same.times, kind: times})
-        else:
-            cases[key] = replace(same, hosts={**same.hosts, kind: times})
-    return Table(head["gpu"], head["arch"], head["date"], head["versions"], tuple(cases.values()))
-
-
-def render(table: Table) -> str:
-    """``table`` as comma-separated values: a line for each case and backend."""
-    lines = [f"# {name}: {getattr(table, name)}" for name in ("gpu", "arch", "date", "versions")]
-    lines.append("# unit: microseconds, of parts of a call that grouped_gemm/selection/cost_model.py names")
-    lines.append(",".join(("recipe", "rows", "blocks", *_SIZES.values(), "backend", "clock", *PARTS)))
-    for case in table.cases:
-        blocks = "whole" if case.whole_blocks else "any"
-        facts = [case.recipe, case.rows, blocks, *(str(getattr(case, name)) for name in _SIZES)]
-        for clock, by_kind in (("device", case.times), ("host", case.hosts)):
-            for kind, times in by_kind.items():
-                values = [f"{times[part]:.1f}" if part in times else "" for part in PARTS]
-                lines.append(",".join([*facts, kind.value, clock, *values]))
-    return "\n".join(lines) + "\n"
+    if spec.dtype not in (torch.bfloat16, torch.float16):
+        return None
+    asked = Call.of(spec)
+    for profile in profiles:
+        alike = [call for call in profile.times if (call[:2], call.training) == (asked[:2], asked.training)]
+        exactly = [call for call in alike if call.whole_blocks == asked.whole_blocks]
+        if profile.is_exact:
+            alike = exactly = [call for call in exactly if call == asked]
+        if alike:
+            nearest = min(exactly or alike, key=asked.distance)
+            times = profile.times[nearest]
+            by_plan = times.captured if spec.captured else times.eager
+            sizes = f"M={times.num_rows}, E={nearest.num_groups}, K={nearest.k}, N={nearest.n}"
+            near = "" if nearest[-3:] == asked[-3:] else ", the nearest profiled sizes"
+            source = f"measured on {profile.gpu}, {times.date}, at {sizes}{near}"
+            return Expected(source, tuple(sorted(by_plan.items(), key=lambda item: item[1])), profile.is_exact)
+    return None

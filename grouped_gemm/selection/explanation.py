@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from grouped_gemm.backends import get_backend
-from grouped_gemm.core.call_spec import Pass, RowClass, dtype_name
+from grouped_gemm.core.call_spec import Pass, dtype_name
 from grouped_gemm.core.preference import KernelPreference
 from grouped_gemm.selection.rules import Decision
 
@@ -74,15 +75,17 @@ class Explanation:
         decision = self.decision
         if decision.preference is not KernelPreference.AUTO:
             return _WHY[decision.asked_by]
-        if decision.expected is None:
-            return "AUTO: the first in its order that can run it"
-        return f"AUTO: {decision.expected.source}"
+        if decision.expected is not None:
+            return f"AUTO: {decision.expected.source}"
+        machine = decision.spec.machine
+        unknown = f"; nothing like it was measured on {machine.name}" if machine.is_gpu else ""
+        return f"AUTO: the first in its order that can run it{unknown}"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain strings, numbers, lists and dicts, ready for JSON."""
         spec = self.decision.spec
         return {
-            "problem": {
+            "call": {
                 "M": self.num_rows,
                 "E": spec.num_groups,
                 "K": spec.k,
@@ -121,12 +124,7 @@ class Explanation:
             return None
         return {
             "source": expected.source,
-            "M": expected.num_rows,
-            "passes_us": {
-                pass_.value: {kind.value: round(time, 1) for kind, time in times} for pass_, times in expected.passes
-            },
-            "call_us": None if expected.total is None else round(expected.total, 1),
-            "on_one_backend_us": {kind.value: round(time, 1) for kind, time in expected.others},
+            "plans_us": {plan: None if math.isinf(us) else us for plan, us in expected.plans},
         }
 
     def __str__(self) -> str:
@@ -135,13 +133,14 @@ class Explanation:
         lines = [str(decision.spec), f"  {'rows':12}{rows}{decision.spec.rows.value} groups"]
         for pass_ in decision.spec.passes:
             if pass_ in chosen:
-                lines.append(f"  {pass_.value:12}{chosen[pass_].value:12}{self._times(pass_)}".rstrip())
+                lines.append(f"  {pass_.value:12}{chosen[pass_].value}")
             else:
                 is_auto = decision.preference is KernelPreference.AUTO
                 who = "every one refuses" if is_auto else f"{decision.preference.value} refuses"
                 lines.append(f"  {pass_.value:12}{'no backend':12}{who}")
         lines.append(f"  {'why':12}{self.why}")
-        lines += [f"  {'expected':12}{line}" for line in self._expectations()]
+        if decision.expected is not None:
+            lines.append(f"  {'measured':12}{'; '.join(_timed(*plan) for plan in decision.expected.plans)}")
         if self.quantized_bytes:
             lines.append(f"  {'quantized':12}{_bytes(self.quantized_bytes)}, read and written")
         syncs = [f"{backend}: {when}" for backend, when in self.host_syncs.items()]
@@ -152,40 +151,19 @@ class Explanation:
             lines.append(f"  {'instead':12}{', '.join(kind.value for kind in decision.alternatives)} would run it")
         return "\n".join(lines)
 
-    def _times(self, pass_: Pass) -> str:
-        """What a pass takes on the backend that runs it, and on others: "0.99 ms; triton 1.09 ms"."""
-        expected = self.decision.expected
-        times = dict(dict(expected.passes).get(pass_, ())) if expected else {}
-        own = times.pop(dict(self.decision.chosen)[pass_], None)
-        others = [f"{kind.value} {self._duration(time)}" for kind, time in times.items()]
-        return "; ".join(([] if own is None else [f"about {self._duration(own)}"]) + others)
-
-    def _expectations(self) -> list[str]:
-        expected = self.decision.expected
-        if expected is None or expected.total is None:
-            return []
-        rows = expected.num_rows if self.num_rows is None or not self._scales else self.num_rows
-        chosen = self.decision.backends
-        others = [f"{kind.value} alone {self._duration(time)}" for kind, time in expected.others if chosen != (kind,)]
-        return ["; ".join([f"{self._duration(expected.total)} in all, for M = {rows}", *others])]
-
-    @property
-    def _scales(self) -> bool:
-        """Whether times grow with M; those of few rows are those of the weights."""
-        return self.decision.spec.rows is RowClass.LARGE
-
-    def _duration(self, microseconds: float) -> str:
-        expected = self.decision.expected
-        if expected is not None and self.num_rows is not None and self._scales:
-            microseconds *= self.num_rows / expected.num_rows
-        return f"{microseconds:.0f} us" if microseconds < 995 else f"{microseconds / 1e3:.3g} ms"
-
     def _paddings(self) -> list[str]:
         """By backend, rows at most, and in percent of M where it is known."""
         percent = {
             b: f" ({100 * rows / self.num_rows:.2g}%)" if self.num_rows else "" for b, rows in self.padding.items()
         }
         return [f"{backend}: at most {rows} rows{percent[backend]}" for backend, rows in self.padding.items()]
+
+
+def _timed(plan: str, microseconds: float) -> str:
+    """``triton 1.09 ms``."""
+    if math.isinf(microseconds):
+        return f"{plan} failed"
+    return f"{plan} {microseconds:.0f} us" if microseconds < 995 else f"{plan} {microseconds / 1e3:.3g} ms"
 
 
 def _bytes(count: int) -> str:

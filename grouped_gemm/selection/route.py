@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from grouped_gemm.backends import candidates
-from grouped_gemm.core.call_spec import CallSpec, Pass, row_class
-from grouped_gemm.core.machine import is_capturing
+from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import (
     AUTOTUNE,
     LOG,
@@ -23,12 +22,12 @@ from grouped_gemm.core.preference import (
     environment,
     is_current,
     resolve,
-    surrounding,
 )
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.rules import Decision, NoBackendError, decide
+from grouped_gemm.selection.spec import key_of
 
 
 class Route(NamedTuple):
@@ -68,6 +67,15 @@ def route_of(spec: CallSpec) -> Route:
         kind, text = found
         raise _ERRORS[kind](text)
     forward, dgrad, wgrad = [BackendKind.named(name) if name else None for name in found]
+    return _route(spec, forward, dgrad, wgrad)
+
+
+def route_on(spec: CallSpec, plan: Mapping[Pass, BackendKind]) -> Route:
+    """The route of a call whose passes run on the backends of ``plan``, whatever a decision would say."""
+    return _route(spec, plan.get(Pass.FORWARD), plan.get(Pass.DGRAD), plan.get(Pass.WGRAD))
+
+
+def _route(spec: CallSpec, forward: BackendKind | None, dgrad: BackendKind | None, wgrad: BackendKind | None) -> Route:
     backends: tuple[BackendKind, ...] = ()
     for runs in (forward, dgrad, wgrad):
         if runs is not None and runs not in backends:
@@ -125,8 +133,8 @@ def _decide_once(
     from grouped_gemm.autotune import profile  # what is needed to decide, importing this package need not wait for
 
     assert isinstance(spec.where, torch.device), "a call runs on a device"
-    tables = profile.tables(spec.machine, tunes)
-    return decide(spec, preference, candidates(spec.where), asked_by=asked_by, strict=strict, tables=tables)
+    profiles = profile.profiles(spec.machine, tunes)
+    return decide(spec, preference, candidates(spec.where), asked_by=asked_by, strict=strict, profiles=profiles)
 
 
 _logged: set[Decision] = set()
@@ -159,9 +167,6 @@ def recall(
 ) -> tuple[Key | None, Route | None]:
     """The key of a call, and the route of an earlier one with an equal key: it passed every check, this one would.
 
-    The key has all that `spec.describe` looks at, as the caller gave it: to hash it takes a fifth of the time that it
-    takes to check it. Of M it has the class, and no check of operands that are remembered looks at more.
-
     Args:
         a: as in `grouped_mm`.
         b: likewise.
@@ -169,37 +174,14 @@ def recall(
         bias: likewise.
         options: its other arguments; the third is ``group_alignment``.
     """
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:  # Dynamo guards what it traces; see `describe`
+    key = key_of(a, b, offs, bias, options)
+    if key is None:
         return None, None
+    key = (*key, _epoch, environment())
     try:
-        num_rows, k = a.shape
-        num_groups, _, _ = b.shape
-        if isinstance(b, QuantizedWeights):
-            b_facts = (b.shape, b.dtype, b.device, b.recipe, b.forward_backend, b.dgrad_backend)
-        else:
-            b_facts = _facts(b)
-        key = (
-            (type(a), k, a.stride(), a.dtype, a.device, a.layout, a.requires_grad, a.is_neg()),
-            row_class(num_rows, num_groups),
-            b_facts,
-            _facts(offs),
-            None if bias is None else _facts(bias),
-            options,
-            type(options[2]),  # group_alignment=True equals 1, and is an error
-            torch.is_grad_enabled(),
-            surrounding.kernel_preference,
-            surrounding.host_sync,
-            is_capturing(a),
-            _epoch,
-            environment(),
-        )
         return key, _routes.get(key)
-    except Exception:  # two 2-dimensional operands, whose checks look at M, or something that the checks will name
+    except TypeError:  # an option that has no hash: the checks will name it
         return None, None
-
-
-def _facts(x: Tensor) -> tuple[Any, ...]:
-    return type(x), x.shape, x.stride(), x.dtype, x.device, x.layout, x.requires_grad, x.is_neg()
 
 
 def remember(key: Key, route: Route) -> None:

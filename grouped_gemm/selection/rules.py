@@ -5,52 +5,32 @@
 1. A backend refuses a pass when one of its requirements for it does not hold, or when its tiny run fails.
 2. A preference that names a backend gets that backend for every pass, or an error; nothing takes its place.
 3. AUTO takes, for each pass, the first backend of the vendor's `AUTO_ORDER` that does not refuse it,
-4. unless a choice of others for the whole call was measured to be faster by `MARGIN` (`cost_model`). What waits for the
-   device is among them only where this very kind of call was measured on the user's own GPU.
+4. unless another plan for the whole call was measured to be faster by `MARGIN`, on a GPU of exactly this name
+   (`cost_model`). A host sync also delays what comes after the call, which no profile counts: a plan with one is taken
+   for its speed only where the user's own profile has measured this very call.
 5. On a GPU, AUTO takes Emulated only where nothing else runs a pass and `strict` is off; `Decision.falls_back` says so.
 6. Weights that were quantized beforehand are read by the backend that wrote them, and by no other.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from grouped_gemm.backends import Candidate
 from grouped_gemm.backends.base import Requirement
 from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import STRICT, BackendKind, KernelPreference, Preference
-from grouped_gemm.selection.cost_model import Estimate, Table, estimate
+from grouped_gemm.selection.cost_model import PLANS, Expected, Profile, expected
 
-# In which order AUTO tries, by vendor; "" is every other device. Each backend has a place, so that each has its say.
+_EMULATED, _TORCH, _TRITON, _DEEPGEMM, _HIPBLASLT = BackendKind
+# The order in which AUTO tries, by vendor; "" is every other device. Each backend has a place, so that each is asked.
 AUTO_ORDER: dict[str, tuple[BackendKind, ...]] = {
-    "nvidia": (
-        BackendKind.TRITON,
-        BackendKind.DEEPGEMM,
-        BackendKind.TORCH,
-        BackendKind.HIPBLASLT,
-        BackendKind.EMULATED,
-    ),
-    "amd": (
-        BackendKind.TRITON,
-        BackendKind.HIPBLASLT,
-        BackendKind.TORCH,
-        BackendKind.DEEPGEMM,
-        BackendKind.EMULATED,
-    ),
-    "": (
-        BackendKind.EMULATED,
-        BackendKind.TORCH,
-        BackendKind.TRITON,
-        BackendKind.DEEPGEMM,
-        BackendKind.HIPBLASLT,
-    ),
+    "nvidia": (_TRITON, _DEEPGEMM, _TORCH, _HIPBLASLT, _EMULATED),
+    "amd": (_TRITON, _HIPBLASLT, _TORCH, _DEEPGEMM, _EMULATED),
+    "": (_EMULATED, _TORCH, _TRITON, _DEEPGEMM, _HIPBLASLT),
 }
-
-
-MARGIN = 1.02  # how many times as fast others must be: medians of the same call differ by up to 1% from run to run
+MARGIN = 1.01  # how many times as fast another plan must be: medians of one call differ by almost 1% between runs
 Chosen = dict[Pass, BackendKind]
 
 
@@ -76,27 +56,6 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a call is expected to take, for a decision's trace. Times are microseconds.
-
-    Attributes:
-        source: where it was measured, as a phrase.
-        num_rows: M of the calls that it speaks of.
-        passes: for each pass, the backends that were measured and do not refuse it, the fastest first: what each adds
-            to the chosen passes before it, with what is quantized for it. The health of those that were not chosen has
-            not been looked at.
-        total: of the whole call with the backends that were chosen; None where one of them was not measured.
-        others: whole calls on one backend alone, the fastest first.
-    """
-
-    source: str
-    num_rows: int
-    passes: tuple[tuple[Pass, tuple[tuple[BackendKind, float], ...]], ...]
-    total: float | None
-    others: tuple[tuple[BackendKind, float], ...]
-
-
-@dataclass(frozen=True)
 class Decision:
     """Who runs which pass of a call, and the whole trace of why.
 
@@ -107,7 +66,7 @@ class Decision:
         chosen: the backend of each pass that has one.
         refusals: every reason of every candidate that refused a pass, in the order of trying.
         alternatives: where the backend that was asked for refuses, those that would run every pass.
-        expected: what was measured, where anything was.
+        expected: the measurement that AUTO looked at, if there is one; only plans that nobody refuses.
     """
 
     spec: CallSpec
@@ -129,6 +88,11 @@ class Decision:
     def backends(self) -> tuple[BackendKind, ...]:
         """Every backend that runs a pass, once."""
         return tuple(dict.fromkeys(backend for _, backend in self.chosen))
+
+    @property
+    def summary(self) -> str:
+        """``forward triton, dgrad triton``."""
+        return ", ".join(f"{pass_.value} {backend.value}" for pass_, backend in self.chosen)
 
     @property
     def is_complete(self) -> bool:
@@ -176,7 +140,7 @@ def decide(
     *,
     asked_by: str = "argument",
     strict: bool = False,
-    tables: Iterable[Table] = (),
+    profiles: Sequence[Profile] = (),
 ) -> Decision:
     """Picks a backend for each pass of ``spec``.
 
@@ -186,7 +150,7 @@ def decide(
         candidates: the backends of this version, in any order.
         asked_by: where the preference comes from, for the trace.
         strict: whether AUTO may not fall back to Emulated on a GPU.
-        tables: measurements, those that count most first.
+        profiles: measurements on a GPU of this name, those that count most first.
 
     Returns:
         A decision, complete or not; `Decision.check` raises where it is not. If a named backend refuses, the
@@ -196,49 +160,47 @@ def decide(
     candidates_by_kind = {candidate.backend.kind: candidate for candidate in candidates}
     order = AUTO_ORDER.get(spec.machine.vendor, AUTO_ORDER[""])
     trial = _Trial(spec, candidates_by_kind, strict and preference is KernelPreference.AUTO)
-    expected = estimate(spec, tables)
     if (named := preference.kind) is not None:
         if len(trial.healthy(named)) == len(spec.passes):
-            chosen: Chosen = dict.fromkeys(spec.passes, named)
-            return trial.decision(preference, asked_by, chosen, _expected(expected, trial, chosen, order))
+            return trial.decision(preference, asked_by, dict.fromkeys(spec.passes, named))
         others = (kind for kind in order if kind is not named)
         alternatives = tuple(kind for kind in others if len(trial.healthy(kind)) == len(spec.passes))
-        return trial.decision(preference, asked_by, {}, None, alternatives)
+        return trial.decision(preference, asked_by, {}, alternatives=alternatives)
+    measured = expected(spec, profiles)
     # A tiny run may compile for seconds, so only those are looked at that would be chosen.
     while True:
-        chosen = _fastest(_first(spec, order, trial), trial, expected)
+        found = trial.able(measured)
+        chosen = _fastest(_first(spec, order, trial), found)
         if all(trial.healthy(kind) for kind in dict.fromkeys(chosen.values())):
-            return trial.decision(preference, asked_by, chosen, _expected(expected, trial, chosen, order))
+            return trial.decision(preference, asked_by, chosen, found)
 
 
-def able(spec: CallSpec, candidates: Sequence[Candidate]) -> dict[BackendKind, tuple[Pass, ...]]:
-    """The passes of ``spec`` that each backend but Emulated runs, in AUTO's order; healthy ones that run any."""
+def able_plans(spec: CallSpec, candidates: Sequence[Candidate]) -> dict[str, Chosen]:
+    """The plans that run every pass of ``spec`` on healthy backends; once where two agree in these passes."""
     trial = _Trial(spec, {candidate.backend.kind: candidate for candidate in candidates}, strict=True)
-    order = AUTO_ORDER.get(spec.machine.vendor, AUTO_ORDER[""])
-    kinds = [kind for kind in order if kind is not BackendKind.EMULATED and trial.healthy(kind)]
-    return {kind: tuple(trial.runs(kind)) for kind in kinds}
+    able: dict[str, Chosen] = {}
+    for name in PLANS:
+        plan = trial.plan(name)
+        if plan and plan not in able.values() and all(trial.healthy(kind) for kind in plan.values()):
+            able[name] = plan
+    return able
 
 
 class _Trial:
     """What the backends say to a call, each asked once, and only where it matters."""
 
     def __init__(self, spec: CallSpec, candidates: Mapping[BackendKind, Candidate], strict: bool) -> None:
-        self._problem = spec
+        self._spec = spec
         self._candidates = candidates
         self._strict = strict
         self._refusals: dict[BackendKind, list[Refusal]] = {}
         self._looked_at: set[BackendKind] = set()
 
-    @property
-    def asked(self) -> frozenset[BackendKind]:
-        """Who was asked."""
-        return frozenset(self._refusals)
-
     def runs(self, kind: BackendKind) -> list[Pass]:
         """Which passes ``kind`` runs, as far as is known; its reasons for the others go into the trace."""
         if kind not in self._refusals:
             self._refusals[kind] = self._say(kind)
-        return [p for p in self._problem.passes if not any(p in refusal.passes for refusal in self._refusals[kind])]
+        return [p for p in self._spec.passes if not any(p in refusal.passes for refusal in self._refusals[kind])]
 
     def healthy(self, kind: BackendKind) -> list[Pass]:
         """Likewise, after its tiny run, if it has a pass to run at all."""
@@ -247,34 +209,46 @@ class _Trial:
             health = self._candidates[kind].health()
             if not health.is_good:
                 reason = f"is installed but broken: {health.problem}"
-                self._refusals[kind].append(Refusal(kind, self._problem.passes, reason, health.fix))
+                self._refusals[kind].append(Refusal(kind, self._spec.passes, reason, health.fix))
         return self.runs(kind)
 
-    def waits(self, kind: BackendKind, pass_: Pass) -> bool:
-        """Whether the host waits for the device in ``pass_``."""
+    def plan(self, name: str, syncs: bool = True) -> Chosen:
+        """The plan of this name for the passes of the call; empty where one is refused or syncs and may not."""
+        plan = {pass_: PLANS[name][pass_] for pass_ in self._spec.passes}
+        runs = all(kind in self._candidates and pass_ in self.runs(kind) for pass_, kind in plan.items())
+        return plan if runs and (syncs or not any(self._syncs(*item) for item in plan.items())) else {}
+
+    def able(self, measured: Expected | None) -> Expected | None:
+        """``measured`` without the plans that AUTO may not take; None where none is left."""
+        if measured is None:
+            return None
+        plans = tuple(item for item in measured.plans if self.plan(item[0], syncs=measured.is_exact))
+        return replace(measured, plans=plans) if plans else None
+
+    def _syncs(self, pass_: Pass, kind: BackendKind) -> bool:
         backend = self._candidates[kind].backend
-        return bool(self._problem.machine.is_gpu and backend.host_syncs and pass_ in backend.host_sync_passes)
+        return bool(backend.host_syncs and pass_ in backend.host_sync_passes)
 
     def _say(self, kind: BackendKind) -> list[Refusal]:
-        passes = self._problem.passes
+        passes = self._spec.passes
         if kind not in self._candidates:
             return [Refusal(kind, passes, "is not part of this version", "Use another backend.")]
-        if kind is BackendKind.EMULATED and self._problem.machine.is_gpu and self._strict:
+        if kind is BackendKind.EMULATED and self._spec.machine.is_gpu and self._strict:
             fix = "Ask for it with KernelPreference.EMULATED."
             return [Refusal(kind, passes, f"is not tried while {STRICT.name}=1", fix)]
-        return _refusals(self._candidates[kind], self._problem)
+        return _refusals(self._candidates[kind], self._spec)
 
     def decision(
         self,
         preference: KernelPreference,
         asked_by: str,
         chosen: Chosen,
-        expected: Expected | None,
+        expected: Expected | None = None,
         alternatives: tuple[BackendKind, ...] = (),
     ) -> Decision:
         refusals = tuple(refusal for refusals in self._refusals.values() for refusal in refusals)
-        in_order = tuple((p, chosen[p]) for p in self._problem.passes if p in chosen)
-        return Decision(self._problem, preference, asked_by, in_order, refusals, alternatives, expected)
+        in_order = tuple((p, chosen[p]) for p in self._spec.passes if p in chosen)
+        return Decision(self._spec, preference, asked_by, in_order, refusals, alternatives, expected)
 
 
 def _first(spec: CallSpec, order: Sequence[BackendKind], trial: _Trial) -> Chosen:
@@ -288,44 +262,14 @@ def _first(spec: CallSpec, order: Sequence[BackendKind], trial: _Trial) -> Chose
     return chosen
 
 
-def _fastest(first: Chosen, trial: _Trial, expected: Estimate | None) -> Chosen:
-    """``first``, unless others for its passes make the whole call `MARGIN` times as fast.
-
-    A wait costs what comes after the call as well, so it has to be the user's own measurement that speaks for it.
-    """
-    if expected is None or not first or not all(kind in expected.times for kind in first.values()):
+def _fastest(first: Chosen, measured: Expected | None) -> Chosen:
+    """``first``, unless a measured plan makes the whole call `MARGIN` times as fast."""
+    if measured is None:
         return first
-    able = [
-        [
-            kind
-            for kind in expected.times
-            if pass_ in trial.runs(kind) and (kind is own or expected.is_exact or not trial.waits(kind, pass_))
-        ]
-        for pass_, own in first.items()
-    ]
-    choices = [dict(zip(first, kinds)) for kinds in itertools.product(*able)]
-    best = min(choices, key=expected.total)
-    return best if expected.total(first) > MARGIN * expected.total(best) else first
-
-
-def _expected(found: Estimate | None, trial: _Trial, chosen: Chosen, order: Sequence[BackendKind]) -> Expected | None:
-    """What the trace says of times."""
-    if found is None or not chosen:
-        return None
-    kinds = [kind for kind in order if kind in found.times and kind in trial.asked]
-    passes = tuple(chosen)
-
-    def fastest_first(times: Iterable[tuple[BackendKind, float]]) -> tuple[tuple[BackendKind, float], ...]:
-        return tuple(sorted((time for time in times if math.isfinite(time[1])), key=lambda time: time[1]))
-
-    by_pass = tuple(
-        (p, fastest_first((kind, found.of_pass(kind, p, chosen)) for kind in kinds if p in trial.runs(kind)))
-        for p in passes
-    )
-    alone = [kind for kind in kinds if all(p in trial.runs(kind) for p in passes)]
-    others = fastest_first((kind, found.total(dict.fromkeys(passes, kind))) for kind in alone)
-    total = found.total(chosen)
-    return Expected(found.source, found.num_rows, by_pass, total if math.isfinite(total) else None, others)
+    plans = [({pass_: PLANS[name][pass_] for pass_ in first}, us) for name, us in measured.plans]
+    own = [us for plan, us in plans if plan == first]
+    best, least = plans[0]
+    return best if own and own[0] > MARGIN * least else first
 
 
 def _refusals(candidate: Candidate, spec: CallSpec) -> list[Refusal]:

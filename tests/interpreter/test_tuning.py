@@ -24,7 +24,7 @@ def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, rec
         monkeypatch.setattr(tile_search, name, lambda site, tile: [])
     monkeypatch.setattr(tile_search, "_milliseconds", milliseconds)
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
-    tile_search.known.cache_clear()
+    tile_search.forget()
     torch.manual_seed(0)
     a = torch.randn(11, 48, dtype=torch.bfloat16, requires_grad=True)
     b = torch.randn(2, 80, 48, dtype=torch.bfloat16, requires_grad=True).transpose(1, 2)
@@ -44,4 +44,4 @@ def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, rec
     assert all(map(torch.equal, call(), shipped))
     for module in (m_grouped, k_grouped):  # nothing found outlives the switch
         assert module._products and not any(product.tile.band == 4 for product in module._products.values())
-    tile_search.known.cache_clear()
+    tile_search.forget()

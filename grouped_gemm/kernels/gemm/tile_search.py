@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +24,11 @@ from torch import Tensor
 
 from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.machine import Machine, machine_of
-from grouped_gemm.core.preference import AUTOTUNE, cache_directory
-from grouped_gemm.core.store import DAMAGE, locked, read, replace
+from grouped_gemm.core.preference import AUTOTUNE
+from grouped_gemm.core.store import Section
 from grouped_gemm.kernels.gemm import tiles
 from grouped_gemm.kernels.gemm.tiles import Tile
 
-SCHEMA = 1  # of the file; another number is another file
 MARGIN = 1.02  # how many times as fast as the shipped tile one must be: repeated medians differ by up to 1%
 _POWERS_OF_TWO = ("rows", "columns", "depth", "warps")
 _BOUNDS = {
@@ -164,52 +161,28 @@ def _look_up(site: Site, shipped: Tile) -> Tile:
 # -- the file
 
 
-def path() -> Path:
-    """The file, in `preference.cache_directory`."""
-    return cache_directory() / f"tiles-{SCHEMA}.json"
-
-
-@functools.cache
 def known() -> dict[Site, Found]:
-    """What was found for this Triton and these kernels, here or in an earlier process: the file, read once.
-
-    A file that is damaged or cannot be read is ignored with a warning.
-    """
-    try:
-        entries = _entries()
-    except OSError as error:
-        warnings.warn(
-            f"tiles-{SCHEMA}.json: expected a file that can be read; found {error}. Shipped tiles are used. Set "
-            "GROUPED_GEMM_CACHE_DIR to a directory that can be read and written.",
-            stacklevel=2,
-        )
-        return {}
-    except DAMAGE as error:
-        warnings.warn(
-            f"{path()}: expected tiles that a search has found; found {type(error).__name__}: {error}. The file is "
-            "ignored and shipped tiles are used. Delete it; grouped_gemm.warmup then searches again.",
-            stacklevel=2,
-        )
-        return {}
-    return {_site(entry): Found(Tile(**entry["tile"]), entry["speedup"]) for entry in entries if _is_current(entry)}
+    """What was found for this Triton and these kernels, here or in an earlier process."""
+    return _section.known(versions())
 
 
-def _entries() -> list[dict[str, Any]]:
-    """The entries of the file, those of other versions too; none where there is no file.
-
-    Raises:
-        One of DAMAGE: the file cannot be read, or holds something else.
-    """
-    entries = read(path(), SCHEMA, "tiles")
-    for entry in entries:
-        _site(entry)
-        if _is_current(entry):
-            _check(entry)
-    return entries
+def store(found: dict[Site, Found]) -> None:
+    """Uses ``found`` from now on, in this process, and adds it to the file."""
+    _section.store(versions(), found)
 
 
-def _is_current(entry: dict[str, Any]) -> bool:
-    return all(entry[name] == version for name, version in versions().items())
+def forget() -> None:
+    """Reads the file again at the next look."""
+    _section.forget()
+
+
+def _parse(entry: dict[str, Any]) -> tuple[Site, Found]:
+    _check(entry)
+    return _site(entry), Found(Tile(**entry["tile"]), entry["speedup"])
+
+
+def _render(site: Site, found: Found) -> dict[str, Any]:
+    return {**site._asdict(), "tile": found.tile._asdict(), "speedup": round(found.speedup, 4)}
 
 
 def _site(entry: dict[str, Any]) -> Site:
@@ -218,7 +191,7 @@ def _site(entry: dict[str, Any]) -> Site:
     if not all(isinstance(value, str) for value in names.values()) or not all(
         isinstance(n, int) for n in (first, second)
     ):
-        raise TypeError(f"a use that is none: {entry!r}")
+        raise TypeError(f"expected one use of a tile; found {entry!r}")
     return Site(**names, sizes=(first, second))
 
 
@@ -248,34 +221,7 @@ def versions() -> dict[str, str]:
     return {"triton": str(machine_of("cpu").version("triton")), "kernels": sources.hexdigest()[:16]}
 
 
-def store(found: dict[Site, Found]) -> None:
-    """Uses ``found`` from now on, in this process, and adds it to the file.
-
-    Several processes may do so at a time: each reads, adds and replaces the file under a lock, and a reader sees the
-    file as it was before or after. Where the directory cannot be written, a warning says so.
-    """
-    known().update(found)
-    try:
-        file = path()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with locked(file.with_suffix(".lock")):
-            try:
-                before = _entries()
-            except DAMAGE:  # `known` has warned of it
-                before = []
-            kept = [entry for entry in before if not (_is_current(entry) and _site(entry) in found)]
-            new = [_entry(site, result) for site, result in found.items()]
-            replace(file, json.dumps({"schema": SCHEMA, "tiles": kept + new}, indent=1))
-    except OSError as error:
-        warnings.warn(
-            f"tiles-{SCHEMA}.json: expected a directory to keep it in; found {error}. This process uses what it found, "
-            "later ones have to search again. Set GROUPED_GEMM_CACHE_DIR to a directory that can be written.",
-            stacklevel=2,
-        )
-
-
-def _entry(site: Site, found: Found) -> dict[str, Any]:
-    return {**site._asdict(), **versions(), "tile": found.tile._asdict(), "speedup": round(found.speedup, 4)}
+_section: Section[Site, Found] = Section("tiles", _parse, _render)
 
 
 # -- searching

@@ -1,0 +1,282 @@
+"""Profiles: which calls are measured on which plans, and the file of them. Backends are Emulated, times made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grouped_gemm import BackendKind, CallSpec, Machine, Pass, Recipe, backends
+from grouped_gemm.autotune import profile
+from grouped_gemm.autotune.measure import measure, uneven_ends
+from grouped_gemm.backends import Candidate, emulated
+from grouped_gemm.backends.base import Requirement
+from grouped_gemm.core import store
+from grouped_gemm.core.call_spec import RowClass
+from grouped_gemm.selection.cost_model import Call, Times
+
+TRITON, DEEPGEMM, TORCH = (BackendKind[name] for name in ("TRITON", "DEEPGEMM", "TORCH"))
+TRAINING = tuple(Pass)
+H200 = Machine("nvidia", "sm_90", "NVIDIA H200", (("torch", "2.11.0"), ("triton", "3.6.0")))
+CPU = torch.device("cpu")
+
+
+class First(emulated.Backend):
+    kind, host_syncs = TRITON, ""
+
+
+class Rival(First):
+    kind = DEEPGEMM
+
+
+class ForwardOnly(First):
+    kind = TORCH
+    requirements = (Requirement("no gradients", lambda p: False, lambda p: "one", "None.", TRAINING[1:]),)
+
+
+class Broken(First):
+    kind = TORCH
+
+    def grouped_mm(self, *args: Any, **options: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel\nfor this")
+
+
+class Syncs(First):
+    kind, host_syncs, host_sync_passes = DEEPGEMM, "wgrad syncs", (Pass.WGRAD,)
+    requirements = (
+        Requirement("leave to sync", lambda p: p.host_sync, lambda p: "host_sync=False", "None.", (Pass.WGRAD,)),
+    )
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path / "cache"))
+    profile.forget()
+    yield tmp_path / "cache"
+    profile.forget()
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Measures a call on some backends: each plan takes 1, 2, 3, ... microseconds, half of that captured."""
+
+    def run(asked: CallSpec, *classes: type[emulated.Backend]) -> tuple[dict[Call, Times], dict[str, str]]:
+        instances = {backend.kind: backend() for backend in classes}
+        monkeypatch.setattr(backends, "_instances", instances)
+
+        def timer(factor: float) -> Callable[..., dict[str, float]]:
+            def times(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
+                for call in calls.values():
+                    call()
+                return {plan: factor * (i + 1) for i, plan in enumerate(calls)}
+
+            return times
+
+        return measure(asked, 60, CPU, list(map(Candidate, instances.values())), timer(1.0), timer(0.5))
+
+    return run
+
+
+def spec(recipe: Recipe = Recipe.FP8_BLOCKWISE, **facts: Any) -> CallSpec:
+    return CallSpec(CPU, 3, 32, 48, RowClass.SMALL, recipe, **{"passes": TRAINING} | facts)
+
+
+FORWARD = Call("fp8_blockwise", "small", False, False, 3, 32, 48)
+STEP = FORWARD._replace(training=True)
+
+
+# Measuring
+
+
+def test_forward_and_step_are_measured_on_every_plan_that_runs_them(measured):
+    found, failed = measured(spec(), First, Rival, ForwardOnly)
+    assert not failed and set(found) == {FORWARD, STEP}
+    assert list(found[FORWARD].eager) == ["triton", "torch", "deepgemm"], "that of the other wgrad is the same"
+    assert found[STEP].eager == {"triton": 1.0, "deepgemm": 2.0, "deepgemm, wgrad triton": 3.0}
+    assert found[STEP].captured == {"triton": 0.5, "deepgemm": 1.0, "deepgemm, wgrad triton": 1.5}
+    assert found[STEP].num_rows == 60
+
+
+def test_a_call_without_gradients_is_measured_without(measured):
+    found, _ = measured(spec(passes=TRAINING[:1]), First)
+    assert set(found) == {FORWARD}
+
+
+def test_a_call_with_some_gradients_makes_these_only(measured):
+    class NoWgrad(First):
+        def _wgrad(self, *args: Any) -> torch.Tensor:
+            pytest.fail("wgrad of weights that need no gradient")
+
+    found, failed = measured(spec(passes=TRAINING[:2]), NoWgrad)
+    assert not failed and found[STEP].eager == {"triton": 1.0}
+
+
+def test_what_syncs_with_the_host_is_not_captured(measured):
+    found, failed = measured(spec(), First, Syncs)
+    assert not failed
+    assert set(found[STEP].eager) == {"triton", "deepgemm", "deepgemm, wgrad triton"}
+    assert set(found[STEP].captured) == {"triton", "deepgemm, wgrad triton"}
+    assert "deepgemm" in found[FORWARD].captured
+
+
+def test_a_plan_that_fails_is_kept_as_failed_with_its_reason(measured):
+    found, failed = measured(spec(), First, Broken)
+    assert found[STEP].eager == {"triton": 1.0, "torch": math.inf}
+    assert failed == {"torch": "RuntimeError: no kernel for this"}
+
+
+def test_a_plan_that_fails_while_it_is_timed_does_not_stop_the_others(measured, monkeypatch):
+    class FailsLater(Broken):
+        calls = 0
+
+        def grouped_mm(self, *args: Any, **options: Any) -> torch.Tensor:
+            self.calls += 1
+            if self.calls > 1:
+                raise RuntimeError("later")
+            return emulated.Backend.grouped_mm(self, *args, **options)
+
+    found, failed = measured(spec(passes=TRAINING[:1]), First, FailsLater)
+    assert found[FORWARD].eager == {"triton": 1.0, "torch": math.inf}
+    assert failed == {"torch": "RuntimeError: later"}
+
+
+def test_a_call_knows_what_was_measured(measured):
+    found, _ = measured(spec(Recipe.FP8_ROWWISE_POW2, group_alignment=256), First)
+    assert Call("fp8_rowwise", "small", True, True, 3, 32, 48) in found
+
+
+@pytest.mark.parametrize("rows, groups, alignment", ((60, 3, 1), (1000, 7, 128), (5, 8, 1), (0, 2, 1), (100, 1, 128)))
+def test_uneven_ends_are_ends(rows, groups, alignment):
+    ends = uneven_ends(rows, groups, alignment, CPU)
+    assert ends.dtype == torch.int32 and ends.shape == (groups,)
+    assert (ends.diff() >= 0).all() and ends[0] >= 0 and ends[-1] <= rows
+    assert (ends % alignment == 0).all()
+
+
+# The file
+
+TIMES = Times(8192, {"triton": 2.0, "deepgemm": 1.0, "torch": math.inf}, {"triton": 1.5}, "2026-11-26")
+
+
+def known(machine: Machine = H200) -> dict[Call, Times]:
+    return dict(profile.known(machine).times)
+
+
+def test_without_a_file_nothing_is_known():
+    assert known() == {}
+
+
+def test_what_was_measured_serves_this_process_and_later_ones():
+    profile.store(H200, {STEP: TIMES})
+    assert known() == {STEP: TIMES}
+    profile.forget()
+    assert known() == {STEP: TIMES}
+    assert profile.known(H200).is_exact
+
+
+def test_what_another_process_was_faster_to_measure_is_used():
+    theirs = TIMES._replace(num_rows=4096)
+    profile.store(H200, {STEP: theirs})
+    profile._section._known = {name: {} for name in profile._section._known}  # this process had looked before
+    profile.store(H200, {STEP: TIMES, FORWARD: TIMES})
+    assert known() == {STEP: theirs, FORWARD: TIMES}
+    profile.forget()
+    assert known() == {STEP: theirs, FORWARD: TIMES}
+
+
+@pytest.mark.parametrize(
+    "machine",
+    (
+        dataclasses.replace(H200, name="NVIDIA H100"),
+        dataclasses.replace(H200, versions=(("torch", "2.13.0"), ("triton", "3.6.0"))),
+        dataclasses.replace(H200, versions=(*H200.versions, ("deep_gemm", "0.1.5"))),
+    ),
+    ids=("gpu", "torch", "deep_gemm"),
+)
+def test_another_machine_knows_nothing_of_it(machine):
+    profile.store(H200, {STEP: TIMES})
+    assert known(machine) == {}
+    profile.store(machine, {STEP: TIMES})
+    assert known() == {STEP: TIMES}, "nor does it lose what is another's"
+
+
+def test_its_own_measurements_come_first_where_they_are_wanted():
+    profile.store(H200, {STEP: TIMES})
+    own, *shipped = profile.profiles(H200, tunes=True)
+    assert own.times == {STEP: TIMES}
+    assert list(profile.profiles(H200, tunes=False)) == shipped == [profile.shipped("NVIDIA H200")]
+    assert profile.profiles(Machine("cpu", "cpu", "cpu"), tunes=True) == ()
+
+
+def test_another_gpu_has_no_shipped_profile():
+    assert profile.shipped("NVIDIA H200 NVL") is None
+    assert profile.shipped("AMD Instinct MI300X") is None
+
+
+def damaged(**changes: object) -> str:
+    """A file with one entry that has been changed; None takes a name out of it."""
+    profile.store(H200, {STEP: TIMES})
+    content = json.loads(store.path().read_text())
+    content["profiles"][0].update(changes)
+    content["profiles"] = [{name: value for name, value in content["profiles"][0].items() if value is not None}]
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        lambda: "",
+        lambda: "{}",
+        lambda: '{"schema": 1, "profiles": []}',
+        lambda: '{"schema": 2, "profiles": [{}]}',
+        lambda: '{"schema": 2, "profiles": [3]}',
+        lambda: '{"schema": 2, "profiles": 3}',
+        lambda: damaged(k="4096"),
+        lambda: damaged(whole_blocks="no"),
+        lambda: damaged(training=1),
+        lambda: damaged(setting=None),
+        lambda: damaged(eager={"mill": 1.0}),
+        lambda: damaged(eager={"triton": math.nan}),
+        lambda: damaged(captured={"triton": -1.0}),
+        lambda: damaged(eager={"triton": 10**400}),
+        lambda: damaged(n=0),
+        lambda: damaged(k=True),
+        lambda: damaged(num_rows=10**30),
+    ),
+    ids=range(17),
+)
+def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(folder, text):
+    folder.mkdir()
+    content = text()
+    store.path().write_text(content)
+    profile.forget()
+    with pytest.warns(UserWarning, match="The file is ignored"):
+        assert known() == {}
+    profile.store(H200, {STEP: TIMES})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        profile.forget()
+        assert known() == {STEP: TIMES}
+
+
+# The profiles that are shipped
+
+
+@pytest.mark.parametrize("gpu", ("NVIDIA H100 80GB HBM3", "NVIDIA H200"))
+def test_a_shipped_profile_is_whole(gpu):
+    found = profile.shipped(gpu)
+    kinds = {call[:4] for call in found.times}
+    large = {(recipe, "large", whole) for recipe in ("none", "fp8_rowwise", "fp8_blockwise") for whole in (False, True)}
+    few = {(recipe, rows, False) for recipe in ("none", "fp8_rowwise", "fp8_blockwise") for rows in ("small", "decode")}
+    assert kinds == {(*kind, training) for kind in large | few for training in (False, True)}
+    for call, times in found.times.items():
+        assert times.num_rows >= call.num_groups
+        for clock in (times.eager, times.captured):
+            assert math.isfinite(clock["triton"]), "the first in the order"
