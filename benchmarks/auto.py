@@ -63,6 +63,9 @@ def measure(shape: str, kind: str, name: str) -> None:
     dy = torch.randn(num_rows, n, device=DEVICE, dtype=dtype)
     if kind == "tiny":
         offs = torch.arange(1, num_groups + 1, device=DEVICE).mul(num_rows).div(num_groups).int()
+    elif kind == "ragged":  # any sizes, up to about twice the average, as a router makes them
+        shares = torch.rand(num_groups, generator=torch.Generator().manual_seed(0)).cumsum(0)
+        offs = (shares / shares[-1] * num_rows).int().to(DEVICE)
     else:
         offs = ends_of(num_rows, num_groups, kind)
     options = {"recipe": recipe, "group_alignment": 128 if kind == "balanced" else 1}

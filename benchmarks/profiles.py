@@ -40,7 +40,7 @@ PROFILED = SHAPES | {
     "little": (8192, 16, 1024, 1024),  # where the host takes longer than the device
 }
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)  # which several backends run
-ROWS = {RowClass.SMALL: 128, RowClass.DECODE: 8}  # of a group
+ROWS = {RowClass.SMALL: 128, RowClass.DECODE: 2}  # of a group
 # Row class and guaranteed alignment.
 SETTINGS = ((RowClass.LARGE, 1), (RowClass.LARGE, 128), (RowClass.SMALL, 1), (RowClass.DECODE, 1))
 
@@ -75,6 +75,8 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="*", choices=list(PROFILED), default=list(PROFILED))
     names = [recipe.value for recipe in RECIPES]
     parser.add_argument("--recipes", nargs="*", choices=names, default=names)
+    parser.add_argument("--rows", nargs="*", choices=[rows.value for rows in RowClass], help="only these row classes")
+    parser.add_argument("--alignments", nargs="*", type=int, default=[1, 128], help="only these guaranteed alignments")
     parser.add_argument("--compile", action="store_true", help="only compile the kernels; measure nothing")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="also write the profile to this folder")
     args = parser.parse_args()
@@ -84,8 +86,10 @@ def main() -> int:
     machine, begin = machine_of(DEVICE), time.time()
     setting = {"gpu": machine.name, **dict(machine.versions)}
     entries: list[dict[str, Any]] = []
-    for shape, recipe, rows in itertools.product(args.shapes, map(Recipe.parse, args.recipes), SETTINGS):
-        found = profile(shape, recipe, *rows, compile_only=args.compile)
+    for shape, recipe, (rows, alignment) in itertools.product(args.shapes, map(Recipe.parse, args.recipes), SETTINGS):
+        if alignment not in args.alignments or (args.rows and rows.value not in args.rows):
+            continue
+        found = profile(shape, recipe, rows, alignment, compile_only=args.compile)
         entries += [{"setting": setting, **entry} for entry in found]
         torch.cuda.empty_cache()
         if args.write and not args.compile:  # as far as it has come

@@ -107,7 +107,10 @@ def _timed(calls: dict[str, Callable[[], Any]], timer: Timer, failures: dict[str
 
 
 def uneven_ends(num_rows: int, num_groups: int, alignment: int, device: torch.device) -> Tensor:
-    """End rows (E,) int32 of groups of half to one and a half of the average, in multiples of ``alignment``."""
-    parts = [(e + 1) / num_groups for e in range(num_groups)]
-    ends = [round(num_rows * (part + part * part) / 2) // alignment * alignment for part in parts]
-    return torch.tensor(ends, dtype=torch.int32, device=device)
+    """End rows (E,) int32, multiples of ``alignment``, of groups of half to one and a half of the average size.
+
+    Large and small groups come in a random order, which is the same each time.
+    """
+    shares = 0.5 + torch.randperm(num_groups, generator=torch.Generator().manual_seed(0)) / num_groups
+    ends = shares.cumsum(0) * (num_rows / float(shares.sum()))
+    return (ends.round().int() // alignment * alignment).clamp_(max=num_rows).to(device)

@@ -38,7 +38,7 @@ from grouped_gemm.selection.rules import Decision, able_plans, decide
 
 # Rows of a group: the fewest of each class; and for times, what is usual. The latter of LARGE depend on E.
 _FEWEST = {RowClass.DECODE: 1, RowClass.SMALL: 17, RowClass.LARGE: 257}
-_USUAL = {RowClass.DECODE: 8, RowClass.SMALL: 128}
+_USUAL = {RowClass.DECODE: 2, RowClass.SMALL: 128}
 
 
 @dataclass(frozen=True)
