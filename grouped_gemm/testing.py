@@ -337,9 +337,10 @@ def rounding_tolerance(dtype: torch.dtype, case: Case | None = None, device: tor
 
 
 def sums_coarsely(case: Case, device: torch.device) -> bool:
-    """Whether tensor cores sum up with 13 bits only: products of fp8, on Ada and Hopper, which widen MX operands."""
-    in_fp8 = case.recipe.is_scaled and case.recipe is not Recipe.MXFP8
-    return in_fp8 and case.backend is not BackendKind.EMULATED and machine_of(device).arch in ("sm_89", "sm_90")
+    """Whether tensor cores add with 13 bits of mantissa only: fp8 on Ada and Hopper, where MX operands are widened."""
+    traits = machine_of(device).traits
+    in_fp8 = case.recipe.is_scaled and (case.recipe is not Recipe.MXFP8 or traits.mx)
+    return in_fp8 and case.backend is not BackendKind.EMULATED and traits.sums_fp8_coarsely
 
 
 def quantization_tolerance(recipe: Recipe, dtype: torch.dtype) -> float:

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -25,7 +26,8 @@ from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
 from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
 from grouped_gemm.backends.torch_native import quantize_mx as torch_native_quantize_mx
 from grouped_gemm.core.call_spec import RowClass
-from grouped_gemm.kernels.common import hopper, launch
+from grouped_gemm.core.machine import ARCHS
+from grouped_gemm.kernels.common import hopper
 from grouped_gemm.kernels.gemm import k_grouped, k_grouped_hopper, m_grouped, m_grouped_hopper, tiles
 from grouped_gemm.kernels.gemm.tiles import Tile
 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
@@ -33,7 +35,6 @@ from grouped_gemm.kernels.quantize import mx as quantize_mx
 from grouped_gemm.kernels.quantize import packed_bf16
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_TMA = ("sm_90", "sm_100")
 # Arguments that the host specializes: pointers and strides are multiples of 16.
 _PLAIN = (
     "M",
@@ -73,7 +74,12 @@ def compile_kernel(
 
 
 def dtype_of(kind: str, arch: str) -> str:
-    return {"16 bit": "bf16", "32 bit": "fp32"}.get(kind, "fp8e4b8" if arch == "gfx942" else "fp8e4nv")
+    fp8 = "fp8e4b8" if ARCHS[arch].fp8 is torch.float8_e4m3fnuz else "fp8e4nv"
+    return {"16 bit": "bf16", "32 bit": "fp32"}.get(kind, fp8)
+
+
+def limit_of(arch: str) -> float:
+    return torch.finfo(ARCHS[arch].fp8).max
 
 
 def scale_types(kind: str) -> dict[str, str]:
@@ -81,7 +87,7 @@ def scale_types(kind: str) -> dict[str, str]:
 
 
 def compile_gemm(arch: str, kind: str, tile: Tile, c_contiguous: bool = True) -> Any:
-    tma, dtype = arch in _TMA, dtype_of(kind, arch)
+    tma, dtype = ARCHS[arch].tma, dtype_of(kind, arch)
     sides = (tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)
     types = {"offs": "*i32", "out": "*bf16"} | scale_types(kind)
     types["lhs"] = f"tensordesc<{dtype}[{tile.rows}, {tile.depth}]>" if tma else f"*{dtype}"
@@ -97,7 +103,7 @@ def compile_gemm(arch: str, kind: str, tile: Tile, c_contiguous: bool = True) ->
 
 
 def compile_wgrad(arch: str, kind: str, tile: Tile) -> Any:
-    tma, dtype = arch in _TMA, dtype_of(kind, arch)
+    tma, dtype = ARCHS[arch].tma, dtype_of(kind, arch)
     types = {"offs": "*i32", "out": "*bf16"} | scale_types(kind)
     for name, side in (("lhs", tile.rows), ("rhs", tile.columns)):
         box = f"1, 1, {tile.depth}, {side}" if kind.endswith("bit") else f"{side}, {tile.depth}"
@@ -120,7 +126,7 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("row_scales", "column_scales", "line_scales", "scales"), "*fp32")
     types |= dict.fromkeys(("offs", "blocks", "row_amax", "line_amax", "column_amax"), "*i32")
     nvidia = arch.startswith("sm")
-    numbers = {"LIMIT": 240.0 if arch == "gfx942" else 448.0, "POWER_OF_TWO": False, "NVIDIA": nvidia}
+    numbers = {"LIMIT": limit_of(arch), "POWER_OF_TWO": False, "NVIDIA": nvidia}
     tile = {"BLOCK": 128, "BAND": 8}
     activations = numbers | tile | {"ROWS": True, "COLUMNS": True, "SCALE_ALIGNMENT": 4}
     weights = numbers | tile | {"STRAIGHT": True, "TRANSPOSED": True}
@@ -132,7 +138,7 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
         return compile_kernel(kernel, arch, types, constants, num_warps=warps)
 
     packed = {}
-    if nvidia:
+    if ARCHS[arch].packed_max:
         blockwise = activations | no_amax | {"ROWWISE": False}
         packed = {
             "amax packed": build(packed_bf16._amax, tile, 4),
@@ -251,7 +257,7 @@ def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
 
 
 def compile_mx_quantizers(arch: str) -> dict[str, Any]:
-    fp8, limit = f"*{dtype_of('mx', arch)}", 240.0 if arch == "gfx942" else 448.0
+    fp8, limit = f"*{dtype_of('mx', arch)}", limit_of(arch)
     types = dict.fromkeys(("x", "w"), "*bf16") | {"offs": "*i32"}
     types |= dict.fromkeys(("by_row", "by_column", "straight", "transposed"), fp8)
     types |= dict.fromkeys(("row_scales", "column_scales", "straight_scales", "transposed_scales"), "*i32")
@@ -273,7 +279,7 @@ def compile_mx_quantizers(arch: str) -> dict[str, Any]:
 
 def compile_hipblaslt_quantizers(arch: str) -> dict[str, Any]:
     """Those of activations rowwise, and of MX operands; rowwise weights are quantized as for our own kernels."""
-    fp8, limit = f"*{dtype_of('rowwise', arch)}", 240.0 if arch == "gfx942" else 448.0
+    fp8, limit = f"*{dtype_of('rowwise', arch)}", limit_of(arch)
     types = dict.fromkeys(("x", "w"), "*bf16") | dict.fromkeys(("offs", "blocks", "row_amax", "column_amax"), "*i32")
     types |= dict.fromkeys(("by_row", "by_column", "straight", "transposed"), fp8)
     scales = ("row_scales", "column_scales", "straight_scales", "transposed_scales")
@@ -316,8 +322,8 @@ def stack_bytes(compiled: Any) -> int:
 
 def main(arch: str) -> None:
     vendor = "amd" if arch.startswith("gfx") else "nvidia"
-    has_fp8 = arch != "sm_80"
-    mx = "mx" if arch in launch.MX_ARCHS else "mx upcast"
+    has_fp8 = ARCHS[arch].fp8 is not None
+    mx = "mx" if ARCHS[arch].mx else "mx upcast"
     kinds = ("16 bit", "rowwise", "blockwise", mx) if has_fp8 else ("16 bit",)
     for kind in kinds:
         for tile in {tiles.gemm_tile(vendor, arch, kind, row_class) for row_class in RowClass}:
@@ -336,7 +342,7 @@ def main(arch: str) -> None:
     quantizers |= compile_hipblaslt_quantizers(arch) if vendor == "amd" else {}
     for name, compiled in quantizers.items():
         print(json.dumps(facts_of(f"quantize {name}", compiled)), flush=True)
-    for name, compiled in compile_hopper().items() if arch == "sm_90" else ():
+    for name, compiled in compile_hopper().items() if ARCHS[arch].kernels == "hopper" else ():
         print(json.dumps(facts_of(name, compiled)), flush=True)
 
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 from packaging.version import Version
 
-from grouped_gemm import Machine
+from grouped_gemm import BackendKind, CallSpec, Machine, Recipe
+from grouped_gemm.backends import get_backend
 from grouped_gemm.core import machine as machine_module
+from grouped_gemm.core.call_spec import RowClass
+from grouped_gemm.core.machine import ARCHS, GPU_ARCHS, ArchTraits
 
 
 @pytest.mark.parametrize(
@@ -27,6 +30,25 @@ from grouped_gemm.core import machine as machine_module
 )
 def test_the_architecture_decides_the_fp8_type(arch, dtype):
     assert Machine("any", arch, "any").fp8_dtype is dtype
+
+
+def test_an_unknown_architecture_has_no_features_of_a_known_one():
+    unknown = Machine("nvidia", "sm_91", "any")
+    assert unknown.traits == ArchTraits(shared_memory=0, fp8=None)
+    assert unknown.fp8_dtype is torch.float8_e4m3fn  # plain torch converts to it on any device
+
+
+def test_the_triton_backend_runs_on_every_gpu_of_the_table_and_on_no_other():
+    triton = get_backend(BackendKind.TRITON)
+    versions = (("triton", "3.6.0"),)
+    for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE):
+        runs = set()
+        for arch in (*GPU_ARCHS, "sm_91", "gfx90a"):
+            machine = Machine("nvidia" if arch.startswith("sm") else "amd", arch, "any", versions)
+            spec = CallSpec(machine, 8, 256, 256, RowClass.LARGE, recipe)
+            if all(requirement.holds(spec) for requirement in triton.requirements):
+                runs.add(arch)
+        assert runs == {arch for arch in GPU_ARCHS if ARCHS[arch].fp8 or not recipe.is_scaled}
 
 
 @pytest.mark.parametrize(

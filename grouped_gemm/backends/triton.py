@@ -28,15 +28,13 @@ from grouped_gemm.backends.base import (
 )
 from grouped_gemm.core.call_spec import CallSpec
 from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.machine import ARCHS, GPU_ARCHS
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize import layouts
 from grouped_gemm.kernels.quantize.layouts import Operands
 
-_NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121")
-_AMD = ("gfx942", "gfx950")
-_FP8_ARCHS = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "sm_121", *_AMD)  # Triton converts to fp8 from sm_89 on
 _ROWS = "triton rows"
 _COLUMNS = "triton columns"
 _WEIGHTS = "triton weights"
@@ -70,10 +68,12 @@ class Backend(_GroupedMMBackend):
             found=lambda p: "TRITON_INTERPRET=1",
             fix="Unset it when the process starts.",
         ),
-        _requires_gpu_in((*_NVIDIA, *_AMD), "", lambda p: True),
+        _requires_gpu_in(GPU_ARCHS, "", lambda p: True),
         requires_triton(),
         requires_recipe(Recipe),
-        _requires_gpu_in(_FP8_ARCHS, " for fp8", lambda p: p.recipe.is_scaled),
+        _requires_gpu_in(
+            tuple(arch for arch in GPU_ARCHS if ARCHS[arch].fp8), " for fp8", lambda p: p.recipe.is_scaled
+        ),
         requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
     )
 

@@ -1,7 +1,7 @@
-"""What the machine is: vendor, exact architecture, versions. The package's only probe of hardware.
+"""What the machine is: vendor, exact architecture and its traits, versions. The package's only probe of hardware.
 
-Everything that depends on the machine reads a `Machine`, a plain value, so that a test can stand on
-a machine that it does not have.
+Everything that depends on the machine reads a `Machine`, a plain value, so that a test can describe
+a machine that it does not have. To support a new GPU, add an entry to `ARCHS` and its tiles to `kernels.gemm.tiles`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,50 @@ _DISTRIBUTIONS = {
 
 
 @dataclass(frozen=True)
+class ArchTraits:
+    """What this package's own kernels need to know about an architecture. What a vendor library supports is declared
+    by that library's backend.
+
+    Attributes:
+        shared_memory: KiB of shared memory that one program can use.
+        fp8: the e4m3 type that Triton converts to and multiplies; None: there is none.
+        sums_fp8_coarsely: whether the tensor cores add fp8 products with 13 bits of mantissa.
+        tma: whether the copy engine (TMA) reads tiles through descriptors.
+        mx: whether the matrix cores multiply MX operands. If not, our kernels widen them to bfloat16.
+        packed_max: whether there is ``max.u16x2``, which compares two 16-bit values at once.
+        kernels: "hopper" for the kernels written for Hopper where they can run; "portable" for the others.
+    """
+
+    shared_memory: int
+    fp8: torch.dtype | None = torch.float8_e4m3fn
+    sums_fp8_coarsely: bool = False
+    tma: bool = False
+    mx: bool = False
+    packed_max: bool = False
+    kernels: str = "portable"
+
+
+# Every architecture that the Triton backend runs on. "cpu" is Triton's interpreter, which has descriptors, too.
+# Matrix cores for MX are used where `tl.dot_scaled` works: before Triton 3.8 it neither compiles for gfx942 nor runs
+# interpreted, and on sm_121 Triton 3.6 would widen the operands in more shared memory than there is.
+ARCHS: dict[str, ArchTraits] = {
+    "sm_80": ArchTraits(163, fp8=None),
+    "sm_86": ArchTraits(99, fp8=None),
+    "sm_89": ArchTraits(99, sums_fp8_coarsely=True),
+    "sm_90": ArchTraits(227, sums_fp8_coarsely=True, tma=True, packed_max=True, kernels="hopper"),
+    "sm_100": ArchTraits(227, tma=True, mx=True, packed_max=True),
+    "sm_103": ArchTraits(227, tma=True, mx=True, packed_max=True),
+    "sm_120": ArchTraits(99, tma=True, mx=True, packed_max=True),
+    "sm_121": ArchTraits(99, tma=True, packed_max=True),
+    "gfx942": ArchTraits(64, fp8=torch.float8_e4m3fnuz),
+    "gfx950": ArchTraits(160, mx=True),
+    "cpu": ArchTraits(0, tma=True),
+}
+GPU_ARCHS = tuple(arch for arch in ARCHS if arch != "cpu")
+_UNKNOWN = ArchTraits(0, fp8=None)
+
+
+@dataclass(frozen=True)
 class Machine:
     """One device and the software around it.
 
@@ -53,9 +97,17 @@ class Machine:
         return self.vendor in ("nvidia", "amd")
 
     @property
+    def traits(self) -> ArchTraits:
+        """What `ARCHS` says about the architecture. One that it does not list has none of the features."""
+        return ARCHS.get(self.arch, _UNKNOWN)
+
+    @property
     def fp8_dtype(self) -> torch.dtype:
-        """The e4m3 type of this architecture: gfx942 has e4m3fnuz (largest value 240), the rest e4m3fn (448)."""
-        return torch.float8_e4m3fnuz if self.arch == "gfx942" else torch.float8_e4m3fn
+        """The e4m3 type of fp8 operands: that of the architecture, else e4m3fn, which plain torch converts to anywhere.
+
+        The largest value of e4m3fnuz is 240, that of e4m3fn is 448.
+        """
+        return self.traits.fp8 or torch.float8_e4m3fn
 
     def version(self, package: str) -> Version | None:
         """The installed version of ``package``, or None."""

@@ -17,18 +17,10 @@ from triton.runtime import driver
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.recipes import Recipe
 
-# Architectures whose copy engine (TMA) reads tiles through descriptors. The interpreter knows descriptors, too.
-_TMA_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121", "cpu")
-
-# Architectures whose matrix cores take MX operands as they are. Elsewhere our kernels widen them: `tl.dot_scaled` would
-# as well, but before Triton 3.8 neither compiles for gfx942 nor runs interpreted, and on sm_121 Triton 3.6 would widen
-# them in more shared memory than there is.
-MX_ARCHS = ("sm_100", "sm_103", "sm_120", "gfx950")
-
 
 def can_use_tma(*operands: Tensor) -> bool:
     """Whether TMA can read every operand: contiguous along its last axis, start and other strides 16-byte aligned."""
-    return machine_of(operands[0].device).arch in _TMA_ARCHS and all(map(_is_tma_aligned, operands))
+    return machine_of(operands[0].device).traits.tma and all(map(_is_tma_aligned, operands))
 
 
 def _is_tma_aligned(x: Tensor) -> bool:
@@ -40,7 +32,7 @@ def _is_tma_aligned(x: Tensor) -> bool:
 def kind_of(lhs: Tensor, recipe: Recipe) -> str:
     """The kind of operands that `tiles` and the kernels know."""
     if recipe is Recipe.MXFP8:
-        return "mx" if machine_of(lhs.device).arch in MX_ARCHS else "mx upcast"
+        return "mx" if machine_of(lhs.device).traits.mx else "mx upcast"
     if recipe.is_scaled:
         return "rowwise" if recipe.block is None else "blockwise"
     return "32 bit" if lhs.element_size() == 4 else "16 bit"

@@ -162,7 +162,7 @@ def _product(
     machine = machine_of(lhs.device)
     kind = kind_of(lhs, recipe)
     tma = can_use_tma(lhs, rhs) and not is_far
-    if tma and machine.arch == "sm_90":
+    if tma and machine.traits.kernels == "hopper":
         from grouped_gemm.kernels.gemm import k_grouped_hopper
 
         if k_grouped_hopper.can_run(lhs, rhs, kind):

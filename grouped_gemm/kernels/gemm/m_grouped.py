@@ -169,7 +169,7 @@ def _product(
     kind = kind_of(lhs_MC, recipe)
     c_contiguous = rhs_ECO.stride(1) == 1
     tma = can_use_tma(lhs_MC, rhs_ECO.transpose(1, 2) if c_contiguous else rhs_ECO)
-    if tma and machine.arch == "sm_90":
+    if tma and machine.traits.kernels == "hopper":
         from grouped_gemm.kernels.gemm import m_grouped_hopper
 
         if m_grouped_hopper.can_run(lhs_MC, rhs_ECO, out_dtype, kind, rows):

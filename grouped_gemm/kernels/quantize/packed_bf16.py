@@ -19,14 +19,12 @@ from grouped_gemm.core.machine import machine_of
 from grouped_gemm.kernels.common.groups import tile_position
 from grouped_gemm.kernels.common.scaling import four_to_fp8, inverse_of, scale_of
 
-_ARCHS = ("sm_90", "sm_100", "sm_103", "sm_120", "sm_121")  # max.u16x2
-
 
 def can_run(x_MD: Tensor) -> bool:
     """Whether these kernels read ``x_MD``: bfloat16, eight values at a time."""
     return (
         x_MD.dtype == torch.bfloat16
-        and machine_of(x_MD.device).arch in _ARCHS
+        and machine_of(x_MD.device).traits.packed_max
         and x_MD.shape[1] % 8 == 0
         and x_MD.stride(0) % 8 == 0
         and x_MD.data_ptr() % 16 == 0
