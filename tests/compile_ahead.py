@@ -111,7 +111,6 @@ def compile_wgrad(arch: str, kind: str, tile: Tile) -> Any:
     constants = {
         "KIND": kind, "TMA": tma, "TOKEN_BLOCK": 128, "E_AT_ONCE": 256,
         "BLOCK_P": tile.rows, "BLOCK_Q": tile.columns, "BLOCK_T": tile.depth, "BAND": tile.band,
-        "ACCUMULATE": False,
     }  # fmt: skip
     if kind.endswith("bit"):
         constants |= {"lhs_scale": None, "rhs_scale": None}
@@ -237,7 +236,7 @@ def compile_gemm_hopper(kind: str, tile: Any, c_contiguous: bool, whole: bool) -
 
 
 def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
-    """``whole``: tiles leave through shared memory, bf16; else they are added to fp32."""
+    """``whole``: tiles leave through shared memory, bf16; else masked, fp32."""
     lhs, rhs = descriptor("fp8e4nv", 64, 128), descriptor("fp8e4nv", tile.columns, 128)
     if kind == "16 bit":
         lhs, rhs = ragged_descriptor(tile.depth, 64), ragged_descriptor(tile.depth, tile.columns)
@@ -249,7 +248,7 @@ def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
     constants |= {"lhs_scale": None, "rhs_scale": None} if kind == "16 bit" else {}
     constants |= {} if kind == "blockwise" else {"lhs_scale_desc": None, "rhs_scale_desc": None}
     constants |= {
-        "KIND": kind, "ACCUMULATE": not whole, "CONSUMERS": tile.consumers,
+        "KIND": kind, "CONSUMERS": tile.consumers,
         "BLOCK_Q": tile.columns, "BLOCK_T": tile.depth, "STAGES": tile.stages, "BAND": tile.band,
         "REGISTERS": tile.registers, "num_warps": 4,
     }  # fmt: skip

@@ -5,13 +5,12 @@ M, E, K, N: rows, groups, in and out features. D: K or N. T: tokens in blocks of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from grouped_gemm import Pass, Recipe, reference, testing
+from grouped_gemm import Recipe, reference
 from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan
 from grouped_gemm.core.machine import machine_of
@@ -118,43 +117,6 @@ def check_weights(b: Tensor, recipe: Recipe) -> None:
     for one, operand, what in zip(alone, both, ("forward", "dgrad")):
         assert_same(one.data, operand.data, f"data for {what} alone")
         assert_same(one.scale, operand.scale, f"scales for {what} alone")
-
-
-def check_accumulation(a: Tensor, dy: Tensor, offs: Tensor, recipe: Recipe, bound: float) -> None:
-    """``accumulate_into`` of wgrad adds the product, and nothing at all for an empty group.
-
-    Args:
-        a: (M, K).
-        dy: (M, N).
-        offs: (E,) int32.
-        recipe: any.
-        bound: how far a row of the product, which is what is added to zeros, may be from `testing.expected`.
-    """
-    from grouped_gemm.kernels.gemm import k_grouped
-
-    ends = reference.group_ends(offs, len(a))
-    plan = BACKEND.plan(offs, len(a))
-    (_, lhs), (_, rhs) = (BACKEND.quantize_activations(x, plan, recipe, rows=False, columns=True) for x in (a, dy))
-
-    def added_to(gradient: Tensor) -> Tensor:
-        result = k_grouped.wgrad(
-            lhs.data, lhs.scale, rhs.data, rhs.scale, offs, len(a), recipe, torch.float32, accumulate_into=gradient
-        )
-        assert result is gradient
-        return result
-
-    old = torch.randn(len(offs), a.shape[1], dy.shape[1], device=a.device)
-    product = added_to(torch.zeros_like(old))
-    found = added_to(old.clone())
-    # Rowwise, the last multiplication and the addition may be one operation, which rounds once and not twice.
-    error = ((found - (old + product)).abs() / (old.abs() + product.abs())).nan_to_num(torch.inf).max().item()
-    assert error <= 2.0**-22, f"what is added is not the product: off by 2^{math.log2(error):.1f}"
-    for e, group in enumerate(reference.group_slices(ends)):
-        if group.start == group.stop:
-            assert_same_bits(found[e], old[e], f"the gradient of group {e}, which is empty")
-    operands = testing.Inputs(a=a, b=old, bias=None, offs=offs, dy=dy, ends=ends)
-    error = testing.worst_row_error(product, testing.expected(Pass.WGRAD, operands, recipe))
-    assert error <= bound, f"the product is off by {error:.3g}, of which {bound:.3g} is allowed"
 
 
 def _by_block(scale: Tensor, blocks: int) -> Tensor:

@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial, partialmethod
+from functools import partialmethod
 from typing import Any
 
 import pytest
 import torch
-from kernel_checks import assert_same_bits, check_accumulation
+from kernel_checks import assert_same_bits
 from large import (
     K1000,
     RAGGED,
@@ -87,13 +87,9 @@ def compiled(request, device):
         about = map(of_a_common_shape, cases_of([item for item in items if name in item.originalname]))
         return [product for case in dict.fromkeys(about) for product in passes[case].products()]
 
-    def accumulations(name: str) -> list[Callable[[], object]]:
-        about = cases_of([item for item in items if name in item.originalname])
-        return [partial(accumulate, case, passes[of_a_common_shape(case)].inputs, device) for case in about]
-
-    compile_at_once([*jobs("test_"), *accumulations("test_wgrad_adds")])
+    compile_at_once(jobs("test_"))
     with plain_kernels():
-        compile_at_once([*jobs("test_a_kernel_for_hopper"), *accumulations("test_the_plain_wgrad_adds")])
+        compile_at_once(jobs("test_a_kernel_for_hopper"))
     torch.cuda.synchronize()
 
 
@@ -276,22 +272,3 @@ def test_offs_of_any_values_are_those_moved_inside(case, ends, device):
     assert torch.count_nonzero(found.y[inside[-1] :]) == torch.count_nonzero(found.da[inside[-1] :]) == 0
     for e, group in enumerate(reference.group_slices(inside)):
         assert group.start < group.stop or torch.count_nonzero(found.db[e]) == 0, f"wgrad of group {e}, which is empty"
-
-
-# A gradient that wgrad's product is added to.
-
-
-def accumulate(case: Case, inputs: Inputs, device: torch.device) -> None:
-    check_accumulation(inputs.a, inputs.dy, inputs.offs, case.recipe, tolerance(torch.float32, case, device))
-
-
-@training()
-def test_wgrad_adds_to_a_gradient(case, device):
-    accumulate(case, make_inputs(case, device), device)
-
-
-@training(recipes=(ROWWISE, BLOCKWISE))
-def test_the_plain_wgrad_adds_to_a_gradient(case, device):
-    needs_hopper(device)
-    with plain_kernels():
-        accumulate(case, make_inputs(case, device), device)

@@ -46,7 +46,6 @@ def wgrad(
     num_rows: int,
     recipe: Recipe,
     out_dtype: torch.dtype,
-    accumulate_into: Tensor | None = None,
 ) -> Tensor:
     """Per group, the transpose of its rows of ``lhs`` times its rows of ``rhs``, with fp32 accumulation.
 
@@ -59,34 +58,23 @@ def wgrad(
         num_rows: M.
         recipe: any.
         out_dtype: bfloat16, float16 or float32.
-        accumulate_into: (E, P, Q) float32, contiguous, to which the product is added: a gradient over many steps.
 
     Returns:
-        (E, P, Q), contiguous; exactly zero for an empty group. Or ``accumulate_into``.
-
-    Raises:
-        ValueError: ``accumulate_into`` has another dtype, shape or memory order.
+        (E, P, Q), contiguous; exactly zero for an empty group.
     """
     num_groups, p, q = offs.shape[0], lhs.shape[1], rhs.shape[1]
-    accumulate = accumulate_into is not None
-    if accumulate_into is None:
-        out_EPQ = torch.empty(num_groups, p, q, dtype=out_dtype, device=lhs.device)
-    else:
-        out_EPQ = accumulate_into
-        form = out_EPQ.dtype, out_EPQ.shape, out_EPQ.is_contiguous()
-        if form != (torch.float32, (num_groups, p, q), True):
-            raise ValueError(f"accumulate_into: expected float32, {(num_groups, p, q)}, contiguous; found {form}")
+    out_EPQ = torch.empty(num_groups, p, q, dtype=out_dtype, device=lhs.device)
     if num_rows == 0:
-        return out_EPQ if accumulate else out_EPQ.zero_()
+        return out_EPQ.zero_()
     strides = lhs.shape[1], lhs.stride(), q, rhs.stride()
     places = (lhs.data_ptr() | rhs.data_ptr()) & 15
     is_far = num_rows > _MOST_RAGGED_ROWS
-    key = (lhs.dtype, strides, num_groups, recipe, out_EPQ.dtype, accumulate, lhs.device, places, is_far)
+    key = (lhs.dtype, strides, num_groups, recipe, out_EPQ.dtype, lhs.device, places, is_far)
     if AUTOTUNE.is_on_now():  # as in `m_grouped`
-        product = _product(lhs, rhs, out_EPQ, recipe, accumulate, is_far)
+        product = _product(lhs, rhs, out_EPQ, recipe, is_far)
     else:
         found = _products.get(key)
-        product = found or _products.setdefault(key, _product(lhs, rhs, out_EPQ, recipe, accumulate, is_far))
+        product = found or _products.setdefault(key, _product(lhs, rhs, out_EPQ, recipe, is_far))
     if recipe is Recipe.MXFP8:
         lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     with on_device(lhs):
@@ -97,7 +85,7 @@ def wgrad(
 class _Product:
     """How products are run by the kernel below: what does not depend on M, found once."""
 
-    def __init__(self, out_EPQ: Tensor, kind: str, tma: bool, tile: Tile, accumulate: bool) -> None:
+    def __init__(self, out_EPQ: Tensor, kind: str, tma: bool, tile: Tile) -> None:
         self._shape = num_groups, p, q = out_EPQ.shape
         self.tile = tile
         self._tma = tma
@@ -114,7 +102,6 @@ class _Product:
                 "BLOCK_Q": tile.columns,
                 "BLOCK_T": tile.depth,
                 "BAND": tile.band,
-                "ACCUMULATE": accumulate,
             },
             num_warps=tile.warps,
             num_stages=tile.stages,
@@ -130,7 +117,7 @@ class _Product:
         num_rows: int,
         out_EPQ: Tensor,
     ) -> None:
-        """Fills or adds to ``out_EPQ``; arguments as of `wgrad`."""
+        """Fills ``out_EPQ``; arguments as of `wgrad`."""
         lhs_arg, rhs_arg, tile = lhs, rhs, self.tile
         if self._tma and lhs_scale is None:  # reads zeros past the end of a group
             lhs_arg = create_ragged_descriptor(lhs, [tile.depth, tile.rows])
@@ -157,7 +144,7 @@ _products: dict[tuple[Any, ...], _Product | k_grouped_hopper.Product] = {}  # by
 
 
 def _product(
-    lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, recipe: Recipe, accumulate: bool, is_far: bool
+    lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, recipe: Recipe, is_far: bool
 ) -> _Product | k_grouped_hopper.Product:
     machine = machine_of(lhs.device)
     kind = kind_of(lhs, recipe)
@@ -166,9 +153,9 @@ def _product(
         from grouped_gemm.kernels.gemm import k_grouped_hopper
 
         if k_grouped_hopper.can_run(lhs, rhs, kind):
-            return k_grouped_hopper.Product(lhs, rhs, out_EPQ, kind, accumulate)
+            return k_grouped_hopper.Product(lhs, rhs, out_EPQ, kind)
     _, p, q = out_EPQ.shape
-    return _Product(out_EPQ, kind, tma, wgrad_tile(machine, kind, p, q, tma), accumulate)
+    return _Product(out_EPQ, kind, tma, wgrad_tile(machine, kind, p, q, tma))
 
 
 @triton.jit(do_not_specialize=["M", "E"])
@@ -193,7 +180,6 @@ def _wgrad(
     BLOCK_Q: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BAND: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
 ):
     BLOCKWISE: tl.constexpr = KIND == "blockwise"
     MX: tl.constexpr = KIND == "mx" or KIND == "mx upcast"
@@ -266,8 +252,6 @@ def _wgrad(
         acc = acc * p_scales[:, None] * q_scales[None, :]
     target = out + e.to(tl.int64) * P * Q + ps.to(tl.int64)[:, None] * Q + qs[None, :]
     mask = (ps < P)[:, None] & (qs < Q)[None, :]
-    if ACCUMULATE:
-        acc += tl.load(target, mask=mask, other=0)
     tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 

@@ -55,15 +55,14 @@ class Product:
     Args:
         lhs, rhs, kind: as of `can_run`.
         out_EPQ: a result.
-        accumulate: whether products are added to what is there.
     """
 
-    def __init__(self, lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, kind: str, accumulate: bool) -> None:
+    def __init__(self, lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, kind: str) -> None:
         tile = TILES[kind]
         self._num_groups, self._p, self._q = num_groups, p, q = out_EPQ.shape
         self._is_ragged = kind == "16 bit"
         self._is_blockwise = kind == "blockwise"
-        self._stores_by_tma = out_EPQ.element_size() == 2 and not accumulate
+        self._stores_by_tma = out_EPQ.element_size() == 2
         depth = tile.depth if self._is_ragged else TOKEN_BLOCK
         self._lhs_box = [depth, 64] if self._is_ragged else [64, depth]
         self._rhs_box = [depth, tile.columns] if self._is_ragged else [tile.columns, depth]
@@ -73,7 +72,7 @@ class Product:
         self._launch = launcher(
             _kernel,
             {
-                "KIND": kind, "ACCUMULATE": accumulate, "CONSUMERS": tile.consumers, "BLOCK_Q": tile.columns,
+                "KIND": kind, "CONSUMERS": tile.consumers, "BLOCK_Q": tile.columns,
                 "BLOCK_T": tile.depth, "STAGES": tile.stages, "BAND": tile.band, "REGISTERS": tile.registers,
                 "num_warps": 4,
             },
@@ -89,7 +88,7 @@ class Product:
         num_rows: int,
         out_EPQ: Tensor,
     ) -> None:
-        """Fills or adds to ``out_EPQ``; arguments as of `wgrad.wgrad`."""
+        """Fills ``out_EPQ``; arguments as of `k_grouped.wgrad`."""
         num_groups, p, q = self._num_groups, self._p, self._q
         if self._is_ragged:
             lhs_desc, rhs_desc = describe_ragged(lhs, self._lhs_box), describe_ragged(rhs, self._rhs_box)
@@ -178,7 +177,7 @@ def _produce(
 def _consume(
     which: gl.constexpr, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
     lhs_scale, rhs_scale, offs, out, M, E, P, Q,
-    KIND: gl.constexpr, TMA_STORE: gl.constexpr, ACCUMULATE: gl.constexpr, CONSUMERS: gl.constexpr,
+    KIND: gl.constexpr, TMA_STORE: gl.constexpr, CONSUMERS: gl.constexpr,
     BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
 ):  # fmt: skip
     BLOCK_P: gl.constexpr = 64 * CONSUMERS
@@ -240,7 +239,7 @@ def _consume(
             if p < P:
                 _finish(
                     acc, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
-                    KIND, TMA_STORE, ACCUMULATE,
+                    KIND, TMA_STORE,
                 )  # fmt: skip
             tile += gl.num_programs(0)
         first_tile += tiles_p * tiles_q
@@ -252,17 +251,16 @@ def _consume(
 @gluon.jit
 def _finish(
     acc, buffer, out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
-    KIND: gl.constexpr, TMA_STORE: gl.constexpr, ACCUMULATE: gl.constexpr,
+    KIND: gl.constexpr, TMA_STORE: gl.constexpr,
 ):  # fmt: skip
-    """Scales a finished tile and stores or adds it: whole tiles through shared memory, others masked."""
+    """Scales a finished tile and stores it: whole tiles through shared memory, others masked."""
     WIDTH: gl.constexpr = acc.shape[1]
-    AT_ONCE: gl.constexpr = 64 if ACCUMULATE else 128
-    if WIDTH > AT_ONCE:  # by halves: fewer registers
+    if WIDTH > 128:  # by halves: fewer registers
         halves = acc.reshape([64, 2, WIDTH // 2]).permute((0, 2, 1)).split()
         for i in gl.static_range(2):
             _finish(
                 halves[i], buffer, out_desc, lhs_scale, rhs_scale, out, e, p, q + WIDTH // 2 * i, P, Q,
-                KIND, TMA_STORE, ACCUMULATE,
+                KIND, TMA_STORE,
             )  # fmt: skip
     else:
         ps = p + gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
@@ -277,15 +275,13 @@ def _finish(
         else:
             target = out + e64 * P * Q + gl.expand_dims(ps.to(gl.int64), 1) * Q + gl.expand_dims(qs, 0)
             mask = gl.expand_dims(ps < P, 1) & gl.expand_dims(qs < Q, 0)
-            if ACCUMULATE:
-                acc = acc + gl.load(target, mask=mask, other=0)
             gl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 
 @gluon.jit(do_not_specialize=["M", "E"])
 def _kernel(
     lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale, offs, out, M, E, P, Q,
-    KIND: gl.constexpr, ACCUMULATE: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr,
+    KIND: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr,
     STAGES: gl.constexpr, BAND: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     # A warpgroup's arguments are values: what is not there has a stand-in, which nothing reads.
@@ -322,10 +318,10 @@ def _kernel(
     gl.warp_specialize([
         (_consume, (0, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
             lhs_scale, rhs_scale, offs, out, M, E, P, Q,
-            KIND, TMA_STORE, ACCUMULATE, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
+            KIND, TMA_STORE, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
         (_consume, (1, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
             lhs_scale, rhs_scale, offs, out, M, E, P, Q,
-            KIND, TMA_STORE, ACCUMULATE, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
+            KIND, TMA_STORE, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
         (_produce, (lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, lhs_bufs, rhs_bufs,
             lhs_scale_bufs, rhs_scale_bufs, full, empty, offs, M, E, P, Q,
             KIND, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
