@@ -284,7 +284,9 @@ def test_products_read_the_quantizers_storage_and_write_their_result(name, recip
     case = case_of(SHAPES[3], recipe)
     plan, a, dy, b = operands_of(case, testing.make_inputs(case, CPU))
     # a mode does not see into ops
-    inside = SimpleNamespace(hipblaslt_grouped_mm=hipblaslt._grouped_mm, hipblaslt_wgrad=hipblaslt._wgrad)
+    inside = SimpleNamespace(
+        hipblaslt_grouped_mm=hipblaslt._hipblaslt_grouped_mm, hipblaslt_wgrad=hipblaslt._hipblaslt_wgrad
+    )
     monkeypatch.setattr(hipblaslt, "ops", inside)
     with Allocations() as allocations:
         y = BACKEND.grouped_mm(a[0], b[0], plan, torch.bfloat16)

@@ -181,9 +181,10 @@ def launch_all(num_groups: int, recipe: Recipe) -> None:
         quantize_fp8.quantize_activations(x, offs, recipe, activations)
         quantize_fp8.quantize_weights(b, recipe, weights)
     rows, row_scale, columns, column_scale = activations
-    m_grouped.grouped_mm(rows, row_scale, weights[0].transpose(1, 2), weights[2], None, offs, recipe, torch.bfloat16)
-    k_grouped.wgrad(columns, column_scale, columns, column_scale, offs, num_rows, recipe, torch.bfloat16)
-    k_grouped.group_sums(x, offs, torch.bfloat16)
+    y, db, sums = (b.new_empty(shape) for shape in ((num_rows, n), (num_groups, k, k), (num_groups, k)))
+    m_grouped.grouped_mm(rows, row_scale, weights[0].transpose(1, 2), weights[2], None, offs, recipe, y)
+    k_grouped.wgrad(columns, column_scale, columns, column_scale, offs, num_rows, recipe, db)
+    k_grouped.group_sums(x, offs, sums)
     plan = deepgemm_layouts.plan(offs, num_rows, False)
     deepgemm_quantize.fill_plan(offs, num_rows, plan)
     deepgemm_quantize.pad(x, plan[1])

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grouped_gemm import Recipe, grouped_mm, reference, testing
-from grouped_gemm.core.library import NAMES, _shortcut
+from grouped_gemm.core.library import NAMES, Size, Steps, _shortcut, schema_of
 
 RECIPES = tuple(Recipe)
 SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)
@@ -232,6 +232,25 @@ def op_named(name: str) -> torch._ops.OpOverload:
 def bits(x: torch.Tensor) -> torch.Tensor:
     """A copy of the bytes of ``x``, so that NaN equals itself."""
     return x.contiguous().view(torch.uint8).clone()
+
+
+# What one annotated function says
+
+
+def _sample_op(
+    x_MD: torch.Tensor, scale: torch.Tensor | None, num_rows: Size, axis: int, recipe: str, rows: bool, to: torch.dtype
+) -> Steps[tuple[torch.Tensor, torch.Tensor]]:
+    yield x_MD, x_MD
+
+
+def _op_of_one_result(offs: torch.Tensor) -> Steps[torch.Tensor]:
+    yield offs
+
+
+def test_a_schema_follows_from_annotations():
+    arguments = "Tensor x, Tensor? scale, SymInt num_rows, int axis, str recipe, bool rows, ScalarType to"
+    assert schema_of(_sample_op) == f"sample_op({arguments}) -> (Tensor, Tensor)"
+    assert schema_of(_op_of_one_result) == "op_of_one_result(Tensor offs) -> Tensor"
 
 
 # The short way of an eager call

@@ -24,7 +24,7 @@ from grouped_gemm.backends.base import (
     requires_leave_to_wait,
     requires_recipe,
 )
-from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.library import Steps, define_op, ops
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
@@ -128,18 +128,17 @@ class Backend(_GroupedMMBackend):
         return ops.emulated_group_sums(dy_MN, host_offs, out_dtype)
 
 
-def _op(schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def _op(op: Callable[..., Steps[Any]]) -> None:
     """Defines an op that computes in the dtypes it names, also under autocast, and that no CUDA graph may hold."""
 
-    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(implementation)
-        def in_named_dtypes(first: Tensor, *rest: Any) -> Any:
-            with torch.autocast(first.device.type, enabled=False):
-                return implementation(first, *rest)
+    @functools.wraps(op)
+    def in_named_dtypes(first: Tensor, *rest: Any) -> Steps[Any]:
+        steps = op(first, *rest)
+        yield next(steps)
+        with torch.autocast(first.device.type, enabled=False):
+            yield from steps
 
-        return define_op(schema, fake=fake, tags=(torch.Tag.cudagraph_unsafe,))(in_named_dtypes)
-
-    return register
+    define_op(tags=(torch.Tag.cudagraph_unsafe,))(in_named_dtypes)
 
 
 def _part(scale: Tensor | None, index: int | slice) -> Tensor | None:
@@ -187,47 +186,7 @@ def _to_fp32(data: Tensor) -> tuple[Tensor, float]:
     return bits.view(torch.float16).float(), 256.0
 
 
-@_op("emulated_host_offs(Tensor offs) -> Tensor", lambda offs: torch.empty_like(offs, device="cpu"))
-def _host_offs(offs: Tensor) -> Tensor:
-    return offs.to("cpu", copy=True)
-
-
-def _fake_quantize_rows(x_MD: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
-    return _fake_quantized(x_MD, reference.row_blocks(Recipe(recipe)), Recipe(recipe))
-
-
-@_op("emulated_quantize_rows(Tensor x, str recipe) -> (Tensor, Tensor)", _fake_quantize_rows)
-def _quantize_rows(x_MD: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
-    fp8_dtype = machine_of(x_MD.device).fp8_dtype
-    return reference.quantize(x_MD, reference.row_blocks(Recipe(recipe)), Recipe(recipe), fp8_dtype)
-
-
-def _fake_quantize_columns(x_MD: Tensor, host_offs: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
-    num_rows, features = x_MD.shape
-    scale_rows = reference.column_scale_rows(num_rows, host_offs.shape[0], Recipe(recipe))
-    return (
-        x_MD.new_empty(num_rows, features, dtype=machine_of(x_MD.device).fp8_dtype),
-        x_MD.new_empty(scale_rows, features, dtype=Recipe(recipe).scale_dtype),
-    )
-
-
-@_op("emulated_quantize_columns(Tensor x, Tensor host_offs, str recipe) -> (Tensor, Tensor)", _fake_quantize_columns)
-def _quantize_columns(x_MD: Tensor, host_offs: Tensor, recipe: str) -> tuple[Tensor, Tensor]:
-    ends = reference.group_ends(host_offs, x_MD.shape[0])
-    return reference.quantize_columns(x_MD, ends, Recipe(recipe), machine_of(x_MD.device).fp8_dtype)
-
-
-def _fake_quantize_weights(b_EKN: Tensor, recipe: str, axis: int) -> tuple[Tensor, Tensor]:
-    return _fake_quantized(b_EKN, reference.weight_blocks(Recipe(recipe), axis), Recipe(recipe))
-
-
-@_op("emulated_quantize_weights(Tensor b, str recipe, int axis) -> (Tensor, Tensor)", _fake_quantize_weights)
-def _quantize_weights(b_EKN: Tensor, recipe: str, axis: int) -> tuple[Tensor, Tensor]:
-    fp8_dtype = machine_of(b_EKN.device).fp8_dtype
-    return reference.quantize(b_EKN, reference.weight_blocks(Recipe(recipe), axis), Recipe(recipe), fp8_dtype)
-
-
-def _fake_quantized(x: Tensor, blocks: reference.Blocks, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def _empty_quantized(x: Tensor, blocks: reference.Blocks, recipe: Recipe) -> tuple[Tensor, Tensor]:
     scale_shape = [1 if side is None else -(-size // side) for size, side in zip(x.shape, blocks)]
     return (
         torch.empty_like(x, dtype=machine_of(x.device).fp8_dtype),
@@ -235,42 +194,49 @@ def _fake_quantized(x: Tensor, blocks: reference.Blocks, recipe: Recipe) -> tupl
     )
 
 
-def _fake_grouped_mm(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs: Tensor,
-    rhs_scale: Tensor | None,
-    bias: Tensor | None,
-    host_offs: Tensor,
-    recipe: str,
-    axis: int,
-    scaled_along: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return lhs.new_empty(lhs.shape[0], rhs.shape[3 - axis], dtype=out_dtype)
+@_op
+def _emulated_host_offs(offs: Tensor) -> Steps[Tensor]:
+    yield lambda: torch.empty_like(offs, device="cpu")
+    yield offs.to("cpu", copy=True)
 
 
-@_op(
-    "emulated_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor? bias, "
-    "Tensor host_offs, str recipe, int axis, int scaled_along, ScalarType out_dtype) -> Tensor",
-    _fake_grouped_mm,
-)
-def _grouped_mm(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs: Tensor,
-    rhs_scale: Tensor | None,
-    bias: Tensor | None,
-    host_offs: Tensor,
-    recipe: str,
-    axis: int,
-    scaled_along: int,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@_op
+def _emulated_quantize_rows(x_MD: Tensor, recipe: str) -> Steps[tuple[Tensor, Tensor]]:
+    blocks = reference.row_blocks(Recipe(recipe))
+    yield lambda: _empty_quantized(x_MD, blocks, Recipe(recipe))
+    yield reference.quantize(x_MD, blocks, Recipe(recipe), machine_of(x_MD.device).fp8_dtype)
+
+
+@_op
+def _emulated_quantize_columns(x_MD: Tensor, host_offs: Tensor, recipe: str) -> Steps[tuple[Tensor, Tensor]]:
+    num_rows, features = x_MD.shape
+    fp8_dtype = machine_of(x_MD.device).fp8_dtype
+    scale_rows = reference.column_scale_rows(num_rows, host_offs.shape[0], Recipe(recipe))
+    yield lambda: (
+        x_MD.new_empty(num_rows, features, dtype=fp8_dtype),
+        x_MD.new_empty(scale_rows, features, dtype=Recipe(recipe).scale_dtype),
+    )
+    ends = reference.group_ends(host_offs, num_rows)
+    yield reference.quantize_columns(x_MD, ends, Recipe(recipe), fp8_dtype)
+
+
+@_op
+def _emulated_quantize_weights(b_EKN: Tensor, recipe: str, axis: int) -> Steps[tuple[Tensor, Tensor]]:
+    blocks = reference.weight_blocks(Recipe(recipe), axis)
+    yield lambda: _empty_quantized(b_EKN, blocks, Recipe(recipe))
+    yield reference.quantize(b_EKN, blocks, Recipe(recipe), machine_of(b_EKN.device).fp8_dtype)
+
+
+@_op
+def _emulated_grouped_mm(
+    lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: Tensor | None, bias: Tensor | None,
+    host_offs: Tensor, recipe: str, axis: int, scaled_along: int, out_dtype: torch.dtype,
+) -> Steps[Tensor]:  # fmt: skip
+    out = lhs.new_empty(lhs.shape[0], rhs.shape[3 - axis], dtype=out_dtype)
+    yield out
     lhs_blocks = reference.row_blocks(Recipe(recipe))
     rhs_blocks = reference.weight_blocks(Recipe(recipe), scaled_along)[1:]
     ends = reference.group_ends(host_offs, lhs.shape[0])
-    out = lhs.new_empty(lhs.shape[0], rhs.shape[3 - axis], dtype=out_dtype)
     # All rows at once: for small groups, the many short ops of _dequantize cost more than their work.
     lhs_values = lhs if lhs_scale is None or lhs.numel() == 0 else _dequantize(lhs, lhs_scale, lhs_blocks)
     for e, rows in enumerate(reference.group_slices(ends)):
@@ -281,52 +247,29 @@ def _grouped_mm(
         product = left @ (right if axis == 1 else right.t())
         out[rows] = product if bias is None else product + bias[e].float()
     out[ends[-1] :] = 0
-    return out
 
 
-def _fake_wgrad(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs: Tensor,
-    rhs_scale: Tensor | None,
-    host_offs: Tensor,
-    recipe: str,
+@_op
+def _emulated_wgrad(
+    lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: Tensor | None, host_offs: Tensor, recipe: str,
     out_dtype: torch.dtype,
-) -> Tensor:
-    return lhs.new_empty(host_offs.shape[0], lhs.shape[1], rhs.shape[1], dtype=out_dtype)
-
-
-@_op(
-    "emulated_wgrad(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, "
-    "Tensor host_offs, str recipe, ScalarType out_dtype) -> Tensor",
-    _fake_wgrad,
-)
-def _wgrad(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs: Tensor,
-    rhs_scale: Tensor | None,
-    host_offs: Tensor,
-    recipe: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
+) -> Steps[Tensor]:  # fmt: skip
+    out = lhs.new_empty(host_offs.shape[0], lhs.shape[1], rhs.shape[1], dtype=out_dtype)
+    yield out
     ends = reference.group_ends(host_offs, lhs.shape[0])
     blocks = reference.column_blocks(Recipe(recipe))
     scale_rows = reference.column_scale_slices(ends, Recipe(recipe))
-    out = lhs.new_zeros(len(ends), lhs.shape[1], rhs.shape[1], dtype=out_dtype)
     for e, rows in enumerate(reference.group_slices(ends)):
         if rows.start == rows.stop:
+            out[e] = 0
             continue
         left = _dequantize(lhs[rows], _part(lhs_scale, scale_rows[e]), blocks)
         right = _dequantize(rhs[rows], _part(rhs_scale, scale_rows[e]), blocks)
         out[e] = left.t() @ right
-    return out
 
 
-@_op(
-    "emulated_group_sums(Tensor x, Tensor host_offs, ScalarType out_dtype) -> Tensor",
-    lambda x, host_offs, out_dtype: x.new_empty(host_offs.shape[0], x.shape[1], dtype=out_dtype),
-)
-def _group_sums(x_MN: Tensor, host_offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+@_op
+def _emulated_group_sums(x_MN: Tensor, host_offs: Tensor, out_dtype: torch.dtype) -> Steps[Tensor]:
+    yield lambda: x_MN.new_empty(host_offs.shape[0], x_MN.shape[1], dtype=out_dtype)
     ends = reference.group_ends(host_offs, x_MN.shape[0])
-    return reference.group_sums(x_MN, ends, torch.float32).to(out_dtype)
+    yield reference.group_sums(x_MN, ends, torch.float32).to(out_dtype)

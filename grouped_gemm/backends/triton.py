@@ -27,7 +27,7 @@ from grouped_gemm.backends.base import (
     unscaled_weights,
 )
 from grouped_gemm.core.call_spec import CallSpec
-from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.library import Size, Steps, define_op, ops
 from grouped_gemm.core.machine import ARCHS, GPU_ARCHS
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
@@ -159,118 +159,60 @@ def _contiguous(data_EKN: Tensor, axis: int) -> Tensor:
     return data_EKN.transpose(axis, 2).contiguous().transpose(axis, 2)
 
 
-def _fake_grouped_mm(
-    lhs_MC: Tensor,
-    lhs_scale: Tensor | None,
-    rhs_ECO: Tensor,
-    rhs_scale: Tensor | None,
-    bias_EO: Tensor | None,
-    offs: Tensor,
-    recipe: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return lhs_MC.new_empty(lhs_MC.shape[0], rhs_ECO.shape[2], dtype=out_dtype)
-
-
-@define_op(
-    "triton_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor? bias, Tensor offs, "
-    "str recipe, ScalarType out_dtype) -> Tensor",
-    fake=_fake_grouped_mm,
-)
-def _grouped_mm(
-    lhs_MC: Tensor,
-    lhs_scale: Tensor | None,
-    rhs_ECO: Tensor,
-    rhs_scale: Tensor | None,
-    bias_EO: Tensor | None,
-    offs: Tensor,
-    recipe: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@define_op()
+def _triton_grouped_mm(
+    lhs_MC: Tensor, lhs_scale: Tensor | None, rhs_ECO: Tensor, rhs_scale: Tensor | None, bias_EO: Tensor | None,
+    offs: Tensor, recipe: str, out_dtype: torch.dtype,
+) -> Steps[Tensor]:  # fmt: skip
+    out_MO = torch.empty(lhs_MC.shape[0], rhs_ECO.shape[2], dtype=out_dtype, device=lhs_MC.device)
+    yield out_MO
     from grouped_gemm.kernels.gemm import m_grouped
 
-    return m_grouped.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, Recipe(recipe), out_dtype)
+    m_grouped.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, Recipe(recipe), out_MO)
 
 
-def _fake_wgrad(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs: Tensor,
-    rhs_scale: Tensor | None,
-    offs: Tensor,
-    num_rows: int,
-    recipe: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return lhs.new_empty(offs.shape[0], lhs.shape[1], rhs.shape[1], dtype=out_dtype)
-
-
-@define_op(
-    "triton_wgrad(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor offs, SymInt num_rows, "
-    "str recipe, ScalarType out_dtype) -> Tensor",
-    fake=_fake_wgrad,
-)
-def _wgrad(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs: Tensor,
-    rhs_scale: Tensor | None,
-    offs: Tensor,
-    num_rows: int,
-    recipe: str,
-    out_dtype: torch.dtype,
-) -> Tensor:
+@define_op()
+def _triton_wgrad(
+    lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: Tensor | None, offs: Tensor, num_rows: Size,
+    recipe: str, out_dtype: torch.dtype,
+) -> Steps[Tensor]:  # fmt: skip
+    out_EPQ = torch.empty(offs.shape[0], lhs.shape[1], rhs.shape[1], dtype=out_dtype, device=lhs.device)
+    yield out_EPQ
     from grouped_gemm.kernels.gemm import k_grouped
 
-    return k_grouped.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, Recipe(recipe), out_dtype)
+    k_grouped.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, Recipe(recipe), out_EPQ)
 
 
-@define_op(
-    "triton_group_sums(Tensor x, Tensor offs, ScalarType out_dtype) -> Tensor",
-    fake=lambda x_MN, offs, out_dtype: x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype),
-)
-def _group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+@define_op()
+def _triton_group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Steps[Tensor]:
+    out_EN = x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype)
+    yield out_EN
     from grouped_gemm.kernels.gemm import k_grouped
 
-    return k_grouped.group_sums(x_MN, offs, out_dtype)
+    k_grouped.group_sums(x_MN, offs, out_EN)
 
 
-def _empty_activations(x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool) -> Operands:
-    return layouts.activations(x_MD, offs.shape[0], Recipe(recipe), rows=rows, columns=columns)
-
-
-@define_op(
-    "triton_quantize_activations(Tensor x, Tensor offs, str recipe, bool rows, bool columns) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_empty_activations,
-)
-def _quantize_activations(x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool) -> Operands:
+@define_op()
+def _triton_quantize_activations(x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool) -> Steps[Operands]:
+    out = layouts.activations(x_MD, offs.shape[0], Recipe(recipe), rows=rows, columns=columns)
+    yield out
     from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
     from grouped_gemm.kernels.quantize import mx as quantize_mx
 
-    out = _empty_activations(x_MD, offs, recipe, rows, columns)
     if Recipe(recipe) is Recipe.MXFP8:
         quantize_mx.quantize_activations(x_MD, offs, out)
     else:
         quantize_fp8.quantize_activations(x_MD, offs, Recipe(recipe), out)
-    return out
 
 
-def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
-    return layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
-
-
-@define_op(
-    "triton_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_empty_weights,
-)
-def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
+@define_op()
+def _triton_quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Steps[Operands]:
+    out = layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+    yield out
     from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
     from grouped_gemm.kernels.quantize import mx as quantize_mx
 
-    out = _empty_weights(b_EKN, recipe, forward, dgrad)
     if Recipe(recipe) is Recipe.MXFP8:
         quantize_mx.quantize_weights(b_EKN, out)
     else:
         quantize_fp8.quantize_weights(b_EKN, Recipe(recipe), out)
-    return out

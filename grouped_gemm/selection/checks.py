@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from grouped_gemm import reference
 from grouped_gemm.core.call_spec import dtype_name
-from grouped_gemm.core.library import define_op
+from grouped_gemm.core.library import Size, Steps, define_op
 from grouped_gemm.core.preference import VALIDATE
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
@@ -229,17 +229,14 @@ def _check_together(a: Tensor, b: Tensor | QuantizedWeights) -> None:
     check_device("b", b, "a", a.device)
 
 
-@define_op(
-    "checked_offs(Tensor offs, SymInt num_rows, int group_alignment) -> Tensor",
-    fake=lambda offs, num_rows, group_alignment: torch.empty_like(offs),
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
-def checked_offs(offs: Tensor, num_rows: int, group_alignment: int) -> Tensor:
+@define_op(tags=(torch.Tag.cudagraph_unsafe,))
+def checked_offs(offs: Tensor, num_rows: Size, group_alignment: int) -> Steps[Tensor]:
     """A copy of ``offs`` whose values have been looked at; waits for the device.
 
     Raises:
         ValueError: ends are out of order, outside [0, M], or a group's size breaks the promise of its alignment.
     """
+    yield lambda: torch.empty_like(offs)
     start = 0
     ends = offs.tolist()
     if ends != sorted(ends) and min(ends) >= 0 and sum(ends) == num_rows:
@@ -252,14 +249,11 @@ def checked_offs(offs: Tensor, num_rows: int, group_alignment: int) -> Tensor:
         if (end - start) % group_alignment:
             fail(f"offs[{e}]", f"a group size that is a multiple of group_alignment = {group_alignment}", end - start)
         start = end
-    return offs.clone()
+    yield offs.clone()
 
 
-@define_op(
-    "counted_offs(Tensor offs, SymInt num_groups) -> Tensor",
-    fake=lambda offs, num_groups: offs.new_empty(num_groups),
-)
-def counted_offs(offs: Tensor, num_groups: int) -> Tensor:
+@define_op()
+def counted_offs(offs: Tensor, num_groups: Size) -> Steps[Tensor]:
     """A copy of ``offs``, checked when the graph runs: its length or E was data-dependent while the graph was traced.
 
     AOTAutograd drops what `torch._check` asserts of a size that it can replace by a constant.
@@ -267,8 +261,9 @@ def counted_offs(offs: Tensor, num_groups: int) -> Tensor:
     Raises:
         ValueError: there are more or fewer ends than ``num_groups``, or none.
     """
+    yield lambda: offs.new_empty(num_groups)
     if num_groups < 1:
         fail("b", "E of at least 1", num_groups)
     if offs.shape[0] != num_groups:
         fail("offs", f"{num_groups} entries, one for each matrix of b", offs.shape[0])
-    return offs.clone()
+    yield offs.clone()

@@ -33,12 +33,13 @@ from grouped_gemm.backends.deepgemm import layouts as deepgemm_layouts
 from grouped_gemm.backends.deepgemm import package as deepgemm_package
 from grouped_gemm.backends.deepgemm.layouts import BLOCK
 from grouped_gemm.core.call_spec import CallSpec, Pass, dtype_name
-from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.library import Size, Steps, define_op, ops
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize import layouts
+from grouped_gemm.kernels.quantize.layouts import Operands
 
 _SCALED = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 _ROWS = "deepgemm rows"
@@ -195,125 +196,75 @@ def _with_next_block(row_map: Tensor) -> Tensor:
     return F.pad(row_map, (0, BLOCK), value=-1)[: row_map.shape[0]]
 
 
-@define_op(
-    "deepgemm_plan(Tensor offs, SymInt num_rows, bool is_aligned) -> (Tensor, Tensor, Tensor)",
-    fake=deepgemm_layouts.plan,
-)
-def _plan(offs: Tensor, num_rows: int, is_aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
-    from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
-
+@define_op()
+def _deepgemm_plan(offs: Tensor, num_rows: Size, is_aligned: bool) -> Steps[tuple[Tensor, Tensor, Tensor]]:
     out = deepgemm_layouts.plan(offs, num_rows, is_aligned)
-    deepgemm_quantize.fill_plan(offs, num_rows, out)
-    return out
-
-
-def _empty_activations(
-    x_MD: Tensor, row_map: Tensor, blocks: Tensor, recipe: str, rows: bool, columns: bool
-) -> tuple[Tensor, ...]:
-    return deepgemm_layouts.activations(x_MD, blocks, row_map.shape[0], rows=rows, columns=columns)
-
-
-@define_op(
-    "deepgemm_quantize_activations(Tensor x, Tensor row_map, Tensor blocks, str recipe, bool rows, bool columns) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_empty_activations,
-)
-def _quantize_activations(
-    x_MD: Tensor, row_map: Tensor, blocks: Tensor, recipe: str, rows: bool, columns: bool
-) -> tuple[Tensor, ...]:
+    yield out
     from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
 
-    out = _empty_activations(x_MD, row_map, blocks, recipe, rows, columns)
+    deepgemm_quantize.fill_plan(offs, num_rows, out)
+
+
+@define_op()
+def _deepgemm_quantize_activations(
+    x_MD: Tensor, row_map: Tensor, blocks: Tensor, recipe: str, rows: bool, columns: bool
+) -> Steps[Operands]:
+    out = deepgemm_layouts.activations(x_MD, blocks, row_map.shape[0], rows=rows, columns=columns)
+    yield out
+    from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
+
     deepgemm_quantize.quantize_activations(x_MD, blocks, Recipe(recipe), out)
-    return out
 
 
-def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor]:
-    forward_data, dgrad_data, _, _ = layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+@define_op()
+def _deepgemm_quantize_weights(
+    b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+    by_n, by_k, _, _ = layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
     num_groups, k, n = b_EKN.shape
-    return forward_data, dgrad_data, b_EKN.new_empty(num_groups, n // BLOCK, k // BLOCK, dtype=torch.float32)
-
-
-@define_op(
-    "deepgemm_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor)",
-    fake=_empty_weights,
-)
-def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    scale = b_EKN.new_empty(num_groups, n // BLOCK, k // BLOCK, dtype=torch.float32)
+    yield by_n, by_k, scale
     from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
 
-    forward_data, dgrad_data, scale = out = _empty_weights(b_EKN, recipe, forward, dgrad)
-    quantize_fp8.quantize_weights(
-        b_EKN, Recipe(recipe), (forward_data, dgrad_data, scale.transpose(1, 2), scale[:0, 0, 0])
-    )
-    return out
+    quantize_fp8.quantize_weights(b_EKN, Recipe(recipe), (by_n, by_k, scale.transpose(1, 2), scale[:0, 0, 0]))
 
 
-def _fake_grouped_mm(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs_EOC: Tensor,
-    rhs_scale: Tensor | None,
-    row_map: Tensor,
-    blocks: Tensor,
-    num_rows: int,
-) -> Tensor:
-    return lhs.new_empty(num_rows, rhs_EOC.shape[1], dtype=torch.bfloat16)
-
-
-@define_op(
-    "deepgemm_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor row_map, Tensor blocks, "
-    "SymInt num_rows) -> Tensor",
-    fake=_fake_grouped_mm,
-)
-def _grouped_mm(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs_EOC: Tensor,
-    rhs_scale: Tensor | None,
-    row_map: Tensor,
-    blocks: Tensor,
-    num_rows: int,
-) -> Tensor:
+@define_op()
+def _deepgemm_grouped_mm(
+    lhs: Tensor, lhs_scale: Tensor | None, rhs_EOC: Tensor, rhs_scale: Tensor | None, row_map: Tensor, blocks: Tensor,
+    num_rows: Size,
+) -> Steps[Tensor]:  # fmt: skip
+    out_MO = lhs.new_empty(num_rows, rhs_EOC.shape[1], dtype=torch.bfloat16)
+    yield out_MO
     from grouped_gemm.backends.deepgemm import quantize as deepgemm_quantize
     from grouped_gemm.kernels.common.launch import on_device
 
-    is_padded = row_map.shape[0] != num_rows
-    out_RO = lhs.new_empty(row_map.shape[0], rhs_EOC.shape[1], dtype=torch.bfloat16)
     if num_rows == 0:
-        return out_RO
-    product, row_map = deepgemm_package.functions(), _with_next_block(row_map)
+        return
+    is_padded = row_map.shape[0] != num_rows
+    out_RO = out_MO.new_empty(row_map.shape[0], out_MO.shape[1]) if is_padded else out_MO
+    package, row_map = deepgemm_package.functions(), _with_next_block(row_map)
     with on_device(lhs):
         if lhs_scale is None:
             lhs = deepgemm_quantize.pad(lhs, blocks) if is_padded else _for_tma(lhs)
-            product.grouped_mm(lhs, _dense(rhs_EOC), out_RO, row_map)
+            package.grouped_mm(lhs, _dense(rhs_EOC), out_RO, row_map)
         else:
-            product.scaled_grouped_mm((lhs, lhs_scale), (rhs_EOC, rhs_scale), out_RO, row_map, recipe=(1, BLOCK, BLOCK))
+            package.scaled_grouped_mm((lhs, lhs_scale), (rhs_EOC, rhs_scale), out_RO, row_map, recipe=(1, BLOCK, BLOCK))
         if is_padded:
-            return deepgemm_quantize.unpad(out_RO, blocks, num_rows)
+            deepgemm_quantize.unpad(out_RO, blocks, out_MO)
         # Hopper's scaled kernel skips blocks of no group and stores zeros; the others multiply them by some group's b.
-        if lhs_scale is None or machine_of(lhs.device).arch != "sm_90":
-            deepgemm_quantize.zero_tail(out_RO, blocks)
-        return out_RO
+        elif lhs_scale is None or machine_of(lhs.device).arch != "sm_90":
+            deepgemm_quantize.zero_tail(out_MO, blocks)
 
 
-def _fake_wgrad(
+@define_op(tags=(torch.Tag.cudagraph_unsafe,))
+def _deepgemm_wgrad(
     lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, sizes: Tensor, out_dtype: torch.dtype
-) -> Tensor:
-    return lhs_scale.new_empty(sizes.shape[0], lhs_scale.shape[1], rhs_scale.shape[1], dtype=out_dtype)
-
-
-@define_op(
-    "deepgemm_wgrad(Tensor lhs, Tensor lhs_scale, Tensor rhs, Tensor rhs_scale, Tensor sizes, ScalarType out_dtype) "
-    "-> Tensor",
-    fake=_fake_wgrad,
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
-def _wgrad(
-    lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, sizes: Tensor, out_dtype: torch.dtype
-) -> Tensor:
+) -> Steps[Tensor]:
+    p, q = lhs_scale.shape[1], rhs_scale.shape[1]
+    yield lambda: lhs_scale.new_empty(sizes.shape[0], p, q, dtype=out_dtype)
     from grouped_gemm.kernels.common.launch import on_device
 
-    p, q = lhs_scale.shape[1], rhs_scale.shape[1]
     out_EPQ = lhs_scale.new_zeros(sizes.shape[0], p, q)  # to which the kernel adds
     on_host: list[int] = sizes.tolist()
     tokens = sum(on_host)
@@ -326,14 +277,13 @@ def _wgrad(
         ]
         with on_device(lhs):
             deepgemm_package.functions().scaled_wgrad(*operands, out_EPQ, on_host, sizes, out_EPQ)
-    return out_EPQ.to(out_dtype)
+    yield out_EPQ.to(out_dtype)
 
 
-@define_op(
-    "deepgemm_group_sums(Tensor x, Tensor offs, ScalarType out_dtype) -> Tensor",
-    fake=lambda x_MN, offs, out_dtype: x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype),
-)
-def _group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+@define_op()
+def _deepgemm_group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Steps[Tensor]:
+    out_EN = x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype)
+    yield out_EN
     from grouped_gemm.kernels.gemm import k_grouped
 
-    return k_grouped.group_sums(x_MN, offs, out_dtype)
+    k_grouped.group_sums(x_MN, offs, out_EN)

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grouped_gemm.kernels.quantize.layouts import Operands
+
 BLOCK = 128
 # Of each block: its first row in x; rows of its group from there on, 0 past the last group; rows of x from there to the
 # end of its group, or of x; the first block of its group; how many blocks the group has.
@@ -42,7 +44,7 @@ def plan(offs: Tensor, num_rows: int, is_aligned: bool) -> tuple[Tensor, Tensor,
     )
 
 
-def activations(x_MD: Tensor, blocks: Tensor, num_rows: int, *, rows: bool, columns: bool) -> tuple[Tensor, ...]:
+def activations(x_MD: Tensor, blocks: Tensor, num_rows: int, *, rows: bool, columns: bool) -> Operands:
     """Data and scales of an operand of forward and dgrad, then of one of wgrad; what is not wanted has shape (0,).
 
     Args:

@@ -90,11 +90,9 @@ def pad(x_MD: Tensor, blocks: Tensor) -> Tensor:
     return out
 
 
-def unpad(x_RD: Tensor, blocks: Tensor, num_rows: int) -> Tensor:
-    """(M, D) of what `pad` padded; zeros past the last group."""
-    out = x_RD.new_empty(num_rows, x_RD.shape[1])
-    _move("unpad", x_RD, out, blocks)
-    return out
+def unpad(x_RD: Tensor, blocks: Tensor, out_MD: Tensor) -> None:
+    """Fills ``out_MD`` with the rows that `pad` padded, and zeros past the last group."""
+    _move("unpad", x_RD, out_MD, blocks)
 
 
 def zero_tail(x_MD: Tensor, blocks: Tensor) -> None:

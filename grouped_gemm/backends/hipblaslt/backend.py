@@ -37,7 +37,7 @@ from grouped_gemm.backends.base import (
 from grouped_gemm.backends.hipblaslt import layouts as layouts
 from grouped_gemm.backends.hipblaslt.layouts import ALIGNMENT, MX_BLOCK, MX_DEPTH, MX_LINES, round_up
 from grouped_gemm.core.call_spec import CallSpec, Pass, RowClass, dtype_name
-from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.library import Size, Steps, define_op, ops
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
@@ -226,45 +226,31 @@ def _wait_for(offs: Tensor) -> list[int]:
     return offs.tolist()
 
 
-@define_op(
-    "hipblaslt_host_offs(Tensor offs) -> Tensor",
-    fake=lambda offs: torch.empty_like(offs, device="cpu"),
-    tags=_TAGS,
-)
-def _host_offs(offs: Tensor) -> Tensor:
-    return torch.tensor(_read(offs), dtype=offs.dtype)
+@define_op(tags=_TAGS)
+def _hipblaslt_host_offs(offs: Tensor) -> Steps[Tensor]:
+    yield lambda: torch.empty_like(offs, device="cpu")
+    yield torch.tensor(_read(offs), dtype=offs.dtype)
 
 
 def _uses_triton(x: Tensor) -> bool:
     return x.is_cuda and machine_of(x.device).version("triton") is not None
 
 
-def _empty_activations(
+@define_op(tags=_TAGS)
+def _hipblaslt_quantize_activations(
     x_MD: Tensor, offs: Tensor, host_offs: Tensor, recipe: str, rows: bool, columns: bool
-) -> Operands:
-    return layouts.activations(x_MD, offs.shape[0], Recipe(recipe), rows=rows, columns=columns)
-
-
-@define_op(
-    "hipblaslt_quantize_activations(Tensor x, Tensor offs, Tensor host_offs, str recipe, bool rows, bool columns) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_empty_activations,
-    tags=_TAGS,
-)
-def _quantize_activations(
-    x_MD: Tensor, offs: Tensor, host_offs: Tensor, recipe: str, rows: bool, columns: bool
-) -> Operands:
+) -> Steps[Operands]:
+    out = layouts.activations(x_MD, offs.shape[0], Recipe(recipe), rows=rows, columns=columns)
+    yield out
     ends = reference.group_ends(host_offs, x_MD.shape[0])
     if columns:
         _check_promise(ends, MX_DEPTH if Recipe(recipe) is Recipe.MXFP8 else ALIGNMENT)
-    out = _empty_activations(x_MD, offs, host_offs, recipe, rows, columns)
     if _uses_triton(x_MD):
         from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
 
         hipblaslt_quantize.quantize_activations(x_MD, offs, Recipe(recipe), out)
     else:
         _fill_activations(x_MD, ends, Recipe(recipe), out)
-    return out
 
 
 def _check_promise(ends: list[int], multiple: int) -> None:
@@ -301,23 +287,16 @@ def _scales_of(scale: Tensor, rows: slice) -> Tensor:
     return scale[rows.start // MX_BLOCK : rows.stop // MX_BLOCK].view(scale.shape[1], -1)
 
 
-def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
-    return layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
-
-
-@define_op(
-    "hipblaslt_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_empty_weights,
-)
-def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
-    out = _empty_weights(b_EKN, recipe, forward, dgrad)
+@define_op()
+def _hipblaslt_quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Steps[Operands]:
+    out = layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+    yield out
     if _uses_triton(b_EKN):
         from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
 
         hipblaslt_quantize.quantize_weights(b_EKN, Recipe(recipe), out)
     else:
         _fill_weights(b_EKN, Recipe(recipe), out)
-    return out
 
 
 def _fill_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
@@ -359,8 +338,8 @@ def _multiplies_all_groups_at_once(device: torch.device) -> bool:
         return False
     run = TinyRun([1, 1, 34], 40, k=32, n=48)
     a, b, offs = run.operands(device)
-    lhs, lhs_scale, _, _ = _quantize_activations(a, offs, offs.cpu(), "fp8_rowwise", True, False)
-    by_n, _, rhs_scale, _ = _quantize_weights(b, "fp8_rowwise", True, False)
+    lhs, lhs_scale, _, _ = _hipblaslt_quantize_activations(a, offs, offs.cpu(), "fp8_rowwise", True, False)
+    by_n, _, rhs_scale, _ = _hipblaslt_quantize_weights(b, "fp8_rowwise", True, False)
     truth = reference.grouped_mm(a, b, run.ends)[: run.ends[-1]]
     try:
         found = _all_groups_at_once(lhs, lhs_scale, by_n.transpose(1, 2), rhs_scale, offs)[: run.ends[-1]]
@@ -377,41 +356,20 @@ def _all_groups_at_once(lhs: Tensor, lhs_scale: Tensor, rhs_ECO: Tensor, rhs_sca
     )  # fmt: skip
 
 
-def _fake_grouped_mm(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs_ECO: Tensor,
-    rhs_scale: Tensor | None,
-    offs: Tensor,
-    host_offs: Tensor,
-    num_rows: int,
-    recipe: str,
-) -> Tensor:
-    dtype = lhs.dtype if lhs_scale is None else torch.bfloat16
-    return lhs.new_empty(num_rows, rhs_ECO.shape[2], dtype=dtype)
+@define_op(tags=_TAGS)
+def _hipblaslt_grouped_mm(
+    lhs: Tensor, lhs_scale: Tensor | None, rhs_ECO: Tensor, rhs_scale: Tensor | None, offs: Tensor, host_offs: Tensor,
+    num_rows: Size, recipe: str,
+) -> Steps[Tensor]:  # fmt: skip
+    def empty() -> Tensor:
+        dtype = lhs.dtype if lhs_scale is None else torch.bfloat16
+        return lhs.new_empty(num_rows, rhs_ECO.shape[2], dtype=dtype)
 
-
-@define_op(
-    "hipblaslt_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor offs, "
-    "Tensor host_offs, SymInt num_rows, str recipe) -> Tensor",
-    fake=_fake_grouped_mm,
-    tags=_TAGS,
-)
-def _grouped_mm(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs_ECO: Tensor,
-    rhs_scale: Tensor | None,
-    offs: Tensor,
-    host_offs: Tensor,
-    num_rows: int,
-    recipe: str,
-) -> Tensor:
+    yield empty
     ends = reference.group_ends(host_offs, num_rows)
     groups = [(e, rows) for e, rows in enumerate(reference.group_slices(ends)) if rows.start < rows.stop]
     if lhs_scale is None or rhs_scale is None:
-        lhs = _separate_rows(lhs)
-        out = lhs.new_empty(num_rows, rhs_ECO.shape[2])
+        lhs, out = _separate_rows(lhs), empty()
         for e, rows in groups:
             torch.mm(lhs[rows], rhs_ECO[e], out=out[rows])
     else:
@@ -422,11 +380,11 @@ def _grouped_mm(
         elif groups and ends == host_offs.tolist() and _multiplies_all_groups_at_once(lhs.device):
             out = _all_groups_at_once(lhs, lhs_scale, rhs_ECO, rhs_scale, offs)
         else:
-            out = lhs.new_empty(num_rows, rhs_ECO.shape[2], dtype=torch.bfloat16)
+            out = empty()
             for e, rows in groups:
                 _scaled_mm(lhs[rows], rhs_ECO[e], lhs_scale[rows], rhs_scale[e], out[rows])
     out[ends[-1] :].zero_()
-    return out
+    yield out
 
 
 def _mx_products(
@@ -446,39 +404,19 @@ def _scaled_mm(lhs: Tensor, rhs: Tensor, lhs_scale: Tensor, rhs_scale: Tensor, o
     torch._scaled_mm(lhs, rhs, lhs_scale, rhs_scale, out_dtype=out.dtype, out=out)
 
 
-def _fake_wgrad(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs: Tensor,
-    rhs_scale: Tensor | None,
-    host_offs: Tensor,
-    num_rows: int,
+@define_op(tags=_TAGS)
+def _hipblaslt_wgrad(
+    lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: Tensor | None, host_offs: Tensor, num_rows: Size,
     recipe: str,
-) -> Tensor:
-    if lhs_scale is None:
-        return lhs.new_empty(host_offs.shape[0], lhs.shape[1], rhs.shape[1])
-    return lhs.new_empty(host_offs.shape[0], lhs.shape[0], rhs.shape[0], dtype=torch.bfloat16)
-
-
-@define_op(
-    "hipblaslt_wgrad(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor host_offs, "
-    "SymInt num_rows, str recipe) -> Tensor",
-    fake=_fake_wgrad,
-    tags=_TAGS,
-)
-def _wgrad(
-    lhs: Tensor,
-    lhs_scale: Tensor | None,
-    rhs: Tensor,
-    rhs_scale: Tensor | None,
-    host_offs: Tensor,
-    num_rows: int,
-    recipe: str,
-) -> Tensor:
-    out = _fake_wgrad(lhs, lhs_scale, rhs, rhs_scale, host_offs, num_rows, recipe)
+) -> Steps[Tensor]:  # fmt: skip
+    num_groups = host_offs.shape[0]
     if lhs_scale is None or rhs_scale is None:
+        out = lhs.new_empty(num_groups, lhs.shape[1], rhs.shape[1])
+        yield out
         lhs, rhs = _separate_rows(lhs), _separate_rows(rhs)
     else:
+        out = lhs.new_empty(num_groups, lhs.shape[0], rhs.shape[0], dtype=torch.bfloat16)
+        yield out
         _check_operand("a", lhs)
         _check_operand("dy", rhs)
     for e, rows in enumerate(reference.group_slices(reference.group_ends(host_offs, num_rows))):
@@ -492,14 +430,10 @@ def _wgrad(
             else:
                 scales = lhs_scale[e], rhs_scale[e].t()
             _scaled_mm(lhs[:, rows], rhs[:, rows].t(), *scales, out[e])
-    return out
 
 
-@define_op(
-    "hipblaslt_group_sums(Tensor x, Tensor host_offs, ScalarType out_dtype) -> Tensor",
-    fake=lambda x_MN, host_offs, out_dtype: x_MN.new_empty(host_offs.shape[0], x_MN.shape[1], dtype=out_dtype),
-    tags=_TAGS,
-)
-def _group_sums(x_MN: Tensor, host_offs: Tensor, out_dtype: torch.dtype) -> Tensor:
+@define_op(tags=_TAGS)
+def _hipblaslt_group_sums(x_MN: Tensor, host_offs: Tensor, out_dtype: torch.dtype) -> Steps[Tensor]:
+    yield lambda: x_MN.new_empty(host_offs.shape[0], x_MN.shape[1], dtype=out_dtype)
     ends = reference.group_ends(host_offs, x_MN.shape[0])
-    return reference.group_sums(x_MN, ends, torch.float32).to(out_dtype)
+    yield reference.group_sums(x_MN, ends, torch.float32).to(out_dtype)

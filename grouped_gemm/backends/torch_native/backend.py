@@ -34,7 +34,7 @@ from grouped_gemm.backends.base import (
 from grouped_gemm.backends.torch_native import layouts as torch_native_layouts
 from grouped_gemm.backends.torch_native.layouts import ALIGNMENT, TOKENS
 from grouped_gemm.core.call_spec import CallSpec, dtype_name
-from grouped_gemm.core.library import define_op, ops
+from grouped_gemm.core.library import Size, Steps, define_op, ops
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
@@ -200,8 +200,8 @@ def _aligned(x: Tensor) -> Tensor:
     return lines if x.stride(-1) == 1 else lines.mT
 
 
-def _scaled_product(lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, ends: Tensor) -> Tensor:
-    """torch's fp8 product, rowwise or MX as the scales are.
+def _scaled_grouped_mm(lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, ends: Tensor) -> Tensor:
+    """torch's fp8 grouped GEMM, rowwise or MX as the scales are.
 
     Rowwise, it adds up in tensor cores, as this package's own kernels do (docs/numerics.md).
     """
@@ -217,85 +217,65 @@ def _scaled_product(lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tens
     )  # fmt: skip
 
 
-@define_op("torch_plan(Tensor offs, SymInt num_rows) -> (Tensor, Tensor)", fake=torch_native_layouts.plan)
-def _plan(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+@define_op()
+def _torch_plan(offs: Tensor, num_rows: Size) -> Steps[tuple[Tensor, Tensor]]:
+    out = torch_native_layouts.plan(offs, num_rows)
+    yield out
     if _has_triton(offs.device):
         from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
 
-        out = torch_native_layouts.plan(offs, num_rows)
         torch_native_quantize.fill_plan(offs, num_rows, out)
-        return out
+        return
     ends = offs.clamp(0, num_rows).cummax(0).values
     sizes = ends.diff(prepend=ends.new_zeros(1))
     tokens = (sizes + (TOKENS - 1)).clamp(min=TOKENS) // TOKENS * TOKENS
-    return ends, tokens.cumsum(0, dtype=torch.int32)
+    yield ends, tokens.cumsum(0, dtype=torch.int32)
 
 
-def _empty_activations(
+@define_op()
+def _torch_quantize_activations(
     x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool
-) -> Operands:
-    return torch_native_layouts.activations(x_MD, ends.shape[0], Recipe(recipe), rows=rows, columns=columns)
-
-
-@define_op(
-    "torch_quantize_activations(Tensor x, Tensor ends, Tensor token_ends, str recipe, bool rows, bool columns) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_empty_activations,
-)
-def _quantize_activations(
-    x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool
-) -> Operands:
+) -> Steps[Operands]:
+    out = torch_native_layouts.activations(x_MD, ends.shape[0], Recipe(recipe), rows=rows, columns=columns)
+    yield out
     from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
     from grouped_gemm.backends.torch_native import quantize_mx as torch_native_quantize_mx
 
-    out = _empty_activations(x_MD, ends, token_ends, recipe, rows, columns)
     if Recipe(recipe) is _MXFP8:
         torch_native_quantize_mx.quantize_activations(x_MD, ends, token_ends, out)
     else:
         torch_native_quantize.quantize(x_MD, ends, token_ends, Recipe(recipe), out)
-    return out
 
 
-def _empty_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
-    return torch_native_layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
-
-
-@define_op(
-    "torch_quantize_weights(Tensor b, str recipe, bool forward, bool dgrad) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_empty_weights,
-)
-def _quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Operands:
+@define_op()
+def _torch_quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Steps[Operands]:
+    out = torch_native_layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
+    yield out
     from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
     from grouped_gemm.kernels.quantize import mx as quantize_mx
 
-    out = _empty_weights(b_EKN, recipe, forward, dgrad)
     if Recipe(recipe) is _MXFP8:
         quantize_mx.quantize_weights(b_EKN, out, swizzled=True)
     else:
         quantize_fp8.quantize_weights(b_EKN, Recipe(recipe), out)
-    return out
 
 
-def _fake_grouped_mm(
+@define_op()
+def _torch_grouped_mm(
     lhs_MC: Tensor, lhs_scale: Tensor | None, rhs_ECO: Tensor, rhs_scale: Tensor | None, ends: Tensor
-) -> Tensor:
-    dtype = lhs_MC.dtype if lhs_scale is None else torch.bfloat16
-    return lhs_MC.new_empty(lhs_MC.shape[0], rhs_ECO.shape[2], dtype=dtype)
+) -> Steps[Tensor]:
+    def empty() -> Tensor:
+        dtype = lhs_MC.dtype if lhs_scale is None else torch.bfloat16
+        return lhs_MC.new_empty(lhs_MC.shape[0], rhs_ECO.shape[2], dtype=dtype)
 
-
-@define_op(
-    "torch_grouped_mm(Tensor lhs, Tensor? lhs_scale, Tensor rhs, Tensor? rhs_scale, Tensor ends) -> Tensor",
-    fake=_fake_grouped_mm,
-)
-def _grouped_mm(
-    lhs_MC: Tensor, lhs_scale: Tensor | None, rhs_ECO: Tensor, rhs_scale: Tensor | None, ends: Tensor
-) -> Tensor:
+    yield empty
     if lhs_MC.shape[0] == 0:
-        return _fake_grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, ends)
+        yield empty()
+        return
     if lhs_scale is None or rhs_scale is None:
         out_MO = F.grouped_mm(_aligned(lhs_MC), _aligned(rhs_ECO), offs=ends)
     else:
-        out_MO = _scaled_product(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, ends)
+        out_MO = _scaled_grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, ends)
     if _has_triton(ends.device):
         from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
 
@@ -303,16 +283,16 @@ def _grouped_mm(
     else:
         rows = torch.arange(out_MO.shape[0], device=ends.device)
         out_MO.masked_fill_((rows >= ends[-1])[:, None], 0)
-    return out_MO
+    yield out_MO
 
 
-@define_op(
-    "torch_wgrad(Tensor lhs, Tensor rhs, Tensor ends) -> Tensor",
-    fake=lambda lhs, rhs, ends: lhs.new_empty(ends.shape[0], lhs.shape[1], rhs.shape[1]),
-)
-def _wgrad(lhs_MP: Tensor, rhs_MQ: Tensor, ends: Tensor) -> Tensor:
+@define_op()
+def _torch_wgrad(lhs_MP: Tensor, rhs_MQ: Tensor, ends: Tensor) -> Steps[Tensor]:
+    shape = ends.shape[0], lhs_MP.shape[1], rhs_MQ.shape[1]
+    yield lambda: lhs_MP.new_empty(shape)
     if lhs_MP.shape[0] == 0:
-        return lhs_MP.new_zeros(ends.shape[0], lhs_MP.shape[1], rhs_MQ.shape[1])
+        yield lhs_MP.new_zeros(shape)
+        return
     out_EPQ = F.grouped_mm(_aligned(lhs_MP).t(), _aligned(rhs_MQ), offs=ends)
     if _has_triton(ends.device):
         from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
@@ -320,14 +300,13 @@ def _wgrad(lhs_MP: Tensor, rhs_MQ: Tensor, ends: Tensor) -> Tensor:
         torch_native_quantize.zero_empty_groups(out_EPQ, ends)
     else:
         out_EPQ.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
-    return out_EPQ
+    yield out_EPQ
 
 
-@define_op(
-    "torch_scaled_wgrad(Tensor lhs, Tensor lhs_scale, Tensor rhs, Tensor rhs_scale, Tensor token_ends) -> Tensor",
-    fake=lambda lhs, lhs_scale, rhs, rhs_scale, token_ends: lhs.new_empty(
-        token_ends.shape[0], lhs.shape[0], rhs.shape[0], dtype=torch.bfloat16
-    ),
-)
-def _scaled_wgrad(lhs_PT: Tensor, lhs_scale: Tensor, rhs_QT: Tensor, rhs_scale: Tensor, token_ends: Tensor) -> Tensor:
-    return _scaled_product(lhs_PT, lhs_scale, rhs_QT.t(), rhs_scale, token_ends)
+@define_op()
+def _torch_scaled_wgrad(
+    lhs_PT: Tensor, lhs_scale: Tensor, rhs_QT: Tensor, rhs_scale: Tensor, token_ends: Tensor
+) -> Steps[Tensor]:
+    shape = token_ends.shape[0], lhs_PT.shape[0], rhs_QT.shape[0]
+    yield lambda: lhs_PT.new_empty(shape, dtype=torch.bfloat16)
+    yield _scaled_grouped_mm(lhs_PT, lhs_scale, rhs_QT.t(), rhs_scale, token_ends)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -45,8 +44,8 @@ def wgrad(
     offs: Tensor,
     num_rows: int,
     recipe: Recipe,
-    out_dtype: torch.dtype,
-) -> Tensor:
+    out_EPQ: Tensor,
+) -> None:
     """Per group, the transpose of its rows of ``lhs`` times its rows of ``rhs``, with fp32 accumulation.
 
     Args:
@@ -57,16 +56,13 @@ def wgrad(
         offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
         num_rows: M.
         recipe: any.
-        out_dtype: bfloat16, float16 or float32.
-
-    Returns:
-        (E, P, Q), contiguous; exactly zero for an empty group.
+        out_EPQ: what is filled, (E, P, Q), contiguous; bfloat16, float16 or float32. Exactly zero for an empty group.
     """
-    num_groups, p, q = offs.shape[0], lhs.shape[1], rhs.shape[1]
-    out_EPQ = torch.empty(num_groups, p, q, dtype=out_dtype, device=lhs.device)
     if num_rows == 0:
-        return out_EPQ.zero_()
-    strides = lhs.shape[1], lhs.stride(), q, rhs.stride()
+        out_EPQ.zero_()
+        return
+    num_groups, p, q = out_EPQ.shape
+    strides = p, lhs.stride(), q, rhs.stride()
     places = (lhs.data_ptr() | rhs.data_ptr()) & 15
     is_far = num_rows > _MOST_RAGGED_ROWS
     key = (lhs.dtype, strides, num_groups, recipe, out_EPQ.dtype, lhs.device, places, is_far)
@@ -79,7 +75,6 @@ def wgrad(
         lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     with on_device(lhs):
         product.run(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, out_EPQ)
-    return out_EPQ
 
 
 class _Product:
@@ -255,10 +250,9 @@ def _wgrad(
     tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 
-def group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """The sum of each group's rows, accumulated in fp32: (E, N) from (M, N) with contiguous rows."""
+def group_sums(x_MN: Tensor, offs: Tensor, out_EN: Tensor) -> None:
+    """Fills ``out_EN`` (E, N) with the sum of each group's rows of (M, N), contiguous rows, accumulated in fp32."""
     (num_rows, columns), num_groups = x_MN.shape, offs.shape[0]
-    out_EN = torch.empty(num_groups, columns, dtype=out_dtype, device=x_MN.device)
     with on_device(x_MN):
         launch(
             _group_sums, (num_groups, cdiv(columns, 64)),
@@ -268,7 +262,6 @@ def group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Tensor:
                 "BLOCK_M": 128, "BLOCK_N": 64,
             },
         )  # fmt: skip
-    return out_EN
 
 
 @triton.jit(do_not_specialize=["M", "E"])

@@ -52,8 +52,8 @@ def grouped_mm(
     bias_EO: Tensor | None,
     offs: Tensor,
     recipe: Recipe,
-    out_dtype: torch.dtype,
-) -> Tensor:
+    out_MO: Tensor,
+) -> None:
     """Multiplies each group of rows by its own matrix, with fp32 accumulation.
 
     Args:
@@ -67,15 +67,11 @@ def grouped_mm(
         bias_EO: (E, O), contiguous, or None.
         offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
         recipe: any.
-        out_dtype: bfloat16, float16 or float32.
-
-    Returns:
-        (M, O), contiguous; zero at and past ``offs[-1]``.
+        out_MO: what is filled, (M, O), contiguous; bfloat16, float16 or float32. Zero at and past ``offs[-1]``.
     """
-    num_rows, rhs_shape = lhs_MC.shape[0], rhs_ECO.shape
-    out_MO = torch.empty(num_rows, rhs_shape[2], dtype=out_dtype, device=lhs_MC.device)
+    num_rows, rhs_shape, out_dtype = lhs_MC.shape[0], rhs_ECO.shape, out_MO.dtype
     if num_rows == 0:
-        return out_MO
+        return
     rows = row_class(num_rows, rhs_shape[0])
     places = (lhs_MC.data_ptr() | rhs_ECO.data_ptr()) & 15
     strides = lhs_MC.stride(0), rhs_ECO.stride()
@@ -89,7 +85,6 @@ def grouped_mm(
         lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     with on_device(lhs_MC):
         product.run(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, out_MO)
-    return out_MO
 
 
 class _Product:
