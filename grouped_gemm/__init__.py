@@ -18,6 +18,7 @@ from grouped_gemm.core.quantized import Quantized, QuantizedWeights
 from grouped_gemm.core.quantized import weights_of as weights_of  # saved files name it
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import explain, grouped_mm, quantize_weights
+from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.integrations.torch_function import override_torch
 from grouped_gemm.linear import QuantizedGroupedLinear
 from grouped_gemm.selection.explanation import Explanation
@@ -36,6 +37,7 @@ __all__ = [
     "CallSpec",
     "Decision",
     "Explanation",
+    "GroupPlan",
     "KernelPreference",
     "Machine",
     "NoBackendError",

@@ -23,9 +23,8 @@ from grouped_gemm.core.dense import dense_rows, dense_weights
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.group_plan import Plans, plans_of
 from grouped_gemm.selection.route import Route
-
-_Plans = dict[BackendKind, OffsetPlan]
 
 
 def layouts(
@@ -54,7 +53,7 @@ def weights_for(b_EKN: Tensor, recipe: Recipe, forward: BackendKind | None, dgra
 
 
 def _activations_for(
-    x_MD: Tensor, recipe: Recipe, plans: _Plans, rows: BackendKind | None, columns: BackendKind | None
+    x_MD: Tensor, recipe: Recipe, plans: Plans, rows: BackendKind | None, columns: BackendKind | None
 ) -> Layouts:
     return layouts(
         rows, columns, lambda b, one, two: b.quantize_activations(x_MD, plans[b.kind], recipe, rows=one, columns=two)
@@ -65,7 +64,7 @@ def _product(
     kind: BackendKind,
     lhs: Quantized | None,
     rhs: Quantized | None,
-    plans: _Plans,
+    plans: Plans,
     out_dtype: torch.dtype,
     bias: Tensor | None = None,
 ) -> Tensor:
@@ -74,19 +73,14 @@ def _product(
 
 
 def _contraction(
-    route: Route, lhs: Quantized | None, rhs: Quantized | None, plans: _Plans, out_dtype: torch.dtype
+    route: Route, lhs: Quantized | None, rhs: Quantized | None, plans: Plans, out_dtype: torch.dtype
 ) -> Tensor:
     assert route.wgrad is not None and lhs is not None and rhs is not None, "a pass that runs has its operands"
     backend = get_backend(route.wgrad)
     return backend.wgrad(lhs, rhs, plans[route.wgrad], out_dtype, contiguous=route.b_contiguous)
 
 
-def _plan(route: Route, offs: Tensor, num_rows: int) -> _Plans:
-    """The plan of each backend that runs a pass."""
-    return {kind: get_backend(kind).plan(offs, num_rows, route.group_alignment) for kind in route.backends}
-
-
-def _save(ctx: Any, route: Route, plans: _Plans, *operands: Quantized | None) -> None:
+def _save(ctx: Any, route: Route, plans: Plans, *operands: Quantized | None) -> None:
     """Keeps plans and operands for backward: tensors where autograd and checkpointing can see them."""
     tensors: list[Tensor | None] = []
     for operand in operands:
@@ -99,7 +93,7 @@ def _save(ctx: Any, route: Route, plans: _Plans, *operands: Quantized | None) ->
     ctx.plan_sizes = [1 + len(plan.derived) for plan in plans.values()]
 
 
-def _load(ctx: Any, num_rows: int) -> tuple[Route, _Plans, list[Quantized | None]]:
+def _load(ctx: Any, num_rows: int) -> tuple[Route, Plans, list[Quantized | None]]:
     """What `_save` kept."""
     tensors = list(ctx.saved_tensors)
     operands = []
@@ -114,11 +108,19 @@ def _load(ctx: Any, num_rows: int) -> tuple[Route, _Plans, list[Quantized | None
 
 
 def run_forward(
-    a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, route: Route
-) -> tuple[Tensor, _Plans, Quantized | None, Quantized | None]:
-    """The output, and what backward needs: plans, ``a`` for wgrad, ``b`` for dgrad."""
+    a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, groups: Tensor | Plans, route: Route
+) -> tuple[Tensor, Plans, Quantized | None, Quantized | None]:
+    """The output, and what backward needs: plans, ``a`` for wgrad, ``b`` for dgrad.
+
+    Args:
+        a: (M, K) with contiguous rows.
+        b: (E, K, N).
+        bias: (E, N).
+        groups: ``offs``, from which each backend of the call plans; or the plans that a `GroupPlan` has.
+        route: who runs each pass.
+    """
     assert route.forward is not None, "this form of the call has a forward pass"
-    plans = _plan(route, offs, a.shape[0])
+    plans = groups if isinstance(groups, dict) else plans_of(route, groups, a.shape[0])
     a_rows, a_columns = _activations_for(a, route.recipe, plans, route.forward, route.wgrad)
     if isinstance(b, Tensor):
         b_forward, b_dgrad = layouts(
@@ -146,10 +148,10 @@ class GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, route: Route
+        ctx: Any, a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, groups: Tensor | Plans, route: Route
     ) -> Tensor:
-        """(M, N) from ``a`` (M, K) with contiguous rows and ``b`` (E, K, N)."""
-        y, plans, a_columns, b_dgrad = run_forward(a, b, bias, offs, route)
+        """(M, N); arguments as of `run_forward`."""
+        y, plans, a_columns, b_dgrad = run_forward(a, b, bias, groups, route)
         _save(ctx, route, plans, a_columns, b_dgrad)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -185,15 +187,15 @@ class GroupedMM(torch.autograd.Function):
         """
         route, plans, (a, b) = _load(ctx, dy.shape[0])
         _refuse_second_derivative(route)
-        plan = plans[route.backends[0]]
         g = dense_rows(dy.to(route.dtype))
         da = db = dbias = None
         if b is not None:
-            da = GroupedMM.apply(g, b.data.transpose(1, 2), None, plan.offs, route.unscaled_dgrad)
+            da = GroupedMM.apply(g, b.data.transpose(1, 2), None, plans, route.unscaled_dgrad)
         if a is not None:
-            db = Contraction.apply(a.data, g, plan.offs, route.unscaled_wgrad)
+            db = Contraction.apply(a.data, g, plans, route.unscaled_wgrad)
         if ctx.needs_input_grad[2]:
-            dbias = _GroupSums.apply(dense_rows(dy), plan, route.backends[0], ctx.bias_dtype)
+            kind = route.backends[0]
+            dbias = _GroupSums.apply(dense_rows(dy), plans[kind], kind, ctx.bias_dtype)
         return da, db, dbias
 
 
@@ -201,9 +203,9 @@ class Contraction(torch.autograd.Function):
     """C = X^T G per group of rows: wgrad as a call of its own, whose gradients are dgrad and forward on dC."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, g_MN: Tensor, offs: Tensor, route: Route) -> Tensor:
-        """(E, K, N) from operands with contiguous rows."""
-        plans = _plan(route, offs, x_MK.shape[0])
+    def forward(ctx: Any, x_MK: Tensor, g_MN: Tensor, groups: Tensor | Plans, route: Route) -> Tensor:
+        """(E, K, N) from operands with contiguous rows; ``groups`` and ``route`` as of `run_forward`."""
+        plans = groups if isinstance(groups, dict) else plans_of(route, groups, x_MK.shape[0])
         x_rows, x_columns = _activations_for(x_MK, route.recipe, plans, route.forward, route.wgrad)
         g_rows, g_columns = _activations_for(g_MN, route.recipe, plans, route.dgrad, route.wgrad)
         _save(ctx, route, plans, x_rows, g_rows)
@@ -234,13 +236,12 @@ class Contraction(torch.autograd.Function):
         """As `GroupedMM._graph_of_gradients`."""
         route, plans, (x, g) = _load(ctx, ctx.num_rows)
         _refuse_second_derivative(route)
-        offs = plans[route.backends[0]].offs
         dc, _ = dense_weights(dc_EKN.to(route.dtype))
         dx = dg = None
         if g is not None:
-            dx = GroupedMM.apply(g.data, dc.transpose(1, 2), None, offs, route.unscaled_dgrad)
+            dx = GroupedMM.apply(g.data, dc.transpose(1, 2), None, plans, route.unscaled_dgrad)
         if x is not None:
-            dg = GroupedMM.apply(x.data, dc, None, offs, route.unscaled_wgrad)
+            dg = GroupedMM.apply(x.data, dc, None, plans, route.unscaled_wgrad)
         return dx, dg
 
 

@@ -19,6 +19,7 @@ from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import KernelPreference, Preference, check_bool
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.group_plan import GroupPlan, Plans
 from grouped_gemm.selection import checks, dtensor
 from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.route import decision_of, recall, remember, route_of
@@ -28,7 +29,7 @@ from grouped_gemm.selection.spec import autocast, describe, describe_weights, ne
 def grouped_mm(
     a: Tensor,
     b: Tensor | QuantizedWeights,
-    offs: Tensor,
+    offs: Tensor | GroupPlan,
     *,
     recipe: Recipe | str | None = None,
     bias: Tensor | None = None,
@@ -51,10 +52,11 @@ def grouped_mm(
         offs: (E,) int32, the end row of each group, on the operands' device. Groups may be empty; ``offs[-1] <= M``.
             Group sizes are another thing: pass ``sizes.cumsum(0, dtype=torch.int32)``.
             Values out of order or range give wrong rows, never a wrong address.
+            Or a `GroupPlan`, which several calls with the same groups share.
         recipe: how operands are quantized on the fly, a `Recipe` or its name. None: not at all, or as ``b`` is.
         bias: (E, N), added to each row of its group.
         out_dtype: bfloat16, float16 or float32; None: the dtype of ``a``.
-        group_alignment: a promise that every group's size is a multiple of it; backends that pad then need not.
+        group_alignment: a guarantee that every group's size is a multiple of it; backends that pad then need not.
         kernel_preference: a backend or its name. AUTO defers to `prefer`, then GROUPED_GEMM_BACKEND, then picks.
 
     Returns:
@@ -65,16 +67,28 @@ def grouped_mm(
         ValueError: shapes, dtypes or devices do not fit each other; the message names argument, expected and found.
         NoBackendError: no backend, or not the one that was asked for, runs the call with all its gradients.
     """
+    plan = None
+    if isinstance(offs, GroupPlan):
+        plan, offs = offs, offs.offs
+        group_alignment = plan.alignment(group_alignment)
     options = (recipe, out_dtype, group_alignment, kernel_preference)
     if not torch.compiler.is_compiling() and vmap.is_transformed():
         return vmap.each_sample(functools.partial(_grouped_mm, options), a, b, offs, bias)
-    return _grouped_mm(options, a, b, offs, bias)
+    return _grouped_mm(options, a, b, offs, bias, plan)
 
 
 def _grouped_mm(
-    options: tuple[Any, ...], a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None
+    options: tuple[Any, ...],
+    a: Tensor,
+    b: Tensor | QuantizedWeights,
+    offs: Tensor,
+    bias: Tensor | None,
+    plan: GroupPlan | None = None,
 ) -> Tensor:
-    """`grouped_mm`, outside of vmap. ``options`` are recipe, out_dtype, group_alignment and kernel_preference."""
+    """`grouped_mm`, outside of vmap.
+
+    ``options`` are recipe, out_dtype, group_alignment and kernel_preference. ``plan`` is the one of these ``offs``.
+    """
     a, b, bias = autocast(a, b, bias)
     key, route = recall(a, b, offs, bias, options)
     if route is None and any(map(dtensor.is_dtensor, (a, b, offs, bias))):
@@ -88,19 +102,23 @@ def _grouped_mm(
         took_as_is = a.stride(1) == 1 and all(x is y for x, y in zip((a, b, offs, bias), given))
         if key is not None and took_as_is and not spec.captured:
             remember(key, route)
+    groups: Tensor | Plans = offs
+    if plan is not None:
+        plan.check_rows(a.shape[0])
+        groups = plan.plans(route, offs)
     if isinstance(b, Tensor) and b.dim() == 2:
         vmap.check_differentiable()
-        return Contraction.apply(a, b, offs, route)
+        return Contraction.apply(a, b, groups, route)
     if route.dgrad is None and route.wgrad is None and (bias is None or not needs_gradient(bias)):
-        return run_forward(a, b, bias, offs, route)[0]
+        return run_forward(a, b, bias, groups, route)[0]
     vmap.check_differentiable()
-    return GroupedMM.apply(a, b, bias, offs, route)
+    return GroupedMM.apply(a, b, bias, groups, route)
 
 
 def explain(
     a: Tensor,
     b: Tensor | QuantizedWeights,
-    offs: Tensor,
+    offs: Tensor | GroupPlan,
     *,
     recipe: Recipe | str | None = None,
     bias: Tensor | None = None,
@@ -116,9 +134,15 @@ def explain(
     Raises:
         TypeError, ValueError: as `grouped_mm`.
     """
-    a, b, offs, bias = dtensor.local(a=a, b=b, offs=offs, bias=bias)
+    plan = None
+    if isinstance(offs, GroupPlan):
+        plan, offs = offs, offs.offs
+        group_alignment = plan.alignment(group_alignment)
+    a, b, ends, bias = dtensor.local(a=a, b=b, offs=offs, bias=bias)
     a, b, bias = autocast(a, b, bias)
-    a, _, _, _, spec = describe(a, b, offs, bias, recipe, out_dtype, group_alignment, kernel_preference)
+    a, _, _, _, spec = describe(a, b, ends, bias, recipe, out_dtype, group_alignment, kernel_preference)
+    if plan is not None:
+        plan.check_rows(a.shape[0])
     return Explanation(decision_of(spec), a.shape[0])
 
 

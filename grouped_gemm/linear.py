@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grouped_gemm.core.quantized import QuantizedWeights, compact, other_version, weights_of, with_strides
 from grouped_gemm.functional import grouped_mm
+from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.selection.checks import check_bias
 
 _NAMES = ("forward_data", "forward_scale", "dgrad_data", "dgrad_scale")
@@ -86,7 +87,7 @@ class QuantizedGroupedLinear(torch.nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_made": None}
 
-    def forward(self, a: Tensor, offs: Tensor, *, group_alignment: int = 1) -> Tensor:
+    def forward(self, a: Tensor, offs: Tensor | GroupPlan, *, group_alignment: int = 1) -> Tensor:
         """(M, N) from rows ``a`` (M, K) in groups that end at ``offs`` (E,) int32; as `grouped_mm`."""
         return grouped_mm(a, self.weights, offs, bias=self.bias, group_alignment=group_alignment)
 

@@ -192,7 +192,7 @@ SAMPLES = {
 
 # Kernels of Triton run interpreted on a CPU: tests/interpreter checks their ops. Scaled products of
 # hipBLASLt need a build that takes them: tests/test_hipblaslt.py.
-INTERPRETED = ("triton_", "deepgemm_", "torch_quantize_", "torch_scaled_")
+INTERPRETED = ("triton_", "deepgemm_", "torch_quantize_", "torch_scaled_", "torch_token_")
 HERE = sorted(name for name in NAMES if not name.startswith(INTERPRETED))
 
 

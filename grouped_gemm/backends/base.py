@@ -141,7 +141,7 @@ class Health:
 
 @dataclass(eq=False)  # not frozen, which costs half a microsecond for each
 class OffsetPlan:
-    """What a backend derives from ``offs``, once per forward, for all passes.
+    """What a backend derives from ``offs``, once for all passes of a call, or of all calls with one `GroupPlan`.
 
     Attributes:
         offs: (E,) int32, as the caller gave it.
@@ -279,9 +279,21 @@ class _GroupedMMBackend(ABC):
         db = self.wgrad(a_columns, y_columns, plan, wgrad_dtype, contiguous="n")
         return is_near(db, reference.wgrad(a_MK, y, run.ends))
 
+    def needs_blocks(self, recipe: Recipe, columns: bool) -> bool:
+        """Whether `quantize_activations` looks for the blocks of tokens: then they are found once, in the plan.
+
+        Args:
+            recipe: of the call.
+            columns: whether the backend quantizes operands of wgrad.
+        """
+        return False
+
     @abstractmethod
-    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
-        """The plan of groups that end at rows ``offs``, (E,) int32, in multiples of ``group_alignment``."""
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1, *, blocks: bool = False) -> OffsetPlan:
+        """The plan of groups that end at rows ``offs``, (E,) int32, in multiples of ``group_alignment``.
+
+        With ``blocks`` it has those that `needs_blocks` speaks of. Without them, each quantizer finds its own.
+        """
 
     @abstractmethod
     def quantize_activations(

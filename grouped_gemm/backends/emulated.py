@@ -50,7 +50,7 @@ class Backend(_GroupedMMBackend):
     host_syncs = "offs is read once per forward"
     compiles = False
 
-    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1, *, blocks: bool = False) -> OffsetPlan:
         return OffsetPlan(offs, num_rows, (ops.emulated_host_offs(offs),))
 
     def quantize_activations(

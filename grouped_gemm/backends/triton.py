@@ -33,6 +33,7 @@ from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize import layouts
+from grouped_gemm.kernels.quantize.blocks import token_blocks
 from grouped_gemm.kernels.quantize.layouts import Operands
 
 _ROWS = "triton rows"
@@ -99,15 +100,20 @@ class Backend(_GroupedMMBackend):
             return Health()
         return Health("a tiny product is wrong", fix)
 
-    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
-        return OffsetPlan(offs, num_rows)  # the kernels find the groups themselves
+    def needs_blocks(self, recipe: Recipe, columns: bool) -> bool:
+        if recipe is Recipe.MXFP8:
+            return False  # each program finds its group
+        return recipe.is_scaled and (columns or recipe.block is not None)
+
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1, *, blocks: bool = False) -> OffsetPlan:
+        return OffsetPlan(offs, num_rows, (token_blocks(offs, num_rows),) if blocks else ())
 
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
         written = x_MD, None, x_MD, None
         if recipe.is_scaled:
-            written = ops.triton_quantize_activations(x_MD, plan.offs, recipe.value, rows, columns)
+            written = ops.triton_quantize_activations(x_MD, plan.offs, recipe.value, rows, columns, *plan.derived)
         return as_activations(written, recipe, (_ROWS, _COLUMNS), rows=rows, columns=columns)
 
     def quantize_weights(
@@ -193,7 +199,9 @@ def _triton_group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> St
 
 
 @define_op()
-def _triton_quantize_activations(x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool) -> Steps[Operands]:
+def _triton_quantize_activations(
+    x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool, blocks: Tensor | None = None
+) -> Steps[Operands]:
     out = layouts.activations(x_MD, offs.shape[0], Recipe(recipe), rows=rows, columns=columns)
     yield out
     from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
@@ -202,7 +210,7 @@ def _triton_quantize_activations(x_MD: Tensor, offs: Tensor, recipe: str, rows: 
     if Recipe(recipe) is Recipe.MXFP8:
         quantize_mx.quantize_activations(x_MD, offs, out)
     else:
-        quantize_fp8.quantize_activations(x_MD, offs, Recipe(recipe), out)
+        quantize_fp8.quantize_activations(x_MD, offs, Recipe(recipe), out, blocks)
 
 
 @define_op()

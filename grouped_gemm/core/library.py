@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
@@ -52,7 +53,8 @@ def define_op(*, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Step
     ...     k_grouped.group_sums(x_MN, offs, out)
 
     An op must not return or change its arguments. Its schema follows from the annotations: an ``int`` is a constant of
-    a graph and a `Size` is not; a shape suffix, as in ``x_MN``, is not part of an argument's name.
+    a graph and a `Size` is not; a shape suffix, as in ``x_MN``, is not part of an argument's name. Give an argument
+    that is added to an op the default None, so that programs exported without it still run.
 
     `torch.library.custom_op` would add an autograd layer and alias checks of about ten microseconds a call; here
     gradients are the business of `functional`, and tests run ``torch.library.opcheck`` on every op.
@@ -91,7 +93,10 @@ def schema_of(op: Callable[..., Steps[Any]]) -> str:
     hints = get_type_hints(op, include_extras=True)
     result, _ = get_args(get_args(hints.pop("return"))[0])
     results = ", ".join(_TYPES[part] for part in get_args(result)) if get_args(result) else _TYPES[result]
-    arguments = ", ".join(f"{_TYPES[hint]} {_SHAPE.sub('', name)}" for name, hint in hints.items())
+    defaults = {name: "=None" for name, p in inspect.signature(op).parameters.items() if p.default is None}
+    arguments = ", ".join(
+        f"{_TYPES[hint]} {_SHAPE.sub('', name)}{defaults.get(name, '')}" for name, hint in hints.items()
+    )
     return f"{op.__name__.removeprefix('_')}({arguments}) -> {f'({results})' if get_args(result) else results}"
 
 

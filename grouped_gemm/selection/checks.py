@@ -74,6 +74,17 @@ def check_offs(offs: Tensor, num_groups: int | None, device: torch.device) -> No
         fail("offs", f"{num_groups} entries, one for each matrix of b", offs.shape[0])
 
 
+def check_groups(offs: Tensor, num_rows: int, group_alignment: int) -> None:
+    """``offs`` are end rows of groups of ``num_rows`` rows, in multiples of ``group_alignment``; looks at no values."""
+    check_offs(offs, None, offs.device if isinstance(offs, Tensor) else torch.device("cpu"))
+    check_options(None, group_alignment)
+    if isinstance(num_rows, bool) or not isinstance(num_rows, (int, torch.SymInt)):
+        raise TypeError(f"num_rows: expected an int; found {type(num_rows).__name__}")
+    # A guard on the largest one would bound M, which `tracing.row_class_of` would take for a bound that was stated.
+    if not torch.compiler.is_compiling() and not 0 <= num_rows <= MOST_ROWS:
+        fail("num_rows", f"at least 0 and at most {MOST_ROWS}", num_rows)
+
+
 def check_tangents(**operands: Any) -> None:
     """No operand, by the name of its argument, has a forward-mode derivative, which would be lost.
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grouped_gemm.backends import candidates
+from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import (
     AUTOTUNE,
@@ -41,6 +41,7 @@ class Route(NamedTuple):
     out_dtype: torch.dtype
     b_contiguous: str
     backends: tuple[BackendKind, ...]  # every one that runs a pass, once
+    blocks: tuple[bool, ...]  # of each of them, whether its quantizers need token blocks in their plan
     group_alignment: int = 1  # what every group's size is a multiple of
 
     @property
@@ -80,8 +81,9 @@ def _route(spec: CallSpec, forward: BackendKind | None, dgrad: BackendKind | Non
     for runs in (forward, dgrad, wgrad):
         if runs is not None and runs not in backends:
             backends += (runs,)
+    blocks = tuple([get_backend(kind).needs_blocks(spec.recipe, kind is wgrad) for kind in backends])
     call = spec.recipe, spec.dtype, spec.out_dtype, spec.b_contiguous
-    return Route(forward, dgrad, wgrad, *call, backends, spec.group_alignment)
+    return Route(forward, dgrad, wgrad, *call, backends, blocks, spec.group_alignment)
 
 
 _ERRORS: dict[str, type[Exception]] = {"NoBackendError": NoBackendError, "ValueError": ValueError}

@@ -65,6 +65,7 @@ def describe(
         checks.check_tangents(a=a, b=b, bias=bias)
     preference = KernelPreference.parse(kernel_preference)
     checks.check_options(out_dtype, group_alignment)
+    group_alignment = operator.index(group_alignment)  # under Dynamo, a constant of the graph
     weights = None
     if isinstance(b, Tensor) and b.dim() == 2:
         checks.check_contraction(a, b, offs, bias)

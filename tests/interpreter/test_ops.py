@@ -15,6 +15,9 @@ def samples():
     yield "triton_grouped_mm", (a, None, b, None, bias, OFFS, "none", torch.float32)
     yield "triton_wgrad", (a, None, dy, None, OFFS, 24, "none", torch.float32)
     yield "triton_group_sums", (dy, OFFS, torch.float32)
+    blocks = OPS.triton_token_blocks(OFFS, 24)
+    yield "triton_token_blocks", (OFFS, 24)
+    yield "triton_quantize_activations", (a, OFFS, "fp8_rowwise", True, True, blocks)
     for recipe in ("fp8_rowwise", "fp8_blockwise", "mxfp8"):
         yield "triton_quantize_activations", (a, OFFS, recipe, True, True)
         yield "triton_quantize_weights", (b, recipe, True, True)

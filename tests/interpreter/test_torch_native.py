@@ -121,6 +121,9 @@ def samples():
     b = torch.randn(3, 96, 32, dtype=torch.bfloat16)
     plan = BACKEND.plan(ends, 150)
     yield "torch_plan", (ends, 150)
+    yield "torch_token_blocks", (*plan.derived, 150)
+    blocks = torch.ops.grouped_gemm.torch_token_blocks(*plan.derived, 150)
+    yield "torch_quantize_activations", (x, *plan.derived, "fp8_rowwise", True, True, blocks)
     yield "torch_grouped_mm", (x, None, b, None, plan.derived[0])
     yield "torch_wgrad", (x, dy, plan.derived[0])
     for recipe in (Recipe.FP8_ROWWISE, MXFP8):

@@ -126,7 +126,7 @@ class Backend(_GroupedMMBackend):
             return Health()
         return Health("a tiny product is wrong", f"{deepgemm_package.INSTALL}.")
 
-    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1, *, blocks: bool = False) -> OffsetPlan:
         is_aligned = group_alignment % BLOCK == 0
         return OffsetPlan(offs, num_rows, tuple(ops.deepgemm_plan(offs, num_rows, is_aligned)))
 

@@ -42,6 +42,7 @@ from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.quantize.blocks import token_blocks
 from grouped_gemm.kernels.quantize.layouts import Operands
 
 _ARCHS = ("gfx942", "gfx950")
@@ -154,15 +155,22 @@ class Backend(_GroupedMMBackend):
                 return Health(f"a tiny product is wrong, {recipe.value}", "Install torch for another ROCm.")
         return Health()
 
-    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
-        return OffsetPlan(offs, num_rows, (ops.hipblaslt_host_offs(offs),))
+    def needs_blocks(self, recipe: Recipe, columns: bool) -> bool:
+        return columns and recipe.is_scaled and recipe is not Recipe.MXFP8
+
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1, *, blocks: bool = False) -> OffsetPlan:
+        found = (token_blocks(offs, num_rows),) if blocks and _uses_triton(offs) else ()
+        return OffsetPlan(offs, num_rows, (ops.hipblaslt_host_offs(offs), *found))
 
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
         written = x_MD, None, x_MD, None
         if recipe.is_scaled:
-            written = ops.hipblaslt_quantize_activations(x_MD, plan.offs, *plan.derived, recipe.value, rows, columns)
+            host_offs, *blocks = plan.derived
+            written = ops.hipblaslt_quantize_activations(
+                x_MD, plan.offs, host_offs, recipe.value, rows, columns, *blocks
+            )
         return as_activations(written, recipe, (_ROWS, _COLUMNS), rows=rows, columns=columns)
 
     def quantize_weights(
@@ -188,15 +196,15 @@ class Backend(_GroupedMMBackend):
     ) -> Tensor:
         rhs_ECO = rhs.data if rhs.axis == 1 else rhs.data.transpose(1, 2)
         return ops.hipblaslt_grouped_mm(
-            lhs.data, lhs.scale, rhs_ECO, rhs.scale, plan.offs, *plan.derived, plan.num_rows, lhs.recipe.value
+            lhs.data, lhs.scale, rhs_ECO, rhs.scale, plan.offs, plan.derived[0], plan.num_rows, lhs.recipe.value
         )
 
     def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         operands = first.data, first.scale, second.data, second.scale
-        return ops.hipblaslt_wgrad(*operands, *plan.derived, plan.num_rows, first.recipe.value)
+        return ops.hipblaslt_wgrad(*operands, plan.derived[0], plan.num_rows, first.recipe.value)
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
-        return ops.hipblaslt_group_sums(dy_MN, *plan.derived, out_dtype)
+        return ops.hipblaslt_group_sums(dy_MN, plan.derived[0], out_dtype)
 
 
 def _aligned(data: Tensor) -> Tensor:
@@ -238,7 +246,7 @@ def _uses_triton(x: Tensor) -> bool:
 
 @define_op(tags=_TAGS)
 def _hipblaslt_quantize_activations(
-    x_MD: Tensor, offs: Tensor, host_offs: Tensor, recipe: str, rows: bool, columns: bool
+    x_MD: Tensor, offs: Tensor, host_offs: Tensor, recipe: str, rows: bool, columns: bool, blocks: Tensor | None = None
 ) -> Steps[Operands]:
     out = layouts.activations(x_MD, offs.shape[0], Recipe(recipe), rows=rows, columns=columns)
     yield out
@@ -248,7 +256,7 @@ def _hipblaslt_quantize_activations(
     if _uses_triton(x_MD):
         from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
 
-        hipblaslt_quantize.quantize_activations(x_MD, offs, Recipe(recipe), out)
+        hipblaslt_quantize.quantize_activations(x_MD, offs, Recipe(recipe), out, blocks)
     else:
         _fill_activations(x_MD, ends, Recipe(recipe), out)
 

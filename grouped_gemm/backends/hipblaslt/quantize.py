@@ -32,11 +32,13 @@ from grouped_gemm.kernels.quantize.fp8 import (
     _zeros,
     find_blocks,
 )
-from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK, Operands
+from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK, Operands, token_blocks
 from grouped_gemm.kernels.quantize.mx import _quantize_tile
 
 
-def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) -> None:
+def quantize_activations(
+    x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands, blocks: Tensor | None = None
+) -> None:
     """Fills ``out``, from `layouts.activations`: what has no elements is not wanted.
 
     Args:
@@ -46,6 +48,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
         recipe: rowwise or MX.
         out: data and scales by rows, data and scales by columns. Columns past the last group, and scales of no values,
             are left as they are.
+        blocks: from `fp8.find_blocks`; None: they are found here, where they are needed.
     """
     by_row, row_scale, by_column, column_scale = out
     num_rows, features = x_MD.shape
@@ -65,12 +68,12 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
                 num_warps=8,
             )  # fmt: skip
     elif columns:
-        _quantize_both(x_MD, offs, recipe, out)
+        _quantize_both(x_MD, offs, recipe, out, blocks)
     else:
         quantize_fp8.quantize_activations(x_MD, offs, recipe, (by_row, row_scale[:, 0], by_column, column_scale))
 
 
-def _quantize_both(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) -> None:
+def _quantize_both(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands, blocks: Tensor | None) -> None:
     """Rowwise columns and, where they are wanted, rows: a column's scale needs its whole group first."""
     by_row, row_scale, by_column, column_scale = out
     (num_rows, features), num_groups = x_MD.shape, offs.shape[0]
@@ -78,7 +81,9 @@ def _quantize_both(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) ->
     column_amax, row_amax = _zeros(x_MD, num_groups * features, num_rows if rows else None)
     tile = {"BLOCK": TOKEN_BLOCK, "BAND": 8}
     with on_device(x_MD):
-        blocks = find_blocks(offs, num_rows)
+        if blocks is None:
+            blocks = token_blocks(offs, num_rows)
+            find_blocks(offs, num_rows, blocks)
         grid = (len(blocks) * cdiv(features, TOKEN_BLOCK),)
         launch(_amax, grid, x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), constants=tile, num_warps=4)
         launch(

@@ -134,15 +134,21 @@ class Backend(_GroupedMMBackend):
                 return Health(f"a tiny product of {recipe.value} is wrong", "Use another torch.")
         return Health()
 
-    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> OffsetPlan:
-        return OffsetPlan(offs, num_rows, tuple(ops.torch_plan(offs, num_rows)))
+    def needs_blocks(self, recipe: Recipe, columns: bool) -> bool:
+        return columns and recipe in _ROWWISE
+
+    def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1, *, blocks: bool = False) -> OffsetPlan:
+        ends, token_ends = ops.torch_plan(offs, num_rows)
+        found = (ops.torch_token_blocks(ends, token_ends, num_rows),) if blocks else ()
+        return OffsetPlan(offs, num_rows, (ends, token_ends, *found))
 
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
         written = x_MD, None, x_MD, None
         if recipe.is_scaled:
-            written = ops.torch_quantize_activations(x_MD, *plan.derived, recipe.value, rows, columns)
+            ends, token_ends, *blocks = plan.derived
+            written = ops.torch_quantize_activations(x_MD, ends, token_ends, recipe.value, rows, columns, *blocks)
         return as_activations(written, recipe, (_ROWS, _COLUMNS), rows=rows, columns=columns)
 
     def quantize_weights(
@@ -170,7 +176,7 @@ class Backend(_GroupedMMBackend):
         return ops.torch_grouped_mm(lhs.data, lhs.scale, rhs_ECO, rhs.scale, plan.derived[0])
 
     def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
-        ends, token_ends = plan.derived
+        ends, token_ends, *_ = plan.derived
         if first.scale is None or second.scale is None:
             return ops.torch_wgrad(first.data, second.data, ends)
         return ops.torch_scaled_wgrad(first.data, first.scale, second.data, second.scale, token_ends)
@@ -233,9 +239,19 @@ def _torch_plan(offs: Tensor, num_rows: Size) -> Steps[tuple[Tensor, Tensor]]:
 
 
 @define_op()
+def _torch_token_blocks(ends: Tensor, token_ends: Tensor, num_rows: Size) -> Steps[Tensor]:
+    blocks = torch_native_layouts.token_blocks(ends, num_rows)
+    yield blocks
+    from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
+
+    torch_native_quantize.find_blocks(ends, token_ends, num_rows, blocks)
+
+
+@define_op()
 def _torch_quantize_activations(
-    x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool
-) -> Steps[Operands]:
+    x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool,
+    blocks: Tensor | None = None,
+) -> Steps[Operands]:  # fmt: skip
     out = torch_native_layouts.activations(x_MD, ends.shape[0], Recipe(recipe), rows=rows, columns=columns)
     yield out
     from grouped_gemm.backends.torch_native import quantize as torch_native_quantize
@@ -244,7 +260,7 @@ def _torch_quantize_activations(
     if Recipe(recipe) is _MXFP8:
         torch_native_quantize_mx.quantize_activations(x_MD, ends, token_ends, out)
     else:
-        torch_native_quantize.quantize(x_MD, ends, token_ends, Recipe(recipe), out)
+        torch_native_quantize.quantize(x_MD, ends, token_ends, Recipe(recipe), out, blocks)
 
 
 @define_op()

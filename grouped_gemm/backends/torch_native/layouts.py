@@ -43,6 +43,12 @@ def plan(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return ends, torch.empty_like(ends)
 
 
+def token_blocks(ends: Tensor, num_rows: int) -> Tensor:
+    """(B, 4) int32: of each block of tokens its group, its first row, rows from there to the end of its group, and its
+    first token."""
+    return ends.new_empty(num_blocks(num_rows, ends.shape[0]), 4)
+
+
 def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, columns: bool) -> Operands:
     """Data and scales of an operand of forward and dgrad, then of one of wgrad; what is not wanted has shape (0,).
 

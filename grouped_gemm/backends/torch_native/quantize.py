@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grouped_gemm.backends.torch_native.layouts import TOKENS, num_blocks
+from grouped_gemm.backends.torch_native.layouts import TOKENS, num_tokens, token_blocks
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.common.groups import groups_in_blocks, tile_position
 from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, num_processors, on_device
@@ -29,7 +29,7 @@ from grouped_gemm.kernels.quantize.fp8 import (
     _zeros,
     quantize_activations,
 )
-from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK
+from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK, Operands
 
 _AT_ONCE = 32  # blocks that a program of `_find_blocks` finds
 _PROGRAMS_PER_GROUP = 32  # which write an empty group's zeros, or leave at once
@@ -45,7 +45,20 @@ def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor]) -> None:
         )  # fmt: skip
 
 
-def quantize(x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: Recipe, out: tuple[Tensor, ...]) -> None:
+def find_blocks(ends: Tensor, token_ends: Tensor, num_rows: int, blocks: Tensor) -> None:
+    """Fills ``blocks``, from `layouts.token_blocks`. ``ends`` and ``token_ends`` are from `fill_plan`."""
+    num_groups, block_count = ends.shape[0], blocks.shape[0]
+    with on_device(ends):
+        launch(
+            _find_blocks, (cdiv(block_count, _AT_ONCE),),
+            ends, token_ends, blocks, num_tokens(num_rows, num_groups), num_groups, block_count,
+            constants={"E_PADDED": next_power_of_2(num_groups + 1), "BLOCK": TOKEN_BLOCK, "AT_ONCE": _AT_ONCE},
+        )  # fmt: skip
+
+
+def quantize(
+    x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: Recipe, out: Operands, blocks: Tensor | None = None
+) -> None:
     """Fills ``out``, from `layouts.activations`: what has no elements is not wanted.
 
     Rows alone are read once; with columns, whose scales need a whole group first, ``x_MD`` is read twice.
@@ -57,6 +70,7 @@ def quantize(x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: Recipe, out
         recipe: rowwise.
         out: data and scales by rows, data and scales by columns. With columns, rows past the last group are left as
             they are, as are tokens.
+        blocks: from `find_blocks`; None: they are found here, where they are needed.
     """
     by_row, row_scale, by_column, column_scale = out
     if by_column.dim() == 1:
@@ -64,16 +78,12 @@ def quantize(x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: Recipe, out
         quantize_activations(x_MD, ends, recipe, (by_row, row_scale, nothing, nothing))
         return
     (num_rows, features), num_groups, rows = x_MD.shape, ends.shape[0], by_row.dim() == 2
-    block_count = num_blocks(num_rows, num_groups)
-    blocks = ends.new_empty(block_count, 4)
+    if blocks is None:
+        blocks = token_blocks(ends, num_rows)
+        find_blocks(ends, token_ends, num_rows, blocks)
     column_amax, row_amax = _zeros(x_MD, num_groups * features, num_rows if rows else None)
-    grid, tile = (block_count * cdiv(features, TOKEN_BLOCK),), {"BLOCK": TOKEN_BLOCK, "BAND": 8}
+    grid, tile = (blocks.shape[0] * cdiv(features, TOKEN_BLOCK),), {"BLOCK": TOKEN_BLOCK, "BAND": 8}
     with on_device(x_MD):
-        launch(
-            _find_blocks, (cdiv(block_count, _AT_ONCE),), ends, token_ends, blocks, by_column.shape[1], num_groups,
-            block_count,
-            constants={"E_PADDED": next_power_of_2(num_groups + 1), "BLOCK": TOKEN_BLOCK, "AT_ONCE": _AT_ONCE},
-        )  # fmt: skip
         find_amax = packed_bf16._amax if packed_bf16.can_run(x_MD) else _amax
         launch(
             find_amax, grid, x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), constants=tile, num_warps=4

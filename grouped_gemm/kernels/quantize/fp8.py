@@ -27,14 +27,16 @@ from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.common.groups import at_once, groups_of_blocks, tile_position
 from grouped_gemm.kernels.common.launch import cdiv, in_parts, launch, next_power_of_2, on_device
 from grouped_gemm.kernels.common.scaling import four_to_fp8, inverse_of, magnitude, scale_of, to_fp8
-from grouped_gemm.kernels.quantize import packed_bf16
+from grouped_gemm.kernels.quantize import layouts, packed_bf16
 from grouped_gemm.kernels.quantize.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK, Operands
 
 _WARPS = 4
 _MOST_IN_REGISTERS = 16384  # values of a row
 
 
-def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands) -> None:
+def quantize_activations(
+    x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands, blocks: Tensor | None = None
+) -> None:
     """Fills ``out``, from `layouts.activations`: what has no elements is not wanted.
 
     One read, blockwise and for the rows alone. A rowwise scale of the column layout needs its whole group first:
@@ -46,6 +48,7 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
         recipe: rowwise or blockwise.
         out: data and scales by rows, data and scales by columns. Rows past the last group are left as they are;
             their columns become 0, scales 1.
+        blocks: from `find_blocks`; None: they are found here, where they are needed.
     """
     by_row, row_scale, by_column, column_scale = out
     (num_rows, features), num_groups = x_MD.shape, offs.shape[0]
@@ -66,7 +69,9 @@ def quantize_activations(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operan
                     constants=constants | {"BLOCK_M": height, "BLOCK_D": width, "WHOLE": whole}, num_warps=8,
                 )  # fmt: skip
             return
-        blocks = find_blocks(offs, num_rows)
+        if blocks is None:
+            blocks = layouts.token_blocks(offs, num_rows)
+            find_blocks(offs, num_rows, blocks)
         grid = (len(blocks) * cdiv(features, TOKEN_BLOCK),)
         find_amax, quantize_tiles = _amax, _quantize_tiles
         if columns and packed_bf16.can_run(x_MD):
@@ -139,21 +144,20 @@ def _quantize_part(b_EKN: Tensor, recipe: Recipe, out: Sequence[Tensor]) -> None
         )  # fmt: skip
 
 
-def find_blocks(offs: Tensor, num_rows: int) -> Tensor:
-    """What `_find_blocks` finds of the blocks of tokens in groups that end at ``offs``: (T/128, 4) int32."""
-    num_groups = offs.shape[0]
-    num_blocks = num_rows // TOKEN_BLOCK + num_groups
-    blocks = offs.new_empty(num_blocks, 4)
+def find_blocks(offs: Tensor, num_rows: int, blocks: Tensor) -> None:
+    """Fills ``blocks``, from `layouts.token_blocks`. Any values of ``offs`` (E,) int32 are safe."""
+    num_groups, num_blocks = offs.shape[0], blocks.shape[0]
     groups_at_once = at_once(num_groups)
     blocks_at_once = 32 if groups_at_once < 1024 else 8  # with Triton 3.9, more spill
-    launch(
-        _find_blocks, (cdiv(num_blocks, blocks_at_once),), offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
-        constants={
-            "E_AT_ONCE": groups_at_once, "BLOCK": TOKEN_BLOCK,
-            "SCALE_ALIGNMENT": SCALE_ALIGNMENT, "AT_ONCE": blocks_at_once,
-        },
-    )  # fmt: skip
-    return blocks
+    with on_device(offs):
+        launch(
+            _find_blocks, (cdiv(num_blocks, blocks_at_once),),
+            offs, blocks, num_rows, num_groups, num_blocks * TOKEN_BLOCK,
+            constants={
+                "E_AT_ONCE": groups_at_once, "BLOCK": TOKEN_BLOCK,
+                "SCALE_ALIGNMENT": SCALE_ALIGNMENT, "AT_ONCE": blocks_at_once,
+            },
+        )  # fmt: skip
 
 
 def _zeros(x: Tensor, first: int | None, second: int | None) -> tuple[Tensor | None, Tensor | None]:

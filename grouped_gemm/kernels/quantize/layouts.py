@@ -61,6 +61,11 @@ def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, co
     return row_data, row_scale, column_data, column_scale
 
 
+def token_blocks(offs: Tensor, num_rows: int) -> Tensor:
+    """(T/128, 4) int32: of each block of tokens its group, its first row, how many rows it has, where scales begin."""
+    return offs.new_empty(num_rows // TOKEN_BLOCK + offs.shape[0], 4)
+
+
 def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Operands:
     """Data for forward and for dgrad, then the scales of each; blockwise, both have the first scales.
 
