@@ -153,7 +153,7 @@ def test_a_decision_during_which_the_environment_changes_is_not_kept(monkeypatch
     assert not route._routes
 
 
-def test_what_os_environ_does_not_see_is_not_kept(monkeypatch):
+def test_what_os_environ_does_not_see_is_not_there(monkeypatch):
     os.putenv("GROUPED_GEMM_BACKEND", "deepgemm")
     try:
         grouped_mm(A, B, OFFS)

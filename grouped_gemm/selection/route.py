@@ -20,7 +20,6 @@ from grouped_gemm.core.preference import (
     BackendKind,
     KernelPreference,
     environment,
-    is_current,
     resolve,
 )
 from grouped_gemm.core.quantized import QuantizedWeights
@@ -188,7 +187,7 @@ def recall(
 
 def remember(key: Key, route: Route) -> None:
     """Keeps the route that was found for ``key``, unless another thread has changed the environment meanwhile."""
-    if is_current(key[-1]):
+    if key[-1] == environment():
         if len(_routes) >= _MAX_ROUTES:
             _routes.clear()
         _routes[key] = route
