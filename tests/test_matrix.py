@@ -82,7 +82,9 @@ def test_a_machine_without_a_row_is_refused():
 
 def test_rows_of_other_backends_are_left_out():
     rows = {row.name: row for row in matrix.ROWS}
-    assert all("emulated" in rows[job["name"]].backends for job in matrix.matrix(["emulated"], ())["include"])
+    made = [rows[job["name"]].backends for job in matrix.matrix(["emulated"], ())["include"]]
+    assert made
+    assert all(not backends or "emulated" in backends for backends in made)
 
 
 @pytest.mark.parametrize("row", matrix.ROWS, ids=lambda row: row.name)

@@ -1,6 +1,6 @@
-"""The backends, one file each, imported when they are first looked at.
+"""The backends, one file or folder each, imported when they are first looked at.
 
-A new backend is a file here and a line in `_MODULES`; CONTRIBUTING.md walks through it.
+A new backend is a member of `BackendKind` and a file or folder here of the same name; CONTRIBUTING.md walks through it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,7 @@ from grouped_gemm.backends.base import Health, _GroupedMMBackend
 from grouped_gemm.core.library import NAMES
 from grouped_gemm.core.preference import BackendKind
 
-# Each module has one subclass of _GroupedMMBackend, named Backend.
-_MODULES = {
-    BackendKind.EMULATED: "grouped_gemm.backends.emulated",
-    BackendKind.TRITON: "grouped_gemm.backends.triton",
-    BackendKind.DEEPGEMM: "grouped_gemm.backends.deepgemm.backend",
-    BackendKind.TORCH: "grouped_gemm.backends.torch_native.backend",
-    BackendKind.HIPBLASLT: "grouped_gemm.backends.hipblaslt.backend",
-}
+_OTHER_NAMES = {BackendKind.TORCH: "torch_native"}  # which imports the package that it is named after
 
 
 @dataclass(frozen=True)
@@ -51,8 +44,17 @@ def get_backend(kind: BackendKind) -> _GroupedMMBackend:
         KeyError: this version has no such backend.
     """
     if kind not in _instances:
-        _instances[kind] = importlib.import_module(_MODULES[kind]).Backend()
+        _instances[kind] = _backend_of(f"grouped_gemm.backends.{_OTHER_NAMES.get(kind, kind.value)}")
     return _instances[kind]
+
+
+def _backend_of(name: str) -> _GroupedMMBackend:
+    """The ``Backend`` of a file of this name, or of ``backend.py`` in a folder of this name."""
+    module = importlib.import_module(name)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.backend")
+    backend: _GroupedMMBackend = module.Backend()
+    return backend
 
 
 def register_ops() -> None:
@@ -60,7 +62,7 @@ def register_ops() -> None:
 
     Call it before `torch.export.load` of a program that calls `grouped_mm`.
     """
-    for kind in _MODULES:
+    for kind in BackendKind:
         get_backend(kind)
 
 
@@ -80,7 +82,7 @@ def product_ops() -> list[torch._ops.OpOverload]:
 @functools.cache
 def candidates(device: torch.device) -> tuple[Candidate, ...]:
     """Every backend of this version, on ``device``. Their health is found out once per process and device."""
-    return tuple(Candidate(backend, _Checkup(backend, device)) for backend in map(get_backend, _MODULES))
+    return tuple(Candidate(backend, _Checkup(backend, device)) for backend in map(get_backend, BackendKind))
 
 
 class _Checkup:

@@ -22,6 +22,7 @@ from grouped_gemm.core.call_spec import CallSpec, Pass, RowClass, dtype_name
 from grouped_gemm.core.machine import Machine, default_device, machine_of
 from grouped_gemm.core.preference import (
     AUTOTUNE,
+    BACKEND,
     CACHE_DIR,
     STRICT,
     SWITCHES,
@@ -243,10 +244,12 @@ def _backend_page(backend: _GroupedMMBackend) -> list[str]:
 
 def env_markdown() -> str:
     """The table of docs/env.md: every variable of this package that is read from the environment."""
-    rows = [
-        (f"`{switch.name}`", ", ".join(f"`{v}`" for v in switch.values), f"`{switch.default}`", switch.meaning)
-        for switch in SWITCHES
-    ]
+    rows = []
+    for switch in SWITCHES:
+        values = ", ".join(f"`{v}`" for v in switch.values)
+        if switch is BACKEND:
+            values = "`auto`, or a backend of [backends.md](backends.md)"
+        rows.append((f"`{switch.name}`", values, f"`{switch.default}`", switch.meaning))
     rows.append((f"`{CACHE_DIR.name}`", "a directory", CACHE_DIR.default, CACHE_DIR.meaning))
     return "\n".join(_table(("variable", "values", "default", "meaning"), rows))
 
