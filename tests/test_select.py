@@ -45,7 +45,8 @@ from grouped_gemm.selection import spec as spec_module
 from grouped_gemm.selection.rules import AUTO_ORDER, Decision, decide
 
 AUTO = KernelPreference.AUTO
-EMULATED, TORCH, TRITON, DEEPGEMM, HIPBLASLT = BackendKind
+EMULATED, TORCH, TRITON = BackendKind.EMULATED, BackendKind.TORCH, BackendKind.TRITON
+DEEPGEMM, HIPBLASLT = BackendKind.DEEPGEMM, BackendKind.HIPBLASLT
 FORWARD, DGRAD, WGRAD = Pass
 TRAINING = (FORWARD, DGRAD, WGRAD)
 
