@@ -30,9 +30,9 @@ from grouped_gemm.core.machine import ARCHS
 from grouped_gemm.kernels.common import hopper
 from grouped_gemm.kernels.gemm import k_grouped, k_grouped_hopper, m_grouped, m_grouped_hopper, tiles
 from grouped_gemm.kernels.gemm.tiles import Tile
+from grouped_gemm.kernels.quantize import blockwise, packed_bf16, rowwise
 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
 from grouped_gemm.kernels.quantize import mx as quantize_mx
-from grouped_gemm.kernels.quantize import packed_bf16
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Arguments that the host specializes: pointers and strides are multiples of 16.
@@ -126,10 +126,9 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("offs", "blocks", "row_amax", "line_amax", "column_amax"), "*i32")
     nvidia = arch.startswith("sm")
     numbers = {"LIMIT": limit_of(arch), "POWER_OF_TWO": False, "NVIDIA": nvidia}
-    tile = {"BLOCK": 128, "BAND": 8}
+    tile = {"BLOCK": 128, "GROUP_M": 8}
     activations = numbers | tile | {"ROWS": True, "COLUMNS": True, "SCALE_ALIGNMENT": 4}
     weights = numbers | tile | {"STRAIGHT": True, "TRANSPOSED": True}
-    no_amax = {"row_amax": None, "line_amax": None, "column_amax": None}
     find = {"E_AT_ONCE": 256, "BLOCK": 128, "SCALE_ALIGNMENT": 4, "AT_ONCE": 32}
 
     def build(kernel: Any, constants: dict[str, Any], warps: int) -> Any:
@@ -138,23 +137,22 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
 
     packed = {}
     if ARCHS[arch].packed_max:
-        blockwise = activations | no_amax | {"ROWWISE": False}
         packed = {
-            "amax packed": build(packed_bf16._amax, tile, 4),
-            "tiles rowwise packed": build(packed_bf16._quantize_tiles, activations | {"ROWWISE": True}, 4),
-            "tiles blockwise packed": build(packed_bf16._quantize_tiles, blockwise, 4),
+            "amax packed": build(packed_bf16.find_amax, tile, 4),
+            "tiles rowwise packed": build(packed_bf16.quantize_rowwise, activations, 4),
+            "tiles blockwise packed": build(packed_bf16.quantize_blockwise, activations, 4),
         }
     return {
         "find blocks": build(quantize_fp8._find_blocks, find, 4),
         "find blocks of many groups": build(quantize_fp8._find_blocks, find | {"E_AT_ONCE": 1024, "AT_ONCE": 8}, 4),
-        "rows": build(quantize_fp8._quantize_rows, numbers | {"BLOCK_M": 1, "BLOCK_D": 8192, "WHOLE": True}, 8),
-        "amax": build(quantize_fp8._amax, tile, 4),
-        "tiles rowwise": build(quantize_fp8._quantize_tiles, activations | {"ROWWISE": True}, 4),
-        "tiles blockwise": build(quantize_fp8._quantize_tiles, activations | no_amax | {"ROWWISE": False}, 4),
+        "rows": build(rowwise.quantize_rows_alone, numbers | {"BLOCK_M": 1, "BLOCK_D": 8192, "WHOLE": True}, 8),
+        "amax": build(rowwise.find_amax, tile, 4),
+        "tiles rowwise": build(rowwise.quantize_tiles, activations, 4),
+        "tiles blockwise": build(blockwise.quantize_tiles, activations, 4),
         **packed,
-        "weight amax": build(quantize_fp8._weight_amax, tile, 8),
-        "weights rowwise": build(quantize_fp8._quantize_weights, weights | {"ROWWISE": True}, 8),
-        "weights blockwise": build(quantize_fp8._quantize_weights, weights | no_amax | {"ROWWISE": False}, 8),
+        "weight amax": build(rowwise.find_weight_amax, tile, 8),
+        "weights rowwise": build(rowwise.quantize_weight_tiles, weights, 8),
+        "weights blockwise": build(blockwise.quantize_weight_tiles, weights, 8),
     }
 
 
@@ -163,7 +161,7 @@ def compile_deepgemm_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("row_scales", "column_scales"), "*fp32")
     types |= dict.fromkeys(("offs", "row_map", "blocks", "sizes"), "*i32")
     sides = {"BLOCK": 128, "FIELDS": 5}
-    tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, **sides, "BAND": 8}
+    tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, **sides, "GROUP_M": 8}
     kernels = {
         "deepgemm plan": (deepgemm_quantize._lay_out, {"E_AT_ONCE": 1024, **sides, "AT_ONCE": 8}),
         "deepgemm rows": (deepgemm_quantize._quantize_tiles, {"ROWS": True, "COLUMNS": False, **tile}),
@@ -181,7 +179,7 @@ def compile_torch_quantizers(arch: str) -> dict[str, Any]:
     types = {"x": "*bf16"} | dict.fromkeys(("by_row", "by_column"), "*fp8e4nv")
     types |= dict.fromkeys(("row_scales", "column_scales"), "*fp32")
     types |= dict.fromkeys(("offs", "ends", "token_ends", "blocks", "row_amax", "column_amax"), "*i32")
-    tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, "TOKENS": 32, "BLOCK": 128, "BAND": 8}
+    tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, "TOKENS": 32, "BLOCK": 128, "GROUP_M": 8}
     kernels = {
         "torch plan": (torch_native_quantize._lay_out, {"E_PADDED": 512, "TOKENS": 32}),
         "torch blocks": (torch_native_quantize._find_blocks, {"E_PADDED": 512, "BLOCK": 128, "AT_ONCE": 32}),
@@ -283,7 +281,7 @@ def compile_hipblaslt_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("by_row", "by_column", "straight", "transposed"), fp8)
     scales = ("row_scales", "column_scales", "straight_scales", "transposed_scales")
     fp32, words = dict.fromkeys(scales, "*fp32"), dict.fromkeys(scales, "*i32")
-    numbers = {"LIMIT": limit, "POWER_OF_TWO": False, "NVIDIA": False, "BLOCK": 128, "BAND": 8}
+    numbers = {"LIMIT": limit, "POWER_OF_TWO": False, "NVIDIA": False, "BLOCK": 128, "GROUP_M": 8}
     tiles, mx_tiles = hipblaslt_quantize._quantize_tiles, hipblaslt_quantize._quantize_mx_tiles
     both, mx = {"ROWS": True, **numbers}, {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_AT_ONCE": 256}
     compiled = {"hipblaslt": compile_kernel(tiles, arch, types | fp32, both)}

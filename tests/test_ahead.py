@@ -135,7 +135,7 @@ def test_kernels_are_not_specialized_on_how_many_rows_and_groups_there_are():
     pytest.importorskip("triton")
     modules = [
         importlib.import_module(f"grouped_gemm.kernels.{name}")
-        for name in ("gemm.k_grouped", "gemm.m_grouped", "quantize.fp8")
+        for name in ("gemm.k_grouped", "gemm.m_grouped", "quantize.fp8", "quantize.rowwise", "quantize.blockwise")
     ]
     kernels = [fn for module in modules for fn in vars(module).values() if "tl.program_id" in getattr(fn, "src", "")]
     assert len(kernels) > 5

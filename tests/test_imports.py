@@ -49,7 +49,14 @@ LAYERS = (
     ("backends.base",),
     ("kernels.gemm.k_grouped", "kernels.gemm.m_grouped", "kernels.quantize.fp8", "kernels.quantize.mx"),
     ("kernels.gemm.tile_search",),
-    ("kernels.gemm.k_grouped_hopper", "kernels.gemm.m_grouped_hopper", "kernels.quantize.packed_bf16"),
+    (
+        "kernels.gemm.k_grouped_hopper",
+        "kernels.gemm.m_grouped_hopper",
+        "kernels.quantize.blockwise",
+        "kernels.quantize.packed_bf16",
+        "kernels.quantize.rowwise",
+    ),
+    ("kernels.quantize.primitives",),
     (
         "backends.deepgemm.layouts",
         "backends.hipblaslt.layouts",

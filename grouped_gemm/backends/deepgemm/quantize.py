@@ -10,28 +10,18 @@ M, E, D: rows, groups, features. B: blocks of 128 rows. R: rows as DeepGEMM sees
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from grouped_gemm.backends.deepgemm.layouts import BLOCK, FIELDS
-from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.recipes import Recipe
-from grouped_gemm.kernels.common.groups import MOST_AT_ONCE, at_once, groups_from, groups_of_blocks, tile_position
+from grouped_gemm.kernels.common.groups import MOST_AT_ONCE, at_once, groups_from, groups_of_blocks
 from grouped_gemm.kernels.common.launch import cdiv, launch, on_device
-from grouped_gemm.kernels.common.scaling import four_to_fp8, inverse_of, magnitude, scale_of, to_fp8
+from grouped_gemm.kernels.common.scaling import inverse_of, scale_of
 from grouped_gemm.kernels.quantize import packed_bf16
-from grouped_gemm.kernels.quantize.fp8 import _load_quarter, _store_quarter, _transpose
-from grouped_gemm.kernels.quantize.packed_bf16 import (
-    _high,
-    _larger,
-    _load,
-    _low,
-    _quarters,
-    _row_magnitudes,
-    _store_rows,
-)
+from grouped_gemm.kernels.quantize.fp8 import scaling_constants
+from grouped_gemm.kernels.quantize.primitives import quantize_block, store_transposed, tile_of_program
 
 _AT_ONCE = 8  # blocks that a program of the plan lays out
 _ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 32, 256  # a tile that is copied
@@ -76,9 +66,8 @@ def quantize_activations(x_MD: Tensor, blocks: Tensor, recipe: Recipe, out: tupl
             by_row.shape[0], features, x_MD.stride(0), row_scale.stride(1) if rows else 0,
             constants={
                 "ROWS": rows, "COLUMNS": columns,
-                "LIMIT": torch.finfo((by_row if rows else by_column).dtype).max,
-                "POWER_OF_TWO": recipe.power_of_two_scales, "NVIDIA": machine_of(x_MD.device).vendor == "nvidia",
-                "BLOCK": BLOCK, "FIELDS": FIELDS, "BAND": 8,
+                **scaling_constants(x_MD, recipe, (by_row if rows else by_column).dtype),
+                "BLOCK": BLOCK, "FIELDS": FIELDS, "GROUP_M": 8,
             }, num_warps=4,
         )  # fmt: skip
 
@@ -147,101 +136,73 @@ def _lay_out(
 def _quantize_tiles(
     x, blocks, by_row, row_scales, by_column, column_scales, R, D, x_stride, row_scale_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
-    BLOCK: tl.constexpr, FIELDS: tl.constexpr, BAND: tl.constexpr,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """A block of rows by BLOCK features: one read, and each layout that is wanted, the rows at their padded place."""
-    d_blocks = D // BLOCK
-    block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
+    """Writes BLOCK rows of one group by BLOCK features in each layout that is wanted, rows at their padded place."""
+    block, d_block = tile_of_program(D, BLOCK, GROUP_M)
     d = d_block * BLOCK
     row = tl.load(blocks + FIELDS * block)
     rows_left = tl.load(blocks + FIELDS * block + 1)
     source = x + row.to(tl.int64) * x_stride + d
     padded_row = block.to(tl.int64) * BLOCK
     room = R - block * BLOCK
-    largest = tl.zeros((BLOCK // 4, BLOCK), tl.int32)
-    for i in tl.static_range(4):
-        values = _load_quarter(source, x_stride, i, rows_left, D - d, BLOCK, BLOCK)
-        magnitudes = magnitude(values)
-        if ROWS:
-            rows = 4 * tl.arange(0, BLOCK // 4) + i
-            scale = tl.where(rows < rows_left, scale_of(tl.max(magnitudes, 1), LIMIT, POWER_OF_TWO), 1.0)
-            data = to_fp8(values, inverse_of(scale)[:, None], LIMIT, by_row.dtype.element_ty, NVIDIA)
-            _store_quarter(by_row + padded_row * D + d, D, i, room, D - d, data)
-            scales = row_scales + d_block.to(tl.int64) * row_scale_stride + padded_row
-            tl.store(scales + rows, scale, mask=rows < room)
-        if COLUMNS:
-            largest = tl.maximum(largest, magnitudes)
+    amax = quantize_block(
+        source, x_stride, by_row + padded_row * D + d, D,
+        row_scales + d_block.to(tl.int64) * row_scale_stride + padded_row, rows_left, room, room, D - d,
+        ROWS, COLUMNS, True, LIMIT, POWER_OF_TWO, NVIDIA, BLOCK,
+    )  # fmt: skip
     if COLUMNS:
-        scale = tl.where(rows_left > 0, scale_of(tl.max(largest, 0), LIMIT, POWER_OF_TWO), 1.0)
+        scale = tl.where(rows_left > 0, scale_of(amax, LIMIT, POWER_OF_TWO), 1.0)
         tl.store(column_scales + block.to(tl.int64) * D + d + tl.arange(0, BLOCK), scale)
         if rows_left > 0:
-            first = tl.load(blocks + FIELDS * block + 3)
-            length = tl.load(blocks + FIELDS * block + 4) * BLOCK
-            target = by_column + first.to(tl.int64) * BLOCK * D + d.to(tl.int64) * length + (block - first) * BLOCK
-            _transpose(
-                source, x_stride, target, length, inverse_of(scale), rows_left, BLOCK, D - d,
+            offset, length = _column_place(blocks, block, d, D, BLOCK, FIELDS)
+            store_transposed(
+                source, x_stride, by_column + offset, length, inverse_of(scale), rows_left, BLOCK, D - d,
                 LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK,
             )  # fmt: skip
+
+
+@triton.jit
+def _column_place(blocks, block, d, D, BLOCK: tl.constexpr, FIELDS: tl.constexpr):
+    """Where the column layout of a tile begins, and the length of its lines: all tokens of the group."""
+    first = tl.load(blocks + FIELDS * block + 3)
+    length = tl.load(blocks + FIELDS * block + 4) * BLOCK
+    return first.to(tl.int64) * BLOCK * D + d.to(tl.int64) * length + (block - first) * BLOCK, length
 
 
 @triton.jit(do_not_specialize=["R", "row_scale_stride"])
 def _quantize_packed(
     x, blocks, by_row, row_scales, by_column, column_scales, R, D, x_stride, row_scale_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
-    BLOCK: tl.constexpr, FIELDS: tl.constexpr, BAND: tl.constexpr,
+    BLOCK: tl.constexpr, FIELDS: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """As `_quantize_tiles`, where `packed_bf16.can_run`: two values of bfloat16 in a register."""
-    d_blocks = D // BLOCK
-    block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
+    """As `_quantize_tiles`, where `packed_bf16.can_run`."""
+    block, d_block = tile_of_program(D, BLOCK, GROUP_M)
     d = d_block * BLOCK
     row = tl.load(blocks + FIELDS * block)
     rows_left = tl.load(blocks + FIELDS * block + 1)
     source = (x + row.to(tl.int64) * x_stride + d).to(tl.pointer_type(tl.int32))
-    stride = x_stride // 2
     padded_row = block.to(tl.int64) * BLOCK
     room = R - block * BLOCK
     steps = tl.arange(0, BLOCK)
-    v0 = _load(source, stride, 0, rows_left, BLOCK // 2, BLOCK) & 0x7FFF7FFF
-    v1 = _load(source, stride, 1, rows_left, BLOCK // 2, BLOCK) & 0x7FFF7FFF
-    v2 = _load(source, stride, 2, rows_left, BLOCK // 2, BLOCK) & 0x7FFF7FFF
-    v3 = _load(source, stride, 3, rows_left, BLOCK // 2, BLOCK) & 0x7FFF7FFF
+    magnitudes = packed_bf16.magnitudes_of(packed_bf16.load_tile(source, x_stride // 2, rows_left, BLOCK // 2, BLOCK))
     if ROWS:
-        scale = scale_of(_row_magnitudes(v0, v1, v2, v3, BLOCK), LIMIT, POWER_OF_TWO)
+        scale = scale_of(packed_bf16.row_amax_of(magnitudes, BLOCK), LIMIT, POWER_OF_TWO)
         scale = tl.where(steps < rows_left, scale, 1.0)
         tl.store(row_scales + d_block.to(tl.int64) * row_scale_stride + padded_row + steps, scale, mask=steps < room)
-        i0, i1, i2, i3 = _quarters(inverse_of(scale))
+        row_inverse = packed_bf16.by_quarter(inverse_of(scale))
     if COLUMNS:
-        largest = _larger(_larger(v0, v1), _larger(v2, v3))
-        amax = tl.join(tl.max(largest & 0xFFFF, 0) << 16, tl.max(largest & 0x7FFF0000, 0)).reshape(BLOCK)
+        amax = packed_bf16.column_amax_of(magnitudes, BLOCK)
         scale = tl.where(rows_left > 0, scale_of(amax, LIMIT, POWER_OF_TWO), 1.0)
         tl.store(column_scales + block.to(tl.int64) * D + d + steps, scale)
-        low_inverse, high_inverse = inverse_of(scale).reshape(BLOCK // 2, 2).split()
-    v0 = _load(source, stride, 0, rows_left, BLOCK // 2, BLOCK)
-    v1 = _load(source, stride, 1, rows_left, BLOCK // 2, BLOCK)
-    v2 = _load(source, stride, 2, rows_left, BLOCK // 2, BLOCK)
-    v3 = _load(source, stride, 3, rows_left, BLOCK // 2, BLOCK)
+        column_inverse = packed_bf16.by_half(inverse_of(scale))
+    tile = packed_bf16.load_tile(source, x_stride // 2, rows_left, BLOCK // 2, BLOCK)
     if ROWS:
-        target = (by_row + padded_row * D + d).to(tl.pointer_type(tl.int16))
-        _store_rows(target, D // 2, 0, room, BLOCK // 2, v0, i0, BLOCK)
-        _store_rows(target, D // 2, 1, room, BLOCK // 2, v1, i1, BLOCK)
-        _store_rows(target, D // 2, 2, room, BLOCK // 2, v2, i2, BLOCK)
-        _store_rows(target, D // 2, 3, room, BLOCK // 2, v3, i3, BLOCK)
+        packed_bf16.store_rows(by_row + padded_row * D + d, D, room, BLOCK // 2, tile, row_inverse, BLOCK)
     if COLUMNS:
-        low = low_inverse[None, :]
-        high = high_inverse[None, :]
-        first = tl.load(blocks + FIELDS * block + 3)
-        length = tl.load(blocks + FIELDS * block + 4) * BLOCK  # of a line, all tokens of the group
-        begin = first.to(tl.int64) * BLOCK * D + d.to(tl.int64) * length + (block - first) * BLOCK
-        words = tl.arange(0, BLOCK // 2)
-        quads = tl.arange(0, BLOCK // 4)
-        lines = (by_column + begin).to(tl.pointer_type(tl.uint32))
-        targets = lines + 2 * words.to(tl.int64)[None, :] * (length // 4) + quads[:, None]
-        mask = (words >= 0)[None, :] & (quads < tl.where(rows_left > 0, BLOCK, 0))[:, None]
-        tl.store(targets, four_to_fp8(_low(v0) * low, _low(v1) * low, _low(v2) * low, _low(v3) * low), mask=mask)
-        targets += length // 4
-        tl.store(
-            targets, four_to_fp8(_high(v0) * high, _high(v1) * high, _high(v2) * high, _high(v3) * high), mask=mask
-        )
+        offset, length = _column_place(blocks, block, d, D, BLOCK, FIELDS)
+        tokens = tl.where(rows_left > 0, BLOCK, 0)
+        packed_bf16.store_transposed(by_column + offset, length, tokens, BLOCK // 2, tile, column_inverse, BLOCK)
 
 
 @triton.jit

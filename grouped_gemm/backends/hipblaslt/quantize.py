@@ -19,21 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from grouped_gemm.core.recipes import Recipe
-from grouped_gemm.kernels.common.groups import at_once, group_of_block, tile_position
+from grouped_gemm.kernels.common.groups import at_once, group_of_block
 from grouped_gemm.kernels.common.launch import cdiv, in_parts, launch, on_device
-from grouped_gemm.kernels.common.scaling import inverse_of, scale_of, to_fp8
+from grouped_gemm.kernels.common.scaling import inverse_of, scale_of
 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
-from grouped_gemm.kernels.quantize.fp8 import (
-    _amax,
-    _constants,
-    _load_quarter,
-    _store_quarter,
-    _transpose,
-    _zeros,
-    find_blocks,
-)
+from grouped_gemm.kernels.quantize.fp8 import TILE, find_amax, find_blocks, scaling_constants
 from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK, Operands, token_blocks
 from grouped_gemm.kernels.quantize.mx import _quantize_tile
+from grouped_gemm.kernels.quantize.primitives import quantize_rows, store_transposed, tile_of_program
 
 
 def quantize_activations(
@@ -76,21 +69,18 @@ def quantize_activations(
 def _quantize_both(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands, blocks: Tensor | None) -> None:
     """Rowwise columns and, where they are wanted, rows: a column's scale needs its whole group first."""
     by_row, row_scale, by_column, column_scale = out
-    (num_rows, features), num_groups = x_MD.shape, offs.shape[0]
+    num_rows, features = x_MD.shape
     rows = by_row.dim() == 2
-    column_amax, row_amax = _zeros(x_MD, num_groups * features, num_rows if rows else None)
-    tile = {"BLOCK": TOKEN_BLOCK, "BAND": 8}
     with on_device(x_MD):
         if blocks is None:
             blocks = token_blocks(offs, num_rows)
             find_blocks(offs, num_rows, blocks)
-        grid = (len(blocks) * cdiv(features, TOKEN_BLOCK),)
-        launch(_amax, grid, x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), constants=tile, num_warps=4)
+        row_amax, column_amax = find_amax(x_MD, blocks, offs.shape[0], rows=rows)
         launch(
-            _quantize_tiles, grid,
+            _quantize_tiles, (len(blocks) * cdiv(features, TOKEN_BLOCK),),
             x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
             features, x_MD.stride(0), by_column.stride(0),
-            constants={"ROWS": rows} | _constants(x_MD, recipe, by_column.dtype) | tile, num_warps=4,
+            constants={"ROWS": rows} | scaling_constants(x_MD, recipe, by_column.dtype) | TILE, num_warps=4,
         )  # fmt: skip
 
 
@@ -142,30 +132,26 @@ def _quantize_tiles(
     x, blocks, by_row, row_scales, by_column, column_scales, row_amax, column_amax,
     D, x_stride, column_stride,
     ROWS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
-    BLOCK: tl.constexpr, BAND: tl.constexpr,
+    BLOCK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK rows of one group by BLOCK features, with scales from `quantize._amax`."""
-    d_blocks = tl.cdiv(D, BLOCK)
-    block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
+    """As `rowwise.quantize_tiles`, but the column layout is (D, T)."""
+    block, d_block = tile_of_program(D, BLOCK, GROUP_M)
     d = d_block * BLOCK
     row = tl.load(blocks + 4 * block + 1).to(tl.int64)
     rows_left = tl.load(blocks + 4 * block + 2)
     if rows_left > 0:
         source = x + row * x_stride + d
         if ROWS:
-            for i in tl.static_range(4):
-                values = _load_quarter(source, x_stride, i, rows_left, D - d, BLOCK, BLOCK)
-                rows = 4 * tl.arange(0, BLOCK // 4) + i
-                amax = tl.load(row_amax + row + rows, mask=rows < rows_left, other=0)
-                scale = scale_of(amax, LIMIT, POWER_OF_TWO)
-                data = to_fp8(values, inverse_of(scale)[:, None], LIMIT, by_row.dtype.element_ty, NVIDIA)
-                _store_quarter(by_row + row * D + d, D, i, rows_left, D - d, data)
-                tl.store(row_scales + row + rows, scale, mask=rows < tl.where(d_block == 0, rows_left, 0))
+            quantize_rows(
+                source, x_stride, by_row + row * D + d, D,
+                row_amax + row, row_scales + row, rows_left, tl.where(d_block == 0, rows_left, 0), D - d,
+                LIMIT, POWER_OF_TWO, NVIDIA, BLOCK,
+            )  # fmt: skip
         ds = d + tl.arange(0, BLOCK)
         lines = tl.load(blocks + 4 * block).to(tl.int64) * D + ds
         scale = scale_of(tl.load(column_amax + lines, mask=ds < D, other=0), LIMIT, POWER_OF_TWO)
-        tl.store(column_scales + lines, scale, mask=ds < D)  # each block of the group stores the same
-        _transpose(
+        tl.store(column_scales + lines, scale, mask=ds < D)  # every block of the group stores the same scales
+        store_transposed(
             source, x_stride, by_column + d.to(tl.int64) * column_stride + row, column_stride, inverse_of(scale),
             rows_left, rows_left, D - d, LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK,
         )  # fmt: skip

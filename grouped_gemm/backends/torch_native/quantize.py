@@ -16,20 +16,12 @@ from torch import Tensor
 
 from grouped_gemm.backends.torch_native.layouts import TOKENS, num_tokens, token_blocks
 from grouped_gemm.core.recipes import Recipe
-from grouped_gemm.kernels.common.groups import groups_in_blocks, tile_position
+from grouped_gemm.kernels.common.groups import groups_in_blocks
 from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, num_processors, on_device
-from grouped_gemm.kernels.common.scaling import inverse_of, scale_of, to_fp8
-from grouped_gemm.kernels.quantize import packed_bf16
-from grouped_gemm.kernels.quantize.fp8 import (
-    _amax,
-    _constants,
-    _load_quarter,
-    _store_quarter,
-    _transpose,
-    _zeros,
-    quantize_activations,
-)
+from grouped_gemm.kernels.common.scaling import inverse_of, scale_of
+from grouped_gemm.kernels.quantize.fp8 import TILE, find_amax, quantize_activations, scaling_constants
 from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK, Operands
+from grouped_gemm.kernels.quantize.primitives import quantize_rows, store_transposed, tile_of_program
 
 _AT_ONCE = 32  # blocks that a program of `_find_blocks` finds
 _PROGRAMS_PER_GROUP = 32  # which write an empty group's zeros, or leave at once
@@ -81,18 +73,13 @@ def quantize(
     if blocks is None:
         blocks = token_blocks(ends, num_rows)
         find_blocks(ends, token_ends, num_rows, blocks)
-    column_amax, row_amax = _zeros(x_MD, num_groups * features, num_rows if rows else None)
-    grid, tile = (blocks.shape[0] * cdiv(features, TOKEN_BLOCK),), {"BLOCK": TOKEN_BLOCK, "BAND": 8}
     with on_device(x_MD):
-        find_amax = packed_bf16._amax if packed_bf16.can_run(x_MD) else _amax
+        row_amax, column_amax = find_amax(x_MD, blocks, num_groups, rows=rows)
         launch(
-            find_amax, grid, x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), constants=tile, num_warps=4
-        )
-        launch(
-            _quantize_tiles, grid,
+            _quantize_tiles, (len(blocks) * cdiv(features, TOKEN_BLOCK),),
             x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
             num_groups, features, by_column.shape[1], x_MD.stride(0),
-            constants={"ROWS": rows} | _constants(x_MD, recipe, by_column.dtype) | {"TOKENS": TOKENS} | tile,
+            constants={"ROWS": rows} | scaling_constants(x_MD, recipe, by_column.dtype) | {"TOKENS": TOKENS} | TILE,
             num_warps=4,
         )  # fmt: skip
 
@@ -149,14 +136,13 @@ def _find_blocks(ends, token_ends, blocks, T, E, B, E_PADDED: tl.constexpr, BLOC
 def _quantize_tiles(
     x, blocks, by_row, row_scales, by_column, column_scales, row_amax, column_amax, E, D, T, x_stride,
     ROWS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, BAND: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK rows of one group by BLOCK features, with the scales of `quantize._amax`: (M,) of rows, (E, D) of columns.
+    """As `rowwise.quantize_tiles`, but the column layout is (D, T).
 
-    Rows are written if wanted, columns always: up to the next multiple of TOKENS, of an empty group TOKENS zeros.
+    The tokens of a group are written up to the next multiple of TOKENS, those of an empty group as TOKENS zeros.
     """
-    d_blocks = tl.cdiv(D, BLOCK)
-    block, d_block = tile_position(tl.program_id(0), tl.num_programs(0) // d_blocks, d_blocks, BAND)
+    block, d_block = tile_of_program(D, BLOCK, GROUP_M)
     d = d_block * BLOCK
     ds = d + tl.arange(0, BLOCK)
     e = tl.load(blocks + 4 * block)
@@ -166,22 +152,17 @@ def _quantize_tiles(
     source = x + row.to(tl.int64) * x_stride + d
     if e < E:
         if ROWS:
-            target = by_row + row.to(tl.int64) * D + d
-            scales_left = tl.where(d_block == 0, rows_left, 0)
-            for i in tl.static_range(4):
-                values = _load_quarter(source, x_stride, i, rows_left, D - d, BLOCK, BLOCK)
-                rows = 4 * tl.arange(0, BLOCK // 4) + i
-                amax = tl.load(row_amax + row + rows, mask=rows < rows_left, other=0)
-                scale = scale_of(amax, LIMIT, POWER_OF_TWO)
-                data = to_fp8(values, inverse_of(scale)[:, None], LIMIT, by_row.dtype.element_ty, NVIDIA)
-                _store_quarter(target, D, i, rows_left, D - d, data)
-                tl.store(row_scales + row + rows, scale, mask=rows < scales_left)
+            quantize_rows(
+                source, x_stride, by_row + row.to(tl.int64) * D + d, D,
+                row_amax + row, row_scales + row, rows_left, tl.where(d_block == 0, rows_left, 0), D - d,
+                LIMIT, POWER_OF_TWO, NVIDIA, BLOCK,
+            )  # fmt: skip
         lines = e.to(tl.int64) * D + ds
         amax = tl.load(column_amax + lines, mask=ds < D, other=0)
         scale = tl.where(rows_left > 0, scale_of(amax, LIMIT, POWER_OF_TWO), 1.0)
-        tl.store(column_scales + lines, scale, mask=ds < D)  # each block of the group stores the same
+        tl.store(column_scales + lines, scale, mask=ds < D)  # every block of the group stores the same scales
         rows_to_fill = tl.maximum(tl.cdiv(rows_left, TOKENS), 1) * TOKENS
-        _transpose(
+        store_transposed(
             source, x_stride, by_column + d.to(tl.int64) * T + token, T, inverse_of(scale), rows_left, rows_to_fill,
             D - d, LIMIT, by_column.dtype.element_ty, NVIDIA, BLOCK,
         )  # fmt: skip
