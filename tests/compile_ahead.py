@@ -259,7 +259,7 @@ def compile_mx_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("by_row", "by_column", "straight", "transposed"), fp8)
     types |= dict.fromkeys(("row_scales", "column_scales", "straight_scales", "transposed_scales"), "*i32")
     tokens = {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_AT_ONCE": 256, "TOKEN_BLOCK": 128}
-    weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit, "SWIZZLED": False}
+    weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit, "SCALES": "by block"}
     kernels = {"mx": (quantize_mx._quantize_tiles, tokens), "weights mx": (quantize_mx._quantize_weights, weights)}
     if arch == "sm_100":
         types |= dict.fromkeys(("ends", "token_ends"), "*i32")
@@ -267,7 +267,7 @@ def compile_mx_quantizers(arch: str) -> dict[str, Any]:
         for name, rows, columns in (("both", True, True), ("rows", True, False), ("columns", False, True)):
             constants = {"ROWS": rows, "COLUMNS": columns, **tokens}
             kernels[f"torch mx {name}"] = torch_native_quantize_mx._quantize_tiles, constants
-        kernels["torch weights mx"] = quantize_mx._quantize_weights, weights | {"SWIZZLED": True}
+        kernels["torch weights mx"] = quantize_mx._quantize_weights, weights | {"SCALES": "swizzled"}
     return {
         name: compile_kernel(kernel, arch, types, constants, num_warps=8)
         for name, (kernel, constants) in kernels.items()
@@ -286,8 +286,8 @@ def compile_hipblaslt_quantizers(arch: str) -> dict[str, Any]:
     both, mx = {"ROWS": True, **numbers}, {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_AT_ONCE": 256}
     compiled = {"hipblaslt": compile_kernel(tiles, arch, types | fp32, both)}
     if arch == "gfx950":
-        weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit}
-        kernel = hipblaslt_quantize._quantize_mx_weights
+        weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit, "SCALES": "by line"}
+        kernel = quantize_mx._quantize_weights
         compiled["hipblaslt mx"] = compile_kernel(mx_tiles, arch, types | words, mx, num_warps=8)
         compiled["hipblaslt weights mx"] = compile_kernel(kernel, arch, types | words, weights, num_warps=8)
     return compiled

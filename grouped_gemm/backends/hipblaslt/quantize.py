@@ -1,17 +1,14 @@
-"""Quantizers for hipBLASLt: they write what `torch._scaled_mm` reads, with the numbers of `reference`, bit for bit.
+"""Quantizers for hipBLASLt: they write what `torch._scaled_mm` reads. Numbers are those of `reference`, bit for bit.
 
-Tokens of wgrad lie in lines of all rows, (D, T): where they begin there, so does their group, at a multiple of 16 or,
-for MX, of 128.
+The column layout, for wgrad, is (D, T): each line holds the tokens of all groups, a group's tokens at the places of its
+rows. Groups start at multiples of 16 rows, for MX of 128.
 
 M, E, K, N: rows, groups, in and out features. D: K or N. T: M, rounded up to a multiple of 16.
-R, C: lines and columns of a weight matrix as it lies in memory, C contiguous.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -20,27 +17,27 @@ from torch import Tensor
 
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.common.groups import at_once, group_of_block
-from grouped_gemm.kernels.common.launch import cdiv, in_parts, launch, on_device
+from grouped_gemm.kernels.common.launch import cdiv, launch, on_device
 from grouped_gemm.kernels.common.scaling import inverse_of, scale_of
 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
+from grouped_gemm.kernels.quantize import mx
 from grouped_gemm.kernels.quantize.fp8 import TILE, find_amax, find_blocks, scaling_constants
 from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK, Operands, token_blocks
-from grouped_gemm.kernels.quantize.mx import _quantize_tile
 from grouped_gemm.kernels.quantize.primitives import quantize_rows, store_transposed, tile_of_program
 
 
 def quantize_activations(
     x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands, blocks: Tensor | None = None
 ) -> None:
-    """Fills ``out``, from `layouts.activations`: what has no elements is not wanted.
+    """Fills ``out``, from `layouts.activations`. Tensors of shape (0,) are not wanted.
 
     Args:
         x_MD: (M, D), contiguous D, a multiple of 16; bfloat16, float16 or float32.
-        offs: (E,) int32, contiguous: the end row of each group, any values where columns are not wanted. Else groups
-            are multiples of 16 rows, MX of 128, once ends out of order and range are moved inside.
+        offs: (E,) int32, contiguous: the end row of each group. Any values are safe. With columns, groups have a
+            multiple of 16 rows, for MX of 128, after ends that are out of order or out of range were clamped.
         recipe: rowwise or MX.
-        out: data and scales by rows, data and scales by columns. Columns past the last group, and scales of no values,
-            are left as they are.
+        out: data and scales by rows, data and scales by columns. Columns past the last group are not written, nor are
+            scales of no values.
         blocks: from `fp8.find_blocks`; None: they are found here, where they are needed.
     """
     by_row, row_scale, by_column, column_scale = out
@@ -52,7 +49,7 @@ def quantize_activations(
         with on_device(x_MD):
             launch(
                 _quantize_mx_tiles, (cdiv(num_rows, TOKEN_BLOCK) * cdiv(features, 128),),
-                x_MD, offs, by_row, _words(row_scale), by_column, _words(column_scale),
+                x_MD, offs, by_row, mx.as_words(row_scale), by_column, mx.as_words(column_scale),
                 num_rows, offs.shape[0], features, x_MD.stride(0), by_column.stride(0),
                 constants={
                     "ROWS": rows, "COLUMNS": columns, "LIMIT": torch.finfo((by_row if rows else by_column).dtype).max,
@@ -67,7 +64,7 @@ def quantize_activations(
 
 
 def _quantize_both(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands, blocks: Tensor | None) -> None:
-    """Rowwise columns and, where they are wanted, rows: a column's scale needs its whole group first."""
+    """Quantizes rowwise, with columns, in two reads: a column's scale needs the whole group."""
     by_row, row_scale, by_column, column_scale = out
     num_rows, features = x_MD.shape
     rows = by_row.dim() == 2
@@ -85,7 +82,7 @@ def _quantize_both(x_MD: Tensor, offs: Tensor, recipe: Recipe, out: Operands, bl
 
 
 def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
-    """Fills ``out``, from `layouts.weights`: what has no elements is not wanted.
+    """Fills ``out``, from `layouts.weights`. Tensors of shape (0,) are not wanted.
 
     Args:
         b_EKN: (E, K, N), K or N contiguous; bfloat16, float16 or float32.
@@ -93,38 +90,11 @@ def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
         out: data for forward and for dgrad, then their scales.
     """
     forward, dgrad, forward_scale, dgrad_scale = out
-    if recipe is not Recipe.MXFP8:
+    if recipe is Recipe.MXFP8:
+        mx.quantize_weights(b_EKN, out, scales="by line")
+    else:
         by_line = [scale.squeeze(1) if scale.dim() == 3 else scale for scale in (forward_scale, dgrad_scale)]
         quantize_fp8.quantize_weights(b_EKN, recipe, (forward, dgrad, by_line[0], by_line[1]))
-        return
-    for part, into in in_parts(b_EKN, out):
-        _quantize_mx_part(part, into)
-
-
-def _quantize_mx_part(b_EKN: Tensor, out: Sequence[Tensor]) -> None:
-    forward, dgrad, forward_scale, dgrad_scale = out
-    # Whichever of forward and dgrad sums over the contiguous axis is written straight.
-    w_ERC, straight, transposed, straight_scale, transposed_scale = b_EKN, dgrad, forward, dgrad_scale, forward_scale
-    if b_EKN.stride(1) == 1:
-        w_ERC = b_EKN.transpose(1, 2)
-        straight, transposed, straight_scale, transposed_scale = forward, dgrad, forward_scale, dgrad_scale
-    num_groups, lines, columns = w_ERC.shape
-    with on_device(b_EKN):
-        launch(
-            _quantize_mx_weights, (cdiv(lines, 128) * cdiv(columns, 128), num_groups),
-            w_ERC, straight, _words(straight_scale), transposed, _words(transposed_scale),
-            lines, columns, w_ERC.stride(0), w_ERC.stride(1),
-            constants={
-                "STRAIGHT": straight.dim() == 3, "TRANSPOSED": transposed.dim() == 3,
-                "LIMIT": torch.finfo((forward if forward.dim() == 3 else dgrad).dtype).max,
-            },
-            num_warps=8,
-        )  # fmt: skip
-
-
-def _words(scale: Tensor) -> Tensor:
-    """MX scales as kernels store them: the four of 128 values of a line in an int32, the first in its lowest byte."""
-    return scale.view(torch.uint8).flatten().view(torch.int32) if scale.dtype == torch.float8_e8m0fnu else scale
 
 
 @triton.jit(do_not_specialize=["column_stride"])
@@ -163,7 +133,7 @@ def _quantize_mx_tiles(
     M, E, D, x_stride, column_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, E_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """128 rows by 128 features. Where columns are wanted, these rows are of one group, or past the last one."""
+    """Writes 128 rows by 128 features. With columns, the rows belong to one group or lie past the last group."""
     d_blocks = tl.cdiv(D, 128)
     block = tl.program_id(0) // d_blocks
     d_block = tl.program_id(0) % d_blocks
@@ -178,36 +148,10 @@ def _quantize_mx_tiles(
         scale_stride = last - first
         tokens = tl.where(e < E, height, 0)
         first_scale = first.to(tl.int64) * (d_blocks * 128) + d * scale_stride + block - first
-    _quantize_tile(
+    mx.quantize_tile(
         x + row * x_stride + d, x_stride, height, D - d_block * 128,
         by_row + row * D + d, D, row_scales + row * d_blocks + d_block, d_blocks,
         by_column + d * column_stride + row, column_stride, column_scales + first_scale, scale_stride,
         tokens, tokens,
         ROWS, COLUMNS, LIMIT,
-    )  # fmt: skip
-
-
-@triton.jit
-def _quantize_mx_weights(
-    w, straight, straight_scales, transposed, transposed_scales,
-    R, C, w_stride_e, w_stride,
-    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    """A square tile of one matrix. Scales of each matrix are those of whole tiles: (128 r_blocks, c_blocks) words."""
-    c_blocks = tl.cdiv(C, 128)
-    r_blocks = tl.cdiv(R, 128)
-    r_block = tl.program_id(0) // c_blocks
-    c_block = tl.program_id(0) % c_blocks
-    e = tl.program_id(1).to(tl.int64)
-    r = r_block.to(tl.int64) * 128
-    c = c_block.to(tl.int64) * 128
-    height = tl.minimum(R - r_block * 128, 128)
-    _quantize_tile(
-        w + e * w_stride_e + r * w_stride + c, w_stride, height, C - c_block * 128,
-        straight + (e * R + r) * C + c, C,
-        straight_scales + (e * r_blocks * 128 + r) * c_blocks + c_block, c_blocks,
-        transposed + (e * C + c) * R + r, R,
-        transposed_scales + (e * c_blocks * 128 + c) * r_blocks + r_block, r_blocks,
-        height, height,
-        STRAIGHT, TRANSPOSED, LIMIT,
     )  # fmt: skip

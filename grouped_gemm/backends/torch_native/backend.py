@@ -271,7 +271,7 @@ def _torch_quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bo
     from grouped_gemm.kernels.quantize import mx as quantize_mx
 
     if Recipe(recipe) is _MXFP8:
-        quantize_mx.quantize_weights(b_EKN, out, swizzled=True)
+        quantize_mx.quantize_weights(b_EKN, out, scales="swizzled")
     else:
         quantize_fp8.quantize_weights(b_EKN, Recipe(recipe), out)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from grouped_gemm.backends.torch_native.layouts import ATOM, TOKENS, num_blocks
 from grouped_gemm.kernels.common.groups import groups_in_blocks, pick
-from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on_device, packed
+from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on_device
 from grouped_gemm.kernels.quantize.layouts import Operands
-from grouped_gemm.kernels.quantize.mx import _quantize_tile
+from grouped_gemm.kernels.quantize.mx import as_words, quantize_tile
 
 
 def quantize_activations(x_MD: Tensor, ends: Tensor, token_ends: Tensor, out: Operands) -> None:
@@ -37,7 +37,7 @@ def quantize_activations(x_MD: Tensor, ends: Tensor, token_ends: Tensor, out: Op
     with on_device(x_MD):
         launch(
             _quantize_tiles, (num_blocks(num_rows, num_groups) * cdiv(features, ATOM),),
-            x_MD, ends, token_ends, by_row, packed(row_scale), by_column, packed(column_scale),
+            x_MD, ends, token_ends, by_row, as_words(row_scale), by_column, as_words(column_scale),
             num_rows, num_groups, features, x_MD.stride(0), by_column.stride(0),
             constants={
                 "ROWS": rows, "COLUMNS": columns, "LIMIT": torch.finfo((by_row if rows else by_column).dtype).max,
@@ -75,7 +75,7 @@ def _quantize_tiles(
         d64 = d_block.to(tl.int64) * 128
         row_atom = (pick(first_atoms, e) + below).to(tl.int64) * d_blocks + d_block
         column_atom = first_block.to(tl.int64) * d_blocks + d_block.to(tl.int64) * group_blocks + below
-        _quantize_tile(
+        quantize_tile(
             x + row64 * x_stride + d64, x_stride, height, D - d_block * 128,
             by_row + row64 * D + d64, D, row_scales + row_atom * 128, 1,
             by_column + d64 * feature_stride + tl.multiple_of(token, 32), feature_stride,
