@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from grouped_gemm.kernels.common.launch import describe
@@ -72,7 +78,7 @@ class HopperTile(NamedTuple):
 
 
 @gluon.jit
-def place(tile, rows, columns, BAND: gl.constexpr):
+def tile_position(tile, rows, columns, BAND: gl.constexpr):
     """As `groups.tile_position`."""
     band = tile // (BAND * columns)
     height = gl.minimum(rows - band * BAND, BAND)
@@ -81,9 +87,69 @@ def place(tile, rows, columns, BAND: gl.constexpr):
 
 
 @gluon.jit
-def before(slot, STAGES: gl.constexpr):
-    """The slot of the ring before ``slot``."""
+def make_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Barriers of a ring of STAGES slots.
+
+    Returns:
+        One for each slot that completes when its copies have arrived, and one for each slot that completes when all
+        CONSUMERS have released it.
+    """
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
+def next_slot(slot, phase, STAGES: gl.constexpr):
+    """The slot after ``slot``, and the phase of its barriers, which flips with each round."""
+    slot += 1
+    if slot == STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
+def _slot_before(slot, STAGES: gl.constexpr):
     return gl.where(slot == 0, STAGES, slot) - 1
+
+
+@gluon.jit
+def accumulate(acc, lhs, rhs, step, empty, slot, STAGES: gl.constexpr):
+    """Starts ``acc += lhs @ rhs``, waits for the step before, and releases that one's slot."""
+    acc = warpgroup_mma(lhs, rhs, acc, is_async=True)
+    acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
+    mbarrier.arrive(empty.index(_slot_before(slot, STAGES)), count=1, pred=step > 0)
+    return acc
+
+
+@gluon.jit
+def finish_accumulating(acc, any_step, empty, slot, STAGES: gl.constexpr):
+    """Waits for the last step, if there was any, and releases its slot, the one before ``slot``."""
+    acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
+    mbarrier.arrive(empty.index(_slot_before(slot, STAGES)), count=1, pred=any_step)
+    return acc
+
+
+@gluon.jit
+def start_block(lhs, rhs, LAYOUT: gl.constexpr):
+    """Starts ``lhs @ rhs`` in registers of its own; `finish_block` waits for it."""
+    ROWS: gl.constexpr = lhs.shape[0]
+    COLUMNS: gl.constexpr = rhs.shape[1]
+    zeros = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
+    return warpgroup_mma(lhs, rhs, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def finish_block(acc, block, scale, empty, slot):
+    """Waits for a ``block`` of `start_block`, releases its ``slot``, and returns ``acc + block * scale``."""
+    block = warpgroup_mma_wait(num_outstanding=0, deps=(block,))
+    mbarrier.arrive(empty.index(slot), count=1)
+    return acc + block * scale
 
 
 @gluon.jit

@@ -13,25 +13,24 @@ from __future__ import annotations
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from grouped_gemm.kernels.common.hopper import (
     PRODUCER_REGISTERS,
     STORED,
     HopperTile,
-    before,
+    accumulate,
     describe_ragged,
     describe_scales,
     describe_tile,
+    finish_accumulating,
+    finish_block,
     load,
-    place,
+    make_barriers,
+    next_slot,
+    start_block,
     store_tile,
+    tile_position,
 )
 from grouped_gemm.kernels.common.launch import cdiv, launcher, num_processors
 from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK
@@ -139,7 +138,7 @@ def _produce(
     for e in range(E):
         end, blocks = _next_blocks(offs, M, e, start, BLOCK_T)
         while tile < first_tile + tiles_p * tiles_q:
-            tile_p, tile_q = place(tile - first_tile, tiles_p, tiles_q, BAND)
+            tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, BAND)
             p = tile_p * BLOCK_P
             q = tile_q * BLOCK_Q
             for step in range(blocks):
@@ -163,10 +162,7 @@ def _produce(
                     if SCALED:
                         buffer = lhs_scale_bufs.index(slot * CONSUMERS + i)
                         load(lhs_scale_desc, [block, p + 64 * i], barrier, buffer)
-                slot += 1
-                if slot == STAGES:
-                    slot = 0
-                    phase ^= 1
+                slot, phase = next_slot(slot, phase, STAGES)
             tile += gl.num_programs(0)
         first_tile += tiles_p * tiles_q
         first_block += blocks
@@ -194,29 +190,20 @@ def _consume(
     for e in range(E):
         end, blocks = _next_blocks(offs, M, e, start, BLOCK_T)
         while tile < first_tile + tiles_p * tiles_q:
-            tile_p, tile_q = place(tile - first_tile, tiles_p, tiles_q, BAND)
+            tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, BAND)
             p = tile_p * BLOCK_P + which * 64
             q = tile_q * BLOCK_Q
             acc = gl.zeros((64, BLOCK_Q), gl.float32, LAYOUT)
             if KIND == "blockwise":
                 for _ in range(blocks):
                     mbarrier.wait(full.index(slot), phase)
-                    product = warpgroup_mma(
-                        lhs_bufs.index(slot * CONSUMERS + which),
-                        rhs_bufs.index(slot).permute((1, 0)),
-                        gl.zeros((64, BLOCK_Q), gl.float32, LAYOUT),
-                        use_acc=False,
-                        is_async=True,
+                    block = start_block(
+                        lhs_bufs.index(slot * CONSUMERS + which), rhs_bufs.index(slot).permute((1, 0)), LAYOUT
                     )
                     p_scales = lhs_scale_bufs.index(slot * CONSUMERS + which).permute((1, 0)).load(LAYOUT)
                     q_scales = rhs_scale_bufs.index(slot).load(LAYOUT)
-                    product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
-                    mbarrier.arrive(empty.index(slot), count=1)
-                    acc = acc + product * (p_scales * q_scales)
-                    slot += 1
-                    if slot == STAGES:
-                        slot = 0
-                        phase ^= 1
+                    acc = finish_block(acc, block, p_scales * q_scales, empty, slot)
+                    slot, phase = next_slot(slot, phase, STAGES)
             else:
                 for step in range(blocks):
                     mbarrier.wait(full.index(slot), phase)
@@ -227,15 +214,9 @@ def _consume(
                         rhs = rhs.reshape([BLOCK_T, BLOCK_Q])
                     else:
                         rhs = rhs.permute((1, 0))
-                    acc = warpgroup_mma(lhs, rhs, acc, is_async=True)
-                    acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # the step before is done
-                    mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=step > 0)
-                    slot += 1
-                    if slot == STAGES:
-                        slot = 0
-                        phase ^= 1
-                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-                mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=blocks > 0)
+                    acc = accumulate(acc, lhs, rhs, step, empty, slot, STAGES)
+                    slot, phase = next_slot(slot, phase, STAGES)
+                acc = finish_accumulating(acc, blocks > 0, empty, slot, STAGES)
             if p < P:
                 _finish(
                     acc, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
@@ -309,12 +290,7 @@ def _kernel(
     out_bufs = lhs_bufs
     if TMA_STORE:
         out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 64, 128], out_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
-    fence_async_shared()
+    full, empty = make_barriers(STAGES, CONSUMERS)
     gl.warp_specialize([
         (_consume, (0, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
             lhs_scale, rhs_scale, offs, out, M, E, P, Q,

@@ -18,25 +18,24 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.kernels.common.hopper import (
     PRODUCER_REGISTERS,
     STORED,
     HopperTile,
-    before,
+    accumulate,
     describe_scales,
     describe_tile,
+    finish_accumulating,
+    finish_block,
     load,
-    place,
+    make_barriers,
+    next_slot,
+    start_block,
     store_tile,
+    tile_position,
 )
 from grouped_gemm.kernels.common.launch import cdiv, launcher, num_processors
 
@@ -168,7 +167,7 @@ def _produce(
     phase = 1
     while e < E:
         rows = (end - start + BLOCK_M - 1) // BLOCK_M
-        tile_row, tile_column = place(tile - first_tile, rows, columns, BAND)
+        tile_row, tile_column = tile_position(tile - first_tile, rows, columns, BAND)
         row = tile_row * BLOCK_M
         column = tile_column * BLOCK_N
         for c in range(0, C, BLOCK_C):
@@ -184,10 +183,7 @@ def _produce(
                 if SCALES:
                     source = [c // BLOCK_C, scale_row + row + 64 * i]
                     load(scale_desc, source, barrier, scale_bufs.index(slot * CONSUMERS + i))
-            slot += 1
-            if slot == STAGES:
-                slot = 0
-                phase ^= 1
+            slot, phase = next_slot(slot, phase, STAGES)
         tile += gl.num_programs(0)
         e, start, end, first_tile, scale_row = _seek(
             offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK_M
@@ -214,7 +210,7 @@ def _consume(
     phase = 0
     while e <= E:
         rows = (end - start + BLOCK_M - 1) // BLOCK_M
-        tile_row, tile_column = place(tile - first_tile, rows, columns, BAND)
+        tile_row, tile_column = tile_position(tile - first_tile, rows, columns, BAND)
         row = start + tile_row * BLOCK_M + which * 64
         column = tile_column * BLOCK_N
         acc = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
@@ -223,10 +219,7 @@ def _consume(
                 for _ in range(steps):
                     mbarrier.wait(full.index(slot), phase)
                     mbarrier.arrive(empty.index(slot), count=1)
-                    slot += 1
-                    if slot == STAGES:
-                        slot = 0
-                        phase ^= 1
+                    slot, phase = next_slot(slot, phase, STAGES)
             elif KIND == "blockwise":
                 block_scales = rhs_scale + e.to(gl.int64) * scale_stride_e + column // 128 * scale_stride_o
                 next_scale = gl.load(block_scales)
@@ -235,34 +228,19 @@ def _consume(
                     block_scales += gl.where(step + 1 < steps, scale_stride_c, 0)
                     next_scale = gl.load(block_scales)  # a step ahead: nothing waits for it
                     mbarrier.wait(full.index(slot), phase)
-                    product = warpgroup_mma(
-                        lhs_bufs.index(slot * CONSUMERS + which),
-                        rhs_bufs.index(slot).permute((1, 0)),
-                        gl.zeros((64, BLOCK_N), gl.float32, LAYOUT),
-                        use_acc=False,
-                        is_async=True,
+                    block = start_block(
+                        lhs_bufs.index(slot * CONSUMERS + which), rhs_bufs.index(slot).permute((1, 0)), LAYOUT
                     )
                     scale = scale_bufs.index(slot * CONSUMERS + which).permute((1, 0)).load(LAYOUT) * block_scale
-                    product = warpgroup_mma_wait(num_outstanding=0, deps=(product,))
-                    mbarrier.arrive(empty.index(slot), count=1)
-                    acc = acc + product * scale
-                    slot += 1
-                    if slot == STAGES:
-                        slot = 0
-                        phase ^= 1
+                    acc = finish_block(acc, block, scale, empty, slot)
+                    slot, phase = next_slot(slot, phase, STAGES)
             else:
                 for step in range(steps):
                     mbarrier.wait(full.index(slot), phase)
                     rhs = rhs_bufs.index(slot).permute((1, 0)) if C_CONTIGUOUS else rhs_bufs.index(slot)
-                    acc = warpgroup_mma(lhs_bufs.index(slot * CONSUMERS + which), rhs, acc, is_async=True)
-                    acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))  # the step before is done
-                    mbarrier.arrive(empty.index(before(slot, STAGES)), count=1, pred=step > 0)
-                    slot += 1
-                    if slot == STAGES:
-                        slot = 0
-                        phase ^= 1
-                acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-                mbarrier.arrive(empty.index(before(slot, STAGES)), count=1)
+                    acc = accumulate(acc, lhs_bufs.index(slot * CONSUMERS + which), rhs, step, empty, slot, STAGES)
+                    slot, phase = next_slot(slot, phase, STAGES)
+                acc = finish_accumulating(acc, True, empty, slot, STAGES)
         if row < end:
             _finish(
                 acc, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
@@ -337,12 +315,7 @@ def _kernel(
     out_bufs = lhs_bufs
     if TMA_STORE:
         out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 64, 128], out_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=CONSUMERS)
-    fence_async_shared()
+    full, empty = make_barriers(STAGES, CONSUMERS)
     if CONSUMERS == 3:
         gl.warp_specialize([
             (_consume, (0, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
