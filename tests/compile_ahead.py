@@ -88,33 +88,37 @@ def scale_types(kind: str) -> dict[str, str]:
 
 def compile_gemm(arch: str, kind: str, tile: Tile, c_contiguous: bool = True) -> Any:
     tma, dtype = ARCHS[arch].tma, dtype_of(kind, arch)
-    sides = (tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)
+    sides = (tile.block_n, tile.block_k) if c_contiguous else (tile.block_k, tile.block_n)
     types = {"offs": "*i32", "out": "*bf16"} | scale_types(kind)
-    types["lhs"] = f"tensordesc<{dtype}[{tile.rows}, {tile.depth}]>" if tma else f"*{dtype}"
+    types["lhs"] = f"tensordesc<{dtype}[{tile.block_m}, {tile.block_k}]>" if tma else f"*{dtype}"
     types["rhs"] = f"tensordesc<{dtype}[1, {sides[0]}, {sides[1]}]>" if tma else f"*{dtype}"
     constants = {
         "KIND": kind, "C_CONTIGUOUS": c_contiguous, "TMA": tma, "bias": None,
-        "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_C": tile.depth, "BAND": tile.band,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m,
         "SCALE_ALIGNMENT": 4,
     }  # fmt: skip
     if kind.endswith("bit"):
         constants |= {"lhs_scale": None, "rhs_scale": None}
-    return compile_kernel(m_grouped._grouped_mm, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+    return compile_kernel(
+        m_grouped._grouped_mm, arch, types, constants, num_warps=tile.num_warps, num_stages=tile.num_stages
+    )
 
 
 def compile_wgrad(arch: str, kind: str, tile: Tile) -> Any:
     tma, dtype = ARCHS[arch].tma, dtype_of(kind, arch)
     types = {"offs": "*i32", "out": "*bf16"} | scale_types(kind)
-    for name, side in (("lhs", tile.rows), ("rhs", tile.columns)):
-        box = f"1, 1, {tile.depth}, {side}" if kind.endswith("bit") else f"{side}, {tile.depth}"
+    for name, side in (("lhs", tile.block_m), ("rhs", tile.block_n)):
+        box = f"1, 1, {tile.block_k}, {side}" if kind.endswith("bit") else f"{side}, {tile.block_k}"
         types[name] = f"tensordesc<{dtype}[{box}]>" if tma else f"*{dtype}"
     constants = {
         "KIND": kind, "TMA": tma, "TOKEN_BLOCK": 128, "E_AT_ONCE": 256,
-        "BLOCK_P": tile.rows, "BLOCK_Q": tile.columns, "BLOCK_T": tile.depth, "BAND": tile.band,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m,
     }  # fmt: skip
     if kind.endswith("bit"):
         constants |= {"lhs_scale": None, "rhs_scale": None}
-    return compile_kernel(k_grouped._wgrad, arch, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+    return compile_kernel(
+        k_grouped._wgrad, arch, types, constants, num_warps=tile.num_warps, num_stages=tile.num_stages
+    )
 
 
 def compile_quantizers(arch: str) -> dict[str, Any]:
@@ -217,37 +221,39 @@ def descriptor(dtype: str, rows: int, columns: int) -> str:
 def compile_gemm_hopper(kind: str, tile: Any, c_contiguous: bool, whole: bool) -> Any:
     """A result leaves in whole tiles, bf16, or masked, fp32 with a bias."""
     dtype = dtype_of(kind, "sm_90")
-    lhs = descriptor(dtype, 64, tile.depth)
+    lhs = descriptor(dtype, 64, tile.block_k)
     types = dict.fromkeys(("lhs_scale", "rhs_scale"), "*fp32") | {"bias": "*bf16", "offs": "*i32"}
     types |= {"out": "*bf16" if whole else "*fp32", "lhs_desc": lhs}
-    types["rhs_desc"] = descriptor(dtype, *((tile.columns, tile.depth) if c_contiguous else (tile.depth, tile.columns)))
+    types["rhs_desc"] = descriptor(
+        dtype, *((tile.block_n, tile.block_k) if c_contiguous else (tile.block_k, tile.block_n))
+    )
     types |= {"scale_desc": descriptor("fp32", 1, 64), "out_desc": descriptor("bf16", 64, 128)}
     constants = dict.fromkeys(("bias",) if whole else ("out_desc",))
     constants |= {} if kind == "blockwise" else {"scale_desc": None}
     constants |= {"lhs_scale": None, "rhs_scale": None} if kind == "16 bit" else {}
     constants |= {
         "KIND": kind, "C_CONTIGUOUS": c_contiguous, "CONSUMERS": tile.consumers,
-        "BLOCK_N": tile.columns, "BLOCK_C": tile.depth, "STAGES": tile.stages,
-        "BAND": tile.band, "REGISTERS": tile.registers, "num_warps": 4,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages,
+        "GROUP_M": tile.group_m, "REGISTERS": tile.registers, "num_warps": 4,
     }  # fmt: skip
     return compile_kernel(m_grouped_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
 
 
 def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
     """``whole``: tiles leave through shared memory, bf16; else masked, fp32."""
-    lhs, rhs = descriptor("fp8e4nv", 64, 128), descriptor("fp8e4nv", tile.columns, 128)
+    lhs, rhs = descriptor("fp8e4nv", 64, 128), descriptor("fp8e4nv", tile.block_n, 128)
     if kind == "16 bit":
-        lhs, rhs = ragged_descriptor(tile.depth, 64), ragged_descriptor(tile.depth, tile.columns)
+        lhs, rhs = ragged_descriptor(tile.block_k, 64), ragged_descriptor(tile.block_k, tile.block_n)
     types = dict.fromkeys(("lhs_scale", "rhs_scale"), "*fp32") | {"offs": "*i32", "lhs_desc": lhs}
     types |= {"out": "*bf16" if whole else "*fp32", "rhs_desc": rhs}
-    types |= {"lhs_scale_desc": descriptor("fp32", 1, 64), "rhs_scale_desc": descriptor("fp32", 1, tile.columns)}
+    types |= {"lhs_scale_desc": descriptor("fp32", 1, 64), "rhs_scale_desc": descriptor("fp32", 1, tile.block_n)}
     types["out_desc"] = descriptor("bf16", 64, 128)
     constants = {} if whole else {"out_desc": None}
     constants |= {"lhs_scale": None, "rhs_scale": None} if kind == "16 bit" else {}
     constants |= {} if kind == "blockwise" else {"lhs_scale_desc": None, "rhs_scale_desc": None}
     constants |= {
         "KIND": kind, "CONSUMERS": tile.consumers,
-        "BLOCK_Q": tile.columns, "BLOCK_T": tile.depth, "STAGES": tile.stages, "BAND": tile.band,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,
         "REGISTERS": tile.registers, "num_warps": 4,
     }  # fmt: skip
     return compile_kernel(k_grouped_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)

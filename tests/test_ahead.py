@@ -201,12 +201,12 @@ class Tiled(emulated.Backend):
 
 @pytest.fixture
 def tiled(monkeypatch, tmp_path):
-    """A backend with tiles, of which those in bands of 1 are fastest, and with an empty file of what was found."""
+    """A backend with tiles, of which those with group_m = 1 are fastest, and with an empty file of what was found."""
     backend = Tiled()
 
     def milliseconds(run):
         run()
-        return 1.0 if backend.tiles[-1][2].band == 1 else 2.0
+        return 1.0 if backend.tiles[-1][2].group_m == 1 else 2.0
 
     monkeypatch.setitem(backends._instances, BackendKind.EMULATED, backend)
     monkeypatch.setattr(tile_search, "_milliseconds", milliseconds)
@@ -231,7 +231,7 @@ def test_each_use_of_a_kernel_is_tuned_once(weights, tiled):
         [("wgrad", "any", (N, K))]
         + [("gemm", rows, sizes) for rows in ("decode", "small", "large") for sizes in ((K, N), (N, K))]
     )
-    # decode ships bands of 1
+    # decode ships group_m = 1
     assert {s.site.rows for s in done.tuned} == {"small", "large", "any"}
     assert f"{len(done.tuned)} of 7 searches found a better tile" in str(done)
     assert json.loads(json.dumps(done.to_dict()))["searches"][0]["speedup"] > 1
@@ -241,7 +241,7 @@ def test_each_use_of_a_kernel_is_tuned_once(weights, tiled):
 
 def test_wgrad_is_tuned_on_the_most_rows(weights, tiled):
     warmup(weights, rows=("decode", "large"))
-    searched = [m for kernel, m, tile in tiled.tiles if kernel == "wgrad" and tile.band == 4]  # tried, not taken
+    searched = [m for kernel, m, tile in tiled.tiles if kernel == "wgrad" and tile.group_m == 4]  # tried, not taken
     assert set(searched) == {260 * E}
 
 
@@ -254,7 +254,7 @@ def test_a_call_uses_what_was_found_and_searches_nothing(monkeypatch, weights, t
     warmup(weights)
     monkeypatch.setattr(tile_search, "search", pytest.fail)
     tuned_y, tile = call()
-    assert tile == shipped._replace(band=1) != shipped
+    assert tile == shipped._replace(group_m=1) != shipped
     assert torch.equal(tuned_y, y)
 
 

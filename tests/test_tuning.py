@@ -24,7 +24,7 @@ H200 = Machine("nvidia", "sm_90", "NVIDIA H200")
 USE = (H200, "16 bit", RowClass.LARGE, 7168, 2048, True, True)
 SITE = Site("sm_90", "NVIDIA H200", "gemm", "16 bit", "large", (7168, 2048), "c tma")
 SHIPPED = tiles.gemm_tile("nvidia", "sm_90", "16 bit", RowClass.LARGE)
-OTHER = Tile(64, 64, 32, 4, 2, band=1)
+OTHER = Tile(64, 64, 32, 4, 2, group_m=1)
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +104,7 @@ def test_with_the_switch_off_nothing_is_read(monkeypatch, value):
         monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", value)
     monkeypatch.setattr(store, "read", lambda file: pytest.fail("the file was read"))
     assert tile_search.gemm_tile(*USE) == SHIPPED
-    assert tile_search.search(lambda: torch.tensor(float(tile_search.gemm_tile(*USE).rows)), pytest.fail) == []
+    assert tile_search.search(lambda: torch.tensor(float(tile_search.gemm_tile(*USE).block_m)), pytest.fail) == []
 
 
 def test_an_unknown_value_of_the_switch_is_named(monkeypatch):
@@ -163,9 +163,9 @@ TILES = {
     "more rows than there are": {"rows": 2**40},
     "more warps than there are": {"warps": 32},
     "a billion stages": {"stages": 10**9},
-    "no band": {"band": 0},
-    "no number": {"band": True},
-    "less than a matrix instruction": {"depth": 8},
+    "no group_m": {"group_m": 0},
+    "no number": {"group_m": True},
+    "less than a matrix instruction": {"block_k": 8},
 }
 
 
@@ -196,7 +196,7 @@ def test_a_tile_that_no_kernel_takes_is_damage(changes):
     assert_ignored_with_one_warning()
 
 
-@pytest.mark.parametrize("changes", ({"depth": 64}, {"columns": 256}), ids=str)
+@pytest.mark.parametrize("changes", ({"block_k": 64}, {"block_n": 256}), ids=str)
 def test_a_tile_that_parts_a_block_of_scales_is_damage(changes):
     blockwise = tiles.gemm_tile("nvidia", "sm_90", "blockwise", RowClass.LARGE)
     tile_search.store({SITE._replace(kind="blockwise"): Found(blockwise, 1.1)})
@@ -344,7 +344,7 @@ class Product:
     def __call__(self) -> torch.Tensor:
         tile = tile_search.gemm_tile(*USE)
         self.tiles.append(tile)
-        if tile.stages > 4:
+        if tile.num_stages > 4:
             raise RuntimeError("out of resource: shared memory")
         return torch.tensor([1.0, float("nan"), float(self.differs(tile))])
 
@@ -357,7 +357,7 @@ class Product:
 
 
 def test_the_fastest_tile_is_found_used_and_kept():
-    best = SHIPPED._replace(rows=64, columns=128, warps=4, stages=4, band=1)
+    best = SHIPPED._replace(block_m=64, block_n=128, num_warps=4, num_stages=4, group_m=1)
     product = Product(lambda tile: 1 + sum(one != other for one, other in zip(tile, best)))
     (done,) = product.search()
     assert (done.site, done.shipped, done.tile) == (SITE, SHIPPED, best)
@@ -386,7 +386,7 @@ def test_a_tile_that_is_faster_only_once_is_not_taken():
     def milliseconds(tile: Tile) -> float:
         first = tile not in timed
         timed.add(tile)
-        return 0.5 if first and tile.rows == 64 else 1.0
+        return 0.5 if first and tile.block_m == 64 else 1.0
 
     (done,) = Product(milliseconds).search()
     assert done.tile == SHIPPED
@@ -400,9 +400,9 @@ def test_a_tile_that_gives_other_bits_is_not_taken():
 
 
 def test_a_tile_that_fails_is_skipped_counted_and_named():
-    (done,) = Product(lambda tile: 1 / tile.stages).search()
-    assert done.tile.stages == 4
-    assert done.failed and all(tile.stages > 4 for tile, _ in done.failed)
+    (done,) = Product(lambda tile: 1 / tile.num_stages).search()
+    assert done.tile.num_stages == 4
+    assert done.failed and all(tile.num_stages > 4 for tile, _ in done.failed)
     assert f"{len(done.failed)} failed" in str(done)
     assert "RuntimeError: out of resource: shared memory" in str(done)
 
@@ -439,9 +439,9 @@ def test_what_uses_no_tile_is_not_searched():
 def test_variants_are_tiles_that_the_kernels_allow(kernel, kind):
     site = SITE._replace(kernel=kernel, kind=kind)
     shipped = tiles.wgrad_tile("nvidia", "sm_90", kind)
-    for variants in (tile_search._sides, tile_search._depths, tile_search._stages, tile_search._bands):
+    for variants in (tile_search._sides, tile_search._block_ks, tile_search._stages, tile_search._group_ms):
         for tile in variants(site, shipped):
             tile_search._check({**site._asdict(), "tile": tile._asdict(), "speedup": 1})
-            assert 128 % tile.depth == 0
+            assert 128 % tile.block_k == 0
             if kind == "blockwise":
-                assert tile.depth == 128 and (kernel == "wgrad" or 128 % tile.columns == 0)
+                assert tile.block_k == 128 and (kernel == "wgrad" or 128 % tile.block_n == 0)

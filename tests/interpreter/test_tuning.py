@@ -16,11 +16,11 @@ def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, rec
     def milliseconds(run):
         run()
         times.append(tile_search._watch.trial[1])
-        return 1.0 if times[-1].band == 4 else 2.0
+        return 1.0 if times[-1].group_m == 4 else 2.0
 
     # Two variants in all: an interpreted one takes seconds, and one that cannot be is skipped
-    monkeypatch.setattr(tile_search, "_sides", lambda site, tile: [tile._replace(band=4), tile._replace(depth=7)])
-    for name in ("_depths", "_stages", "_bands"):
+    monkeypatch.setattr(tile_search, "_sides", lambda site, tile: [tile._replace(group_m=4), tile._replace(block_k=7)])
+    for name in ("_block_ks", "_stages", "_group_ms"):
         monkeypatch.setattr(tile_search, name, lambda site, tile: [])
     monkeypatch.setattr(tile_search, "_milliseconds", milliseconds)
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
@@ -39,9 +39,9 @@ def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, rec
     done = warmup(b, recipe=recipe, rows=("decode",), kernel_preference="triton")
     assert done.calls == 2
     assert sorted(search.site.kernel for search in done.searches) == ["gemm", "gemm", "wgrad"]
-    assert len(done.tuned) == 3 and all(search.tile.band == 4 for search in done.tuned)
+    assert len(done.tuned) == 3 and all(search.tile.group_m == 4 for search in done.tuned)
     assert all(len(search.failed) == 1 for search in done.searches)
     assert all(map(torch.equal, call(), shipped))
     for module in (m_grouped, k_grouped):  # nothing found outlives the switch
-        assert module._products and not any(product.tile.band == 4 for product in module._products.values())
+        assert module._products and not any(product.tile.group_m == 4 for product in module._products.values())
     tile_search.forget()

@@ -121,9 +121,12 @@ def pick(vector, e):
 
 
 @triton.jit
-def tile_position(tile, tile_rows, tile_columns, BAND: tl.constexpr):
-    """Row and column, in tiles, of tile number ``tile``: down a band of BAND tile rows, then on to the next column."""
-    band = tile // (BAND * tile_columns)
-    height = tl.minimum(tile_rows - band * BAND, BAND)
-    in_band = tile - band * BAND * tile_columns
-    return band * BAND + in_band % height, in_band // height
+def tile_position(tile, tile_rows, tile_columns, GROUP_M: tl.constexpr):
+    """The tile row and tile column of tile number ``tile``.
+
+    Tiles are numbered in stripes of GROUP_M tile rows: down the first column of a stripe, then down the next column.
+    """
+    stripe = tile // (GROUP_M * tile_columns)
+    height = tl.minimum(tile_rows - stripe * GROUP_M, GROUP_M)
+    in_stripe = tile - stripe * GROUP_M * tile_columns
+    return stripe * GROUP_M + in_stripe % height, in_stripe // height

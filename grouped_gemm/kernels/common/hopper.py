@@ -62,28 +62,28 @@ class HopperTile(NamedTuple):
 
     Attributes:
         consumers: warpgroups that multiply, 64 rows each: 2 or 3.
-        columns: columns of an output tile.
-        depth: values of the contraction in one step.
-        stages: steps whose operands are in shared memory at once.
+        block_n: columns of an output tile.
+        block_k: values of the contraction in one step.
+        num_stages: steps whose operands are in shared memory at once.
         registers: registers of a consumer's thread.
-        band: as of `tiles.Tile`.
+        group_m: as in `tiles.Tile`.
     """
 
     consumers: int
-    columns: int
-    depth: int
-    stages: int
+    block_n: int
+    block_k: int
+    num_stages: int
     registers: int
-    band: int
+    group_m: int
 
 
 @gluon.jit
-def tile_position(tile, rows, columns, BAND: gl.constexpr):
+def tile_position(tile, rows, columns, GROUP_M: gl.constexpr):
     """As `groups.tile_position`."""
-    band = tile // (BAND * columns)
-    height = gl.minimum(rows - band * BAND, BAND)
-    in_band = tile - band * BAND * columns
-    return band * BAND + in_band % height, in_band // height
+    stripe = tile // (GROUP_M * columns)
+    height = gl.minimum(rows - stripe * GROUP_M, GROUP_M)
+    in_stripe = tile - stripe * GROUP_M * columns
+    return stripe * GROUP_M + in_stripe % height, in_stripe // height
 
 
 @gluon.jit

@@ -85,7 +85,7 @@ class _Product:
         self.tile = tile
         self._tma = tma
         # Groups differ in length, so tiles are not shared out beforehand: a free multiprocessor takes the next one.
-        self._grid = (num_groups * cdiv(p, tile.rows) * cdiv(q, tile.columns),)
+        self._grid = (num_groups * cdiv(p, tile.block_m) * cdiv(q, tile.block_n),)
         self._launch = launcher(
             _wgrad,
             {
@@ -93,13 +93,13 @@ class _Product:
                 "TMA": tma,
                 "TOKEN_BLOCK": TOKEN_BLOCK,
                 "E_AT_ONCE": at_once(num_groups),
-                "BLOCK_P": tile.rows,
-                "BLOCK_Q": tile.columns,
-                "BLOCK_T": tile.depth,
-                "BAND": tile.band,
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k,
+                "GROUP_M": tile.group_m,
             },
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
 
     def run(
@@ -115,11 +115,11 @@ class _Product:
         """Fills ``out_EPQ``; arguments as of `wgrad`."""
         lhs_arg, rhs_arg, tile = lhs, rhs, self.tile
         if self._tma and lhs_scale is None:  # reads zeros past the end of a group
-            lhs_arg = create_ragged_descriptor(lhs, [tile.depth, tile.rows])
-            rhs_arg = create_ragged_descriptor(rhs, [tile.depth, tile.columns])
+            lhs_arg = create_ragged_descriptor(lhs, [tile.block_k, tile.block_m])
+            rhs_arg = create_ragged_descriptor(rhs, [tile.block_k, tile.block_n])
         elif self._tma:
-            lhs_arg = TensorDescriptor.from_tensor(lhs.view(-1, TOKEN_BLOCK), [tile.rows, tile.depth])
-            rhs_arg = TensorDescriptor.from_tensor(rhs.view(-1, TOKEN_BLOCK), [tile.columns, tile.depth])
+            lhs_arg = TensorDescriptor.from_tensor(lhs.view(-1, TOKEN_BLOCK), [tile.block_m, tile.block_k])
+            rhs_arg = TensorDescriptor.from_tensor(rhs.view(-1, TOKEN_BLOCK), [tile.block_n, tile.block_k])
         self._launch(
             self._grid,
             lhs_arg,
@@ -171,24 +171,24 @@ def _wgrad(
     TMA: tl.constexpr,
     TOKEN_BLOCK: tl.constexpr,
     E_AT_ONCE: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BAND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ):
     BLOCKWISE: tl.constexpr = KIND == "blockwise"
     MX: tl.constexpr = KIND == "mx" or KIND == "mx upcast"
     SCALED: tl.constexpr = KIND == "rowwise" or BLOCKWISE or MX
-    tl.static_assert(TOKEN_BLOCK % BLOCK_T == 0 and (not (BLOCKWISE or MX) or BLOCK_T == TOKEN_BLOCK))
-    tiles_p = tl.cdiv(P, BLOCK_P)
-    tiles_q = tl.cdiv(Q, BLOCK_Q)
+    tl.static_assert(TOKEN_BLOCK % BLOCK_K == 0 and (not (BLOCKWISE or MX) or BLOCK_K == TOKEN_BLOCK))
+    tiles_p = tl.cdiv(P, BLOCK_M)
+    tiles_q = tl.cdiv(Q, BLOCK_N)
     e = tl.program_id(0) // (tiles_p * tiles_q)
-    tile_p, tile_q = tile_position(tl.program_id(0) % (tiles_p * tiles_q), tiles_p, tiles_q, BAND)
-    first_p = tile_p * BLOCK_P
-    first_q = tile_q * BLOCK_Q
-    ps = first_p + tl.arange(0, BLOCK_P)
-    qs = first_q + tl.arange(0, BLOCK_Q)
-    ts = tl.arange(0, BLOCK_T)
+    tile_p, tile_q = tile_position(tl.program_id(0) % (tiles_p * tiles_q), tiles_p, tiles_q, GROUP_M)
+    first_p = tile_p * BLOCK_M
+    first_q = tile_q * BLOCK_N
+    ps = first_p + tl.arange(0, BLOCK_M)
+    qs = first_q + tl.arange(0, BLOCK_N)
+    ts = tl.arange(0, BLOCK_K)
 
     start, end, first_block, last_block = group_at(e, offs, M, E, TOKEN_BLOCK, E_AT_ONCE)
     length = end - start
@@ -206,8 +206,8 @@ def _wgrad(
         lhs_scales = lhs_scale + first_block.to(tl.int64) * P + ps
         rhs_scales = rhs_scale + first_block.to(tl.int64) * Q + qs
 
-    acc = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-    for t in range(0, length, BLOCK_T):
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for t in range(0, length, BLOCK_K):
         if BLOCKWISE or MX:
             p_scales = tl.load(lhs_scales, mask=ps < P, other=ONES if MX else 0)
             q_scales = tl.load(rhs_scales, mask=qs < Q, other=ONES if MX else 0)
@@ -232,8 +232,8 @@ def _wgrad(
                 in_group = (ts < length - t)[:, None]
                 lhs_TP = tl.load(lhs_tiles, mask=in_group & (ps < P)[None, :], other=0.0)
                 rhs_tile = tl.load(rhs_tiles, mask=in_group & (qs < Q)[None, :], other=0.0)
-                lhs_tiles += BLOCK_T * tl.cast(lhs_stride, tl.int64)
-                rhs_tiles += BLOCK_T * tl.cast(rhs_stride, tl.int64)
+                lhs_tiles += BLOCK_K * tl.cast(lhs_stride, tl.int64)
+                rhs_tiles += BLOCK_K * tl.cast(rhs_stride, tl.int64)
             lhs_tile = lhs_TP.T
         if BLOCKWISE:
             acc += tl.dot(lhs_tile, rhs_tile) * p_scales[:, None] * q_scales[None, :]

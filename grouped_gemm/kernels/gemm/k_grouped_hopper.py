@@ -62,18 +62,18 @@ class Product:
         self._is_ragged = kind == "16 bit"
         self._is_blockwise = kind == "blockwise"
         self._stores_by_tma = out_EPQ.element_size() == 2
-        depth = tile.depth if self._is_ragged else TOKEN_BLOCK
+        depth = tile.block_k if self._is_ragged else TOKEN_BLOCK
         self._lhs_box = [depth, 64] if self._is_ragged else [64, depth]
-        self._rhs_box = [depth, tile.columns] if self._is_ragged else [tile.columns, depth]
-        self._scales_of_rhs = tile.columns
-        tiles = num_groups * cdiv(p, 64 * tile.consumers) * cdiv(q, tile.columns)
+        self._rhs_box = [depth, tile.block_n] if self._is_ragged else [tile.block_n, depth]
+        self._scales_of_rhs = tile.block_n
+        tiles = num_groups * cdiv(p, 64 * tile.consumers) * cdiv(q, tile.block_n)
         self._grid = (min(tiles, num_processors(lhs.device)),)
         self._launch = launcher(
             _kernel,
             {
-                "KIND": kind, "CONSUMERS": tile.consumers, "BLOCK_Q": tile.columns,
-                "BLOCK_T": tile.depth, "STAGES": tile.stages, "BAND": tile.band, "REGISTERS": tile.registers,
-                "num_warps": 4,
+                "KIND": kind, "CONSUMERS": tile.consumers, "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,
+                "REGISTERS": tile.registers, "num_warps": 4,
             },
         )  # fmt: skip
 
@@ -109,26 +109,26 @@ class Product:
 
 
 @gluon.jit
-def _next_blocks(offs, M, e, start, BLOCK_T: gl.constexpr):
+def _next_blocks(offs, M, e, start, BLOCK_K: gl.constexpr):
     """One past the last row of group ``e``, which begins at row ``start``, and how many steps its tokens take."""
     end = gl.maximum(start, gl.minimum(gl.load(offs + e), M))
-    return end, (end - start + BLOCK_T - 1) // BLOCK_T
+    return end, (end - start + BLOCK_K - 1) // BLOCK_K
 
 
 @gluon.jit
 def _produce(
     lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs,
     full, empty, offs, M, E, P, Q,
-    KIND: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr,
-    BAND: gl.constexpr,
+    KIND: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_P: gl.constexpr = 64 * CONSUMERS
+    BLOCK_M: gl.constexpr = 64 * CONSUMERS
     SCALED: gl.constexpr = KIND == "blockwise"
     RAGGED: gl.constexpr = KIND == "16 bit"
     FAR: gl.constexpr = 1 << 30  # of the lines of a ragged descriptor
     SIZE: gl.constexpr = lhs_desc.dtype.primitive_bitwidth // 8
-    tiles_p = (P + BLOCK_P - 1) // BLOCK_P
-    tiles_q = (Q + BLOCK_Q - 1) // BLOCK_Q
+    tiles_p = (P + BLOCK_M - 1) // BLOCK_M
+    tiles_q = (Q + BLOCK_N - 1) // BLOCK_N
     tile = gl.program_id(0)
     first_tile = 0
     start = 0
@@ -136,17 +136,17 @@ def _produce(
     slot = 0
     phase = 1
     for e in range(E):
-        end, blocks = _next_blocks(offs, M, e, start, BLOCK_T)
+        end, blocks = _next_blocks(offs, M, e, start, BLOCK_K)
         while tile < first_tile + tiles_p * tiles_q:
-            tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, BAND)
-            p = tile_p * BLOCK_P
-            q = tile_q * BLOCK_Q
+            tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, GROUP_M)
+            p = tile_p * BLOCK_M
+            q = tile_q * BLOCK_N
             for step in range(blocks):
                 block = first_block + step
-                token = FAR - (end - start) + step * BLOCK_T
+                token = FAR - (end - start) + step * BLOCK_K
                 mbarrier.wait(empty.index(slot), phase)
                 barrier = full.index(slot)
-                mbarrier.expect(barrier, (BLOCK_P + BLOCK_Q) * (BLOCK_T * SIZE + (4 if SCALED else 0)))
+                mbarrier.expect(barrier, (BLOCK_M + BLOCK_N) * (BLOCK_K * SIZE + (4 if SCALED else 0)))
                 if RAGGED:
                     load(rhs_desc, [FAR, end, token, q], barrier, rhs_bufs.index(slot))
                 else:
@@ -174,26 +174,26 @@ def _consume(
     which: gl.constexpr, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
     lhs_scale, rhs_scale, offs, out, M, E, P, Q,
     KIND: gl.constexpr, TMA_STORE: gl.constexpr, CONSUMERS: gl.constexpr,
-    BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_P: gl.constexpr = 64 * CONSUMERS
+    BLOCK_M: gl.constexpr = 64 * CONSUMERS
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_Q, 256 // lhs_bufs.dtype.primitive_bitwidth]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 256 // lhs_bufs.dtype.primitive_bitwidth]
     )
-    tiles_p = (P + BLOCK_P - 1) // BLOCK_P
-    tiles_q = (Q + BLOCK_Q - 1) // BLOCK_Q
+    tiles_p = (P + BLOCK_M - 1) // BLOCK_M
+    tiles_q = (Q + BLOCK_N - 1) // BLOCK_N
     tile = gl.program_id(0)
     first_tile = 0
     start = 0
     slot = 0
     phase = 0
     for e in range(E):
-        end, blocks = _next_blocks(offs, M, e, start, BLOCK_T)
+        end, blocks = _next_blocks(offs, M, e, start, BLOCK_K)
         while tile < first_tile + tiles_p * tiles_q:
-            tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, BAND)
-            p = tile_p * BLOCK_P + which * 64
-            q = tile_q * BLOCK_Q
-            acc = gl.zeros((64, BLOCK_Q), gl.float32, LAYOUT)
+            tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, GROUP_M)
+            p = tile_p * BLOCK_M + which * 64
+            q = tile_q * BLOCK_N
+            acc = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
             if KIND == "blockwise":
                 for _ in range(blocks):
                     mbarrier.wait(full.index(slot), phase)
@@ -210,8 +210,8 @@ def _consume(
                     lhs = lhs_bufs.index(slot * CONSUMERS + which)
                     rhs = rhs_bufs.index(slot)
                     if KIND == "16 bit":
-                        lhs = lhs.reshape([BLOCK_T, 64]).permute((1, 0))
-                        rhs = rhs.reshape([BLOCK_T, BLOCK_Q])
+                        lhs = lhs.reshape([BLOCK_K, 64]).permute((1, 0))
+                        rhs = rhs.reshape([BLOCK_K, BLOCK_N])
                     else:
                         rhs = rhs.permute((1, 0))
                     acc = accumulate(acc, lhs, rhs, step, empty, slot, STAGES)
@@ -262,8 +262,8 @@ def _finish(
 @gluon.jit(do_not_specialize=["M", "E"])
 def _kernel(
     lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale, offs, out, M, E, P, Q,
-    KIND: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_T: gl.constexpr,
-    STAGES: gl.constexpr, BAND: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    KIND: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     # A warpgroup's arguments are values: what is not there has a stand-in, which nothing reads.
     TMA_STORE: gl.constexpr = out_desc is not None
@@ -278,15 +278,15 @@ def _kernel(
     if out_desc is None:
         out_desc = lhs_desc
     RAGGED: gl.constexpr = KIND == "16 bit"
-    LHS: gl.constexpr = [STAGES * CONSUMERS, 1, 1, BLOCK_T, 64] if RAGGED else [STAGES * CONSUMERS, 64, BLOCK_T]
-    RHS: gl.constexpr = [STAGES, 1, 1, BLOCK_T, BLOCK_Q] if RAGGED else [STAGES, BLOCK_Q, BLOCK_T]
+    LHS: gl.constexpr = [STAGES * CONSUMERS, 1, 1, BLOCK_K, 64] if RAGGED else [STAGES * CONSUMERS, 64, BLOCK_K]
+    RHS: gl.constexpr = [STAGES, 1, 1, BLOCK_K, BLOCK_N] if RAGGED else [STAGES, BLOCK_N, BLOCK_K]
     lhs_bufs = gl.allocate_shared_memory(lhs_desc.dtype, LHS, lhs_desc.layout)
     rhs_bufs = gl.allocate_shared_memory(rhs_desc.dtype, RHS, rhs_desc.layout)
     lhs_scale_bufs = lhs_bufs
     rhs_scale_bufs = rhs_bufs
     if KIND == "blockwise":
         lhs_scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES * CONSUMERS, 1, 64], lhs_scale_desc.layout)
-        rhs_scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_Q], rhs_scale_desc.layout)
+        rhs_scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_N], rhs_scale_desc.layout)
     out_bufs = lhs_bufs
     if TMA_STORE:
         out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 64, 128], out_desc.layout)
@@ -294,11 +294,11 @@ def _kernel(
     gl.warp_specialize([
         (_consume, (0, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
             lhs_scale, rhs_scale, offs, out, M, E, P, Q,
-            KIND, TMA_STORE, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
+            KIND, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
         (_consume, (1, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
             lhs_scale, rhs_scale, offs, out, M, E, P, Q,
-            KIND, TMA_STORE, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
+            KIND, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
         (_produce, (lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, lhs_bufs, rhs_bufs,
             lhs_scale_bufs, rhs_scale_bufs, full, empty, offs, M, E, P, Q,
-            KIND, CONSUMERS, BLOCK_Q, BLOCK_T, STAGES, BAND)),
+            KIND, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -95,7 +95,7 @@ class _Product:
         self._tma = tma
         self._shape = rhs_ECO.shape
         self._c_contiguous = rhs_ECO.stride(1) == 1
-        self._rhs_box = [1, tile.columns, tile.depth] if self._c_contiguous else [1, tile.depth, tile.columns]
+        self._rhs_box = [1, tile.block_n, tile.block_k] if self._c_contiguous else [1, tile.block_k, tile.block_n]
         self._processors = num_processors(lhs_MC.device)
         self._launch = launcher(
             _grouped_mm,
@@ -103,14 +103,14 @@ class _Product:
                 "KIND": kind,
                 "C_CONTIGUOUS": self._c_contiguous,
                 "TMA": tma,
-                "BLOCK_M": tile.rows,
-                "BLOCK_N": tile.columns,
-                "BLOCK_C": tile.depth,
-                "BAND": tile.band,
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k,
+                "GROUP_M": tile.group_m,
                 "SCALE_ALIGNMENT": SCALE_ALIGNMENT,
             },
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
         )
 
     def run(
@@ -129,10 +129,10 @@ class _Product:
         rhs_strides = rhs.stride()
         lhs_arg, rhs_arg = lhs_MC, rhs
         if self._tma:
-            box = [self.tile.rows, self.tile.depth]
+            box = [self.tile.block_m, self.tile.block_k]
             lhs_arg = describe(TensorDescriptor, lhs_MC, lhs_MC.shape, lhs_MC.stride(), box)
             rhs_arg = describe(TensorDescriptor, rhs, rhs.shape, rhs_strides, self._rhs_box)
-        most_tiles = (cdiv(num_rows, self.tile.rows) + num_groups) * cdiv(columns, self.tile.columns)
+        most_tiles = (cdiv(num_rows, self.tile.block_m) + num_groups) * cdiv(columns, self.tile.block_n)
         self._launch(
             (min(most_tiles, self._processors),),
             lhs_arg,
@@ -198,8 +198,8 @@ def _grouped_mm(
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BAND: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
     SCALE_ALIGNMENT: tl.constexpr,
 ):
     tile_columns = tl.cdiv(N, BLOCK_N)
@@ -212,7 +212,7 @@ def _grouped_mm(
         tile_rows = tl.cdiv(end - start, BLOCK_M)
         last_tile = first_tile + tile_rows * tile_columns
         while tile < last_tile:
-            tile_row, tile_column = tile_position(tile - first_tile, tile_rows, tile_columns, BAND)
+            tile_row, tile_column = tile_position(tile - first_tile, tile_rows, tile_columns, GROUP_M)
             row = start + tile_row * BLOCK_M
             column = tile_column * BLOCK_N
             rows = row + tl.arange(0, BLOCK_M)
@@ -241,7 +241,7 @@ def _grouped_mm(
                 TMA,
                 BLOCK_M,
                 BLOCK_N,
-                BLOCK_C,
+                BLOCK_K,
             )
             e64 = tl.cast(e, tl.int64)
             if KIND == "rowwise":
@@ -292,16 +292,16 @@ def _tile_product(
     TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """The fp32 product of one tile, from ``row`` and ``column`` on, over all of C; scales of blocks are in it."""
     BLOCKWISE: tl.constexpr = KIND == "blockwise"
     MX: tl.constexpr = KIND == "mx" or KIND == "mx upcast"
-    tl.static_assert(not BLOCKWISE or (BLOCK_C == 128 and 128 % BLOCK_N == 0), "a step has one scale of rhs")
-    tl.static_assert(not MX or BLOCK_C == 128, "a step has four scales of each line")
+    tl.static_assert(not BLOCKWISE or (BLOCK_K == 128 and 128 % BLOCK_N == 0), "a step has one scale of rhs")
+    tl.static_assert(not MX or BLOCK_K == 128, "a step has four scales of each line")
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
-    cs = tl.arange(0, BLOCK_C)
+    cs = tl.arange(0, BLOCK_K)
     e64 = tl.cast(e, tl.int64)
     if not TMA:
         lhs_tiles = lhs + rows.to(tl.int64)[:, None] * lhs_stride + cs[None, :]
@@ -317,7 +317,7 @@ def _tile_product(
         lhs_scales = lhs_scale + rows
         rhs_scales = rhs_scale + e64 * rhs_scale_stride_e + columns
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for c in range(0, C, BLOCK_C):
+    for c in range(0, C, BLOCK_K):
         if BLOCKWISE:
             row_scales = tl.load(lhs_scales, mask=rows < end, other=0)
             block_scale = tl.load(rhs_scales)
@@ -331,15 +331,15 @@ def _tile_product(
         if TMA:
             lhs_tile = lhs.load([row, c])
             if C_CONTIGUOUS:
-                rhs_tile = rhs.load([e, column, c]).reshape(BLOCK_N, BLOCK_C).T
+                rhs_tile = rhs.load([e, column, c]).reshape(BLOCK_N, BLOCK_K).T
             else:
-                rhs_tile = rhs.load([e, c, column]).reshape(BLOCK_C, BLOCK_N)
+                rhs_tile = rhs.load([e, c, column]).reshape(BLOCK_K, BLOCK_N)
         else:
             in_c = cs < C - c
             lhs_tile = tl.load(lhs_tiles, mask=(rows < end)[:, None] & in_c[None, :], other=0.0)
             rhs_tile = tl.load(rhs_tiles, mask=in_c[:, None] & (columns < N)[None, :], other=0.0)
-            lhs_tiles += BLOCK_C
-            rhs_tiles += BLOCK_C if C_CONTIGUOUS else BLOCK_C * tl.cast(rhs_stride, tl.int64)
+            lhs_tiles += BLOCK_K
+            rhs_tiles += BLOCK_K if C_CONTIGUOUS else BLOCK_K * tl.cast(rhs_stride, tl.int64)
         if BLOCKWISE:
             # The tensor cores sum up one block of 128; fp32 registers sum up the blocks, each with its scales.
             acc += tl.dot(lhs_tile, rhs_tile) * (row_scales * block_scale)[:, None]

@@ -67,7 +67,7 @@ def can_run(lhs_MC: Tensor, rhs_ECO: Tensor, out_dtype: torch.dtype, kind: str, 
         rows in _ROWS.get(kind, ())
         and (rhs_ECO.shape[0] == 1 or rhs_ECO.stride(0) == lines * stride)
         and columns * out_dtype.itemsize % 16 == 0
-        and (c_contiguous or depth % TILES[kind].depth == 0)
+        and (c_contiguous or depth % TILES[kind].block_k == 0)
     )
 
 
@@ -83,21 +83,21 @@ class Product:
         self._num_groups, self._depth, self._columns = num_groups, depth, columns = rhs_ECO.shape
         c_contiguous = rhs_ECO.stride(1) == 1
         self._lhs_stride = lhs_MC.stride(0)
-        self._lhs_box = [64, tile.depth]
+        self._lhs_box = [64, tile.block_k]
         self._rhs_stride = rhs_ECO.stride(2) if c_contiguous else rhs_ECO.stride(1)
         self._rhs_shape = [num_groups * columns, depth] if c_contiguous else [num_groups * depth, columns]
-        self._rhs_box = [tile.columns, tile.depth] if c_contiguous else [tile.depth, tile.columns]
+        self._rhs_box = [tile.block_n, tile.block_k] if c_contiguous else [tile.block_k, tile.block_n]
         self._is_blockwise = kind == "blockwise"
         self._stores_by_tma = out_dtype.itemsize == 2
         self._tile_rows = 64 * tile.consumers
-        self._tile_columns = cdiv(columns, tile.columns)
+        self._tile_columns = cdiv(columns, tile.block_n)
         self._processors = num_processors(lhs_MC.device)
         self._launch = launcher(
             _kernel,
             {
-                "KIND": kind, "C_CONTIGUOUS": c_contiguous, "CONSUMERS": tile.consumers, "BLOCK_N": tile.columns,
-                "BLOCK_C": tile.depth, "STAGES": tile.stages, "BAND": tile.band, "REGISTERS": tile.registers,
-                "num_warps": 4,
+                "KIND": kind, "C_CONTIGUOUS": c_contiguous, "CONSUMERS": tile.consumers, "BLOCK_N": tile.block_n,
+                "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,
+                "REGISTERS": tile.registers, "num_warps": 4,
             },
         )  # fmt: skip
 
@@ -154,11 +154,11 @@ def _seek(offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK
 def _produce(
     lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
     KIND: gl.constexpr, C_CONTIGUOUS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     SCALES: gl.constexpr = KIND == "blockwise"
-    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_C * (lhs_desc.dtype.primitive_bitwidth // 8)
+    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K * (lhs_desc.dtype.primitive_bitwidth // 8)
     columns = (N + BLOCK_N - 1) // BLOCK_N
     tile = gl.program_id(0)
     zero = gl.to_tensor(0)
@@ -167,10 +167,10 @@ def _produce(
     phase = 1
     while e < E:
         rows = (end - start + BLOCK_M - 1) // BLOCK_M
-        tile_row, tile_column = tile_position(tile - first_tile, rows, columns, BAND)
+        tile_row, tile_column = tile_position(tile - first_tile, rows, columns, GROUP_M)
         row = tile_row * BLOCK_M
         column = tile_column * BLOCK_N
-        for c in range(0, C, BLOCK_C):
+        for c in range(0, C, BLOCK_K):
             mbarrier.wait(empty.index(slot), phase)
             barrier = full.index(slot)
             mbarrier.expect(barrier, BYTES + (BLOCK_M * 4 if SCALES else 0))
@@ -181,7 +181,7 @@ def _produce(
             for i in gl.static_range(CONSUMERS):
                 load(lhs_desc, [start + row + 64 * i, c], barrier, lhs_bufs.index(slot * CONSUMERS + i))
                 if SCALES:
-                    source = [c // BLOCK_C, scale_row + row + 64 * i]
+                    source = [c // BLOCK_K, scale_row + row + 64 * i]
                     load(scale_desc, source, barrier, scale_bufs.index(slot * CONSUMERS + i))
             slot, phase = next_slot(slot, phase, STAGES)
         tile += gl.num_programs(0)
@@ -195,14 +195,14 @@ def _consume(
     which: gl.constexpr, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
     lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
     KIND: gl.constexpr, C_CONTIGUOUS: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
-    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_C: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 256 // lhs_bufs.dtype.primitive_bitwidth]
     )
     columns = (N + BLOCK_N - 1) // BLOCK_N
-    steps = (C + BLOCK_C - 1) // BLOCK_C
+    steps = (C + BLOCK_K - 1) // BLOCK_K
     tile = gl.program_id(0)
     zero = gl.to_tensor(0)
     e, start, end, first_tile, scale_row = _seek(offs, M, E, columns, tile, zero - 1, zero, zero, zero, zero, BLOCK_M)
@@ -210,7 +210,7 @@ def _consume(
     phase = 0
     while e <= E:
         rows = (end - start + BLOCK_M - 1) // BLOCK_M
-        tile_row, tile_column = tile_position(tile - first_tile, rows, columns, BAND)
+        tile_row, tile_column = tile_position(tile - first_tile, rows, columns, GROUP_M)
         row = start + tile_row * BLOCK_M + which * 64
         column = tile_column * BLOCK_N
         acc = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
@@ -291,7 +291,8 @@ def _kernel(
     lhs_desc, rhs_desc, scale_desc, out_desc, lhs_scale, rhs_scale, bias, offs, out, M, E, C, N,
     scale_stride_e, scale_stride_c, scale_stride_o,
     KIND: gl.constexpr, C_CONTIGUOUS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_C: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     # A warpgroup's arguments are values: what is not there has a stand-in, which nothing reads.
     HAS_BIAS: gl.constexpr = bias is not None
@@ -306,8 +307,8 @@ def _kernel(
         scale_desc = lhs_desc
     if out_desc is None:
         out_desc = lhs_desc
-    lhs_bufs = gl.allocate_shared_memory(lhs_desc.dtype, [STAGES * CONSUMERS, 64, BLOCK_C], lhs_desc.layout)
-    RHS_BOX: gl.constexpr = [STAGES, BLOCK_N, BLOCK_C] if C_CONTIGUOUS else [STAGES, BLOCK_C, BLOCK_N]
+    lhs_bufs = gl.allocate_shared_memory(lhs_desc.dtype, [STAGES * CONSUMERS, 64, BLOCK_K], lhs_desc.layout)
+    RHS_BOX: gl.constexpr = [STAGES, BLOCK_N, BLOCK_K] if C_CONTIGUOUS else [STAGES, BLOCK_K, BLOCK_N]
     rhs_bufs = gl.allocate_shared_memory(rhs_desc.dtype, RHS_BOX, rhs_desc.layout)
     scale_bufs = lhs_bufs
     if KIND == "blockwise":
@@ -320,24 +321,24 @@ def _kernel(
         gl.warp_specialize([
             (_consume, (0, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
                 lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
-                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
             (_consume, (1, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
                 lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
-                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
             (_consume, (2, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
                 lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
-                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
             (_produce, (lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
-                KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+                KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (_consume, (0, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
                 lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
-                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
             (_consume, (1, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
                 lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
-                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
             (_produce, (lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
-                KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_C, STAGES, BAND)),
+                KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

@@ -30,9 +30,10 @@ from grouped_gemm.kernels.gemm import tiles
 from grouped_gemm.kernels.gemm.tiles import Tile
 
 MARGIN = 1.02  # how many times as fast as the shipped tile one must be: repeated medians differ by up to 1%
-_POWERS_OF_TWO = ("rows", "columns", "depth", "warps")
+_POWERS_OF_TWO = ("block_m", "block_n", "block_k", "num_warps")
 _BOUNDS = {
-    "rows": (16, 256), "columns": (16, 256), "depth": (16, 128), "warps": (1, 16), "stages": (1, 16), "band": (1, 16),
+    "block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 128),
+    "num_warps": (1, 16), "num_stages": (1, 16), "group_m": (1, 16),
 }  # fmt: skip
 
 
@@ -107,11 +108,9 @@ class Search:
 
 
 def tile_name(tile: Tile) -> str:
-    """``128x256x64, 8 warps, 3 stages, band 16``, and whatever else a tile has."""
-    rest = tile._asdict()
-    sides = "x".join(str(rest.pop(name)) for name in ("rows", "columns", "depth"))
-    counts = [f"{rest.pop(name)} {name}" for name in ("warps", "stages")]
-    return ", ".join([sides, *counts, *(f"{name} {value}" for name, value in rest.items())])
+    """``128x256x64, 8 warps, 3 stages, group_m 16``."""
+    sides = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
+    return f"{sides}, {tile.num_warps} warps, {tile.num_stages} stages, group_m {tile.group_m}"
 
 
 # -- looking up
@@ -204,10 +203,10 @@ def _check(entry: dict[str, Any]) -> None:
             raise ValueError(f"{name} of a tile is {value!r}, and not from {least} to {most}")
     if any(value & (value - 1) for value in (getattr(tile, name) for name in _POWERS_OF_TWO)):
         raise ValueError(f"no powers of two: {tile}")
-    if site.kind in ("blockwise", "mx", "mx upcast") and tile.depth != 128:
-        raise ValueError(f"depth of a tile is {tile.depth}, and a block of scales 128")
-    if (site.kernel, site.kind) == ("gemm", "blockwise") and tile.columns > 128:
-        raise ValueError(f"a tile has {tile.columns} columns, and a block of scales 128")
+    if site.kind in ("blockwise", "mx", "mx upcast") and tile.block_k != 128:
+        raise ValueError(f"block_k of a tile is {tile.block_k}; a block of scales has 128")
+    if (site.kernel, site.kind) == ("gemm", "blockwise") and tile.block_n > 128:
+        raise ValueError(f"block_n of a tile is {tile.block_n}; a block of scales has 128")
     if type(entry["speedup"]) not in (int, float) or not 0 < entry["speedup"] < math.inf:
         raise ValueError(f"speedup is {entry['speedup']!r}")
 
@@ -264,7 +263,7 @@ def _search(
     times = {shipped: _with(site, shipped, lambda: timer(run))}
     failed: dict[Tile, str] = {}
     different = 0
-    for variants in (_sides, _depths, _stages, _bands):
+    for variants in (_sides, _block_ks, _stages, _group_ms):
         for tile in variants(site, min(times, key=times.__getitem__)):
             if tile in times or tile in failed:
                 continue
@@ -310,29 +309,29 @@ def _same_bits(x: Tensor, truth: Tensor) -> bool:
 
 
 def _sides(site: Site, tile: Tile) -> Iterator[Tile]:
-    """Rows and columns, with warps that keep 32 to 128 accumulators in a thread."""
-    fewest = {RowClass.DECODE.value: (16, 32, 64), RowClass.SMALL.value: (32, 64, 128)}.get(site.rows, (64, 128, 256))
-    # gemm's step has one scale of rhs, blockwise
-    widest = (32, 64, 128) if site.kind == "blockwise" and site.kernel == "gemm" else (64, 128, 256)
-    for rows in fewest:
-        for columns in widest:
-            for warps in (4, 8):
-                if 32 <= rows * columns // (32 * warps) <= 128:
-                    yield tile._replace(rows=rows, columns=columns, warps=warps)
+    """block_m and block_n, with warps that leave 32 to 128 accumulators to a thread."""
+    heights = {RowClass.DECODE.value: (16, 32, 64), RowClass.SMALL.value: (32, 64, 128)}.get(site.rows, (64, 128, 256))
+    # blockwise, a step of gemm has one scale of rhs
+    widths = (32, 64, 128) if site.kind == "blockwise" and site.kernel == "gemm" else (64, 128, 256)
+    for block_m in heights:
+        for block_n in widths:
+            for num_warps in (4, 8):
+                if 32 <= block_m * block_n // (32 * num_warps) <= 128:
+                    yield tile._replace(block_m=block_m, block_n=block_n, num_warps=num_warps)
 
 
-def _depths(site: Site, tile: Tile) -> Iterator[Tile]:
-    """Values of the contraction in one step; blockwise, that is a block."""
-    for depth in () if site.kind == "blockwise" else (32, 64, 128):
-        yield tile._replace(depth=depth)
+def _block_ks(site: Site, tile: Tile) -> Iterator[Tile]:
+    """Values of the contraction in one step. Blockwise, a step is a block of scales."""
+    for block_k in () if site.kind == "blockwise" else (32, 64, 128):
+        yield tile._replace(block_k=block_k)
 
 
 def _stages(site: Site, tile: Tile) -> Iterator[Tile]:
-    for stages in (tile.stages - 1, tile.stages + 1, tile.stages + 2):
-        if stages >= 1:
-            yield tile._replace(stages=stages)
+    for num_stages in (tile.num_stages - 1, tile.num_stages + 1, tile.num_stages + 2):
+        if num_stages >= 1:
+            yield tile._replace(num_stages=num_stages)
 
 
-def _bands(site: Site, tile: Tile) -> Iterator[Tile]:
-    for band in (1, 4, 8, 16):
-        yield tile._replace(band=band)
+def _group_ms(site: Site, tile: Tile) -> Iterator[Tile]:
+    for group_m in (1, 4, 8, 16):
+        yield tile._replace(group_m=group_m)

@@ -16,46 +16,46 @@ class Tile(NamedTuple):
     """How one program works.
 
     Attributes:
-        rows: rows of an output tile.
-        columns: columns of an output tile.
-        depth: values of the contraction in one step.
-        warps: warps of a program.
-        stages: steps whose loads are in flight at once.
-        band: tiles of a group go down this many tile rows before they go on to the next column, so that programs
-            that run at the same time share operands in L2.
+        block_m: rows of an output tile.
+        block_n: columns of an output tile.
+        block_k: values of the contraction in one step.
+        num_warps: warps of a program.
+        num_stages: steps whose loads are in flight at once.
+        group_m: tile rows of a group that are walked together: programs go down this many tile rows, then on to the
+            next column, so that those that run at the same time share operands in L2.
     """
 
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-    band: int = 8
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
 
 
 _DECODE, _SMALL, _LARGE = RowClass.DECODE, RowClass.SMALL, RowClass.LARGE
 _Table = dict[tuple[str, RowClass], Tile]  # (kind, row class); kinds: `launch.kind_of`
 
 # H200, triton 3.6.0, 2026-11-21, 32768x8x2048x7168 balanced: the "large" entries of 16 bit, rowwise and blockwise.
-# All other entries here, and every band: not measured. `gemm_hopper` has tiles of its own, and runs most calls.
+# No other entry and no group_m was measured. `m_grouped_hopper` has its own tiles and runs most calls.
 _GEMM_SM90: _Table = {
-    ("16 bit", _LARGE): Tile(128, 256, 64, 8, 3, band=16),
-    ("16 bit", _SMALL): Tile(64, 256, 64, 4, 4, band=4),
-    ("16 bit", _DECODE): Tile(64, 128, 64, 4, 6, band=1),
+    ("16 bit", _LARGE): Tile(128, 256, 64, 8, 3, group_m=16),
+    ("16 bit", _SMALL): Tile(64, 256, 64, 4, 4, group_m=4),
+    ("16 bit", _DECODE): Tile(64, 128, 64, 4, 6, group_m=1),
     ("32 bit", _LARGE): Tile(64, 64, 32, 8, 3),
-    ("rowwise", _LARGE): Tile(128, 256, 128, 8, 3, band=16),
-    ("rowwise", _SMALL): Tile(64, 256, 128, 4, 4, band=4),
-    ("rowwise", _DECODE): Tile(64, 128, 128, 4, 6, band=1),
-    ("blockwise", _LARGE): Tile(128, 128, 128, 8, 4, band=12),
-    ("blockwise", _SMALL): Tile(64, 128, 128, 4, 4, band=4),
-    ("blockwise", _DECODE): Tile(64, 128, 128, 4, 6, band=1),
-    ("mx upcast", _LARGE): Tile(128, 128, 128, 8, 3, band=12),
-    ("mx upcast", _DECODE): Tile(64, 128, 128, 4, 3, band=1),
+    ("rowwise", _LARGE): Tile(128, 256, 128, 8, 3, group_m=16),
+    ("rowwise", _SMALL): Tile(64, 256, 128, 4, 4, group_m=4),
+    ("rowwise", _DECODE): Tile(64, 128, 128, 4, 6, group_m=1),
+    ("blockwise", _LARGE): Tile(128, 128, 128, 8, 4, group_m=12),
+    ("blockwise", _SMALL): Tile(64, 128, 128, 4, 4, group_m=4),
+    ("blockwise", _DECODE): Tile(64, 128, 128, 4, 6, group_m=1),
+    ("mx upcast", _LARGE): Tile(128, 128, 128, 8, 3, group_m=12),
+    ("mx upcast", _DECODE): Tile(64, 128, 128, 4, 3, group_m=1),
 }
 # Not measured. Fits the 99 KiB of shared memory of sm_86, sm_89 and sm_120.
 _GEMM_NVIDIA: _Table = {
     ("16 bit", _LARGE): Tile(128, 128, 32, 8, 4),
-    ("16 bit", _DECODE): Tile(16, 128, 64, 4, 4, band=1),
+    ("16 bit", _DECODE): Tile(16, 128, 64, 4, 4, group_m=1),
     ("32 bit", _LARGE): Tile(64, 64, 32, 8, 3),
     ("rowwise", _LARGE): Tile(128, 128, 64, 8, 4),
     ("blockwise", _LARGE): Tile(128, 64, 128, 8, 3),
@@ -73,24 +73,24 @@ _GEMM_AMD: _Table = {
 }
 # The interpreter: small, so that small cases have many tiles.
 _GEMM_CPU: _Table = {
-    ("16 bit", _LARGE): Tile(16, 32, 32, 4, 1, band=2),
-    ("32 bit", _LARGE): Tile(16, 32, 32, 4, 1, band=2),
-    ("rowwise", _LARGE): Tile(16, 32, 64, 4, 1, band=2),
-    ("blockwise", _LARGE): Tile(16, 64, 128, 4, 1, band=2),
-    ("mx", _LARGE): Tile(16, 32, 128, 4, 1, band=2),
-    ("mx upcast", _LARGE): Tile(16, 32, 128, 4, 1, band=2),
+    ("16 bit", _LARGE): Tile(16, 32, 32, 4, 1, group_m=2),
+    ("32 bit", _LARGE): Tile(16, 32, 32, 4, 1, group_m=2),
+    ("rowwise", _LARGE): Tile(16, 32, 64, 4, 1, group_m=2),
+    ("blockwise", _LARGE): Tile(16, 64, 128, 4, 1, group_m=2),
+    ("mx", _LARGE): Tile(16, 32, 128, 4, 1, group_m=2),
+    ("mx upcast", _LARGE): Tile(16, 32, 128, 4, 1, group_m=2),
 }
 _GEMM = {"nvidia": _GEMM_NVIDIA, "amd": _GEMM_AMD, "cpu": _GEMM_CPU, "sm_90": _GEMM_SM90}
 
-# wgrad: rows and columns are features, the depth is tokens; the row class of the call plays no part.
-# Not measured, but for the forms that they share with _GEMM_SM90.
+# wgrad: block_m and block_n count features, block_k tokens. The row class of the call does not matter.
+# Not measured, except tiles that are in _GEMM_SM90 as well.
 _WGRAD: dict[str, dict[str, Tile]] = {
     "sm_90": {
-        "16 bit": Tile(128, 256, 64, 8, 3, band=8),
+        "16 bit": Tile(128, 256, 64, 8, 3, group_m=8),
         "32 bit": Tile(64, 64, 32, 8, 3),
-        "rowwise": Tile(128, 256, 128, 8, 3, band=8),
-        "blockwise": Tile(128, 128, 128, 8, 4, band=12),
-        "mx upcast": Tile(128, 128, 128, 8, 3, band=12),
+        "rowwise": Tile(128, 256, 128, 8, 3, group_m=8),
+        "blockwise": Tile(128, 128, 128, 8, 4, group_m=12),
+        "mx upcast": Tile(128, 128, 128, 8, 3, group_m=12),
     },
     "nvidia": {
         "16 bit": Tile(128, 128, 32, 8, 4),
@@ -109,12 +109,12 @@ _WGRAD: dict[str, dict[str, Tile]] = {
         "mx upcast": Tile(128, 128, 128, 8, 2),
     },
     "cpu": {
-        "16 bit": Tile(32, 32, 32, 4, 1, band=2),
-        "32 bit": Tile(32, 32, 32, 4, 1, band=2),
-        "rowwise": Tile(32, 32, 64, 4, 1, band=2),
-        "blockwise": Tile(32, 32, 128, 4, 1, band=2),
-        "mx": Tile(32, 32, 128, 4, 1, band=2),
-        "mx upcast": Tile(32, 32, 128, 4, 1, band=2),
+        "16 bit": Tile(32, 32, 32, 4, 1, group_m=2),
+        "32 bit": Tile(32, 32, 32, 4, 1, group_m=2),
+        "rowwise": Tile(32, 32, 64, 4, 1, group_m=2),
+        "blockwise": Tile(32, 32, 128, 4, 1, group_m=2),
+        "mx": Tile(32, 32, 128, 4, 1, group_m=2),
+        "mx upcast": Tile(32, 32, 128, 4, 1, group_m=2),
     },
 }
 
