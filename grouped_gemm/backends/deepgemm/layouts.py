@@ -1,11 +1,10 @@
 """The tensors that DeepGEMM reads: shapes, strides and dtypes. Imports no Triton. docs/deepgemm.md draws an example.
 
-DeepGEMM's groups begin at multiples of 128 rows. How many blocks of 128 that makes depends on ``offs``, which the host
-does not know; `num_blocks` is enough for any. A caller that promises groups of whole blocks has them already: there,
-rows stay where they are, and only the operands of wgrad are laid out anew.
+DeepGEMM's groups start at multiples of 128 rows. The number of blocks of 128 depends on ``offs``, which the host does
+not know; `num_blocks` is enough for any ``offs``. If the caller guarantees groups of whole blocks, rows stay where they
+are, and only the operands of wgrad are laid out anew.
 
-M, E, D: rows, groups, features. B: blocks of 128 rows. R: rows as DeepGEMM sees them, 128 B, or M where nothing is
-padded.
+M, E, D: rows, groups, features. B: blocks of 128 rows. R: rows as DeepGEMM sees them: 128 B, or M without padding.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from torch import Tensor
 from grouped_gemm.kernels.quantize.layouts import Operands
 
 BLOCK = 128
-# Of each block: its first row in x; rows of its group from there on, 0 past the last group; rows of x from there to the
-# end of its group, or of x; the first block of its group; how many blocks the group has.
+# Fields of a block: its first row in x; the rows of its group from there on, 0 past the last group; the rows of x from
+# there to the end of its group, or of x; the first block of its group; the number of blocks of its group.
 FIELDS = 5
 
 
 def num_blocks(num_rows: int, num_groups: int) -> int:
-    """Blocks that hold any groups of ``num_rows`` rows, and the rows past the last one; no block is without a row."""
+    """B: enough for any groups of ``num_rows`` rows and the rows past the last one. No larger than the rows."""
     return torch.sym_min(num_rows // BLOCK + num_groups + 1, num_rows)
 
 
 def plan(offs: Tensor, num_rows: int, is_aligned: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """What is derived from ``offs``, (E,) int32.
+    """The tensors that are derived from ``offs``, (E,) int32.
 
     Returns:
-        The group of each row, (R,) int32, -1 for rows of none. Its memory goes on for another block of -1: kernels
-        look at the block beside their own.
-        Of each block, (B, 5) int32, see `FIELDS`.
-        Rows of each group, padded, (E,) int32: multiples of 128.
+        The group of each row, (R,) int32, -1 for rows of no group. Another block of -1 follows in memory, because
+        kernels read the block after their own.
+        Five numbers for each block, (B, 5) int32, see `FIELDS`.
+        The padded number of rows of each group, (E,) int32, multiples of 128.
     """
     blocks = num_blocks(num_rows, offs.shape[0])
     rows = offs.new_empty((blocks + 1) * BLOCK)
@@ -45,7 +44,7 @@ def plan(offs: Tensor, num_rows: int, is_aligned: bool) -> tuple[Tensor, Tensor,
 
 
 def activations(x_MD: Tensor, blocks: Tensor, num_rows: int, *, rows: bool, columns: bool) -> Operands:
-    """Data and scales of an operand of forward and dgrad, then of one of wgrad; what is not wanted has shape (0,).
+    """Data and scales for forward and dgrad, then for wgrad. What is not wanted has shape (0,).
 
     Args:
         x_MD: (M, D), D a multiple of 128.

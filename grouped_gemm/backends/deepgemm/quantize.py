@@ -1,7 +1,7 @@
-"""The offset plan and the quantizers for DeepGEMM: padding is part of the one pass that quantizes.
+"""The offset plan and the quantizers for DeepGEMM, which pad and quantize in one pass.
 
-Numbers are those of `reference`, bit for bit. Every row and scale of the padding is written, 0 and 1: DeepGEMM
-multiplies it with the rest of its block.
+The numbers are those of `reference`, bit for bit. DeepGEMM multiplies whole blocks, so the padding is written too: rows
+of 0 with scales of 1.
 
 M, E, D: rows, groups, features. B: blocks of 128 rows. R: rows as DeepGEMM sees them. See `layouts`.
 """
@@ -23,8 +23,8 @@ from grouped_gemm.kernels.quantize import packed_bf16
 from grouped_gemm.kernels.quantize.fp8 import scaling_constants
 from grouped_gemm.kernels.quantize.primitives import quantize_block, store_transposed, tile_of_program
 
-_AT_ONCE = 8  # blocks that a program of the plan lays out
-_ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 32, 256  # a tile that is copied
+_AT_ONCE = 8  # blocks for each program of `_lay_out`
+_ROWS_AT_ONCE, _COLUMNS_AT_ONCE = 32, 256  # the tile of `_move_rows`
 
 
 def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -45,13 +45,13 @@ def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor, Tensor]) -
 
 
 def quantize_activations(x_MD: Tensor, blocks: Tensor, recipe: Recipe, out: tuple[Tensor, ...]) -> None:
-    """Fills ``out``, from `layouts.activations`, by one read: what has no elements is not wanted.
+    """Fills ``out``, from `layouts.activations`, in one read. Tensors of shape (0,) are not wanted.
 
     Args:
         x_MD: (M, D), contiguous D, a multiple of 128; bfloat16, float16 or float32.
         blocks: (B, 5), from `fill_plan`.
         recipe: blockwise.
-        out: data and scales by rows, data and scales by columns. Columns past the last group are left as they are.
+        out: data and scales by rows, data and scales by columns. Columns past the last group are not written.
     """
     by_row, row_scale, by_column, column_scale = out
     features = x_MD.shape[1]
@@ -73,19 +73,19 @@ def quantize_activations(x_MD: Tensor, blocks: Tensor, recipe: Recipe, out: tupl
 
 
 def pad(x_MD: Tensor, blocks: Tensor) -> Tensor:
-    """(128 B, D): each group from a multiple of 128 on, zeros between them."""
+    """Copies rows to (128 B, D), each group to a multiple of 128, with zeros between groups."""
     out = x_MD.new_empty(blocks.shape[0] * BLOCK, x_MD.shape[1])
     _move("pad", x_MD, out, blocks)
     return out
 
 
 def unpad(x_RD: Tensor, blocks: Tensor, out_MD: Tensor) -> None:
-    """Fills ``out_MD`` with the rows that `pad` padded, and zeros past the last group."""
+    """Undoes `pad`: fills ``out_MD`` with the rows, and with zeros past the last group."""
     _move("unpad", x_RD, out_MD, blocks)
 
 
 def zero_tail(x_MD: Tensor, blocks: Tensor) -> None:
-    """Makes rows past the last group 0, in place."""
+    """Sets rows past the last group to 0, in place."""
     _move("zero tail", x_MD, x_MD, blocks)
 
 
@@ -106,7 +106,7 @@ def _lay_out(
     offs, row_map, blocks, sizes, M, E, B,
     E_AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Fields of each block; the group of each row, also of the block past the last one, which has none; sizes."""
+    """Writes the fields of each block, the group of each row, including one more block, and the sizes of groups."""
     block = tl.program_id(0) * AT_ONCE + tl.arange(0, AT_ONCE)
     e, start, end, first, last, _ = groups_of_blocks(block, offs, M, E, BLOCK, 1, E_AT_ONCE)
     if tl.program_id(0) == 0:
@@ -210,7 +210,7 @@ def _move_rows(
     source, target, blocks, D, source_stride, target_stride,
     MODE: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a block to their padded place, zeros after them; or back; or zeros to those past the last group."""
+    """Copies rows of a block to their padded place, zeros after them; or back; or zeros rows past the last group."""
     block = tl.program_id(0) // (BLOCK // ROWS)
     row = tl.load(blocks + FIELDS * block).to(tl.int64)
     own = tl.load(blocks + FIELDS * block + 1)

@@ -1,4 +1,4 @@
-"""What the quantizers for hipBLASLt write: shapes, strides and dtypes, as uninitialized tensors. docs/rocm.md has more.
+"""The tensors that the quantizers for hipBLASLt write: shapes, strides and dtypes. See docs/rocm.md.
 
 M, E, K, N: rows, groups, in and out features. D: K or N. T: M, rounded up to a multiple of 16.
 """
@@ -13,25 +13,25 @@ from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize.layouts import Operands
 
-ALIGNMENT = 16  # of every size of a scaled product, and of its lines in bytes
-MX_DEPTH = 128  # the contraction of an MX product is a multiple of it
-MX_LINES = 128  # MX scales are those of so many lines, or a multiple
+ALIGNMENT = 16  # every size of a scaled GEMM is a multiple, and so are its lines in bytes
+MX_DEPTH = 128  # the contraction of an MX GEMM is a multiple
+MX_LINES = 128  # MX scales are stored for a multiple of this many lines
 MX_BLOCK = 32
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The smallest multiple of ``multiple`` that is no smaller than ``size``."""
+    """The smallest multiple of ``multiple`` that is at least ``size``."""
     return -(-size // multiple) * multiple
 
 
 def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, columns: bool) -> Operands:
-    """Data and scales of an operand of forward and dgrad, then of an operand of wgrad, both of ``x_MD``.
+    """Data and scales for forward and dgrad, then for wgrad, uninitialized. What is not wanted has shape (0,).
 
     Returns:
-        Data (M, D) fp8, contiguous D, and scales (M, 1). MX: 15 rows more, and scales (M + 127, D/32), since a product
-        takes its rows in multiples of 16 and their scales in multiples of 128.
-        Data (D, T) fp8, contiguous T, and scales (E, D, 1). MX: (T/32, D rounded up to 128), where the scales of a
-        group, one group after the other, are (D rounded up to 128, rows/32) in memory.
+        Data (M, D) fp8, contiguous D, and scales (M, 1). MX: 15 more rows, and scales (M + 127, D/32), since a GEMM
+        reads a multiple of 16 rows and scales of a multiple of 128 rows.
+        Data (D, T) fp8, contiguous T, and scales (E, D, 1). MX: scales (T/32, D rounded up to 128). In this memory the
+        groups follow one another, each as (D rounded up to 128, its rows/32).
     """
     num_rows, features = x_MD.shape
     fp8, is_mx = machine_of(x_MD.device).fp8_dtype, recipe is Recipe.MXFP8
@@ -58,9 +58,9 @@ def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Ope
     num_groups, k, n = b_EKN.shape
     fp8, empty = machine_of(b_EKN.device).fp8_dtype, b_EKN.new_empty
 
-    def scale_shape(lines: int, depth: int) -> tuple[int, int, int]:
+    def scale_shape(lines: int, c: int) -> tuple[int, int, int]:
         if recipe is Recipe.MXFP8:
-            return num_groups, round_up(lines, MX_LINES), depth // MX_BLOCK
+            return num_groups, round_up(lines, MX_LINES), c // MX_BLOCK
         return num_groups, 1, lines
 
     return (
@@ -72,7 +72,7 @@ def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Ope
 
 
 def mx_scales(scale_EBL: Tensor) -> Tensor:
-    """A checkpoint's MX scales, (E, depth/32, lines), as `weights` has them, (E, lines rounded up, depth/32)."""
+    """Converts a checkpoint's MX scales, (E, C/32, lines), to those of `weights`, (E, lines rounded up, C/32)."""
     codes = scale_EBL.view(torch.uint8).transpose(1, 2).contiguous()
     padding = round_up(codes.shape[1], MX_LINES) - codes.shape[1]
     return F.pad(codes, (0, 0, 0, padding)).view(scale_EBL.dtype)

@@ -1,12 +1,12 @@
-"""The tensors that torch's grouped products read: shapes, strides and dtypes. Imports no Triton. docs/layouts.md.
+"""The tensors that torch's grouped GEMMs read: shapes, strides and dtypes. Imports no Triton. See docs/layouts.md.
 
-In wgrad torch wants contiguous tokens, rowwise a multiple of 16 for each group, in MX of 32, and never none: CUTLASS
-has no product over nothing there. So groups are padded to multiples of 32, an empty one to 32 tokens of zeros. How many
-that makes depends on ``offs``, which the host does not know; `num_tokens` is enough for any.
+In wgrad torch requires contiguous tokens, a multiple of 16 in each group rowwise and of 32 in MX, and no empty group,
+because CUTLASS's GEMM fails over zero tokens. So groups are padded to multiples of 32, an empty one to 32 tokens of
+zeros. The number of tokens depends on ``offs``, which the host does not know; `num_tokens` is enough for any ``offs``.
 
-MX scales lie as tensor cores of Blackwell read them, swizzled: in atoms of 128 lines by 4 scales, 512 bytes, in which
-line i is four bytes at 16 (i mod 32) + 4 (i // 32). Atoms along the contraction are adjacent. Of activations each group
-has atoms of its own; scales of no values are 1.
+MX scales are swizzled, as Blackwell's tensor cores read them: in atoms of 128 lines by 4 scales, 512 bytes, in which
+line i has the four bytes at 16 (i mod 32) + 4 (i // 32). Atoms along the contraction are adjacent. Each group of
+activations has its own atoms. Scales of no values are 1.
 
 M, E, D: rows, groups, features. T: tokens, the rows of padded groups. B: atoms of M rows or T tokens, at most.
 """
@@ -22,23 +22,23 @@ from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize import layouts
 from grouped_gemm.kernels.quantize.layouts import MX_SCALES, Operands
 
-ALIGNMENT = 16  # bytes, which are values of fp8
-TOKENS = 32  # what the tokens of a group are a multiple of
-ATOM = 128  # lines, and values of a line
+ALIGNMENT = 16  # bytes, so as many fp8 values
+TOKENS = 32  # groups are padded to a multiple of this many tokens
+ATOM = 128  # lines, and values of each line
 
 
 def num_tokens(num_rows: int, num_groups: int) -> int:
-    """T: what any groups of ``num_rows`` rows fill at most."""
+    """T: the most tokens that groups of ``num_rows`` rows in all can have."""
     return (num_rows // TOKENS + num_groups) * TOKENS
 
 
 def num_blocks(num_rows: int, num_groups: int) -> int:
-    """B: how many blocks of 128 the rows, or the tokens, of any groups fill at most."""
+    """B: the most blocks of 128 that the rows, or the tokens, of groups can fill."""
     return num_rows // ATOM + num_groups
 
 
 def plan(offs: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """The end row of each group, in order and within [0, M], and its last token's successor; both (E,) int32."""
+    """The end of each group in rows, in order and within [0, M], and in tokens; both (E,) int32."""
     ends = torch.empty_like(offs, memory_format=torch.contiguous_format)
     return ends, torch.empty_like(ends)
 
@@ -50,7 +50,7 @@ def token_blocks(ends: Tensor, num_rows: int) -> Tensor:
 
 
 def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, columns: bool) -> Operands:
-    """Data and scales of an operand of forward and dgrad, then of one of wgrad; what is not wanted has shape (0,).
+    """Data and scales for forward and dgrad, then for wgrad. What is not wanted has shape (0,).
 
     Returns:
         Data (M, D) fp8, contiguous D, a multiple of 16, in MX of 32; scales (M,), swizzled (128 B, ceil(D/128) 4).
@@ -77,7 +77,7 @@ def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, co
 
 
 def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Operands:
-    """As `layouts.weights`, but for MX scales: swizzled, (E, ceil(N/128) ceil(K/128) 512) for forward and for dgrad."""
+    """As `layouts.weights`, but MX scales are swizzled: (E, ceil(N/128) ceil(K/128) 512) for forward and for dgrad."""
     if recipe is not Recipe.MXFP8:
         return layouts.weights(b_EKN, recipe, forward=forward, dgrad=dgrad)
     (num_groups, k, n), fp8 = b_EKN.shape, machine_of(b_EKN.device).fp8_dtype
@@ -91,7 +91,7 @@ def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Ope
 
 
 def swizzled(scale_EBL: Tensor) -> Tensor:
-    """A checkpoint's MX scales, (E, ceil(depth/32), lines), as `weights` has them."""
+    """Converts a checkpoint's MX scales, (E, ceil(C/32), lines), to those of `weights`. C: the contraction."""
     num_groups, blocks, lines = scale_EBL.shape
     one = 127  # the code of 2^0
     codes = F.pad(scale_EBL.view(torch.uint8), (0, -lines % ATOM, 0, -blocks % MX_SCALES), value=one)

@@ -1,7 +1,7 @@
-"""The offset plan and the quantizer of activations for torch's grouped products, and the zeros that those leave out.
+"""For torch's grouped GEMMs: the offset plan, the quantizer of rowwise activations, and zeros that torch leaves out.
 
-Numbers are those of `reference`, bit for bit. Layouts: `layouts`; weights are `kernels.quantize.fp8`'s. MX
-activations are `quantize_mx`'s.
+The numbers are those of `reference`, bit for bit; `layouts` describes the layouts. `kernels.quantize.fp8` quantizes
+weights, `quantize_mx` MX activations.
 
 M, E, D: rows, groups, features. T: tokens, the rows of groups that are padded to multiples of 32.
 """
@@ -23,8 +23,8 @@ from grouped_gemm.kernels.quantize.fp8 import TILE, find_amax, quantize_activati
 from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK, Operands
 from grouped_gemm.kernels.quantize.primitives import quantize_rows, store_transposed, tile_of_program
 
-_AT_ONCE = 32  # blocks that a program of `_find_blocks` finds
-_PROGRAMS_PER_GROUP = 32  # which write an empty group's zeros, or leave at once
+_AT_ONCE = 32  # blocks for each program of `_find_blocks`
+_PROGRAMS_PER_GROUP = 32  # which write an empty group's zeros, or return at once
 
 
 def fill_plan(offs: Tensor, num_rows: int, out: tuple[Tensor, Tensor]) -> None:
@@ -51,17 +51,17 @@ def find_blocks(ends: Tensor, token_ends: Tensor, num_rows: int, blocks: Tensor)
 def quantize(
     x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: Recipe, out: Operands, blocks: Tensor | None = None
 ) -> None:
-    """Fills ``out``, from `layouts.activations`: what has no elements is not wanted.
+    """Fills ``out``, from `layouts.activations`. Tensors of shape (0,) are not wanted.
 
-    Rows alone are read once; with columns, whose scales need a whole group first, ``x_MD`` is read twice.
+    Without columns, ``x_MD`` is read once; with columns twice, because a column's scale needs the whole group.
 
     Args:
         x_MD: (M, D), contiguous D, a multiple of 16; bfloat16, float16 or float32.
         ends: (E,) int32, and
         token_ends: (E,) int32, both from `fill_plan`.
         recipe: rowwise.
-        out: data and scales by rows, data and scales by columns. With columns, rows past the last group are left as
-            they are, as are tokens.
+        out: data and scales by rows, data and scales by columns. With columns, rows past the last group
+            are not written, nor are tokens.
         blocks: from `find_blocks`; None: they are found here, where they are needed.
     """
     by_row, row_scale, by_column, column_scale = out
@@ -85,13 +85,13 @@ def quantize(
 
 
 def zero_tail(x_MD: Tensor, ends: Tensor) -> None:
-    """Makes rows past the last group 0, in place. ``x_MD`` is contiguous."""
+    """Sets rows past the last group to 0, in place. ``x_MD`` is contiguous."""
     num_rows, features = x_MD.shape
     _write_zeros(x_MD, ends, (2 * num_processors(x_MD.device), 1), num_rows, features, is_tail=True)
 
 
 def zero_empty_groups(x_EKN: Tensor, ends: Tensor) -> None:
-    """Makes the matrices of groups without rows 0, in place. ``x_EKN`` is contiguous."""
+    """Sets the matrices of empty groups to 0, in place. ``x_EKN`` is contiguous."""
     num_groups, k, n = x_EKN.shape
     _write_zeros(x_EKN, ends, (_PROGRAMS_PER_GROUP, num_groups), 0, k * n, is_tail=False)
 
@@ -103,7 +103,7 @@ def _write_zeros(x: Tensor, ends: Tensor, grid: tuple[int, int], num_rows: int, 
 
 @triton.jit(do_not_specialize=["M", "E"])
 def _lay_out(offs, ends, token_ends, M, E, E_PADDED: tl.constexpr, TOKENS: tl.constexpr):
-    """The end of each group in rows and in tokens."""
+    """Writes the end of each group in rows and in tokens."""
     _, last_rows, first_blocks, last_blocks = groups_in_blocks(offs, M, E, TOKENS, E_PADDED)
     groups = tl.arange(0, E_PADDED)
     tokens = tl.cumsum(tl.maximum(last_blocks - first_blocks, 1), 0) * TOKENS
@@ -113,8 +113,9 @@ def _lay_out(offs, ends, token_ends, M, E, E_PADDED: tl.constexpr, TOKENS: tl.co
 
 @triton.jit(do_not_specialize=["T", "E", "B"])
 def _find_blocks(ends, token_ends, blocks, T, E, B, E_PADDED: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Of each block of tokens: its group, E past the last one; its first row; rows from there to the end of its group,
-    0 in an empty one; its first token. (B, 4). Every group has a block, since it has tokens."""
+    """Writes four numbers for each block of tokens: its group, E past the last one; its first row; the number of rows
+    from there to the end of its group, 0 in an empty one; its first token. Even an empty group has tokens, so every
+    group has a block."""
     token_starts, _, first_blocks, last_blocks = groups_in_blocks(token_ends, T, E, BLOCK, E_PADDED)
     groups = tl.arange(0, E_PADDED)
     starts = tl.load(ends + groups - 1, mask=(groups > 0) & (groups <= E), other=0)
@@ -170,7 +171,7 @@ def _quantize_tiles(
 
 @triton.jit(do_not_specialize=["M", "E"])
 def _zero(x, ends, M, E, WIDTH, TAIL: tl.constexpr, BLOCK: tl.constexpr):
-    """Zeros to the rows of WIDTH values past the last group; or, of E such rows, to those of empty groups."""
+    """Zeros rows of WIDTH values: TAIL, those past the last group; otherwise one for each group, where it is empty."""
     e = tl.program_id(1)
     if TAIL:
         first = tl.load(ends + E - 1)

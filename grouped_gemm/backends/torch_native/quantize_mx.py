@@ -1,6 +1,6 @@
-"""The quantizer of activations for torch's MX products. Numbers are those of `reference`, bit for bit.
+"""The quantizer of activations for torch's MX GEMMs. The numbers are those of `reference`, bit for bit.
 
-Layouts: `layouts`. Weights are `kernels.quantize.mx`'s, the offset plan is `quantize`'s.
+`layouts` describes the layouts. `kernels.quantize.mx` quantizes weights, and `quantize` makes the offset plan.
 
 M, E, D: rows, groups, features. T: tokens, the rows of groups that are padded to multiples of 32.
 """
@@ -22,8 +22,9 @@ from grouped_gemm.kernels.quantize.mx import as_words, quantize_tile
 
 
 def quantize_activations(x_MD: Tensor, ends: Tensor, token_ends: Tensor, out: Operands) -> None:
-    """Fills ``out``, from `layouts.activations`: what has no elements is not wanted. One read of ``x_MD`` writes
-    both. Rows past the last group are left as they are, as are tokens.
+    """Fills ``out``, from `layouts.activations`, in one read. Tensors of shape (0,) are not wanted.
+
+    Rows past the last group are not written, nor are tokens.
 
     Args:
         x_MD: (M, D), contiguous D, a multiple of 32; bfloat16, float16 or float32.
@@ -53,7 +54,7 @@ def _quantize_tiles(
     M, E, D, x_stride, feature_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, E_PADDED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """128 rows of one group by 128 features. An empty group has a block as well, since it has tokens."""
+    """Writes 128 rows of one group by 128 features. Even an empty group has tokens, and so a block."""
     d_blocks = tl.cdiv(D, 128)
     block = tl.program_id(0) // d_blocks
     d_block = tl.program_id(0) % d_blocks
