@@ -58,7 +58,7 @@ def plain_kernels() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (m_grouped, k_grouped):
-            patch.setattr(module, "_products", {})  # what it remembers of calls that ran on Hopper's
+            patch.setattr(module, "_gemms", {})  # what it remembers of calls that ran on Hopper's
         for module in (m_grouped_hopper, k_grouped_hopper):
             patch.setattr(module, "can_run", lambda *operands: False)
         yield

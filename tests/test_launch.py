@@ -163,7 +163,7 @@ def launches(monkeypatch) -> list[tuple[str, tuple[int, ...], tuple]]:
 
     monkeypatch.setattr(launching.Launcher, "__call__", record)
     for module in (m_grouped, k_grouped):
-        monkeypatch.setattr(module, "_products", {})
+        monkeypatch.setattr(module, "_gemms", {})
     return found
 
 

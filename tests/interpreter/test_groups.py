@@ -24,7 +24,7 @@ GROUPS = (([0, 130, 130, 131, 262], 270), ([-5, 200, 40, 999, 7], 263))
 def two_at_once(monkeypatch):
     for module in (groups, deepgemm_quantize):
         monkeypatch.setattr(module, "MOST_AT_ONCE", tl.constexpr(2))
-    monkeypatch.setattr(k_grouped, "_products", {})
+    monkeypatch.setattr(k_grouped, "_gemms", {})
 
 
 @pytest.mark.parametrize("recipe", [Recipe.FP8_BLOCKWISE, Recipe.MXFP8], ids=lambda r: r.value)

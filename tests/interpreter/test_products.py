@@ -21,7 +21,7 @@ def tma(request, monkeypatch):
     if not request.param:
         for module in (m_grouped, k_grouped):
             monkeypatch.setattr(module, "can_use_tma", lambda *operands: False)
-            monkeypatch.setattr(module, "_products", {})  # what it remembers of calls with descriptors
+            monkeypatch.setattr(module, "_gemms", {})  # what it remembers of calls with descriptors
     return request.param
 
 
@@ -135,7 +135,7 @@ def mx(request, monkeypatch):
     if request.param == "mx" and Version(triton.__version__) < Version("3.8"):
         pytest.skip("Triton's interpreter has no tl.dot_scaled before 3.8")
     for module in (m_grouped, k_grouped):
-        monkeypatch.setattr(module, "_products", {})  # what it remembers of the other kind
+        monkeypatch.setattr(module, "_gemms", {})  # what it remembers of the other kind
         monkeypatch.setattr(
             module, "kind_of", lambda x, recipe: request.param if recipe is Recipe.MXFP8 else kind_of(x, recipe)
         )
@@ -234,8 +234,8 @@ def in_wider_rows(x):
 @pytest.fixture
 def products(monkeypatch):
     for module in (m_grouped, k_grouped):
-        monkeypatch.setattr(module, "_products", {})
-    return lambda: len(m_grouped._products) + len(k_grouped._products)
+        monkeypatch.setattr(module, "_gemms", {})
+    return lambda: len(m_grouped._gemms) + len(k_grouped._gemms)
 
 
 @pytest.mark.parametrize(

@@ -43,5 +43,5 @@ def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, rec
     assert all(len(search.failed) == 1 for search in done.searches)
     assert all(map(torch.equal, call(), shipped))
     for module in (m_grouped, k_grouped):  # nothing found outlives the switch
-        assert module._products and not any(product.tile.group_m == 4 for product in module._products.values())
+        assert module._gemms and not any(product.tile.group_m == 4 for product in module._gemms.values())
     tile_search.forget()

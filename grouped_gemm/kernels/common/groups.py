@@ -1,7 +1,7 @@
-"""Where groups begin and end, found from ``offs`` on the device, and the order of their tiles.
+"""Where groups start and end, found from ``offs`` on the device, and the order of their tiles.
 
-``offs`` is used as the caller gave it. Ends that are out of order or outside [0, M] are moved inside, as
-`reference.group_ends` does, so that whatever it holds no kernel touches memory out of bounds.
+``offs`` is used as the caller passed it. Ends that are out of order or outside [0, M] are clamped, as
+`reference.group_ends` does, so no kernel accesses memory out of bounds whatever ``offs`` holds.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,15 +14,15 @@ import triton.language as tl
 
 @triton.jit
 def group_end(offs, e, start, M):
-    """One past the last row of group ``e``, which begins at row ``start``."""
+    """The end row of group ``e``, which starts at row ``start``."""
     return tl.maximum(start, tl.minimum(tl.load(offs + e), M))
 
 
-MOST_AT_ONCE = tl.constexpr(1024)  # groups: beyond, a kernel takes minutes to compile
+MOST_AT_ONCE = tl.constexpr(1024)  # groups; with more, a kernel takes minutes to compile
 
 
 def at_once(num_groups: int) -> int:
-    """How many groups kernels look at in one step: a power of two above E, so that it is all of them, or the most."""
+    """How many groups kernels look at in one step: a power of two above E, so all of them, but at most MOST_AT_ONCE."""
     return min(1 << num_groups.bit_length(), MOST_AT_ONCE.value)
 
 
@@ -33,10 +33,10 @@ def _later(a, b):
 
 @triton.jit
 def groups_from(first, row, block, offs, M, E, BLOCK: tl.constexpr, E_AT_ONCE: tl.constexpr):
-    """Groups ``first`` to ``first + E_AT_ONCE``, in blocks of ``BLOCK`` rows that start anew with each group; the last
-    block of a group may be short. Group ``first`` starts at ``row`` and at ``block``.
+    """Groups ``first`` to ``first + E_AT_ONCE``, in blocks of BLOCK rows that start anew with each group.
 
-    The rows past the last group are group E. Groups past that one are empty.
+    The last block of a group may be short. Group ``first`` starts at row ``row`` and is at block ``block``. Rows past
+    the last group count as group E; later groups are empty.
 
     Returns:
         Vectors over groups: number, first row, one past the last row, first block, one past the last block.
@@ -53,14 +53,14 @@ def groups_from(first, row, block, offs, M, E, BLOCK: tl.constexpr, E_AT_ONCE: t
 
 @triton.jit
 def groups_in_blocks(offs, M, E, BLOCK: tl.constexpr, E_PADDED: tl.constexpr):
-    """`groups_from` the first one, all in one step; without their numbers. E_PADDED: a power of two above E."""
+    """All groups by one `groups_from`, without their numbers. E_PADDED: a power of two above E."""
     _, starts, ends, first_blocks, last_blocks = groups_from(0, 0, 0, offs, M, E, BLOCK, E_PADDED)
     return starts, ends, first_blocks, last_blocks
 
 
 @triton.jit
 def group_at(e, offs, M, E, BLOCK: tl.constexpr, E_AT_ONCE: tl.constexpr):
-    """First row, one past the last row, first block and one past the last block of group ``e``, as of `groups_from`."""
+    """First row, end row, first block and end block of group ``e``, see `groups_from`."""
     row = 0
     block = 0
     start = 0
@@ -80,9 +80,12 @@ def group_at(e, offs, M, E, BLOCK: tl.constexpr, E_AT_ONCE: tl.constexpr):
 def groups_of_blocks(
     block, offs, M, E, BLOCK: tl.constexpr, ALIGNMENT: tl.constexpr, E_AT_ONCE: tl.constexpr
 ):  # fmt: skip
-    """Of each of the blocks ``block``, a vector: its group, of a block past all others group E; and of that group its
-    first row, one past the last row, the first block, one past the last block, and the first row if each group took
-    a multiple of ALIGNMENT rows."""
+    """The groups of a vector of blocks; a block past all groups belongs to group E.
+
+    Returns:
+        Vectors over blocks: the group; its first row, end row, first block and end block; and the first row that it
+        would have if each group took a multiple of ALIGNMENT rows.
+    """
     row = 0
     first_of_step = 0
     e = tl.zeros_like(block)
@@ -107,7 +110,7 @@ def groups_of_blocks(
 
 @triton.jit
 def group_of_block(block, offs, M, E, BLOCK: tl.constexpr, E_AT_ONCE: tl.constexpr):
-    """`groups_of_blocks` of one block, but for the last."""
+    """`groups_of_blocks` for one block, without the last result."""
     e, start, end, first_block, last_block, _ = groups_of_blocks(
         block + tl.zeros((1,), tl.int32), offs, M, E, BLOCK, 1, E_AT_ONCE
     )
@@ -116,7 +119,7 @@ def group_of_block(block, offs, M, E, BLOCK: tl.constexpr, E_AT_ONCE: tl.constex
 
 @triton.jit
 def pick(vector, e):
-    """The element of ``vector`` with index ``e``, an integer; 0 past its end."""
+    """The element of an integer ``vector`` at index ``e``; 0 past its end."""
     return tl.sum(tl.where(tl.arange(0, vector.shape[0]) == e, vector, 0))
 
 

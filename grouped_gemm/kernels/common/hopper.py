@@ -1,4 +1,4 @@
-"""What the warp-specialized kernels for Hopper share: names of Gluon, the form of a tile, the order of tiles."""
+"""What the warp-specialized kernels for Hopper share: names of Gluon, descriptors, the ring, the steps of a GEMM."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -25,9 +25,9 @@ load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_t
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 PRODUCER_REGISTERS = gl.constexpr(40)
-STORED = [64, 128]  # the box of a result that `store_tile` copies
+STORED = [64, 128]  # what one `store_tile` copies of a result
 
-# How tiles of operands and of the result lie in shared memory, by the size of a value, and how scales do.
+# Layouts in shared memory of operands and results, by the size of a value, and of scales.
 TILES_IN_SHARED = {
     size: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * size, rank=2) for size in (1, 2)
 }
@@ -36,15 +36,15 @@ SCALES_IN_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=3
 
 
 def describe_tile(x: Tensor, shape: list[int], stride: int, box: list[int]) -> Any:
-    """A descriptor of ``x``, seen as lines of ``shape`` that are ``stride`` apart, for copies of a ``box``."""
+    """A descriptor of ``x`` as a matrix of ``shape`` with rows ``stride`` apart, for copies of a ``box``."""
     return describe(TensorDescriptor, x, shape, [stride, 1], box, layout=TILES_IN_SHARED[x.element_size()])
 
 
 def describe_ragged(x: Tensor, box: list[int]) -> Any:
-    """A descriptor of 16-bit lines (M, D), for copies of a ``box`` that end with a group.
+    """A descriptor of a 16-bit (M, D) matrix, for copies of a ``box`` in which rows past a group's end are zero.
 
-    As `triton.tools.ragged_tma` does it: addresses wrap around at 2^64, so that coordinates (2^30, end of the group,
-    2^30 - its size + row in it, column) are that row and column, and rows past the group's end are out of bounds: zero.
+    This is the trick of `triton.tools.ragged_tma`. Addresses wrap around at 2^64, so the coordinates (2^30, end of the
+    group, 2^30 - its size + row in it, column) give that row and column, and rows past the end are out of bounds.
     """
     line = x.stride(0)
     shape, strides = [0x7FFF0000, 0x7FFF0000, 1 << 30, x.shape[1]], [2**34 - line, line, line, 1]
@@ -52,7 +52,7 @@ def describe_ragged(x: Tensor, box: list[int]) -> Any:
 
 
 def describe_scales(scale: Tensor, count: int) -> Any:
-    """A descriptor of fp32 scales (steps, lines), for copies of those of ``count`` lines in one step."""
+    """A descriptor of fp32 scales (steps, lines), for copies of the scales of ``count`` lines in one step."""
     shape = list(scale.shape)
     return describe(TensorDescriptor, scale, shape, [scale.stride(0), 1], [1, count], layout=SCALES_IN_SHARED)
 
@@ -79,7 +79,7 @@ class HopperTile(NamedTuple):
 
 @gluon.jit
 def tile_position(tile, rows, columns, GROUP_M: gl.constexpr):
-    """As `groups.tile_position`."""
+    """As `groups.tile_position`, for Gluon."""
     stripe = tile // (GROUP_M * columns)
     height = gl.minimum(rows - stripe * GROUP_M, GROUP_M)
     in_stripe = tile - stripe * GROUP_M * columns
@@ -154,7 +154,7 @@ def finish_block(acc, block, scale, empty, slot):
 
 @gluon.jit
 def store_tile(values, buffer, desc, row, column):
-    """Stores 64 by 128 values through shared memory, and waits only for those before."""
+    """Stores 64 by 128 values through shared memory. Waits for the previous store, which used the same buffer."""
     tma.store_wait(0)
     buffer.store(values)
     fence_async_shared()

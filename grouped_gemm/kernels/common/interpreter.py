@@ -1,8 +1,8 @@
 """Launches under Triton's interpreter, with the arithmetic of the hardware.
 
-Triton's own interpreter rounds fp8 wrongly, truncates fp32 to bf16, and takes bf16 operands for their raw bits. Before
-Triton 3.9 it does not know e4m3fnuz either. `hardware_arithmetic` sends float conversions through torch and computes
-bf16 and fp8 operands in fp32. It lasts for one launch, so other people's kernels run as they do without this package.
+Triton's interpreter rounds fp8 wrongly, truncates fp32 to bf16, and computes on the raw bits of bf16 operands. Before
+Triton 3.9 it does not support e4m3fnuz either. `hardware_arithmetic` converts floats with torch and computes bf16 and
+fp8 operands in fp32. It applies to one launch at a time, so other kernels in the process are interpreted as usual.
 `tl.sum` over bf16 stays wrong: cast first.
 """
 
@@ -30,7 +30,7 @@ _FLOATS = {
     tl.float8e4b8: torch.float8_e4m3fnuz,
     tl.float8e5b16: torch.float8_e5m2fnuz,
 }
-# by size: dtypes of raw bits that torch takes from numpy, that numpy keeps them in, and torch's own
+# Dtypes for raw bits, by size: for numpy to torch, for numpy itself, and for torch to numpy
 _TO_TORCH = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64}
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _FROM_TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -43,7 +43,7 @@ def _convert_float(x, source, target, rounding_mode):
     bits = np.ascontiguousarray(x).view(_TO_TORCH[source.primitive_bitwidth // 8]).copy()
     values = torch.from_numpy(bits).view(_FLOATS[source])
     size = target.primitive_bitwidth // 8
-    if size == 1:  # the hardware's conversions to fp8 saturate, and keep NaN
+    if size == 1:  # conversions to fp8 in hardware saturate and keep NaN
         limit = torch.finfo(_FLOATS[target]).max
         values = values.float().clamp(-limit, limit)
     return values.to(_FLOATS[target]).view(_FROM_TORCH[size]).numpy().view(_RAW[size]).reshape(np.shape(x))
@@ -62,7 +62,7 @@ def _create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 
 def _in_fp32(original, operands):
-    """``original``, computed in fp32 where one of its first ``operands`` arguments is bf16."""
+    """``original``, but computed in fp32 if one of its first ``operands`` arguments is bf16."""
 
     def op(self, *args):
         handles, fn = args[:operands], args[operands]
@@ -94,7 +94,7 @@ _patch_lang_original = interpreter._patch_lang
 
 
 def _patch_lang_once():
-    """`_patch_lang` for one launch. Triton's own patches everything again at each call of a device function."""
+    """`_patch_lang` for one launch. Triton's own patches everything again at every call of a device function."""
     patched: set[int] = set()
 
     def patch_lang(fn):
@@ -116,12 +116,12 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (_BUILDER, "binary_op", _in_fp32(_BUILDER.binary_op, 2)),
     (_BUILDER, "ternary_op", _in_fp32(_BUILDER.ternary_op, 3)),
 )
-_lock = threading.RLock()  # the interpreter runs one launch at a time: its state is global
+_lock = threading.RLock()  # the interpreter's state is global: one launch at a time
 
 
 @contextmanager
 def hardware_arithmetic() -> Iterator[None]:
-    """Replaces what Triton's interpreter computes wrongly, lacks or repeats. Inside it, other threads wait to enter."""
+    """Replaces what Triton's interpreter computes wrongly, lacks or repeats. One thread at a time can be inside."""
     with _lock:
         replaced = (*_REPLACED, (interpreter, "_patch_lang", _patch_lang_once()))
         originals = [getattr(owner, name) for owner, name, _ in replaced]

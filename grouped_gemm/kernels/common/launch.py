@@ -1,4 +1,4 @@
-"""What every launch needs to know of its operands and its device."""
+"""How kernels are launched, and what a launch needs to know about its operands and its device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grouped_gemm.core.recipes import Recipe
 
 
 def can_use_tma(*operands: Tensor) -> bool:
-    """Whether TMA can read every operand: contiguous along its last axis, start and other strides 16-byte aligned."""
+    """Whether TMA can read every operand: contiguous last axis, 16-byte aligned start and other strides."""
     return machine_of(operands[0].device).traits.tma and all(map(_is_tma_aligned, operands))
 
 
@@ -30,7 +30,7 @@ def _is_tma_aligned(x: Tensor) -> bool:
 
 
 def kind_of(lhs: Tensor, recipe: Recipe) -> str:
-    """The kind of operands that `tiles` and the kernels know."""
+    """The kind of operands, as `tiles` and the kernels name it."""
     if recipe is Recipe.MXFP8:
         return "mx" if machine_of(lhs.device).traits.mx else "mx upcast"
     if recipe.is_scaled:
@@ -39,21 +39,21 @@ def kind_of(lhs: Tensor, recipe: Recipe) -> str:
 
 
 def packed(scale: Tensor | None) -> Tensor | None:
-    """MX scales, (..., 4) E8M0, as kernels take them: (...) int32, the first in the lowest byte. Others as they are."""
+    """MX scales as GEMMs read them: (..., 4) E8M0 as (...) int32, the first in the lowest byte. Others unchanged."""
     if scale is None or scale.dtype != torch.float8_e8m0fnu:
         return scale
     return scale.view(torch.int32).squeeze(-1)
 
 
-_MOST_PROGRAMS = 65535  # along the second axis of a grid
+_MOST_PROGRAMS = 65535  # the limit along the second axis of a grid
 
 
 def in_parts(b_EKN: Tensor, out: Sequence[Tensor]) -> Iterator[tuple[Tensor, Sequence[Tensor]]]:
-    """Weights and the tensors that they are quantized into, as many experts at a time as a grid's second axis takes.
+    """Splits weights and the tensors that they are quantized into, by experts, so that parts fit a grid's second axis.
 
     Args:
         b_EKN: (E, K, N).
-        out: tensors whose first axis is E; those that are not wanted are empty.
+        out: tensors with a first axis of E; those that are not wanted are empty.
     """
     num_groups = b_EKN.shape[0]
     if num_groups <= _MOST_PROGRAMS:
@@ -65,28 +65,28 @@ def in_parts(b_EKN: Tensor, out: Sequence[Tensor]) -> Iterator[tuple[Tensor, Seq
 
 
 def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up; Triton's own is made for kernels, and takes microseconds on the host."""
+    """``a / b``, rounded up. `triton.cdiv` takes microseconds on the host."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is no smaller than ``n``, which is positive."""
+    """The smallest power of two that is at least ``n``, for positive ``n``."""
     return 1 << (n - 1).bit_length()
 
 
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Multiprocessors or compute units of ``device``: how many programs a persistent kernel has."""
+    """Multiprocessors or compute units of ``device``: the number of programs of a persistent kernel."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of ``x`` the current one, which Triton launches on, in a thread that has a context there."""
+    """Makes the device of ``x`` current, which is where Triton launches. Gives the thread a context first."""
     if not x.is_cuda:
         return _HERE
     if not _thread.has_context:
-        # Triton encodes descriptors by a call of the driver, which unlike the runtime's makes no context current: and a
-        # thread of autograd's may have none yet.
+        # Triton encodes descriptors with a driver call, which needs a current context. Unlike a runtime call, it does
+        # not make one, and a thread of autograd may not have one yet.
         torch.cuda.mem_get_info(x.device)
         _thread.has_context = True
     return torch.cuda.device(x.device) if torch.cuda.current_device() != x.get_device() else _HERE
@@ -103,7 +103,7 @@ _HERE = nullcontext()
 def describe(
     form: Any, base: Tensor, shape: Sequence[int], strides: Sequence[int], block_shape: list[int], **more: Any
 ) -> Any:
-    """A descriptor, Triton's or Gluon's, of a tensor that `can_use_tma`: without its constructor's own slow checks."""
+    """A descriptor, Triton's or Gluon's, of a tensor that TMA can read, without the slow checks of its constructor."""
     described = form.__new__(form)
     more.update(base=base, shape=shape, strides=strides, block_shape=block_shape, padding="zero")
     described.__dict__ = more
@@ -114,7 +114,7 @@ _IS_HIP = torch.version.hip is not None
 
 
 class _Compiled(NamedTuple):
-    """A compiled kernel, and as its launch takes it apart."""
+    """A compiled kernel, and the parts of it that a launch needs."""
 
     whole: Any
     run: Callable[..., None]
@@ -126,13 +126,13 @@ class _Compiled(NamedTuple):
 class Launcher:
     """A kernel with its constants, to be launched many times.
 
-    Triton's own look at the arguments of a launch takes tens of microseconds. Here a launch that is like an earlier
-    one, in all that Triton compiles for, goes straight to what was compiled.
+    Triton takes tens of microseconds to look at the arguments of a launch. Here a launch goes straight to the compiled
+    kernel if it is like an earlier launch in everything that Triton specializes on.
 
     Args:
-        kernel: a function of Triton or Gluon whose constants come last.
-        constants: its constexpr arguments, all of them, in the order of its signature.
-        options: ``num_warps`` and its like, unless the kernel has them for arguments.
+        kernel: a Triton or Gluon function whose constants come last.
+        constants: all constexpr arguments, in the order of the signature.
+        options: ``num_warps`` and the like, unless they are arguments of the kernel.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
@@ -155,13 +155,13 @@ class Launcher:
         add = facts.append
         for arg in args:
             if type(arg) is int:
-                # What Triton looks at: whether it is 1, a multiple of 16, and fits 32 bits.
+                # What Triton specializes on: whether it is 1, a multiple of 16, and fits 32 bits.
                 add(arg if arg == 1 else -(arg & 15 == 0) if -(2**31) <= arg < 2**31 else -2 - (arg & 15 == 0))
             elif arg is None:
                 add(None)
             elif isinstance(arg, Tensor):
                 add(arg.dtype if arg.data_ptr() & 15 == 0 else (arg.dtype,))
-                if _IS_HIP:  # offsets into less than 2 GiB, of the storage, take 32 bits there
+                if _IS_HIP:  # there, offsets take 32 bits if the storage has less than 2 GiB
                     add(arg.untyped_storage().nbytes() < 2**31)
             else:
                 add((arg.base.dtype, *arg.block_shape))
@@ -193,13 +193,13 @@ class Launcher:
 
 
 def _is_interpreted(kernel: Any) -> bool:
-    """Whether Triton interprets ``kernel``; does not import Triton's interpreter, which needs numpy."""
+    """Whether Triton interprets ``kernel``. Does not import the interpreter, which needs numpy."""
     interpreter = sys.modules.get("triton.runtime.interpreter")
     return interpreter is not None and isinstance(kernel, interpreter.InterpretedFunction)
 
 
 def _is_watched() -> bool:
-    """Whether somebody, such as Triton's profiler, hooks launches. Where nobody does, hooks cost a microsecond each."""
+    """Whether launches are hooked, for example by Triton's profiler. Calling empty hooks costs a microsecond each."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter)) or bool(getattr(leave, "calls", leave))
 
@@ -208,12 +208,12 @@ _launchers: dict[tuple[Any, ...], Launcher] = {}
 
 
 def launcher(kernel: Any, constants: dict[str, Any], **options: Any) -> Launcher:
-    """The `Launcher` of these arguments, one for all that ask."""
+    """The `Launcher` of these arguments, made once."""
     key = id(kernel), tuple(constants.values()), tuple(options.values())  # a kernel's own hash is slow
     found = _launchers.get(key)
     return found or _launchers.setdefault(key, Launcher(kernel, constants, **options))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: dict[str, Any], **options: Any) -> None:
-    """Launches ``kernel`` by its `launcher`."""
+    """Launches ``kernel`` through its `launcher`."""
     launcher(kernel, constants, **options)(grid, *args)

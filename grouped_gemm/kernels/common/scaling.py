@@ -1,7 +1,7 @@
-"""The arithmetic of all quantizers: `reference`'s, bit for bit.
+"""The arithmetic of all quantizers: that of `reference`, bit for bit.
 
-Magnitudes are compared as the integers that their bits are, an order in which NaN is above Inf and Inf above the rest:
-so a NaN reaches the scale of its block, as it does in torch.
+Magnitudes are compared as integers, by their bits. In that order NaN is above Inf, and Inf above all finite values, so
+a NaN reaches the scale of its block, as in torch.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -14,13 +14,13 @@ import triton.language as tl
 
 @triton.jit
 def magnitude(x):
-    """The bits of |x| in fp32 as integers, which are in the order of the values, NaN above all."""
+    """The bits of |x| in fp32 as integers, which are ordered as the values, NaN above all."""
     return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def scale_of(magnitudes, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr):
-    """`reference.scales` of the largest `magnitude` of each block."""
+    """`reference.scales`, from the largest `magnitude` of each block."""
     amax = magnitudes.to(tl.float32, bitcast=True)
     amax = tl.maximum(amax, LIMIT * 2.0**-126, propagate_nan=tl.PropagateNan.ALL)
     scale = amax * (1 / LIMIT)
@@ -39,7 +39,7 @@ def inverse_of(scale):
 
 @triton.jit
 def to_fp8(x, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr = False):
-    """`reference.to_fp8`; ``inverse`` broadcasts against ``x``. On NVIDIA GPUs, the conversion itself saturates."""
+    """`reference.to_fp8`. ``inverse`` broadcasts against ``x``. On NVIDIA GPUs the conversion itself saturates."""
     scaled = x.to(tl.float32) * inverse
     if not NVIDIA:
         scaled = tl.clamp(scaled, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
@@ -48,7 +48,7 @@ def to_fp8(x, inverse, LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.cons
 
 @triton.jit
 def four_to_fp8(v0, v1, v2, v3):
-    """Four fp32 values as e4m3fn in one word, saturated, the first in the lowest byte. On NVIDIA GPUs only."""
+    """Four fp32 values as e4m3fn in one word, saturated, the first in the lowest byte. Only for NVIDIA GPUs."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b16 low, high;

@@ -1,11 +1,12 @@
-"""The K-grouped product of wgrad: in each group, the rows are the contraction.
+"""The K-grouped GEMM of wgrad: each group's rows are its contraction.
 
-Operands without scales are read as they lie, (M, D). fp8 operands are read along contiguous tokens, because the fp8
-MMA of Hopper wants both operands so. Their quantizer writes (T/128, D, 128), blocks of 128 tokens that start anew with
-each group, zero where a group's last block is short: so groups need no masks, no TMA alignment, and no offsets from the
-host. Blockwise, row b of the scales is that of block b.
+Operands without scales are read as they are, (M, D). fp8 operands have contiguous tokens, because Hopper's fp8 MMA
+needs both operands contiguous along the contraction. Their quantizer writes (T/128, D, 128): blocks of 128 tokens that
+start anew with each group, with zeros after a group's last token. So groups need no masks, no alignment for TMA, and no
+offsets on the host. Blockwise, block b has row b of the scales.
 
-M, T, E: rows, rows in padded blocks, groups. P, Q: features of the first and the second operand.
+M, T, E: rows, tokens in blocks, groups. P, Q: features of the first and the second operand. A tile is BLOCK_M of P by
+BLOCK_N of Q, and a step covers BLOCK_K tokens.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -25,7 +26,7 @@ from grouped_gemm.core.preference import AUTOTUNE
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.common.groups import at_once, group_at, tile_position
 from grouped_gemm.kernels.common.launch import can_use_tma, cdiv, kind_of, launch, launcher, on_device, packed
-from grouped_gemm.kernels.gemm.mx import ONES, add_mx_product
+from grouped_gemm.kernels.gemm.mx import ONES, add_mx_dot
 from grouped_gemm.kernels.gemm.tile_search import wgrad_tile
 from grouped_gemm.kernels.gemm.tiles import Tile
 from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK
@@ -33,7 +34,7 @@ from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK
 if TYPE_CHECKING:
     from grouped_gemm.kernels.gemm import k_grouped_hopper
 
-_MOST_RAGGED_ROWS = 1 << 30  # that a ragged descriptor addresses
+_MOST_RAGGED_ROWS = 1 << 30  # what a ragged descriptor can address
 
 
 def wgrad(
@@ -50,7 +51,7 @@ def wgrad(
 
     Args:
         lhs: (M, P), contiguous P: bfloat16, float16 or float32; or (T/128, P, 128) fp8, contiguous.
-        lhs_scale: factors of fp8, contiguous: rowwise (E, P) and blockwise (T/128, P) fp32, MX (T/128, P, 4) E8M0.
+        lhs_scale: scales of fp8, contiguous: rowwise (E, P) and blockwise (T/128, P) fp32, MX (T/128, P, 4) E8M0.
         rhs: (M, Q) or (T/128, Q, 128), as ``lhs``.
         rhs_scale: rowwise (E, Q), blockwise (T/128, Q), MX (T/128, Q, 4).
         offs: (E,) int32, contiguous: the end row of each group. Any values are safe.
@@ -67,24 +68,24 @@ def wgrad(
     is_far = num_rows > _MOST_RAGGED_ROWS
     key = (lhs.dtype, strides, num_groups, recipe, out_EPQ.dtype, lhs.device, places, is_far)
     if AUTOTUNE.is_on_now():  # as in `m_grouped`
-        product = _product(lhs, rhs, out_EPQ, recipe, is_far)
+        gemm = _gemm_for(lhs, rhs, out_EPQ, recipe, is_far)
     else:
-        found = _products.get(key)
-        product = found or _products.setdefault(key, _product(lhs, rhs, out_EPQ, recipe, is_far))
+        found = _gemms.get(key)
+        gemm = found or _gemms.setdefault(key, _gemm_for(lhs, rhs, out_EPQ, recipe, is_far))
     if recipe is Recipe.MXFP8:
         lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     with on_device(lhs):
-        product.run(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, out_EPQ)
+        gemm.run(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, out_EPQ)
 
 
-class _Product:
-    """How products are run by the kernel below: what does not depend on M, found once."""
+class _Gemm:
+    """How to launch the kernel below for calls that differ only in M."""
 
     def __init__(self, out_EPQ: Tensor, kind: str, tma: bool, tile: Tile) -> None:
         self._shape = num_groups, p, q = out_EPQ.shape
         self.tile = tile
         self._tma = tma
-        # Groups differ in length, so tiles are not shared out beforehand: a free multiprocessor takes the next one.
+        # Not persistent: groups differ in length, so the hardware gives each free multiprocessor the next tile.
         self._grid = (num_groups * cdiv(p, tile.block_m) * cdiv(q, tile.block_n),)
         self._launch = launcher(
             _wgrad,
@@ -135,12 +136,12 @@ class _Product:
         )
 
 
-_products: dict[tuple[Any, ...], _Product | k_grouped_hopper.Product] = {}  # by all that `_product` looks at
+_gemms: dict[tuple[Any, ...], _Gemm | k_grouped_hopper.Gemm] = {}  # by everything that `_gemm_for` reads
 
 
-def _product(
+def _gemm_for(
     lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, recipe: Recipe, is_far: bool
-) -> _Product | k_grouped_hopper.Product:
+) -> _Gemm | k_grouped_hopper.Gemm:
     machine = machine_of(lhs.device)
     kind = kind_of(lhs, recipe)
     tma = can_use_tma(lhs, rhs) and not is_far
@@ -148,9 +149,9 @@ def _product(
         from grouped_gemm.kernels.gemm import k_grouped_hopper
 
         if k_grouped_hopper.can_run(lhs, rhs, kind):
-            return k_grouped_hopper.Product(lhs, rhs, out_EPQ, kind)
+            return k_grouped_hopper.Gemm(lhs, rhs, out_EPQ, kind)
     _, p, q = out_EPQ.shape
-    return _Product(out_EPQ, kind, tma, wgrad_tile(machine, kind, p, q, tma))
+    return _Gemm(out_EPQ, kind, tma, wgrad_tile(machine, kind, p, q, tma))
 
 
 @triton.jit(do_not_specialize=["M", "E"])
@@ -197,7 +198,7 @@ def _wgrad(
         length = (last_block - first_block) * TOKEN_BLOCK
     if not TMA:
         if SCALED:
-            lhs_tiles = ps[:, None] * TOKEN_BLOCK + ts[None, :]  # in a block of tokens, which 32 bits address
+            lhs_tiles = ps[:, None] * TOKEN_BLOCK + ts[None, :]  # within a block of tokens, so 32 bits are enough
             rhs_tiles = qs[:, None] * TOKEN_BLOCK + ts[None, :]
         else:
             lhs_tiles = lhs + (start + ts).to(tl.int64)[:, None] * lhs_stride + ps[None, :]
@@ -238,7 +239,7 @@ def _wgrad(
         if BLOCKWISE:
             acc += tl.dot(lhs_tile, rhs_tile) * p_scales[:, None] * q_scales[None, :]
         elif MX:
-            acc = add_mx_product(lhs_tile, p_scales, rhs_tile, q_scales, acc, KIND == "mx")
+            acc = add_mx_dot(lhs_tile, p_scales, rhs_tile, q_scales, acc, KIND == "mx")
         else:
             acc = tl.dot(lhs_tile, rhs_tile, acc, input_precision="ieee")
     if KIND == "rowwise":
@@ -251,7 +252,7 @@ def _wgrad(
 
 
 def group_sums(x_MN: Tensor, offs: Tensor, out_EN: Tensor) -> None:
-    """Fills ``out_EN`` (E, N) with the sum of each group's rows of (M, N), contiguous rows, accumulated in fp32."""
+    """Fills ``out_EN`` (E, N) with the sum of each group's rows of (M, N), contiguous N, accumulated in fp32."""
     (num_rows, columns), num_groups = x_MN.shape, offs.shape[0]
     with on_device(x_MN):
         launch(

@@ -1,9 +1,9 @@
-"""The K-grouped GEMM on Hopper, warp-specialized, in Gluon: `k_grouped`'s, about one and a half times as fast.
+"""The K-grouped GEMM on Hopper, warp-specialized, in Gluon: about 1.5 times as fast as that of `k_grouped`.
 
-It is built as `gemm_hopper`. Operands without scales are copied by ragged descriptors, which read zeros past the end of
-a group, as `wgrad` does.
+It is built like `m_grouped_hopper`. Operands without scales are copied through ragged descriptors, which read zeros
+past the end of a group.
 
-M, T, E: rows, rows in padded blocks, groups. P, Q: features of the first and the second operand.
+M, T, E: rows, tokens in blocks, groups. P, Q: features of the first and the second operand.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -44,15 +44,18 @@ TILES = {
 
 
 def can_run(lhs: Tensor, rhs: Tensor, kind: str) -> bool:
-    """Whether this kernel runs operands that TMA can read, on Hopper: TMA reads their scales and writes the result."""
+    """Whether this kernel can run these operands, on Hopper and readable by TMA.
+
+    TMA also reads the scales and writes the result, so these need aligned rows as well.
+    """
     return kind in TILES and lhs.shape[1] % 4 == 0 and rhs.shape[1] % 8 == 0
 
 
-class Product:
-    """How products are run of which `can_run` is true: what does not depend on M, found once.
+class Gemm:
+    """How to launch the kernel for calls that differ only in M.
 
     Args:
-        lhs, rhs, kind: as of `can_run`.
+        lhs, rhs, kind: as in `can_run`, which is true of them.
         out_EPQ: a result.
     """
 
@@ -62,9 +65,9 @@ class Product:
         self._is_ragged = kind == "16 bit"
         self._is_blockwise = kind == "blockwise"
         self._stores_by_tma = out_EPQ.element_size() == 2
-        depth = tile.block_k if self._is_ragged else TOKEN_BLOCK
-        self._lhs_box = [depth, 64] if self._is_ragged else [64, depth]
-        self._rhs_box = [depth, tile.block_n] if self._is_ragged else [tile.block_n, depth]
+        block_k = tile.block_k if self._is_ragged else TOKEN_BLOCK
+        self._lhs_box = [block_k, 64] if self._is_ragged else [64, block_k]
+        self._rhs_box = [block_k, tile.block_n] if self._is_ragged else [tile.block_n, block_k]
         self._scales_of_rhs = tile.block_n
         tiles = num_groups * cdiv(p, 64 * tile.consumers) * cdiv(q, tile.block_n)
         self._grid = (min(tiles, num_processors(lhs.device)),)
@@ -87,7 +90,7 @@ class Product:
         num_rows: int,
         out_EPQ: Tensor,
     ) -> None:
-        """Fills ``out_EPQ``; arguments as of `k_grouped.wgrad`."""
+        """Fills ``out_EPQ``. Arguments are those of `k_grouped.wgrad`."""
         num_groups, p, q = self._num_groups, self._p, self._q
         if self._is_ragged:
             lhs_desc, rhs_desc = describe_ragged(lhs, self._lhs_box), describe_ragged(rhs, self._rhs_box)
@@ -110,7 +113,7 @@ class Product:
 
 @gluon.jit
 def _next_blocks(offs, M, e, start, BLOCK_K: gl.constexpr):
-    """One past the last row of group ``e``, which begins at row ``start``, and how many steps its tokens take."""
+    """The end row of group ``e``, which starts at row ``start``, and the number of steps that its tokens take."""
     end = gl.maximum(start, gl.minimum(gl.load(offs + e), M))
     return end, (end - start + BLOCK_K - 1) // BLOCK_K
 
@@ -125,7 +128,7 @@ def _produce(
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     SCALED: gl.constexpr = KIND == "blockwise"
     RAGGED: gl.constexpr = KIND == "16 bit"
-    FAR: gl.constexpr = 1 << 30  # of the lines of a ragged descriptor
+    FAR: gl.constexpr = 1 << 30  # see `describe_ragged`
     SIZE: gl.constexpr = lhs_desc.dtype.primitive_bitwidth // 8
     tiles_p = (P + BLOCK_M - 1) // BLOCK_M
     tiles_q = (Q + BLOCK_N - 1) // BLOCK_N
@@ -236,7 +239,7 @@ def _finish(
 ):  # fmt: skip
     """Scales a finished tile and stores it: whole tiles through shared memory, others masked."""
     WIDTH: gl.constexpr = acc.shape[1]
-    if WIDTH > 128:  # by halves: fewer registers
+    if WIDTH > 128:  # in halves, which takes fewer registers
         halves = acc.reshape([64, 2, WIDTH // 2]).permute((0, 2, 1)).split()
         for i in gl.static_range(2):
             _finish(
@@ -265,7 +268,7 @@ def _kernel(
     KIND: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    # A warpgroup's arguments are values: what is not there has a stand-in, which nothing reads.
+    # Arguments of a warpgroup must be values: what does not exist has a placeholder, which nothing reads.
     TMA_STORE: gl.constexpr = out_desc is not None
     if lhs_scale is None:
         lhs_scale = offs

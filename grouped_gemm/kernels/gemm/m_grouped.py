@@ -1,11 +1,11 @@
-"""The M-grouped product of forward and dgrad: each group of rows times its own matrix.
+"""The M-grouped GEMM of forward and dgrad: each group of rows times its own matrix.
 
-A persistent kernel: programs walk over the groups, which they find from ``offs``, and share out the tiles of each.
-A group may end anywhere; tiles at its end read rows of the next group, and do not store them. Rows past the last
-group are stored as zeros.
+The kernel is persistent. Its programs walk over the groups, which they find from ``offs``, and share the tiles of each
+group. A group may end anywhere: its last tile also reads rows of the next group, but does not store them. Rows past the
+last group are stored as zeros.
 
 M, E: rows, groups. C: the contraction, K in forward and N in dgrad. O: columns of the result, N in forward and K in
-dgrad; the kernels, which see one product at a time, call it N.
+dgrad; kernels call them N. A tile is BLOCK_M by BLOCK_N, and a step covers BLOCK_K of C.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -35,7 +35,7 @@ from grouped_gemm.kernels.common.launch import (
     on_device,
     packed,
 )
-from grouped_gemm.kernels.gemm.mx import ONES, add_mx_product
+from grouped_gemm.kernels.gemm.mx import ONES, add_mx_dot
 from grouped_gemm.kernels.gemm.tile_search import gemm_tile
 from grouped_gemm.kernels.gemm.tiles import Tile
 from grouped_gemm.kernels.quantize.layouts import SCALE_ALIGNMENT
@@ -58,10 +58,10 @@ def grouped_mm(
 
     Args:
         lhs_MC: (M, C), contiguous C; bfloat16, float16, float32 or fp8.
-        lhs_scale: fp32 factors of fp8: rowwise (M,), blockwise (ceil(C/128), S), contiguous S, since a step of the
-            kernel reads one of C for all rows of a tile; S as in `layouts.activations`.
+        lhs_scale: fp32 scales of fp8: rowwise (M,); blockwise (ceil(C/128), S), contiguous S, so that a step reads
+            adjacent scales for the rows of a tile, S as in `layouts.activations`.
             MX: (ceil(C/128), M, 4) E8M0, contiguous.
-        rhs_ECO: (E, C, O) in the dtype of ``lhs_MC``, C or O contiguous; fp8 on Hopper needs C.
+        rhs_ECO: (E, C, O) in the dtype of ``lhs_MC``, C or O contiguous. fp8 on Hopper needs contiguous C.
         rhs_scale: rowwise (E, O), contiguous; blockwise (E, ceil(C/128), ceil(O/128)), any strides; MX
             (E, ceil(C/128), O, 4) E8M0, contiguous.
         bias_EO: (E, O), contiguous, or None.
@@ -76,19 +76,19 @@ def grouped_mm(
     places = (lhs_MC.data_ptr() | rhs_ECO.data_ptr()) & 15
     strides = lhs_MC.stride(0), rhs_ECO.stride()
     key = (lhs_MC.dtype, strides, rhs_shape, recipe, out_dtype, rows, lhs_MC.device, places)
-    if AUTOTUNE.is_on_now():  # tiles that were found, or are on trial, are not remembered for calls without the switch
-        product = _product(lhs_MC, rhs_ECO, recipe, out_dtype, rows)
+    if AUTOTUNE.is_on_now():  # found tiles and tiles on trial must not be cached for calls without the switch
+        gemm = _gemm_for(lhs_MC, rhs_ECO, recipe, out_dtype, rows)
     else:
-        found = _products.get(key)
-        product = found or _products.setdefault(key, _product(lhs_MC, rhs_ECO, recipe, out_dtype, rows))
+        found = _gemms.get(key)
+        gemm = found or _gemms.setdefault(key, _gemm_for(lhs_MC, rhs_ECO, recipe, out_dtype, rows))
     if recipe is Recipe.MXFP8:
         lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     with on_device(lhs_MC):
-        product.run(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, out_MO)
+        gemm.run(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, out_MO)
 
 
-class _Product:
-    """How products are run by the kernel below: what does not depend on M, but for its row class, found once."""
+class _Gemm:
+    """How to launch the kernel below for calls that differ only in M within a row class."""
 
     def __init__(self, lhs_MC: Tensor, rhs_ECO: Tensor, kind: str, tma: bool, tile: Tile) -> None:
         self.tile = tile
@@ -124,7 +124,7 @@ class _Product:
         out_MO: Tensor,
     ) -> None:
         """Fills ``out_MO``; arguments as of `grouped_mm`."""
-        num_rows, (num_groups, depth, columns) = lhs_MC.shape[0], self._shape
+        num_rows, (num_groups, c, columns) = lhs_MC.shape[0], self._shape
         rhs = rhs_ECO.transpose(1, 2) if self._c_contiguous else rhs_ECO  # as it lies in memory
         rhs_strides = rhs.stride()
         lhs_arg, rhs_arg = lhs_MC, rhs
@@ -144,7 +144,7 @@ class _Product:
             out_MO,
             num_rows,
             num_groups,
-            depth,
+            c,
             columns,
             lhs_MC.stride(0),
             lhs_scale.stride(0) if lhs_scale is not None and lhs_scale.dim() == 2 else 0,
@@ -154,12 +154,12 @@ class _Product:
         )
 
 
-_products: dict[tuple[Any, ...], _Product | m_grouped_hopper.Product] = {}  # by all that `_product` looks at
+_gemms: dict[tuple[Any, ...], _Gemm | m_grouped_hopper.Gemm] = {}  # by everything that `_gemm_for` reads
 
 
-def _product(
+def _gemm_for(
     lhs_MC: Tensor, rhs_ECO: Tensor, recipe: Recipe, out_dtype: torch.dtype, rows: RowClass
-) -> _Product | m_grouped_hopper.Product:
+) -> _Gemm | m_grouped_hopper.Gemm:
     machine = machine_of(lhs_MC.device)
     kind = kind_of(lhs_MC, recipe)
     c_contiguous = rhs_ECO.stride(1) == 1
@@ -168,9 +168,9 @@ def _product(
         from grouped_gemm.kernels.gemm import m_grouped_hopper
 
         if m_grouped_hopper.can_run(lhs_MC, rhs_ECO, out_dtype, kind, rows):
-            return m_grouped_hopper.Product(lhs_MC, rhs_ECO, out_dtype, kind)
-    _, depth, columns = rhs_ECO.shape
-    return _Product(lhs_MC, rhs_ECO, kind, tma, gemm_tile(machine, kind, rows, depth, columns, c_contiguous, tma))
+            return m_grouped_hopper.Gemm(lhs_MC, rhs_ECO, out_dtype, kind)
+    _, c, columns = rhs_ECO.shape
+    return _Gemm(lhs_MC, rhs_ECO, kind, tma, gemm_tile(machine, kind, rows, c, columns, c_contiguous, tma))
 
 
 @triton.jit(do_not_specialize=["M", "E", "lhs_scale_stride"])
@@ -217,7 +217,7 @@ def _grouped_mm(
             column = tile_column * BLOCK_N
             rows = row + tl.arange(0, BLOCK_M)
             columns = column + tl.arange(0, BLOCK_N)
-            acc = _tile_product(
+            acc = _multiply_tile(
                 lhs,
                 lhs_scale,
                 rhs,
@@ -268,7 +268,7 @@ def _grouped_mm(
 
 
 @triton.jit
-def _tile_product(
+def _multiply_tile(
     lhs,
     lhs_scale,
     rhs,
@@ -294,7 +294,7 @@ def _tile_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The fp32 product of one tile, from ``row`` and ``column`` on, over all of C; scales of blocks are in it."""
+    """The fp32 result of the tile at ``row`` and ``column``, over all of C, with scales of blocks applied."""
     BLOCKWISE: tl.constexpr = KIND == "blockwise"
     MX: tl.constexpr = KIND == "mx" or KIND == "mx upcast"
     tl.static_assert(not BLOCKWISE or (BLOCK_K == 128 and 128 % BLOCK_N == 0), "a step has one scale of rhs")
@@ -341,10 +341,10 @@ def _tile_product(
             lhs_tiles += BLOCK_K
             rhs_tiles += BLOCK_K if C_CONTIGUOUS else BLOCK_K * tl.cast(rhs_stride, tl.int64)
         if BLOCKWISE:
-            # The tensor cores sum up one block of 128; fp32 registers sum up the blocks, each with its scales.
+            # Tensor cores add up a block of 128 values; blocks are scaled and added up in fp32 registers.
             acc += tl.dot(lhs_tile, rhs_tile) * (row_scales * block_scale)[:, None]
         elif MX:
-            acc = add_mx_product(lhs_tile, row_scales, rhs_tile, column_scales, acc, KIND == "mx")
+            acc = add_mx_dot(lhs_tile, row_scales, rhs_tile, column_scales, acc, KIND == "mx")
         else:
             acc = tl.dot(lhs_tile, rhs_tile, acc, input_precision="ieee")
     return acc

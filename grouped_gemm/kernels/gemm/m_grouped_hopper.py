@@ -1,11 +1,12 @@
-"""The M-grouped GEMM on Hopper, warp-specialized, in Gluon: most calls of `m_grouped`.
+"""The M-grouped GEMM on Hopper, warp-specialized, in Gluon. Most calls of `m_grouped` on Hopper run it.
 
-Blockwise it is about twice as fast as that, otherwise by up to a third (docs/performance.md).
+It is about twice as fast as the portable kernel blockwise, and up to a third faster otherwise (docs/performance.md).
 
-One warp copies tiles of both operands, and blockwise the scales of the rows, into a ring of shared memory; two or three
-warpgroups multiply, each 64 rows of the tile. Blockwise, a warpgroup multiplies 128 of C into fresh registers and adds
-them, scaled, to its sum, while the tensor cores work for the others. A finished tile leaves through shared memory while
-the next one begins. Groups are found from ``offs``, as in `m_grouped`.
+One warp, the producer, copies tiles of both operands into a ring in shared memory, and blockwise the scales of rows as
+well. Two or three warpgroups, the consumers, multiply 64 rows of the tile each. Blockwise, a consumer multiplies 128
+values of C into separate registers, then scales the result and adds it to its sum while the tensor cores work for the
+other consumers. A finished tile is stored through shared memory while the next one begins. Groups are found from
+``offs``, as in `m_grouped`.
 
 M, E: rows, groups. C: the contraction. N: columns of the result.
 """
@@ -45,8 +46,8 @@ TILES = {
     "rowwise": HopperTile(2, 256, 128, 4, 232, 8),
     "blockwise": HopperTile(3, 128, 128, 4, 152, 8),
 }
-# Likewise: where it is the faster one. Without scales at 8 rows a group, 0.87 to 1.2 times as fast as
-# `m_grouped`'s own.
+# Measured likewise: the row classes in which this kernel is faster. Without scales and with 8 rows a group, it is 0.87
+# to 1.2 times as fast as the portable one.
 _ROWS = {
     "16 bit": (RowClass.SMALL, RowClass.LARGE),
     "rowwise": tuple(RowClass),
@@ -55,37 +56,37 @@ _ROWS = {
 
 
 def can_run(lhs_MC: Tensor, rhs_ECO: Tensor, out_dtype: torch.dtype, kind: str, rows: RowClass) -> bool:
-    """Whether this kernel runs operands that TMA can read, on Hopper, and is the faster one.
+    """Whether this kernel can run these operands, on Hopper and readable by TMA, and is faster than the portable one.
 
-    The matrices must follow one another without gaps, and the result's rows start at multiples of 16 bytes. A matrix
-    whose lines are along C must have whole tiles of it, lest a tile ends with lines of the next one.
+    The matrices must follow one another without gaps, and rows of the result must start at multiples of 16 bytes.
+    Without contiguous C, C must be a multiple of block_k: otherwise the last step would read lines of the next matrix.
     """
-    _, depth, columns = rhs_ECO.shape
+    _, c, columns = rhs_ECO.shape
     c_contiguous = rhs_ECO.stride(1) == 1
-    lines, stride = (columns, rhs_ECO.stride(2)) if c_contiguous else (depth, rhs_ECO.stride(1))
+    lines, stride = (columns, rhs_ECO.stride(2)) if c_contiguous else (c, rhs_ECO.stride(1))
     return (
         rows in _ROWS.get(kind, ())
         and (rhs_ECO.shape[0] == 1 or rhs_ECO.stride(0) == lines * stride)
         and columns * out_dtype.itemsize % 16 == 0
-        and (c_contiguous or depth % TILES[kind].block_k == 0)
+        and (c_contiguous or c % TILES[kind].block_k == 0)
     )
 
 
-class Product:
-    """How products are run of which `can_run` is true: what does not depend on M, found once.
+class Gemm:
+    """How to launch the kernel for calls that differ only in M.
 
     Args:
-        lhs_MC, rhs_ECO, out_dtype, kind: as of `can_run`.
+        lhs_MC, rhs_ECO, out_dtype, kind: as in `can_run`, which is true of them.
     """
 
     def __init__(self, lhs_MC: Tensor, rhs_ECO: Tensor, out_dtype: torch.dtype, kind: str) -> None:
         tile = TILES[kind]
-        self._num_groups, self._depth, self._columns = num_groups, depth, columns = rhs_ECO.shape
+        self._num_groups, self._c, self._columns = num_groups, c, columns = rhs_ECO.shape
         c_contiguous = rhs_ECO.stride(1) == 1
         self._lhs_stride = lhs_MC.stride(0)
         self._lhs_box = [64, tile.block_k]
         self._rhs_stride = rhs_ECO.stride(2) if c_contiguous else rhs_ECO.stride(1)
-        self._rhs_shape = [num_groups * columns, depth] if c_contiguous else [num_groups * depth, columns]
+        self._rhs_shape = [num_groups * columns, c] if c_contiguous else [num_groups * c, columns]
         self._rhs_box = [tile.block_n, tile.block_k] if c_contiguous else [tile.block_k, tile.block_n]
         self._is_blockwise = kind == "blockwise"
         self._stores_by_tma = out_dtype.itemsize == 2
@@ -111,9 +112,9 @@ class Product:
         offs: Tensor,
         out_MO: Tensor,
     ) -> None:
-        """Fills ``out_MO``; arguments as of `gemm.grouped_mm`."""
-        num_rows, num_groups, depth, columns = lhs_MC.shape[0], self._num_groups, self._depth, self._columns
-        lhs_desc = describe_tile(lhs_MC, [num_rows, depth], self._lhs_stride, self._lhs_box)
+        """Fills ``out_MO``. Arguments are those of `m_grouped.grouped_mm`."""
+        num_rows, num_groups, c, columns = lhs_MC.shape[0], self._num_groups, self._c, self._columns
+        lhs_desc = describe_tile(lhs_MC, [num_rows, c], self._lhs_stride, self._lhs_box)
         rhs_desc = describe_tile(rhs_ECO, self._rhs_shape, self._rhs_stride, self._rhs_box)
         scale_desc = out_desc = None
         strides: tuple[int, ...] = (0, 0, 0)
@@ -127,13 +128,13 @@ class Product:
         self._launch(
             (min(most_tiles, self._processors),),
             lhs_desc, rhs_desc, scale_desc, out_desc, lhs_scale, rhs_scale, bias_EO,
-            offs, out_MO, num_rows, num_groups, depth, columns, *strides,
+            offs, out_MO, num_rows, num_groups, c, columns, *strides,
         )  # fmt: skip
 
 
 @gluon.jit
 def _seek(offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK_M: gl.constexpr):
-    """Moves on to the group that has ``tile``. Rows past the last group are group E; there is none past that one.
+    """Advances to the group that has ``tile``. Rows past the last group count as group E, the last one.
 
     Returns:
         The group, its first row, one past its last row, its first tile, and where its scales begin.
@@ -215,7 +216,7 @@ def _consume(
         column = tile_column * BLOCK_N
         acc = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
         if e < E:
-            if row >= end:  # none of its rows is in the group: only keeps the ring going
+            if row >= end:  # no row of this consumer is in the group: it only releases the slots
                 for _ in range(steps):
                     mbarrier.wait(full.index(slot), phase)
                     mbarrier.arrive(empty.index(slot), count=1)
@@ -226,7 +227,7 @@ def _consume(
                 for step in range(steps):
                     block_scale = next_scale
                     block_scales += gl.where(step + 1 < steps, scale_stride_c, 0)
-                    next_scale = gl.load(block_scales)  # a step ahead: nothing waits for it
+                    next_scale = gl.load(block_scales)  # loaded a step ahead, so that nothing waits for it
                     mbarrier.wait(full.index(slot), phase)
                     block = start_block(
                         lhs_bufs.index(slot * CONSUMERS + which), rhs_bufs.index(slot).permute((1, 0)), LAYOUT
@@ -259,8 +260,8 @@ def _finish(
     acc, buffer, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
     KIND: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
 ):  # fmt: skip
-    """Scales a finished tile, adds the bias, and stores it: whole tiles through shared memory, others masked."""
-    if acc.shape[1] == 256:  # by halves: fewer registers
+    """Scales a finished tile, adds the bias and stores it: whole tiles through shared memory, others masked."""
+    if acc.shape[1] == 256:  # in halves, which takes fewer registers
         halves = acc.reshape([64, 2, 128]).permute((0, 2, 1)).split()
         for i in gl.static_range(2):
             _finish(
@@ -270,7 +271,7 @@ def _finish(
     else:
         rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
         ns = column + gl.arange(0, 128, layout=gl.SliceLayout(0, acc.type.layout))
-        e64 = gl.minimum(e, E - 1).to(gl.int64)  # past the last group nothing is loaded, lest zeros become NaN
+        e64 = gl.minimum(e, E - 1).to(gl.int64)  # past the last group nothing is loaded: zeros must stay zeros
         if KIND == "rowwise":
             row_scales = gl.load(lhs_scale + rows, mask=(rows < end) & (e < E), other=0)
             column_scales = gl.load(rhs_scale + e64 * N + ns, mask=(ns < N) & (e < E), other=0)
@@ -294,7 +295,7 @@ def _kernel(
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    # A warpgroup's arguments are values: what is not there has a stand-in, which nothing reads.
+    # Arguments of a warpgroup must be values: what does not exist has a placeholder, which nothing reads.
     HAS_BIAS: gl.constexpr = bias is not None
     TMA_STORE: gl.constexpr = out_desc is not None
     if lhs_scale is None:

@@ -1,11 +1,10 @@
-"""Tiles found ahead of time on the user's own GPU, and kept in a file: GROUPED_GEMM_AUTOTUNE=1. Imports no Triton.
+"""Tiles that were found ahead of time on the user's GPU and are kept in a file: GROUPED_GEMM_AUTOTUNE=1. No Triton.
 
-Three rules. A call only looks up: `search` runs in `grouped_gemm.warmup` and nowhere else. M is no key, the row class
-is, so that one machine code serves all calls of a class; wgrad's does not even depend on that. And a tile is kept only
-if its result is that of the shipped tile, bit for bit: the switch changes how long a product takes, never its value,
-and a row's bits depend on the other groups as much as they did before, which is not at all.
+Three rules hold. Calls only look tiles up: `search` runs in `grouped_gemm.warmup` and nowhere else. M is not a key,
+only its row class, so the same machine code serves all calls of a class, and for wgrad all calls. A tile is kept only
+if its result equals that of the shipped tile bit for bit: the switch changes how long a GEMM takes, never its value.
 
-C, O, P, Q: the contraction and the columns of `m_grouped`, the features of `k_grouped`'s operands.
+C, O: the contraction and the columns of `m_grouped`. P, Q: the features of `k_grouped`'s operands.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from grouped_gemm.core.store import Section
 from grouped_gemm.kernels.gemm import tiles
 from grouped_gemm.kernels.gemm.tiles import Tile
 
-MARGIN = 1.02  # how many times as fast as the shipped tile one must be: repeated medians differ by up to 1%
+MARGIN = 1.02  # how much faster than the shipped tile one must be: repeated medians differ by up to 1%
 _POWERS_OF_TWO = ("block_m", "block_n", "block_k", "num_warps")
 _BOUNDS = {
     "block_m": (16, 256), "block_n": (16, 256), "block_k": (16, 128),
@@ -38,16 +37,16 @@ _BOUNDS = {
 
 
 class Site(NamedTuple):
-    """One use of a tile: all that the best one depends on, beside the versions of Triton and of the kernels.
+    """One use of a tile: everything that the best tile depends on, except the versions of Triton and of the kernels.
 
     Attributes:
         arch: "sm_90".
-        gpu: the device's own name: an H100 and an H200 are both sm_90.
+        gpu: the device's name, since an H100 and an H200 are both sm_90.
         kernel: "gemm" or "wgrad".
-        kind: kind of operands, as in `tiles`.
-        rows: value of the row class; "any" for wgrad.
+        kind: kind of operands, see `launch.kind_of`.
+        rows: the row class, as a string; "any" for wgrad.
         sizes: (C, O) of gemm, (P, Q) of wgrad.
-        layout: which axis of gemm's rhs is contiguous, "c" or "o"; and whether TMA reads the operands.
+        layout: the contiguous axis of gemm's rhs, "c" or "o", and whether TMA reads the operands.
     """
 
     arch: str
@@ -63,7 +62,7 @@ class Site(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a search found: the tile, and how many times as fast as the shipped one it is (1 where it is that one)."""
+    """What a search found: the tile, and its speedup over the shipped tile (1 if it is the shipped tile)."""
 
     tile: Tile
     speedup: float
@@ -71,17 +70,17 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Search:
-    """One search, for people.
+    """One search, for reports.
 
     Attributes:
         site: what was tuned.
-        shipped: the tile of the table.
-        tile: the one that is used from now on.
+        shipped: the shipped tile.
+        tile: the tile that is used from now on.
         shipped_ms: milliseconds of the shipped tile.
         ms: milliseconds of ``tile``.
         tried: how many other tiles were tried.
-        different: how many of them gave other bits.
-        failed: those that did not compile or run, and why.
+        different: how many of them gave different bits.
+        failed: the tiles that did not compile or run, and why.
     """
 
     site: Site
@@ -95,14 +94,14 @@ class Search:
 
     @property
     def speedup(self) -> float:
-        """How many times as fast as the shipped tile; 1 where that one stays."""
+        """How many times as fast as the shipped tile; 1 if that one stays."""
         return 1.0 if self.tile == self.shipped else self.shipped_ms / self.ms
 
     def __str__(self) -> str:
         kept = "the shipped tile stays"
         if self.tile != self.shipped:
             kept = f"{self.speedup:.2f}x as fast with {tile_name(self.tile)}, shipped {tile_name(self.shipped)}"
-        trials = f"{self.tried} tried, {len(self.failed)} failed, {self.different} gave other bits"
+        trials = f"{self.tried} tried, {len(self.failed)} failed, {self.different} gave different bits"
         reasons = sorted({reason for _, reason in self.failed})
         return f"{self.site}: {kept} ({trials}{''.join(f'; failed: {reason}' for reason in reasons)})"
 
@@ -117,7 +116,7 @@ def tile_name(tile: Tile) -> str:
 
 
 def gemm_tile(machine: Machine, kind: str, rows: RowClass, c: int, o: int, c_contiguous: bool, tma: bool) -> Tile:
-    """The tile of the M-grouped kernel: where GROUPED_GEMM_AUTOTUNE=1, one that was found for this use; else shipped.
+    """The tile of the M-grouped kernel: with GROUPED_GEMM_AUTOTUNE=1 the one found for this use, else the shipped one.
 
     Raises:
         ValueError: the switch has an unknown value.
@@ -130,7 +129,7 @@ def gemm_tile(machine: Machine, kind: str, rows: RowClass, c: int, o: int, c_con
 
 
 def wgrad_tile(machine: Machine, kind: str, p: int, q: int, tma: bool) -> Tile:
-    """Likewise of the K-grouped kernel."""
+    """The same for the K-grouped kernel."""
     shipped = tiles.wgrad_tile(machine.vendor, machine.arch, kind)
     if not AUTOTUNE.is_on():
         return shipped
@@ -138,10 +137,10 @@ def wgrad_tile(machine: Machine, kind: str, p: int, q: int, tma: bool) -> Tile:
 
 
 class _Watch(threading.local):
-    """What a search has this thread do: other threads go on with the tiles that they have."""
+    """What a search makes this thread do. Other threads keep using their tiles."""
 
     def __init__(self) -> None:
-        self.seen: dict[Site, Tile] | None = None  # uses and their shipped tiles
+        self.seen: dict[Site, Tile] | None = None  # the uses that are looked up, and their shipped tiles
         self.trial: tuple[Site, Tile] | None = None
 
 
@@ -195,20 +194,20 @@ def _site(entry: dict[str, Any]) -> Site:
 
 
 def _check(entry: dict[str, Any]) -> None:
-    """The tile of an entry is one that its kernel takes, no larger than a search tries."""
+    """Checks that an entry's tile is one that its kernel accepts and a search would try."""
     site, tile = _site(entry), Tile(**entry["tile"])
     for name, value in tile._asdict().items():
         least, most = _BOUNDS[name]
         if type(value) is not int or not least <= value <= most:
-            raise ValueError(f"{name} of a tile is {value!r}, and not from {least} to {most}")
+            raise ValueError(f"{name}: expected {least} to {most}; found {value!r}")
     if any(value & (value - 1) for value in (getattr(tile, name) for name in _POWERS_OF_TWO)):
-        raise ValueError(f"no powers of two: {tile}")
+        raise ValueError(f"expected powers of two for {', '.join(_POWERS_OF_TWO)}; found {tile}")
     if site.kind in ("blockwise", "mx", "mx upcast") and tile.block_k != 128:
-        raise ValueError(f"block_k of a tile is {tile.block_k}; a block of scales has 128")
+        raise ValueError(f"block_k: expected 128, a block of scales; found {tile.block_k}")
     if (site.kernel, site.kind) == ("gemm", "blockwise") and tile.block_n > 128:
-        raise ValueError(f"block_n of a tile is {tile.block_n}; a block of scales has 128")
+        raise ValueError(f"block_n: expected at most 128, a block of scales; found {tile.block_n}")
     if type(entry["speedup"]) not in (int, float) or not 0 < entry["speedup"] < math.inf:
-        raise ValueError(f"speedup is {entry['speedup']!r}")
+        raise ValueError(f"speedup: expected a positive number; found {entry['speedup']!r}")
 
 
 @functools.cache
@@ -227,20 +226,20 @@ _section: Section[Site, Found] = Section("tiles", _parse, _render)
 
 
 def search(run: Callable[[], Tensor], timer: Callable[[Callable[[], Tensor]], float] | None = None) -> list[Search]:
-    """Searches a tile for each use in ``run`` that nothing is known of yet, and stores what it found.
+    """Searches a tile for each use in ``run`` that has none yet, and stores the tiles that it found.
 
-    Takes about a second for each tile that has to be compiled; waits for the device. Not during graph capture.
+    Takes about a second for each tile that has to be compiled. Host syncs, so it cannot run during graph capture.
 
     Args:
-        run: launches a product, on operands of a size that tells; the same result each time.
-        timer: milliseconds of a function; None: the median of ``triton.testing.do_bench``, which empties L2 before
-            each run.
+        run: launches a GEMM on operands of a representative size, with the same result each time.
+        timer: measures a function in milliseconds. None: the median of ``triton.testing.do_bench``, which flushes L2
+            before each run.
 
     Returns:
-        What was done, one for each use.
+        One report for each use.
 
     Raises:
-        RuntimeError: the shipped tile's own result does not repeat, so that no comparison means anything.
+        RuntimeError: the shipped tile's own result does not repeat, so results cannot be compared.
     """
     timer = timer or _milliseconds
     seen: dict[Site, Tile] = {}
@@ -258,7 +257,7 @@ def search(run: Callable[[], Tensor], timer: Callable[[Callable[[], Tensor]], fl
 def _search(
     site: Site, shipped: Tile, run: Callable[[], Tensor], timer: Callable[[Callable[[], Tensor]], float]
 ) -> Search:
-    """Better tiles are looked for in one respect after the other, each time around the best one so far."""
+    """Varies one parameter after the other, each time around the best tile so far."""
     truth = _with(site, shipped, run)
     times = {shipped: _with(site, shipped, lambda: timer(run))}
     failed: dict[Tile, str] = {}
@@ -274,13 +273,15 @@ def _search(
                     times[tile] = float("inf")
                     continue
                 times[tile] = _with(site, tile, lambda: timer(run))
-            except Exception as error:  # of the compiler or the launch: this tile is none; the report says so
+            except Exception as error:  # of the compiler or the launch: reported, and this tile is out
                 failed[tile] = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-    if not _same_bits(_with(site, shipped, run), truth):  # raises where a trial has left the device unusable
-        raise RuntimeError(f"{site}: expected the same bits from the same tile; found others. Nothing was stored.")
+    if not _same_bits(_with(site, shipped, run), truth):  # raises if a trial has left the device unusable
+        raise RuntimeError(
+            f"{site}: expected the same bits from the same tile; found different ones. Nothing was stored."
+        )
     best = min(times, key=times.__getitem__)
     tried = len(times) + len(failed) - 1
-    if best != shipped:  # once more, in turns: the first times were minutes apart
+    if best != shipped:  # once more, interleaved: the first times were minutes apart
         again = [(_with(site, shipped, lambda: timer(run)), _with(site, best, lambda: timer(run))) for _ in range(2)]
         times[shipped], times[best] = (min(column) for column in zip(*again))
         if times[shipped] < MARGIN * times[best]:
@@ -289,7 +290,7 @@ def _search(
 
 
 def _with(site: Site, tile: Tile, run: Callable[[], Any]) -> Any:
-    """What ``run`` returns where ``site`` works in ``tile``."""
+    """What ``run`` returns when ``site`` uses ``tile``."""
     _watch.trial = site, tile
     try:
         return run()

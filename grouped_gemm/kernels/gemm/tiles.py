@@ -1,7 +1,8 @@
-"""Which tile a kernel works in, as tables by architecture, kind of operands and row class. Nothing tunes in a call.
+"""The tile of each kernel, in tables by architecture, kind of operands and row class. No call tunes.
 
-M is not a key: a call with more rows runs the same machine code, and its rows get the same bits. An entry says where
-it was measured; the others are plausible, and marked so. `tile_search` holds those found on the user's GPU.
+M is not a key: calls with more rows run the same machine code, so a row's bits do not depend on M. Comments say which
+entries were measured, and where; the others are plausible guesses. `tile_search` has the tiles that were found on the
+user's GPU.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ _GEMM_AMD: _Table = {
     ("mx", _LARGE): Tile(128, 128, 128, 8, 2),
     ("mx upcast", _LARGE): Tile(128, 128, 128, 8, 2),
 }
-# The interpreter: small, so that small cases have many tiles.
+# For the interpreter: small, so that small cases have several tiles.
 _GEMM_CPU: _Table = {
     ("16 bit", _LARGE): Tile(16, 32, 32, 4, 1, group_m=2),
     ("32 bit", _LARGE): Tile(16, 32, 32, 4, 1, group_m=2),
@@ -121,12 +122,15 @@ _WGRAD: dict[str, dict[str, Tile]] = {
 
 @functools.cache
 def gemm_tile(vendor: str, arch: str, kind: str, rows: RowClass) -> Tile:
-    """The tile of the M-grouped kernel: the architecture's own, else its vendor's; else that of the next row class."""
+    """The tile of the M-grouped kernel, from the table of the architecture, else of the vendor.
+
+    A row class without an entry takes the tile of the next larger one.
+    """
     table = _GEMM.get(arch, _GEMM[vendor])
     larger = (rows, _SMALL, _LARGE) if rows is _DECODE else (rows, _LARGE)
     return next(table[kind, row_class] for row_class in larger if (kind, row_class) in table)
 
 
 def wgrad_tile(vendor: str, arch: str, kind: str) -> Tile:
-    """The tile of the K-grouped kernel: the architecture's own, else its vendor's."""
+    """The tile of the K-grouped kernel, from the table of the architecture, else of the vendor."""
     return _WGRAD.get(arch, _WGRAD[vendor])[kind]

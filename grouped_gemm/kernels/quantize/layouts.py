@@ -1,10 +1,11 @@
-"""The tensors that the quantizers fill and the products read: shapes, strides and dtypes. Imports no Triton.
+"""The tensors that the quantizers write and the GEMMs read: shapes, strides and dtypes. Imports no Triton.
 
 An operand that is not wanted is an empty tensor of shape (0,).
 
-MX scales, E8M0, lie as blockwise ones do, four in place of one: (ceil(depth/128), lines, 4), lines being the rows or
-columns that the contraction runs along. A step of a kernel covers 128 of the contraction and reads an aligned int32 for
-each line of its tile, adjacent ones for adjacent lines, wherever a group starts. Scales of no values are 1.
+MX scales, E8M0, are laid out like blockwise ones, but with four in place of one: (ceil(C/128), lines, 4), where C is
+the contraction and lines are the rows or columns along it. A step of a kernel covers 128 of C. It reads one aligned
+int32 for each line of its tile, from adjacent places for adjacent lines, wherever a group starts. Scales of no values
+are 1.
 
 M, E, K, N: rows, groups, in and out features. D: K or N. T: tokens in blocks of 128 that start anew with each group.
 """
@@ -20,23 +21,22 @@ from torch import Tensor
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.recipes import Recipe
 
-Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # two data, two scales, in the order of a function's own
+Operands = tuple[Tensor, Tensor, Tensor, Tensor]  # data and scales of two layouts; each function says in which order
 
 TOKEN_BLOCK = 128
-SCALE_ALIGNMENT = 4  # fp32 scales that TMA reads start at multiples of 16 bytes
-MX_SCALES = 4  # how many MX scales a line has in 128 of the contraction
+SCALE_ALIGNMENT = 4  # TMA reads fp32 scales from multiples of 16 bytes
+MX_SCALES = 4  # of a line, in 128 of the contraction
 
 
 def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, columns: bool) -> Operands:
     """Data and scales of an operand of forward and dgrad, then of an operand of wgrad, both of ``x_MD``.
 
     Returns:
-        Data (M, D) fp8, contiguous D; scales, rowwise (M,), blockwise (ceil(D/128), S), MX (ceil(D/128), M, 4). In S,
-        the rows of each group start at a multiple of 4, after those of the group before: S is M + 3 E, rounded up to
-        such a multiple.
-        Data (T/128, D, 128) fp8, contiguous, so that a tile of 128 tokens is in one piece; scales, rowwise (E, D),
-        blockwise (T/128, D), MX (T/128, D, 4).
-        T is ``(M // 128 + E) * 128``, which is enough for any ``offs``.
+        The order is that of `quantize.fp8.quantize_activations`: data and scales by rows, data and scales by columns.
+        By rows: data (M, D) fp8, contiguous D; scales rowwise (M,), blockwise (ceil(D/128), S), MX (ceil(D/128), M, 4).
+        Along S, the rows of each group start at a multiple of 4: S is M + 3 E, rounded up to a multiple of 4.
+        By columns: data (T/128, D, 128) fp8, contiguous, so that a tile of 128 tokens is one piece of memory; scales
+        rowwise (E, D), blockwise (T/128, D), MX (T/128, D, 4). T is ``(M // 128 + E) * 128``, enough for any ``offs``.
     """
     num_rows, features = x_MD.shape
     each = (MX_SCALES,) if recipe is Recipe.MXFP8 else ()
@@ -67,7 +67,7 @@ def token_blocks(offs: Tensor, num_rows: int) -> Tensor:
 
 
 def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Operands:
-    """Data for forward and for dgrad, then the scales of each; blockwise, both have the first scales.
+    """Data for forward and for dgrad, then the scales of each. Blockwise, the first scales serve both.
 
     Returns:
         Data (E, N, K) fp8, contiguous K, and data (E, K, N) fp8, contiguous N.
@@ -87,22 +87,22 @@ def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Ope
 
 
 def mx_scales(scale_EBL: Tensor) -> Tensor:
-    """A checkpoint's MX scales, (E, ceil(depth/32), lines), as `weights` has them, (E, ceil(depth/128), lines, 4)."""
+    """Converts a checkpoint's MX scales, (E, ceil(C/32), lines), to those of `weights`, (E, ceil(C/128), lines, 4)."""
     num_groups, blocks, lines = scale_EBL.shape
     one = 127  # the code of 2^0
     codes = F.pad(scale_EBL.view(torch.uint8), (0, 0, 0, -blocks % MX_SCALES), value=one)
     return codes.view(num_groups, -1, MX_SCALES, lines).transpose(2, 3).contiguous().view(scale_EBL.dtype)
 
 
-def _empty_line_scales(b_EKN: Tensor, depth: int, lines: int, recipe: Recipe) -> Tensor:
-    """The scales of weights, of which each line has its own, summed over ``depth``."""
+def _empty_line_scales(b_EKN: Tensor, c: int, lines: int, recipe: Recipe) -> Tensor:
+    """Scales of weights with ``lines`` lines of ``c`` values, where each line has its own."""
     num_groups = b_EKN.shape[0]
-    shape = (num_groups, -(-depth // 128), lines, MX_SCALES) if recipe is Recipe.MXFP8 else (num_groups, lines)
+    shape = (num_groups, -(-c // 128), lines, MX_SCALES) if recipe is Recipe.MXFP8 else (num_groups, lines)
     return b_EKN.new_empty(shape, dtype=recipe.scale_dtype)
 
 
 def _empty_fp8(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Lines start at multiples of 16 bytes, as TMA wants them, whatever their length."""
+    """An fp8 tensor whose lines start at multiples of 16 bytes, as TMA requires, whatever their length."""
     *outer, line = shape
     padded = -(-line // 16) * 16
     buffer = x.new_empty(*outer, padded, dtype=machine_of(x.device).fp8_dtype)
