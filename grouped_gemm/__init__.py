@@ -31,7 +31,7 @@ if importlib.util.find_spec("grouped_gemm_backend") is not None:  # the extensio
 if TYPE_CHECKING:
     from grouped_gemm.autotune.warmup import Warmup, warmup
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "BackendKind",
     "CallSpec",
