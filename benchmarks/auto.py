@@ -150,7 +150,7 @@ def main() -> int:
     print("\n".join(failures))
     if args.json:
         run = {"device": machine.name, "versions": dict(machine.versions), "rows": results, "failures": failures}
-        args.json.write_text(json.dumps(run, indent=1))
+        args.json.write_text(json.dumps(run, indent=1) + "\n")
     return 1 if over or failures else 0
 
 

@@ -226,7 +226,7 @@ def main() -> int:
         )
     print_run(run)
     if args.json:
-        args.json.write_text(json.dumps(run, indent=1))
+        args.json.write_text(json.dumps(run, indent=1) + "\n")
     if args.plot:
         _chart.draw(run, args.plot)
         print(f"The picture is in {args.plot}.")

@@ -16,3 +16,9 @@ def read(path: str) -> str:
 
 def test_the_changelog_begins_with_this_version() -> None:
     assert re.findall(r"^## \[(\d\S*)\]", read("CHANGELOG.md"), re.M)[0] == __version__
+
+
+def test_pre_commit_has_the_ruff_of_the_constraints() -> None:
+    (expected,) = re.findall(r"^ruff==(\S+)$", read("constraints.txt"), re.M)
+    found = re.findall(r"\bruff==([\d.]+)", read(".pre-commit-config.yaml"))
+    assert found and set(found) == {expected}
