@@ -22,3 +22,11 @@ def test_pre_commit_has_the_ruff_of_the_constraints() -> None:
     (expected,) = re.findall(r"^ruff==(\S+)$", read("constraints.txt"), re.M)
     found = re.findall(r"\bruff==([\d.]+)", read(".pre-commit-config.yaml"))
     assert found and set(found) == {expected}
+
+
+def test_actions_are_pinned_by_commit() -> None:
+    """A tag can be moved to other code; dependabot reads the version in the comment."""
+    uses = re.findall(r"\buses: *(.*)$", read(".github/workflows/ci.yml"), re.M)
+    assert uses
+    for use in uses:
+        assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use), use
