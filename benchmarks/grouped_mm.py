@@ -109,7 +109,7 @@ def time_quantizers(shape: str, kind: str) -> None:
     copy_ms = milliseconds("copy", lambda: target.copy_(x))
     copy = copy_ms and 4 * x.numel() / copy_ms / 1e6
     for recipe in RECIPES[1:]:
-        cases = {
+        cases: dict[str, tuple[int, Callable[[], Any]]] = {
             what: (
                 3 * x.numel() if not (rows and columns) else 4 * x.numel(),
                 lambda rows=rows, columns=columns, recipe=recipe: TRITON.quantize_activations(
@@ -134,7 +134,7 @@ def time_host() -> None:
     offs = torch.tensor([64, 128], dtype=torch.int32, device=DEVICE)
     a = torch.randn(128, 256, device=DEVICE, dtype=torch.bfloat16)
     b = torch.randn(2, 256, 256, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         f"grouped_mm {recipe.value}": lambda recipe=recipe: grouped_mm(
             a, b, offs, recipe=recipe, kernel_preference="triton"
         )

@@ -34,7 +34,7 @@ Run = Callable[[], Any]
 class Anywhere(triton.Backend):
     """The Triton backend on a machine without its GPU."""
 
-    requirements = ()
+    requirements: Any = ()
     health = _GroupedMMBackend.health
 
 
@@ -66,7 +66,7 @@ def contraction(lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: A
 
 
 # The products' outputs are new at each call, since autograd marks them as its own.
-NOTHING = {
+NOTHING: dict[str, Any] = {
     "triton_grouped_mm": product,
     "triton_wgrad": contraction,
     "triton_quantize_activations": quantized_activations,

@@ -166,7 +166,7 @@ def compile_deepgemm_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("offs", "row_map", "blocks", "sizes"), "*i32")
     sides = {"BLOCK": 128, "FIELDS": 5}
     tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, **sides, "GROUP_M": 8}
-    kernels = {
+    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "deepgemm plan": (deepgemm_quantize._lay_out, {"E_AT_ONCE": 1024, **sides, "AT_ONCE": 8}),
         "deepgemm rows": (deepgemm_quantize._quantize_tiles, {"ROWS": True, "COLUMNS": False, **tile}),
         "deepgemm both": (deepgemm_quantize._quantize_tiles, {"ROWS": True, "COLUMNS": True, **tile}),
@@ -184,7 +184,7 @@ def compile_torch_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("row_scales", "column_scales"), "*fp32")
     types |= dict.fromkeys(("offs", "ends", "token_ends", "blocks", "row_amax", "column_amax"), "*i32")
     tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, "TOKENS": 32, "BLOCK": 128, "GROUP_M": 8}
-    kernels = {
+    kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "torch plan": (torch_native_quantize._lay_out, {"E_PADDED": 512, "TOKENS": 32}),
         "torch blocks": (torch_native_quantize._find_blocks, {"E_PADDED": 512, "BLOCK": 128, "AT_ONCE": 32}),
         "torch both": (torch_native_quantize._quantize_tiles, {"ROWS": True, **tile}),
@@ -248,7 +248,7 @@ def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
     types |= {"out": "*bf16" if whole else "*fp32", "rhs_desc": rhs}
     types |= {"lhs_scale_desc": descriptor("fp32", 1, 64), "rhs_scale_desc": descriptor("fp32", 1, tile.block_n)}
     types["out_desc"] = descriptor("bf16", 64, 128)
-    constants = {} if whole else {"out_desc": None}
+    constants: dict[str, Any] = {} if whole else {"out_desc": None}
     constants |= {"lhs_scale": None, "rhs_scale": None} if kind == "16 bit" else {}
     constants |= {} if kind == "blockwise" else {"lhs_scale_desc": None, "rhs_scale_desc": None}
     constants |= {
@@ -318,7 +318,7 @@ def stack_bytes(compiled: Any) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [_TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        command = [str(_TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return sum(map(int, re.findall(r"STACK:(\d+)", text)))
 

@@ -59,7 +59,7 @@ def check_weights(recipe: Recipe, contiguous: str, device: torch.device | str = 
     """Each layout alone, and both from one read; the lines of MX scales that are no lines of weights do not matter."""
     torch.manual_seed(0)
     k, n = (128, 256) if recipe is Recipe.MXFP8 else (48, 144)
-    sizes = ((k, n, True, True), (k, n, True, False), (k, n, False, True))
+    sizes: tuple[tuple[int, int, bool, bool], ...] = ((k, n, True, True), (k, n, True, False), (k, n, False, True))
     if recipe is Recipe.MXFP8:  # only what is summed over is a multiple of 128
         sizes += ((k, 144, True, False), (48, n, False, True))
     for k, n, forward, dgrad in sizes:

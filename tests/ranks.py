@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -103,7 +103,8 @@ def sharded(job: Job, form: str) -> Model:
 @contextmanager
 def quantizations(job: Job) -> Iterator[list[Recipe]]:
     """The recipe of each time that weights are quantized."""
-    backend, counted = get_backend(job.backend), []
+    backend: Any = get_backend(job.backend)
+    counted: list[Recipe] = []
     quantize = backend.quantize_weights
 
     def count(b: Tensor, recipe: Recipe, **layouts: bool):
@@ -140,7 +141,7 @@ def the_cache_changes_nothing(job: Job, form: str) -> None:
                     model.backward(job.rows(job.rank, step * MICRO_BATCHES + i), job.offs())
                 optimizer.step()
                 optimizer.zero_grad()
-        trained.append([p.full_tensor() for p in model.parameters()])
+        trained.append([p.full_tensor() for p in cast(Iterator[DTensor], model.parameters())])
     assert all(torch.equal(plain, cached) for plain, cached in zip(*trained))
     if job.recipe.is_scaled:
         assert len(counted) == STEPS * LAYERS * 2, f"weights were quantized {len(counted)} times"
@@ -161,6 +162,7 @@ def experts_may_be_sharded(job: Job) -> None:
         results.append((y, *torch.autograd.grad(y, (a, weights), torch.ones_like(y))))
     (*found, dw), (*wanted, own_dw) = results
     assert all(torch.equal(x, right) for x, right in zip(found, wanted))
+    assert isinstance(dw, DTensor)
     assert dw.placements == (Shard(0),)
     assert torch.equal(dw.to_local(), own_dw)
 

@@ -244,11 +244,12 @@ def _mx_product(mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, scale_b: Tensor, 
         return out
     assert mat_b.shape[:2] == (len(ends), depth) and ends[-1] <= lines_a
     count = -(-(depth // 32) // 4) * 4
-    assert scale_b.shape == (len(ends), count * -(-lines_b // 128) * 128)
+    scales_of_group = count * -(-lines_b // 128) * 128
+    assert scale_b.shape == (len(ends), scales_of_group)
     out, first = torch.full((lines_a, lines_b), torch.nan, dtype=torch.bfloat16), 0
     for e, group in enumerate(groups):
         lhs = _mx_values(mat_a[group], scales_a, first * count)
-        rhs = _mx_values(mat_b[e].t(), scales_b, e * scale_b.shape[1])
+        rhs = _mx_values(mat_b[e].t(), scales_b, e * scales_of_group)
         out[group] = (lhs @ rhs.t()).to(out.dtype)
         first += -(-(group.stop - group.start) // 128) * 128
     return out

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ NUM_GROUPS = 6
 # M of calls, none of them warmup's. The scales of rows are (K/128, S), with S = M + 18 rounded up to a multiple of 4
 # (`kernels.layouts`): for the first M of each class S is a multiple of 16, for the second not, and not for warmup's. So
 # a kernel that Triton specializes on that stride, which none may be, is compiled once more.
-ROWS = {"decode": (46, 49), "small": (462, 463), "large": (1806, 2584)}
+ROWS: dict[str, tuple[int, ...]] = {"decode": (46, 49), "small": (462, 463), "large": (1806, 2584)}
 
 
 def compiled() -> set[str]:
@@ -30,11 +31,11 @@ def compiled() -> set[str]:
 
 
 def main(device: str, k: int, n: int, rows: dict[str, tuple[int, ...]]) -> None:
-    options = {"recipe": "fp8_blockwise", "kernel_preference": "triton"}
+    options: dict[str, Any] = {"recipe": "fp8_blockwise", "kernel_preference": "triton"}
     b = torch.randn(NUM_GROUPS, n, k, device=device, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
     print(warmup(b, rows=tuple(rows), **options), file=sys.stderr, flush=True)
     known = compiled()
-    found = {"known": len(known), "new": {}}
+    found: dict[str, Any] = {"known": len(known), "new": {}}
     for name, sizes in rows.items():
         for num_rows in sizes:
             a = torch.randn(num_rows, k, device=device, dtype=torch.bfloat16)
@@ -51,6 +52,6 @@ def main(device: str, k: int, n: int, rows: dict[str, tuple[int, ...]]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["cpu"]:  # with TRITON_INTERPRET=1, which compiles nothing: to try the script itself
-        main("cpu", 48, 32, {"decode": (46, 49)})
+        main("cpu", 48, 32, {"decode": ROWS["decode"]})
     else:
         main("cuda", 256, 256, ROWS)

@@ -139,9 +139,7 @@ class _Gemm:
 _gemms: dict[tuple[Any, ...], _Gemm | k_grouped_hopper.Gemm] = {}  # by everything that `_gemm_for` reads
 
 
-def _gemm_for(
-    lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, recipe: Recipe, is_far: bool
-) -> _Gemm | k_grouped_hopper.Gemm:
+def _gemm_for(lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, recipe: Recipe, is_far: bool) -> _Gemm | k_grouped_hopper.Gemm:
     machine = machine_of(lhs.device)
     kind = kind_of(lhs, recipe)
     tma = can_use_tma(lhs, rhs) and not is_far
