@@ -25,7 +25,7 @@ demo: $(INSTALLED) ## train a small mixture-of-experts model in bf16 and FP8
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-gpu: $(INSTALLED) ## run the tests on a GPU, in parts at once
+gpu: $(INSTALLED) ## run the tests on a GPU, on 12 workers at once
 	.ci/gpu
 
 lint: $(INSTALLED) ## check style, format and types

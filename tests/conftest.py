@@ -25,6 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Operands are small: threads gain nothing, and where cores are shared they mostly wait for each other.
     torch.set_num_threads(1)
+    if config.getoption("dist", "no") == "load":  # what pytest-xdist makes of -n alone
+        config.option.dist = "loadgroup"
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -34,6 +36,8 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:  # a worker of pytest-xdist: what all have passed is counted by the process that started them
+        return
     passed, least = len(reporter.stats.get("passed", ())), session.config.getoption("--min-passed")
     if passed < least and session.exitstatus == pytest.ExitCode.OK:
         reporter.write_line(f"\n--min-passed: expected at least {least} tests to pass; found {passed}", red=True)
@@ -51,12 +55,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none, or --device names another device"))
         if item.get_closest_marker("rocm") and not (torch.cuda.is_available() and torch.version.hip):
             item.add_marker(pytest.mark.skip(reason="needs an AMD GPU and a ROCm build of torch"))
+        if config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
     name = config.getoption("--backend")
     if name is None:
         return
     about_it = [item for item in items if _backend(item) is BackendKind(name.lower())]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(about_it)])
     items[:] = about_it
+
+
+def _group(item: pytest.Item) -> str:
+    """What one worker of pytest-xdist runs: a file, whose fixtures may start processes or compile for all of its tests.
+
+    Files that run every case are split by backend and recipe, whose tests share compiled kernels.
+    """
+    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+    if case is None or item.path.name not in ("test_backends.py", "test_properties.py"):
+        return item.path.name
+    return f"{item.path.name} {case.backend.value} {case.recipe.value}"
 
 
 def _backend(item: pytest.Item) -> BackendKind | None:

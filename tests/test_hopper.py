@@ -177,6 +177,7 @@ def test_a_nan_in_the_weights_of_the_last_group_leaves_rows_past_it_zero(case, d
 OVER_2_31 = Shape("over_2_31_elements", (0, 400_000, 1, 346_000, 0, 513), tail=70, k=2880, n=704)
 
 
+@pytest.mark.alone
 @training(OVER_2_31)
 def test_the_last_group_of_operands_over_2_31_elements_is_right(case, device):
     assert (sum(OVER_2_31.sizes) - 513) * OVER_2_31.k > 2**31
