@@ -30,3 +30,15 @@ def test_actions_are_pinned_by_commit() -> None:
     assert uses
     for use in uses:
         assert re.fullmatch(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", use), use
+
+
+def test_figures_name_the_versions_of_their_constraints() -> None:
+    pins = dict(re.findall(r"^([\w-]+)==([\w.]+)", read("constraints-gpu.txt"), re.M))
+    deepgemm = re.findall(r'^deepgemm = \["([\w-]+)==([\d.]+)", "([\w-]+)==([\d.]+)"', read("pyproject.toml"), re.M)
+    ((package, version, needed, needed_version),) = deepgemm
+    assert (pins[package], pins[needed]) == (version, needed_version)
+    page = read("docs/performance.md")
+    assert set(re.findall(r"\btorch (\d+\.\d+\.\d+)\+cu130", page)) == {pins["torch"]}
+    assert set(re.findall(r"\btriton (\d+\.\d+\.\d+), `sgl", page)) == {pins["triton"]}
+    assert set(re.findall(r"`sgl-deep-gemm` (\d+\.\d+\.\d+)", page)) == {pins["sgl-deep-gemm"]}
+    assert set(re.findall(r"\btorchao (\d+\.\d+\.\d+)", page)) == {pins["torchao"]}
