@@ -13,14 +13,12 @@ import torch
 class Recipe(Enum):
     """How the operands of a grouped GEMM are quantized.
 
-    ========================  =====================  ==================  ===========================
-    recipe                    a row of ``a``         ``b``               operands of wgrad
-    ========================  =====================  ==================  ===========================
-    ``NONE``                  not scaled             not scaled          not scaled
-    ``FP8_ROWWISE``           one scale              one per column      one per column of a group
-    ``FP8_BLOCKWISE``         one per 128 of K       one per 128x128     one per 128 rows of a group
-    ``MXFP8``                 one per 32 of K        one per 32          one per 32 rows of a group
-    ========================  =====================  ==================  ===========================
+    | recipe | a row of ``a`` | ``b`` | operands of wgrad |
+    | --- | --- | --- | --- |
+    | ``NONE`` | not scaled | not scaled | not scaled |
+    | ``FP8_ROWWISE`` | one scale | one per column | one per column of a group |
+    | ``FP8_BLOCKWISE`` | one per 128 of K | one per 128x128 | one per 128 rows of a group |
+    | ``MXFP8`` | one per 32 of K | one per 32 of K, in dgrad of N | one per 32 rows of a group |
 
     Data are 8-bit floats with 4 exponent and 3 mantissa bits (``Machine.fp8_dtype``). Scales are fp32,
     any value; those of the ``_POW2`` recipes are fp32 rounded up to a power of two, those of ``MXFP8``
