@@ -1,0 +1,75 @@
+"""Each script of examples/ runs as a user runs it, and prints what it is there to show."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+# What keeps a script short here: its arguments.
+ARGUMENTS = {
+    "compile_and_cuda_graph.py": ["--backend", "aot_eager"],  # no C++ compiler
+    "moe_layer.py": ["--steps", "8"],
+    "override_existing_model.py": [],
+    "quantized_weights.py": [],
+}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device):
+    """In this process, which has imported torch already; returns what the script prints."""
+
+    def run(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, "--device", device.type, *ARGUMENTS[name], *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_example_is_run():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_example_explains_itself(name, run, capsys):
+    with pytest.raises(SystemExit) as end:
+        run(name, "--help")
+    assert end.value.code == 0
+    assert f"python examples/{name}" in capsys.readouterr().out
+
+
+def test_a_moe_layer_learns_in_both_recipes(run):
+    lines = [line.split() for line in run("moe_layer.py").splitlines()[1:]]
+    (_, *first), (_, *last) = lines[0], lines[-1]
+    assert all(float(after) < 0.6 * float(before) for before, after in zip(first, last))
+
+
+def test_weights_of_a_checkpoint_take_half_the_memory(run):
+    out = run("quantized_weights.py")
+    found = re.search(r"weights: ([\d,]+); in bf16: ([\d,]+)", out).groups()
+    nbytes, in_bf16 = (int(n.replace(",", "")) for n in found)
+    assert nbytes < 0.51 * in_bf16
+    assert float(re.search(r"bf16: (0\.\d+)\n", out)[1]) < 0.05
+
+
+def test_compiled_and_eager_agree(run, device):
+    out = run("compile_and_cuda_graph.py")
+    errors = [float(error) for error in re.findall(r"compiled and eager: (\S+)", out)]
+    assert len(errors) == 6 and max(errors) < 1e-2
+    if device.type == "cuda":
+        replays = [float(error) for error in re.findall(r"replay and eager: (\S+)", out)]
+        assert len(replays) == 2 and max(replays) < 1e-2
+    else:
+        assert "needs a GPU" in out
+
+
+def test_an_override_changes_the_recipe_of_a_model(run):
+    out = run("override_existing_model.py")
+    error = float(re.search(r"output (0\.\d+)", out)[1])
+    assert 0.01 < error < 0.1
+    assert "the decorated layer gives the same: True" in out
