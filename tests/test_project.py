@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from grouped_gemm import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,3 +44,24 @@ def test_figures_name_the_versions_of_their_constraints() -> None:
     assert set(re.findall(r"\btriton (\d+\.\d+\.\d+), `sgl", page)) == {pins["triton"]}
     assert set(re.findall(r"`sgl-deep-gemm` (\d+\.\d+\.\d+)", page)) == {pins["sgl-deep-gemm"]}
     assert set(re.findall(r"\btorchao (\d+\.\d+\.\d+)", page)) == {pins["torchao"]}
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as GitHub names them in links."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S), re.M
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name
+)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if path.startswith(("http://", "https://")):
+            continue
+        file = (page.parent / path) if path else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), target
