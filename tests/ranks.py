@@ -1,8 +1,8 @@
-"""Two ranks that train a small model with FSDP2, and with experts sharded over them: prints what went wrong, as JSON.
+"""Two ranks that train a small model with FSDP2, and with experts sharded over them: prints what went wrong.
 
-    RANK=<0 or 1> python tests/ranks.py <device type> <file that the ranks meet at> <backend> <recipe>
+    RANK=<0 or 1> python tests/ranks.py <device type> <file that the ranks meet at> <backend>:<recipe> ...
 
-`test_ranks` starts them.
+Prints a line of JSON for each pair of backend and recipe: what went wrong, by check. `test_ranks` starts them.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ CHECKS: dict[str, Callable[[Job], None]] = {
 CHECKS["experts_may_be_sharded"] = experts_may_be_sharded
 
 
-def main(device_type: str, meeting: str, backend: str, recipe: str) -> None:
+def main(device_type: str, meeting: str, *pairs: str) -> None:
     rank = int(os.environ["RANK"])
     device = torch.device(device_type, rank if device_type == "cuda" else None)
     if device_type == "cuda":
@@ -187,15 +187,18 @@ def main(device_type: str, meeting: str, backend: str, recipe: str) -> None:
     dist.init_process_group(
         "nccl" if device_type == "cuda" else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS
     )
-    job = Job(rank, device, init_device_mesh(device_type, (RANKS,)), BackendKind(backend), Recipe(recipe))
-    wrong = {}
-    for name, check in CHECKS.items():
-        try:
-            check(job)
-        except Exception:
-            wrong[name] = traceback.format_exc()
-            break  # the other rank may wait for this one
-    print(json.dumps(wrong))
+    mesh = init_device_mesh(device_type, (RANKS,))
+    for pair in pairs:
+        backend, recipe = pair.split(":")
+        job = Job(rank, device, mesh, BackendKind(backend), Recipe(recipe))
+        torch._dynamo.reset()
+        for name, check in CHECKS.items():
+            try:
+                check(job)
+            except Exception:
+                print(json.dumps({name: traceback.format_exc()}), flush=True)
+                return  # the other rank may wait for this one
+        print(json.dumps({}), flush=True)
     dist.destroy_process_group()
 
 
