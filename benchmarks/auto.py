@@ -68,7 +68,7 @@ def measure(shape: str, kind: str, name: str) -> None:
         offs = (shares / shares[-1] * num_rows).int().to(DEVICE)
     else:
         offs = ends_of(num_rows, num_groups, kind)
-    options = {"recipe": recipe, "group_alignment": 128 if kind == "balanced" else 1}
+    options: dict[str, Any] = {"recipe": recipe, "group_alignment": 128 if kind == "balanced" else 1}
 
     def forward(backend: str) -> Callable[[], Any]:
         def call() -> torch.Tensor:

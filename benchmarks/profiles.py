@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,9 @@ def profile(shape: str, recipe: Recipe, rows: RowClass, alignment: int, compile_
     num_rows, num_groups, n, k = PROFILED[shape]
     num_rows = num_groups * ROWS[rows] if rows in ROWS else num_rows
     # A shipped profile does not speak for plans with a host sync.
-    facts = {"passes": tuple(Pass), "group_alignment": alignment, "host_sync": False}
+    facts: dict[str, Any] = {"passes": tuple(Pass), "group_alignment": alignment, "host_sync": False}
     spec = CallSpec(device, num_groups, k, n, rows, recipe, **facts)
-    timers = [partial(eager_microseconds, budget_ms=250), captured_microseconds]
+    timers: list[Callable[..., Any]] = [partial(eager_microseconds, budget_ms=250), captured_microseconds]
     if compile_only:
         timers = [lambda calls: dict.fromkeys(calls, 0.0)] * 2
     found, failed = measure(spec, num_rows, device, candidates(device), *timers)
