@@ -9,7 +9,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from grouped_gemm import backend, ops
-from grouped_gemm.backends import product_ops, register_ops
+from grouped_gemm.backends import gemm_ops, register_ops
 from grouped_gemm.core import distributions
 from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.machine import Machine
@@ -55,7 +55,7 @@ __all__ = [
     "ops",
     "override_torch",
     "prefer",
-    "product_ops",
+    "gemm_ops",
     "quantize_weights",
     "register_ops",
     "warmup",

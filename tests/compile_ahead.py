@@ -266,7 +266,10 @@ def compile_mx_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("row_scales", "column_scales", "straight_scales", "transposed_scales"), "*i32")
     tokens = {"ROWS": True, "COLUMNS": True, "LIMIT": limit, "E_AT_ONCE": 256, "TOKEN_BLOCK": 128}
     weights = {"STRAIGHT": True, "TRANSPOSED": True, "LIMIT": limit, "SCALES": "by block"}
-    kernels = {"mx": (quantize_mx._quantize_tiles, tokens), "weights mx": (quantize_mx._quantize_weights, weights)}
+    kernels: dict[str, Any] = {
+        "mx": (quantize_mx._quantize_tiles, tokens),
+        "weights mx": (quantize_mx._quantize_weights, weights),
+    }
     if arch == "sm_100":
         types |= dict.fromkeys(("ends", "token_ends"), "*i32")
         tokens = {"LIMIT": limit, "E_PADDED": 512, "TOKENS": 32}

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from grouped_gemm import Recipe, grouped_mm, product_ops
+from grouped_gemm import Recipe, grouped_mm, gemm_ops
 from grouped_gemm.core.library import NAMES
 from grouped_gemm.testing import TRAINING, Case, Shape, cases, make_inputs
 
@@ -54,11 +54,11 @@ def of_products(counted: Counter[str]) -> int:
 
 
 def by_policy(context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in product_ops() else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if op in gemm_ops() else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @of_cases
-@pytest.mark.parametrize("policy", [product_ops(), by_policy], ids=["list", "function"])
+@pytest.mark.parametrize("policy", [gemm_ops(), by_policy], ids=["list", "function"])
 def test_a_saved_product_is_not_computed_again(case, policy, device):
     wanted, plain = train(case, device)
     found, saved = train(case, device, context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
@@ -69,5 +69,5 @@ def test_a_saved_product_is_not_computed_again(case, policy, device):
 
 
 def test_every_backend_has_its_products_among_them(backend):
-    names = {op.__name__.removesuffix(".default") for op in product_ops()}
+    names = {op.__name__.removesuffix(".default") for op in gemm_ops()}
     assert {f"{backend.value}_grouped_mm", f"{backend.value}_wgrad"} <= names <= set(NAMES)

@@ -23,7 +23,7 @@ from torch.overrides import get_overridable_functions
 from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from grouped_gemm import KernelPreference, NoBackendError, grouped_mm, override_torch, product_ops
+from grouped_gemm import KernelPreference, NoBackendError, grouped_mm, override_torch, gemm_ops
 from grouped_gemm.integrations import torch_function
 
 OFFS = torch.tensor([3, 3, 24], dtype=torch.int32)
@@ -427,7 +427,7 @@ def checkpointed(function: Callable[..., Tensor], **options) -> Callable[..., Te
     return lambda x, ids: checkpoint(function, x, ids, **options)
 
 
-of_products = functools.partial(create_selective_checkpoint_contexts, list(product_ops()))
+of_products = functools.partial(create_selective_checkpoint_contexts, list(gemm_ops()))
 CHECKPOINTS = {
     "none": lambda f: f,
     "reentrant": lambda f: checkpointed(f, use_reentrant=True),

@@ -66,13 +66,13 @@ def register_ops() -> None:
         get_backend(kind)
 
 
-def product_ops() -> list[torch._ops.OpOverload]:
+def gemm_ops() -> list[torch._ops.OpOverload]:
     """The ops that multiply, of every backend: what a policy of selective activation checkpointing would save.
 
     They are those that `grouped_mm` calls in forward: ``<backend>_grouped_mm``, and ``<backend>_wgrad`` where both
     operands have 2 dimensions.
 
-    >>> create_selective_checkpoint_contexts([*product_ops(), torch.ops.aten.mm.default])
+    >>> create_selective_checkpoint_contexts([*gemm_ops(), torch.ops.aten.mm.default])
     """
     register_ops()
     names = sorted(name for name in NAMES if name.endswith(("_grouped_mm", "_wgrad")))
