@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from grouped_gemm import Recipe, grouped_mm, gemm_ops
+from grouped_gemm import Recipe, gemm_ops, grouped_mm
 from grouped_gemm.core.library import NAMES
 from grouped_gemm.testing import TRAINING, Case, Shape, cases, make_inputs
 

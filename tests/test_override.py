@@ -23,7 +23,7 @@ from torch.overrides import get_overridable_functions
 from torch.utils import checkpoint as checkpointing
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from grouped_gemm import KernelPreference, NoBackendError, grouped_mm, override_torch, gemm_ops
+from grouped_gemm import KernelPreference, NoBackendError, gemm_ops, grouped_mm, override_torch
 from grouped_gemm.integrations import torch_function
 
 OFFS = torch.tensor([3, 3, 24], dtype=torch.int32)
