@@ -124,7 +124,7 @@ def launched(device, monkeypatch) -> list[str]:
         original(product, *args)
 
     for module, name in ((m_grouped_hopper, "grouped_mm"), (k_grouped_hopper, "wgrad")):
-        monkeypatch.setattr(module.Product, "run", partialmethod(record, name, module.Product.run))
+        monkeypatch.setattr(module.Gemm, "run", partialmethod(record, name, module.Gemm.run))
     return names
 
 
