@@ -27,6 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if config.getoption("dist", "no") == "load":  # what pytest-xdist makes of -n alone
         config.option.dist = "loadgroup"
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist, which reads the command line again
+        config.option.loadgroup = True
 
 
 def pytest_report_header(config: pytest.Config) -> str:
