@@ -6,6 +6,9 @@ A test is about a backend where it takes ``backend``, which runs it once on ever
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,6 +16,9 @@ from grouped_gemm import testing
 from grouped_gemm.core.machine import default_device
 from grouped_gemm.core.preference import SWITCHES, BackendKind
 from grouped_gemm.selection import route
+
+LONGEST = ("test_interpreted.py", "test_compile_ahead.py")  # files that start processes of their own
+SPLIT = ("test_backends.py", "test_properties.py")  # files that run every case
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,10 +31,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Operands are small: threads gain nothing, and where cores are shared they mostly wait for each other.
     torch.set_num_threads(1)
-    if config.getoption("dist", "no") == "load":  # what pytest-xdist makes of -n alone
-        config.option.dist = "loadgroup"
-    if hasattr(config, "workerinput"):  # a worker of pytest-xdist, which reads the command line again
-        config.option.loadgroup = True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With pytest-xdist, one worker runs a file, whose fixtures may start processes or compile for all of its tests.
+
+    Files that run every case are split by backend and recipe, whose tests share compiled kernels.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            case = re.search(r"\[([^-\]]+(?:-[^-\]]+)?)", test) if file.endswith(SPLIT) else None
+            return f"{file} {case[1]}" if case else file
+
+    config.option.loadscopereorder = False  # in the order of collection, which has the longest files first
+    return ByFile(config, log)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -51,32 +71,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", testing.backend_kinds(), ids=lambda kind: kind.value)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") and _device(config).type != "cuda":
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none, or --device names another device"))
         if item.get_closest_marker("rocm") and not (torch.cuda.is_available() and torch.version.hip):
             item.add_marker(pytest.mark.skip(reason="needs an AMD GPU and a ROCm build of torch"))
-        if config.pluginmanager.hasplugin("xdist"):
-            item.add_marker(pytest.mark.xdist_group(_group(item)))
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     name = config.getoption("--backend")
     if name is None:
         return
     about_it = [item for item in items if _backend(item) is BackendKind(name.lower())]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(about_it)])
     items[:] = about_it
-
-
-def _group(item: pytest.Item) -> str:
-    """What one worker of pytest-xdist runs: a file, whose fixtures may start processes or compile for all of its tests.
-
-    Files that run every case are split by backend and recipe, whose tests share compiled kernels.
-    """
-    case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-    if case is None or item.path.name not in ("test_backends.py", "test_properties.py"):
-        return item.path.name
-    return f"{item.path.name} {case.backend.value} {case.recipe.value}"
 
 
 def _backend(item: pytest.Item) -> BackendKind | None:
