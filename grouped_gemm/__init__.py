@@ -25,7 +25,7 @@ from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.rules import Decision, NoBackendError
 from grouped_gemm.weight_cache import WeightCache, cache_weights
 
-if importlib.util.find_spec("grouped_gemm_backend") is not None:  # the extension of the older package and its forks
+if importlib.util.find_spec("grouped_gemm_backend") is not None:  # the extension module of the older package
     distributions.warn_of_others()
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`autotune.warmup` is imported when it is first asked for: it takes a quarter of the time of all the rest."""
+    """Imports `autotune.warmup` on first use: it takes a quarter as long to import as everything else together."""
     if name not in ("Warmup", "warmup"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from grouped_gemm.autotune import warmup as warmup_module

@@ -1,4 +1,4 @@
-"""The command line: ``python -m grouped_gemm``, and one of _COMMANDS. A command imports its own needs."""
+"""The command line: ``python -m grouped_gemm COMMAND``, see _COMMANDS. Each command imports only what it needs."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from grouped_gemm.core.machine import PACKAGES, Machine
 
 try:
     from grouped_gemm import __version__
-except ImportError:  # __init__.py is that of another distribution
+except ImportError:  # another distribution has overwritten __init__.py
     sys.exit(f"grouped_gemm: {distributions.message(distributions.others())}")
 
 Run = Callable[[argparse.Namespace], int]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage above it."""
+    """Prints an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -40,10 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit code: 0 where all is well, 1 where the command found something wrong.
+        The exit code: 0 if all is well, 1 if the command found a problem.
 
     Raises:
-        SystemExit: an argument is wrong (code 2), or only help was asked for (code 0).
+        SystemExit: an argument is invalid (code 2), or only help was requested (code 0).
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser(prog="python -m grouped_gemm", description="Grouped GEMM for mixture-of-experts layers.")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, (summary, configure) in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
-        if name in argv:  # the others' arguments are not wanted, nor the imports that they may take
+        if name in argv:  # configuring a command may import a lot: skip the other commands
             command.set_defaults(run=configure(command), parser=command)
     args, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -96,7 +96,7 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
         except ValueError as error:
             parser.error(str(error))
         found = candidates(default_device())
-        if machine is not here:  # nothing can be tried there
+        if machine is not here:  # no backend can be tried on another machine
             found, tunes = tuple(Candidate(candidate.backend) for candidate in found), False
         fastest = args.k if args.b_contiguous == "k" else args.n
 
@@ -128,28 +128,26 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
             print(json.dumps(dicts if args.m is None else dicts[0], indent=2))
         else:
             if assumed:
-                print(_not_here(machine, here))
+                print(_hypothetical_note(machine, here))
             print("\n".join(map(str, explanations)))
         return 0 if all(explanation.decision.is_complete for explanation in explanations) else 1
 
     _add_call(parser)
-    other = parser.add_argument_group(
-        "another machine", "explain what would run there; nothing of it can be tried here"
-    )
+    other = parser.add_argument_group("another machine", "explain what would run there; no backend is tried")
     other.add_argument("--arch", type=str.lower, help="its exact architecture: sm_90, gfx942, cpu")
-    other.add_argument("--vendor", type=str.lower, help="nvidia, amd or cpu; follows from --arch, and has to fit it")
+    other.add_argument("--vendor", type=str.lower, help="nvidia, amd or cpu; must match --arch (default: its vendor)")
     other.add_argument(
         "--packages",
         type=_versions,
         default={},
         metavar="NAME=VERSION,...",
-        help=f"what is installed there, of {', '.join(PACKAGES)}; the rest is assumed to be as here",
+        help=f"versions installed there, of {', '.join(PACKAGES)}; the others are assumed to be the same as here",
     )
     return run
 
 
 def _assumed(machine: Machine) -> dict[str, Any]:
-    """What an explanation of a machine that is not there rests on."""
+    """What an explanation for another machine assumes about it."""
     versions = dict(machine.versions)
     return {
         "vendor": machine.vendor,
@@ -158,22 +156,22 @@ def _assumed(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _not_here(machine: Machine, here: Machine) -> str:
-    """The same as text, above an explanation."""
+def _hypothetical_note(machine: Machine, here: Machine) -> str:
+    """`_assumed` as text, to print above an explanation."""
     assumed = _assumed(machine)
-    there = [f"{package} {version}" for package, version in assumed["versions"].items() if version]
+    installed = [f"{package} {version}" for package, version in assumed["versions"].items() if version]
     missing = [package for package, version in assumed["versions"].items() if not version]
-    known_as = [" ".join(dict.fromkeys((m.vendor, m.arch))) for m in (machine, here)]  # a CPU is just "cpu"
+    names = [" ".join(dict.fromkeys((m.vendor, m.arch))) for m in (machine, here)]  # a CPU is just "cpu"
     return "\n".join(
         [
-            f"This describes another machine, {known_as[0]}; this one is {known_as[1]}. No backend was tried.",
-            f"  {'assumed':12}{', '.join(there)}; no {', '.join(missing)}; FP8 data in {assumed['fp8_dtype']}",
+            f"This describes another machine, {names[0]}; this one is {names[1]}. No backend was tried.",
+            f"  {'assumed':12}{', '.join(installed)}; no {', '.join(missing)}; FP8 data in {assumed['fp8_dtype']}",
         ]
     )
 
 
 def _versions(text: str) -> dict[str, str]:
-    """``torch=2.11.0,triton=3.6.0``."""
+    """Parses ``torch=2.11.0,triton=3.6.0``."""
     found = dict(part.partition("=")[::2] for part in text.split(","))
     if not all(found.values()):
         raise argparse.ArgumentTypeError(f"expected NAME=VERSION, or NAME=none, separated by commas; found {text!r}")
@@ -215,7 +213,7 @@ def _warmup(parser: argparse.ArgumentParser) -> Run:
 
 
 def _add_call(parser: argparse.ArgumentParser) -> None:
-    """The options that describe a kind of call, for every command that speaks of one."""
+    """Adds the options that describe a call, for every command that takes one."""
     from grouped_gemm.core.call_spec import RowClass
     from grouped_gemm.core.preference import KernelPreference
     from grouped_gemm.core.recipes import Recipe
@@ -232,39 +230,41 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
     def row_classes(text: str) -> tuple[RowClass, ...]:
         names = text.lower().split(",")
         if not set(names) <= set(classes):
-            raise argparse.ArgumentTypeError(f"expected row classes, of {', '.join(classes)}; found {text!r}")
+            raise argparse.ArgumentTypeError(f"expected row classes out of {', '.join(classes)}; found {text!r}")
         return tuple(map(RowClass, dict.fromkeys(names)))
 
-    parser.add_argument("--experts", "--groups", type=_at_least(1), required=True, metavar="E", help="groups")
+    parser.add_argument(
+        "--experts", "--groups", type=_at_least(1), required=True, metavar="E", help="number of experts, or groups"
+    )
     parser.add_argument("--k", "-k", type=_at_least(1), required=True, metavar="K", help="in features")
     parser.add_argument("--n", "-n", type=_at_least(1), required=True, metavar="N", help="out features")
     rows = parser.add_mutually_exclusive_group()
-    rows.add_argument(
-        "--m", "-m", type=_at_least(0, checks.MOST_ROWS), metavar="M", help="rows of a, of all experts together"
-    )
+    rows.add_argument("--m", "-m", type=_at_least(0, checks.MOST_ROWS), metavar="M", help="rows of a, over all experts")
     rows.add_argument(
         "--rows",
         type=row_classes,
         default=tuple(RowClass),
         metavar="NAME,...",
-        help="instead of M, classes of rows of an expert on average: decode (at most 16), small (at most 256), large; "
-        "all of them where neither is given",
+        help="instead of M, row classes, by average rows per expert: decode (at most 16), small (at most 256), large "
+        "(default: all)",
     )
     _choice(parser, "--recipe", [recipe.value for recipe in Recipe], "none", "how operands are quantized")
-    help_ = f"of the operands: {', '.join(dtypes)} (bfloat16)"
+    help_ = f"dtype of the operands: {', '.join(dtypes)} (bfloat16)"
     parser.add_argument("--dtype", type=dtype, default=torch.bfloat16, help=help_, metavar="NAME")
-    parser.add_argument("--out-dtype", type=dtype, help="of the output; default: that of the operands", metavar="NAME")
-    _choice(parser, "--backend", [kind.value for kind in KernelPreference], "auto", "who should run it")
-    _choice(parser, "--b-contiguous", ["k", "n"], "k", "the fastest axis of b; k: (E, N, K) weights, transposed")
+    parser.add_argument(
+        "--out-dtype", type=dtype, help="dtype of the output (default: that of the operands)", metavar="NAME"
+    )
+    _choice(parser, "--backend", [kind.value for kind in KernelPreference], "auto", "the backend to run it")
+    _choice(parser, "--b-contiguous", ["k", "n"], "k", "the contiguous axis of b; k: transposed (E, N, K) weights")
     parser.add_argument(
         "--group-alignment",
         type=_at_least(1, checks.MOST_ROWS),
         default=1,
         metavar="ROWS",
-        help="what each group's size is a multiple of",
+        help="every group's size is a multiple of this (%(default)s)",
     )
-    parser.add_argument("--bias", action="store_true", help="calls have a bias")
-    parser.add_argument("--inference", action="store_true", help="forward only; otherwise dgrad and wgrad as well")
+    parser.add_argument("--bias", action="store_true", help="the call has a bias")
+    parser.add_argument("--inference", action="store_true", help="forward only (default: also dgrad and wgrad)")
     parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 
@@ -291,7 +291,7 @@ def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
 def _demo(parser: argparse.ArgumentParser) -> Run:
     from grouped_gemm.cli import demo
 
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where torch sees a GPU, else cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if torch sees a GPU, else cpu")
     parser.add_argument(
         "--steps",
         type=_at_least(2),
@@ -300,10 +300,10 @@ def _demo(parser: argparse.ArgumentParser) -> Run:
         help="batches in each run; the first is not timed (%(default)s)",
     )
     parser.add_argument(
-        "--seed", type=_at_least(0), default=0, metavar="N", help="of weights and batches (%(default)s)"
+        "--seed", type=_at_least(0), default=0, metavar="N", help="seed of weights and batches (%(default)s)"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("demo.png"), metavar="FILE", help="where the chart goes (%(default)s)"
+        "--output", type=Path, default=Path("demo.png"), metavar="FILE", help="file for the chart (%(default)s)"
     )
     return demo.run
 
@@ -314,7 +314,10 @@ def _bench(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> int:
         if not scripts:
-            print("The benchmarks are in the source repository: run this command in a checkout of it.", file=sys.stderr)
+            print(
+                "The benchmarks are only in the source repository: run this command in a checkout of it.",
+                file=sys.stderr,
+            )
             return 1
         if args.list:
             print("\n".join(f"{name:16}{_first_line(path)}" for name, path in scripts.items()))
@@ -323,7 +326,7 @@ def _bench(parser: argparse.ArgumentParser) -> Run:
             parser.error(f"argument NAME: expected one of {', '.join(scripts)}; found {args.name!r}")
         before = sys.argv, sys.path[:]
         sys.argv = [str(scripts[args.name]), *args.arguments]
-        sys.path.insert(0, str(folder))  # as where Python runs the script itself: it may have parts in other files
+        sys.path.insert(0, str(folder))  # as when Python runs the script itself, which may import files next to it
         try:
             runpy.run_path(sys.argv[0], run_name="__main__")
         finally:
@@ -344,9 +347,9 @@ def _first_line(script: Path) -> str:
 
 
 _COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], Run]]] = {
-    "doctor": ("show this machine, its backends, and which of them runs what", _doctor),
-    "explain": ("show who would run a grouped_mm of a given size, here or on another machine, and why", _explain),
-    "warmup": ("compile, and where GROUPED_GEMM_AUTOTUNE=1 tune, what calls of a given size need", _warmup),
+    "doctor": ("show this machine, its backends, and what each of them can run", _doctor),
+    "explain": ("show which backend would run a grouped_mm call, here or on another machine, and why", _explain),
+    "warmup": ("compile the kernels that a call needs, and tune them under GROUPED_GEMM_AUTOTUNE=1", _warmup),
     "demo": ("train a small mixture-of-experts language model in every recipe", _demo),
     "bench": ("run a benchmark of the source repository", _bench),
 }
@@ -356,7 +359,7 @@ if __name__ == "__main__":
     try:
         code = main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, head for one, has seen enough; the flush at exit must not raise again
+    except BrokenPipeError:  # the reader, such as head, has exited; the flush at exit must not raise again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)

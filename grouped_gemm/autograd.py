@@ -1,7 +1,7 @@
-"""The way of a call through its backends: plan, quantize, multiply, and the same for its gradients.
+"""Runs a call on its backends: plan, quantize, GEMM; and the same for its gradients.
 
-Each backend's quantizer writes what its own kernel reads; nothing but tensors in the caller's dtype crosses between
-two. Dynamo traces all of this, so a `Route` holds plain constants.
+Each backend's quantizer writes what that backend's kernel reads. Two backends exchange only tensors in the caller's
+dtype. Dynamo traces all of this, so a `Route` holds plain constants.
 
 M, E, K, N: rows, groups, in and out features. D: K or N.
 """
@@ -32,12 +32,12 @@ def layouts(
     second: BackendKind | None,
     quantize: Callable[[_GroupedMMBackend, bool, bool], Layouts],
 ) -> Layouts:
-    """Two layouts of one operand, each by the backend that reads it: from one read where that is the same one.
+    """Two layouts of one operand, each written by the backend that reads it. One backend writes both from one read.
 
     Args:
-        first: whose kernel reads the first layout; None: nobody does.
-        second: likewise.
-        quantize: writes the layouts that are asked for with a backend.
+        first: the backend that reads the first layout; None: the layout is not needed.
+        second: the backend that reads the second layout; None: the layout is not needed.
+        quantize: called with a backend and whether each of the two layouts is needed; writes them.
     """
     if first is second:
         return (None, None) if first is None else quantize(get_backend(first), True, True)
@@ -48,7 +48,7 @@ def layouts(
 
 
 def weights_for(b_EKN: Tensor, recipe: Recipe, forward: BackendKind | None, dgrad: BackendKind | None) -> Layouts:
-    """Weights in the layouts that the backends of forward and dgrad read."""
+    """Quantizes weights into the layouts that the backends of forward and dgrad read."""
     return layouts(forward, dgrad, lambda b, one, two: b.quantize_weights(b_EKN, recipe, forward=one, dgrad=two))
 
 
@@ -60,7 +60,7 @@ def _activations_for(
     )
 
 
-def _product(
+def _gemm(
     kind: BackendKind,
     lhs: Quantized | None,
     rhs: Quantized | None,
@@ -68,20 +68,18 @@ def _product(
     out_dtype: torch.dtype,
     bias: Tensor | None = None,
 ) -> Tensor:
-    assert lhs is not None and rhs is not None, "a pass that runs has its operands"
+    assert lhs is not None and rhs is not None, "both operands were quantized for this pass"
     return get_backend(kind).grouped_mm(lhs, rhs, plans[kind], out_dtype, bias)
 
 
-def _contraction(
-    route: Route, lhs: Quantized | None, rhs: Quantized | None, plans: Plans, out_dtype: torch.dtype
-) -> Tensor:
-    assert route.wgrad is not None and lhs is not None and rhs is not None, "a pass that runs has its operands"
+def _wgrad(route: Route, lhs: Quantized | None, rhs: Quantized | None, plans: Plans, out_dtype: torch.dtype) -> Tensor:
+    assert route.wgrad is not None and lhs is not None and rhs is not None, "both operands were quantized for wgrad"
     backend = get_backend(route.wgrad)
     return backend.wgrad(lhs, rhs, plans[route.wgrad], out_dtype, contiguous=route.b_contiguous)
 
 
 def _save(ctx: Any, route: Route, plans: Plans, *operands: Quantized | None) -> None:
-    """Keeps plans and operands for backward: tensors where autograd and checkpointing can see them."""
+    """Saves plans and operands for backward. Tensors go through autograd, so that checkpointing can see them."""
     tensors: list[Tensor | None] = []
     for operand in operands:
         tensors += (None, None) if operand is None else (operand.data, operand.scale)
@@ -94,7 +92,7 @@ def _save(ctx: Any, route: Route, plans: Plans, *operands: Quantized | None) -> 
 
 
 def _load(ctx: Any, num_rows: int) -> tuple[Route, Plans, list[Quantized | None]]:
-    """What `_save` kept."""
+    """Returns what `_save` saved."""
     tensors = list(ctx.saved_tensors)
     operands = []
     for form in ctx.forms:
@@ -110,16 +108,16 @@ def _load(ctx: Any, num_rows: int) -> tuple[Route, Plans, list[Quantized | None]
 def run_forward(
     a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, groups: Tensor | Plans, route: Route
 ) -> tuple[Tensor, Plans, Quantized | None, Quantized | None]:
-    """The output, and what backward needs: plans, ``a`` for wgrad, ``b`` for dgrad.
+    """Runs the forward pass. Returns the output, and what backward needs: plans, ``a`` for wgrad, ``b`` for dgrad.
 
     Args:
         a: (M, K) with contiguous rows.
         b: (E, K, N).
         bias: (E, N).
-        groups: ``offs``, from which each backend of the call plans; or the plans that a `GroupPlan` has.
-        route: who runs each pass.
+        groups: ``offs``, from which each backend of the call plans; or the plans of a `GroupPlan`.
+        route: the backend of each pass.
     """
-    assert route.forward is not None, "this form of the call has a forward pass"
+    assert route.forward is not None, "every route of grouped_mm has a forward pass"
     plans = groups if isinstance(groups, dict) else plans_of(route, groups, a.shape[0])
     a_rows, a_columns = _activations_for(a, route.recipe, plans, route.forward, route.wgrad)
     if isinstance(b, Tensor):
@@ -130,27 +128,31 @@ def run_forward(
         )
     else:
         b_forward, b_dgrad = b.forward, b.dgrad
-    y = _product(route.forward, a_rows, b_forward, plans, route.out_dtype, bias)
+    y = _gemm(route.forward, a_rows, b_forward, plans, route.out_dtype, bias)
     return y, plans, a_columns, b_dgrad
 
 
 def _refuse_second_derivative(route: Route) -> None:
-    """Refuses ``create_graph=True`` at once: a gradient without a graph would be taken for a constant later on."""
+    """Refuses ``create_graph=True`` with a recipe: the gradient would have no graph, and later count as a constant.
+
+    Raises:
+        RuntimeError: the recipe quantizes operands.
+    """
     if route.recipe.is_scaled:
         raise RuntimeError(
             f"grouped_mm: expected create_graph=False with recipe {route.recipe.value}; found True. "
-            "Rounding to fp8 has no second derivative: use recipe=None where gradients of gradients are needed."
+            "Rounding to fp8 has no second derivative: use recipe=None where second derivatives are needed."
         )
 
 
 class GroupedMM(torch.autograd.Function):
-    """Y = A B per group of rows."""
+    """Y = A B for each group of rows."""
 
     @staticmethod
     def forward(
         ctx: Any, a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, groups: Tensor | Plans, route: Route
     ) -> Tensor:
-        """(M, N); arguments as of `run_forward`."""
+        """Y (M, N). The arguments are those of `run_forward`."""
         y, plans, a_columns, b_dgrad = run_forward(a, b, bias, groups, route)
         _save(ctx, route, plans, a_columns, b_dgrad)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -158,32 +160,32 @@ class GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """dA (M, K), dB (E, K, N) in the memory order of ``b``, and the bias's gradient (E, N)."""
-        gradients = GroupedMM._graph_of_gradients if torch.is_grad_enabled() else GroupedMM._gradients
+        """dA (M, K), dB (E, K, N) in the memory order of ``b``, and dbias (E, N)."""
+        gradients = GroupedMM._differentiable_gradients if torch.is_grad_enabled() else GroupedMM._gradients
         with vmap.batched_gradient(dy):
             return (*gradients(ctx, dy), None, None)
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         route, plans, (a_columns, b_dgrad) = _load(ctx, dy.shape[0])
-        # Cast first: a cast may give other strides, where rows overlap for one.
+        # Cast before making rows dense: a cast may change strides, for example where rows overlap.
         g = dense_rows(dy if dy.dtype == route.dtype else dy.to(route.dtype))
         dy_rows, dy_columns = _activations_for(g, route.recipe, plans, route.dgrad, route.wgrad)
         da = db = dbias = None
         if route.dgrad is not None:
-            da = _product(route.dgrad, dy_rows, b_dgrad, plans, route.dtype)
+            da = _gemm(route.dgrad, dy_rows, b_dgrad, plans, route.dtype)
         if route.wgrad is not None:
-            db = _contraction(route, a_columns, dy_columns, plans, route.dtype)
+            db = _wgrad(route, a_columns, dy_columns, plans, route.dtype)
         if ctx.needs_input_grad[2]:
-            kind = route.backends[0]  # any of them: all have a plan
+            kind = route.backends[0]  # any backend of the call will do: each has a plan
             dbias = get_backend(kind).bias_grad(dense_rows(dy), plans[kind], ctx.bias_dtype)
         return da, db, dbias
 
     @staticmethod
-    def _graph_of_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """`_gradients` for ``create_graph=True``: grouped GEMMs that have gradients themselves.
+    def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """`_gradients` for ``create_graph=True``, built from grouped GEMMs that are differentiable themselves.
 
-        Without scales, an operand is its own layout: what was saved is ``a`` and ``b``, with their history.
+        Without a recipe, an operand is its own layout. So the saved tensors are ``a`` and ``b``, with their history.
         """
         route, plans, (a, b) = _load(ctx, dy.shape[0])
         _refuse_second_derivative(route)
@@ -192,30 +194,30 @@ class GroupedMM(torch.autograd.Function):
         if b is not None:
             da = GroupedMM.apply(g, b.data.transpose(1, 2), None, plans, route.unscaled_dgrad)
         if a is not None:
-            db = Contraction.apply(a.data, g, plans, route.unscaled_wgrad)
+            db = GroupedWgrad.apply(a.data, g, plans, route.unscaled_wgrad)
         if ctx.needs_input_grad[2]:
             kind = route.backends[0]
             dbias = _GroupSums.apply(dense_rows(dy), plans[kind], kind, ctx.bias_dtype)
         return da, db, dbias
 
 
-class Contraction(torch.autograd.Function):
-    """C = X^T G per group of rows: wgrad as a call of its own, whose gradients are dgrad and forward on dC."""
+class GroupedWgrad(torch.autograd.Function):
+    """C = X^T G for each group of rows: a wgrad as a call of its own. Its gradients run as dgrad and forward on dC."""
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, g_MN: Tensor, groups: Tensor | Plans, route: Route) -> Tensor:
-        """(E, K, N) from operands with contiguous rows; ``groups`` and ``route`` as of `run_forward`."""
+        """C (E, K, N). Operands have contiguous rows; ``groups`` and ``route`` are as in `run_forward`."""
         plans = groups if isinstance(groups, dict) else plans_of(route, groups, x_MK.shape[0])
         x_rows, x_columns = _activations_for(x_MK, route.recipe, plans, route.forward, route.wgrad)
         g_rows, g_columns = _activations_for(g_MN, route.recipe, plans, route.dgrad, route.wgrad)
         _save(ctx, route, plans, x_rows, g_rows)
         ctx.num_rows = x_MK.shape[0]
-        return _contraction(route, x_columns, g_columns, plans, route.out_dtype)
+        return _wgrad(route, x_columns, g_columns, plans, route.out_dtype)
 
     @staticmethod
     def backward(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, ...]:
         """dX (M, K) and dG (M, N)."""
-        gradients = Contraction._graph_of_gradients if torch.is_grad_enabled() else Contraction._gradients
+        gradients = GroupedWgrad._differentiable_gradients if torch.is_grad_enabled() else GroupedWgrad._gradients
         with vmap.batched_gradient(dc_EKN):
             return (*gradients(ctx, dc_EKN), None, None)
 
@@ -226,14 +228,14 @@ class Contraction(torch.autograd.Function):
         dc_forward, dc_dgrad = weights_for(dc, route.recipe, route.forward, route.dgrad)
         dx = dg = None
         if route.dgrad is not None:
-            dx = _product(route.dgrad, g_rows, dc_dgrad, plans, route.dtype)
+            dx = _gemm(route.dgrad, g_rows, dc_dgrad, plans, route.dtype)
         if route.forward is not None:
-            dg = _product(route.forward, x_rows, dc_forward, plans, route.dtype)
+            dg = _gemm(route.forward, x_rows, dc_forward, plans, route.dtype)
         return dx, dg
 
     @staticmethod
-    def _graph_of_gradients(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """As `GroupedMM._graph_of_gradients`."""
+    def _differentiable_gradients(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """As `GroupedMM._differentiable_gradients`."""
         route, plans, (x, g) = _load(ctx, ctx.num_rows)
         _refuse_second_derivative(route)
         dc, _ = dense_weights(dc_EKN.to(route.dtype))
@@ -246,18 +248,18 @@ class Contraction(torch.autograd.Function):
 
 
 class _GroupSums(torch.autograd.Function):
-    """The sum of each group's rows, (E, N): the gradient of a bias, with a gradient of its own."""
+    """The sum of each group's rows, (E, N): a differentiable gradient of the bias."""
 
     @staticmethod
     def forward(ctx: Any, x_MN: Tensor, plan: OffsetPlan, kind: BackendKind, out_dtype: torch.dtype) -> Tensor:
-        """(E, N) from ``x`` with contiguous rows."""
+        """Sums (E, N). ``x`` has contiguous rows."""
         ctx.save_for_backward(plan.offs)
         ctx.num_rows, ctx.dtype = x_MN.shape[0], x_MN.dtype
         return get_backend(kind).bias_grad(x_MN, plan, out_dtype)
 
     @staticmethod
     def backward(ctx: Any, ds_EN: Tensor) -> tuple[Tensor | None, ...]:
-        """Each row's gradient is that of its group's sum, and zero past the last group."""
+        """dX (M, N): each row gets the gradient of its group's sum; rows past the last group get zero."""
         (offs,) = ctx.saved_tensors
         rows = torch.arange(ctx.num_rows, dtype=torch.int32, device=offs.device)
         group_of_row = torch.searchsorted(offs, rows, right=True)

@@ -1,4 +1,4 @@
-"""`gmm` without gradients, as the older package with this import name has it: MegaBlocks and others call it."""
+"""`gmm` without gradients, as in the older package of this import name. MegaBlocks and others call it."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ def gmm(
     trans_b: bool = False,
     c: Tensor | None = None,
 ) -> Tensor:
-    """Multiplies each group of rows by its own matrix, or sums the outer products of each group's rows.
+    """Multiplies each group of rows by its own matrix, or computes ``a^T b`` for each group (``trans_a``).
 
     Args:
         a: (M, K); bfloat16, float16 or float32.
         b: (E, K, N), or (E, N, K) with ``trans_b``; (M, N) with ``trans_a``.
-        batch_sizes: (E,) integers on the CPU or on the device of ``a``: how many rows each group has. Rows past their
-            sum belong to no group.
-        trans_a: whether the rows of a group are what is summed over, as in the gradient of ``b``.
+        batch_sizes: (E,) integers on the CPU or on the device of ``a``: the number of rows in each group. Rows past
+            their sum belong to no group.
+        trans_a: whether the rows of a group are the contraction, as in the gradient of ``b``.
         trans_b: whether ``b`` is (E, N, K).
-        c: where the result is written, or None.
+        c: a tensor that the result is written to, or None.
 
     Returns:
-        (M, N), whose rows past the last group are zero; with ``trans_a`` (E, K, N), zero for an empty group. It is
-        ``c`` where that was given. It has no gradients: `grouped_gemm.ops.gmm` has.
+        (M, N), zero in rows past the last group; with ``trans_a`` (E, K, N), zero for an empty group. If ``c`` is
+        given, ``c`` is returned. The result is not differentiable; `grouped_gemm.ops.gmm` is.
 
     Raises:
         TypeError, ValueError: as `grouped_gemm.grouped_mm`; or ``trans_a`` and ``trans_b`` are both set, or ``c`` does
             not have the shape and dtype of the result.
-        NoBackendError: no backend runs the call.
+        NoBackendError: no backend can run the call.
     """
     if trans_a and trans_b:
         checks.fail("trans_a and trans_b", "at most one of them", "both")
@@ -54,12 +54,12 @@ def gmm(
 
 
 def ends(batch_sizes: Tensor, a: Tensor) -> Tensor:
-    """The end row of each group, (E,) int32 on the device of ``a``, from the sizes of groups. The host does not wait.
+    """The end row of each group, (E,) int32 on the device of ``a``, from the sizes of the groups. No host sync.
 
     Raises:
-        TypeError: ``batch_sizes`` is no tensor.
-        ValueError: it is not (E,), or no tensor of integers; under GROUPED_GEMM_VALIDATE=1, which is a host sync, also
-            where the sizes are more than the rows of ``a``.
+        TypeError: ``batch_sizes`` is not a tensor.
+        ValueError: ``batch_sizes`` is not (E,) or does not hold integers. Under GROUPED_GEMM_VALIDATE=1, which
+            synchronizes the host, also if the sizes add up to more rows than ``a`` has.
     """
     checks.check_tensor("batch_sizes", batch_sizes, (1,), (torch.int64, torch.int32))
     if VALIDATE.is_on() and (total := int(batch_sizes.sum())) > a.shape[0]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm import reference
-from grouped_gemm.autograd import Contraction, GroupedMM, layouts, run_forward, weights_for
+from grouped_gemm.autograd import GroupedMM, GroupedWgrad, layouts, run_forward, weights_for
 from grouped_gemm.core import vmap
 from grouped_gemm.core.dense import dense_weights, materialized
 from grouped_gemm.core.machine import machine_of
@@ -39,33 +39,36 @@ def grouped_mm(
 ) -> Tensor:
     """Multiplies each group of rows by its own matrix; differentiable in ``a``, ``b`` and ``bias``.
 
-    Rows ``offs[e-1]`` to ``offs[e]`` of ``a`` are multiplied by ``b[e]``, as `torch.nn.functional.grouped_mm` does;
-    rows at and past ``offs[-1]`` give zeros, whatever they hold. Where ``b`` has 2 dimensions, ``offs`` splits the
-    contraction instead: ``out[e] = a[:, group] @ b[group]``. Torch's two forms with a 3-dimensional ``a`` are not
-    here. The host never waits for the device unless `explain` says so. A DTensor stands for its local shard
-    (docs/training.md), and the result is a plain tensor.
+    Rows ``offs[e-1]`` to ``offs[e]`` of ``a`` are multiplied by ``b[e]``, as in `torch.nn.functional.grouped_mm`.
+    Rows at and past ``offs[-1]`` of the output are zero, whatever ``a`` holds there. If ``b`` has 2 dimensions,
+    ``offs`` splits the contraction instead: ``out[e] = a[:, group] @ b[group]``. Torch's two forms with a
+    3-dimensional ``a`` are not supported. The call never synchronizes the host unless `explain` says so. A DTensor
+    stands for its local shard (docs/training.md); the result is a plain tensor.
 
     Args:
-        a: (M, K); bfloat16, float16 or float32. Columns (M, M') of a weight gradient where ``b`` has 2 dimensions.
-        b: (E, K, N) in the dtype of ``a``, usually (E, N, K) weights seen through ``transpose(1, 2)``, or such weights
-            from `quantize_weights`; or (M', N).
+        a: (M, K); bfloat16, float16 or float32. (M, M') if ``b`` has 2 dimensions: M' is the contraction.
+        b: (E, K, N) in the dtype of ``a``, usually (E, N, K) weights seen through ``transpose(1, 2)``; or weights from
+            `quantize_weights`; or (M', N).
         offs: (E,) int32, the end row of each group, on the operands' device. Groups may be empty; ``offs[-1] <= M``.
-            Group sizes are another thing: pass ``sizes.cumsum(0, dtype=torch.int32)``.
-            Values out of order or range give wrong rows, never a wrong address.
+            From group sizes, compute it as ``sizes.cumsum(0, dtype=torch.int32)``.
+            Values out of order or out of range give wrong rows, but never an access out of bounds.
             Or a `GroupPlan`, which several calls with the same groups share.
-        recipe: how operands are quantized on the fly, a `Recipe` or its name. None: not at all, or as ``b`` is.
+        recipe: how operands are quantized on the fly, a `Recipe` or its name. None: not at all, or as ``b`` already is.
         bias: (E, N), added to each row of its group.
         out_dtype: bfloat16, float16 or float32; None: the dtype of ``a``.
-        group_alignment: a guarantee that every group's size is a multiple of it; backends that pad then need not.
-        kernel_preference: a backend or its name. AUTO defers to `prefer`, then GROUPED_GEMM_BACKEND, then picks.
+        group_alignment: the caller guarantees that every group's size is a multiple of it, so that backends that pad
+            need not.
+        kernel_preference: a backend or its name. With AUTO, `prefer` decides, then GROUPED_GEMM_BACKEND, then the
+            package.
 
     Returns:
-        (M, N), or (E, M, N) where ``b`` has 2 dimensions.
+        (M, N), or (E, M, N) if ``b`` has 2 dimensions.
 
     Raises:
         TypeError: an argument that should be a tensor or a number is not.
-        ValueError: shapes, dtypes or devices do not fit each other; the message names argument, expected and found.
-        NoBackendError: no backend, or not the one that was asked for, runs the call with all its gradients.
+        ValueError: shapes, dtypes or devices do not match; the message names the argument, what was expected and what
+            was found.
+        NoBackendError: no backend, or not the requested one, can run the call with all its gradients.
     """
     plan = None
     if isinstance(offs, GroupPlan):
@@ -87,7 +90,7 @@ def _grouped_mm(
 ) -> Tensor:
     """`grouped_mm`, outside of vmap.
 
-    ``options`` are recipe, out_dtype, group_alignment and kernel_preference. ``plan`` is the one of these ``offs``.
+    ``options`` are recipe, out_dtype, group_alignment and kernel_preference. ``plan`` is the `GroupPlan` of ``offs``.
     """
     a, b, bias = autocast(a, b, bias)
     key, route = recall(a, b, offs, bias, options)
@@ -98,7 +101,8 @@ def _grouped_mm(
         given = a, b, offs, bias
         a, b, offs, bias, spec = describe(a, b, offs, bias, *options)
         route = route_of(spec)
-        # What was copied or transposed has to be so for each call, and in a capture health is taken for granted.
+        # Remember no call whose operands were copied or transposed: `describe` must do that again each time. And none
+        # from a graph capture, where backends are assumed to be healthy.
         took_as_is = a.stride(1) == 1 and all(x is y for x, y in zip((a, b, offs, bias), given))
         if key is not None and took_as_is and not spec.captured:
             remember(key, route)
@@ -108,7 +112,7 @@ def _grouped_mm(
         groups = plan.plans(route, offs)
     if isinstance(b, Tensor) and b.dim() == 2:
         vmap.check_differentiable()
-        return Contraction.apply(a, b, groups, route)
+        return GroupedWgrad.apply(a, b, groups, route)
     if route.dgrad is None and route.wgrad is None and (bias is None or not needs_gradient(bias)):
         return run_forward(a, b, bias, groups, route)[0]
     vmap.check_differentiable()
@@ -126,10 +130,10 @@ def explain(
     group_alignment: int = 1,
     kernel_preference: Preference = KernelPreference.AUTO,
 ) -> Explanation:
-    """What `grouped_mm` would do with the same arguments, and why; multiplies nothing. Passes follow ``requires_grad``.
+    """What `grouped_mm` would do with the same arguments, and why. Runs no GEMM. Passes follow ``requires_grad``.
 
     Returns:
-        An `Explanation`: print it, or take its ``to_dict()``. It says so where no backend runs the call.
+        An `Explanation`: print it, or use its ``to_dict()``. It also covers calls that no backend can run.
 
     Raises:
         TypeError, ValueError: as `grouped_mm`.
@@ -155,9 +159,9 @@ def quantize_weights(
     dgrad: bool = False,
     kernel_preference: Preference = KernelPreference.AUTO,
 ) -> QuantizedWeights:
-    """Quantizes weights once, for many calls of `grouped_mm`, or takes over a checkpoint's.
+    """Quantizes weights once for many calls of `grouped_mm`, or takes over the fp8 weights of a checkpoint.
 
-    No gradient flows to weights that were quantized beforehand.
+    Weights that were quantized beforehand get no gradient.
 
     Args:
         b: (E, K, N), usually (E, N, K) weights seen through ``transpose(1, 2)``: bfloat16, float16 or float32, or a
@@ -165,25 +169,25 @@ def quantize_weights(
         recipe: a `Recipe` that scales, or its name.
         scale: a checkpoint's dequantization factors (``value = data * scale``), with the axes of ``b``: rowwise
             (E, 1, N), blockwise (E, ceil(K/128), ceil(N/128)), MXFP8 (E, ceil(K/32), N); or one for each expert, (E,),
-            (E, 1) or (E, 1, 1). float32, bfloat16, float16 or float8_e8m0fnu, all of them exact; MXFP8: float8_e8m0fnu,
-            or its codes in uint8. Parts that were quantized apart, such as gate and up, are passed apart
-            (docs/layouts.md).
-        dtype: dtype of the activations that will meet the weights; None: that of ``b``, or bfloat16 for a checkpoint's.
-        dgrad: whether gradients will flow to the activations, which takes a second layout on most backends.
+            (E, 1) or (E, 1, 1). float32, bfloat16, float16 or float8_e8m0fnu, all converted exactly; MXFP8:
+            float8_e8m0fnu, or its bits in uint8. Pass parts that were quantized separately, such as gate and up, in
+            separate calls (docs/layouts.md).
+        dtype: dtype of the activations in later calls; None: the dtype of ``b``, or bfloat16 with ``scale``.
+        dgrad: whether gradients will flow to the activations. Most backends then write a second layout.
         kernel_preference: the backend whose layouts are written, as in `grouped_mm`. Only that backend reads them.
 
     Returns:
-        What `grouped_mm` takes as ``b``.
+        Weights that `grouped_mm` takes as ``b``.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it, what was expected and found. Under
-            GROUPED_GEMM_VALIDATE=1 also where a recipe wants powers of two and a scale is none.
-        NoBackendError: no backend, or not the one that was asked for, runs the recipe.
+        TypeError, ValueError: an argument is invalid; the message names it, what was expected and what was found. Under
+            GROUPED_GEMM_VALIDATE=1 also if the recipe requires powers of two and a scale is not one.
+        NoBackendError: no backend, or not the requested one, can run the recipe.
     """
     check_bool("dgrad", dgrad)
     recipe = Recipe.parse(recipe)
     if not recipe.is_scaled:
-        checks.fail("recipe", "one that scales", recipe.value)
+        checks.fail("recipe", "a recipe that quantizes", recipe.value)
     b, scale = dtensor.local(b=b, scale=scale)
     checks.check_weights(b, scale, dtype)
     if scale is not None:
@@ -202,5 +206,5 @@ def quantize_weights(
             route.dgrad,
             lambda backend, one, other: backend.adopt_weights(data, scale, recipe, forward=one, dgrad=other),
         )
-    assert forward is not None and route.forward is not None, "the forward pass is always asked for"
+    assert forward is not None and route.forward is not None, "the forward layout is always requested"
     return QuantizedWeights(b.shape, dtype, forward, backward, route.forward, route.dgrad)

@@ -1,4 +1,4 @@
-"""`GroupPlan`: what backends derive from ``offs``, once for several calls of `grouped_mm` and their backward."""
+"""`GroupPlan`: what backends derive from ``offs``, shared by several calls of `grouped_mm` and their backward."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ def plans_of(route: Route, offs: Tensor, num_rows: int) -> Plans:
 
 
 class GroupPlan:
-    """Groups of rows, planned once: pass it to `grouped_mm` in the place of ``offs``.
+    """A plan for groups of rows, made once. Pass it to `grouped_mm` instead of ``offs``.
 
-    Calls with the same groups, such as gate-up and down of a MoE layer, then share what each backend derives from
-    ``offs``: row maps, token blocks, ends on the host. It is derived at the first call that needs it, on the stream of
-    that call, and serves all later calls and their backward. Results are those of a plain ``offs``, bit for bit.
+    Calls with the same groups, such as gate-up and down of an MoE layer, then share what each backend derives from
+    ``offs``: row maps, token blocks, ends on the host. The first call that needs it derives it, on the stream of that
+    call; all later calls and their backward reuse it. Results are bit for bit those with a plain ``offs``.
 
-    A plan is for one routing: make a new one in each step. After a change of ``offs`` in place, eager calls plan anew.
-    Compiled code does not see a change, and no call sees one that moves no version counter: ``offs.data``, inference
-    tensors, raw kernels, the replay of a CUDA graph. In the capture of a CUDA graph, only a plan that was made in a
-    capture is used; with any other one a call plans for itself, as with a plain ``offs``. Under GROUPED_GEMM_VALIDATE=1
-    each call checks the values of ``offs``, and plans for itself as well.
+    A plan is for one routing: make a new one in each step. If ``offs`` is changed in place, eager calls plan again.
+    Compiled code does not notice such a change. No call notices a change that does not bump the version counter:
+    through ``offs.data``, of an inference tensor, by a raw kernel, by a CUDA graph replay. While a CUDA graph is
+    captured, only a plan that was made during a capture is used; with any other plan, the call plans for itself, as
+    with a plain ``offs``. Under GROUPED_GEMM_VALIDATE=1, each call checks the values of ``offs``, and also plans for
+    itself.
 
     Args:
         offs: (E,) int32, the end row of each group, as in `grouped_mm`.
         num_rows: M, the rows of ``a``.
-        group_alignment: a guarantee that every group's size is a multiple of it.
+        group_alignment: the caller guarantees that every group's size is a multiple of it.
 
     Attributes:
         offs: (E,) int32, contiguous.
@@ -51,8 +52,8 @@ class GroupPlan:
         group_alignment: as above.
 
     Raises:
-        TypeError: an argument is no tensor or no int.
-        ValueError: rank or dtype of ``offs`` is another, or a number is out of range.
+        TypeError: an argument is not a tensor, or not an int.
+        ValueError: ``offs`` has the wrong rank or dtype, or a number is out of range.
     """
 
     def __init__(self, offs: Tensor, num_rows: int, group_alignment: int = 1) -> None:
@@ -72,14 +73,14 @@ class GroupPlan:
         """The guaranteed alignment of a call whose ``group_alignment`` is ``argument``.
 
         Raises:
-            ValueError: the call has one of its own.
+            ValueError: ``argument`` differs from the plan's alignment and is not 1, the default.
         """
         if argument not in (1, self.group_alignment):
-            checks.fail("group_alignment", f"{self.group_alignment}, as offs, a GroupPlan, has it", argument)
+            checks.fail("group_alignment", f"{self.group_alignment}, the alignment of the GroupPlan in offs", argument)
         return self.group_alignment
 
     def check_rows(self, num_rows: int) -> None:
-        """``num_rows`` is M.
+        """Checks that ``num_rows`` is the plan's M.
 
         Raises:
             ValueError: it is not.
@@ -89,11 +90,11 @@ class GroupPlan:
             checks.fail("offs.num_rows", f"{num_rows}, the rows of a", found)
 
     def plans(self, route: Route, offs: Tensor) -> Tensor | Plans:
-        """The plan of each backend that runs a pass; ``offs`` where the call has to plan for itself.
+        """The plan of each backend that runs a pass; ``offs`` if the call has to plan for itself.
 
         Args:
-            route: of the call.
-            offs: what the checks of the call have made of ``offs``.
+            route: the route of the call.
+            offs: ``offs`` after the checks of the call, which may have copied it.
         """
         if offs is not self.offs or is_capturing(offs) != self._captured:
             return offs
@@ -112,5 +113,5 @@ class GroupPlan:
 
 
 def _version(offs: Tensor) -> int:
-    """Changes with the values of ``offs``; 0 where that cannot be seen."""
+    """The version counter of ``offs``; 0 where there is none to read."""
     return 0 if torch.compiler.is_compiling() or offs.is_inference() else offs._version

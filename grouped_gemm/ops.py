@@ -1,8 +1,8 @@
-"""`gmm`, `permute` and `unpermute`, as the older package with this import name has them.
+"""`gmm`, `permute` and `unpermute`, with the signatures of the older package of this import name.
 
-Megatron-Core up to 0.16, MegaBlocks and others call these. New code calls `grouped_mm`.
+Megatron-Core up to 0.16, MegaBlocks and others call these functions. New code should call `grouped_mm`.
 
-T, k, M, H: tokens, experts of each token, rows in the order of experts, features.
+T, k, M, H: tokens, experts per token, rows sorted by expert, features.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Ten
     Args:
         a: (M, K); bfloat16, float16 or float32.
         b: (E, K, N), or (E, N, K) with ``trans_b``.
-        batch_sizes: (E,) integers on the CPU or on the device of ``a``: how many rows each group has. Rows past their
-            sum belong to no group.
+        batch_sizes: (E,) integers on the CPU or on the device of ``a``: the number of rows in each group. Rows past
+            their sum belong to no group.
         trans_b: whether ``b`` is (E, N, K).
 
     Returns:
-        (M, N), whose rows past the last group are zero.
+        (M, N), zero in rows past the last group.
 
     Raises:
         TypeError, ValueError: as `grouped_gemm.grouped_mm`.
-        NoBackendError: no backend runs the call.
+        NoBackendError: no backend can run the call.
     """
     checks.check_tensor("a", a, (2,), checks.DTYPES)
     checks.check_tensor("b", b, (3,), checks.DTYPES)
@@ -45,20 +45,20 @@ def gmm(a: Tensor, b: Tensor, batch_sizes: Tensor, trans_b: bool = False) -> Ten
 def permute(
     input_act: Tensor, indices: Tensor, num_out_tokens: int | None = None, max_token_num: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Copies tokens into the order of their experts; differentiable in ``input_act``. The host does not wait.
+    """Copies tokens into expert order; differentiable in ``input_act``. No host sync.
 
     Args:
         input_act: (T, H).
-        indices: (T, k), or (T,) where k is 1: integers, the experts of each token.
-        num_out_tokens: M, of the T * k rows those that are kept, the first ones; None, 0 or less: all of them.
-        max_token_num: not used. The older package allocates memory by it.
+        indices: (T, k), or (T,) if k is 1: integers, the experts of each token.
+        num_out_tokens: M: only the first M of the T * k sorted rows are kept. None, 0 or less: all of them.
+        max_token_num: ignored. The older package uses it to allocate memory.
 
     Returns:
-        The rows, (M, H), sorted by expert; those of one expert in the order of tokens. And the place of each token's
-        rows among them, (k * T,) int32: that of slot j of token t is at j * T + t, and -1 where its row is not kept.
+        The rows, (M, H), sorted by expert, and by token within an expert. And a row map, (k * T,) int32: entry
+        j * T + t is the row of slot j of token t, or -1 if that row is not kept.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it, what was expected and found.
+        TypeError, ValueError: an argument is invalid; the message names it, what was expected and what was found.
     """
     checks.check_tensor("input_act", input_act, (2,), checks.DTYPES)
     checks.check_tensor("indices", indices, (1, 2), (torch.int64, torch.int32))
@@ -80,20 +80,20 @@ def permute(
 
 
 def unpermute(input_act: Tensor, row_id_map: Tensor, probs: Tensor | None = None) -> Tensor:
-    """Sums the rows of each token, times their probabilities; differentiable in ``input_act`` and ``probs``.
+    """Sums the rows of each token, weighted by their probabilities; differentiable in ``input_act`` and ``probs``.
 
-    Sums are in fp32, in the order of slots. The host does not wait.
+    Sums are in fp32, in the order of slots. No host sync.
 
     Args:
-        input_act: (M, H), rows in the order of experts.
+        input_act: (M, H), rows in expert order.
         row_id_map: (k * T,) int32, from `permute`.
-        probs: (T, k), the factor of each row; None: 1, and k is 1.
+        probs: (T, k), the weight of each row; None: k is 1, and weights are 1.
 
     Returns:
         (T, H) in the dtype of ``input_act``.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it, what was expected and found.
+        TypeError, ValueError: an argument is invalid; the message names it, what was expected and what was found.
     """
     checks.check_tensor("input_act", input_act, (2,), checks.DTYPES)
     checks.check_tensor("row_id_map", row_id_map, (1,), (torch.int32, torch.int64))
@@ -102,16 +102,16 @@ def unpermute(input_act: Tensor, row_id_map: Tensor, probs: Tensor | None = None
         checks.check_tensor("probs", probs, (2,), checks.DTYPES)
         checks.check_device("probs", probs, "input_act", input_act.device)
         if probs.numel() != row_id_map.numel():
-            checks.fail("probs", f"(T, k) of T * k = {row_id_map.numel()}, as row_id_map has them", tuple(probs.shape))
+            checks.fail("probs", f"(T, k) with T * k = {row_id_map.numel()}, as in row_id_map", tuple(probs.shape))
     top_k, num_tokens = (1, row_id_map.numel()) if probs is None else (probs.shape[1], probs.shape[0])
     places_kT = row_id_map.view(top_k, num_tokens)
-    if torch.compiler.is_compiling():  # by torch 2.11, the Function's gradients would be zero
+    if torch.compiler.is_compiling():  # torch 2.11 would compile the Function's gradients to zeros
         return _sum_of_slots(input_act, places_kT, probs)
     return _Unpermute.apply(input_act, places_kT, probs)
 
 
 def _sum_of_slots(rows_MH: Tensor, places_kT: Tensor, probs_Tk: Tensor | None) -> Tensor:
-    """For each token the sum of its rows, (T, H): in fp32, slot by slot."""
+    """The sum of each token's rows, (T, H), in fp32, slot by slot."""
     total = rows_MH.new_zeros(places_kT.shape[1], rows_MH.shape[1], dtype=torch.float32)
     for j, places in enumerate(() if tracing.holds(rows_MH.shape[0] == 0) else places_kT):
         rows = rows_MH.index_select(0, places.clamp(min=0)).float()
@@ -122,9 +122,9 @@ def _sum_of_slots(rows_MH: Tensor, places_kT: Tensor, probs_Tk: Tensor | None) -
 
 
 class _Permute(torch.autograd.Function):
-    """Rows of tokens; their gradients come back together as `_sum_of_slots`, without atomic additions.
+    """Gathers the rows of tokens. Backward sums a token's gradients with `_sum_of_slots`, without atomics.
 
-    What both backwards call has gradients itself, so that gradients of gradients are there.
+    Both backward functions use differentiable ops only, so second derivatives work.
     """
 
     @staticmethod
@@ -141,7 +141,7 @@ class _Permute(torch.autograd.Function):
 
 
 class _Unpermute(torch.autograd.Function):
-    """Sums of rows; a row's gradient is that of its token, times its probability."""
+    """Sums rows by token. A row's gradient is its token's gradient times its probability."""
 
     @staticmethod
     def forward(ctx: Any, rows_MH: Tensor, places_kT: Tensor, probs_Tk: Tensor | None) -> Tensor:
@@ -151,21 +151,21 @@ class _Unpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
-        """d rows (M, H), zero where no token asked for one, and d probs (T, k)."""
+        """d rows (M, H), zero for rows that no slot refers to, and d probs (T, k)."""
         rows_MH, places_kT, probs_Tk = ctx.saved_tensors
         num_rows = rows_MH.shape[0]
         drows = dprobs = None
         if ctx.needs_input_grad[0] and tracing.holds(dy_TH.shape[0] == 0):
             drows = torch.zeros_like(rows_MH)
         elif ctx.needs_input_grad[0]:
-            asked_by_kT = torch.arange(places_kT.numel(), device=places_kT.device)
-            places = torch.where(places_kT < 0, num_rows, places_kT).flatten().long()  # the last is of what was dropped
-            slot_of_row = asked_by_kT.new_full((num_rows + 1,), -1).index_copy(0, places, asked_by_kT)[:-1]
-            is_asked, slots = slot_of_row[:, None] >= 0, slot_of_row.clamp(min=0)
+            slots_kT = torch.arange(places_kT.numel(), device=places_kT.device)
+            places = torch.where(places_kT < 0, num_rows, places_kT).flatten().long()  # dropped slots share a last row
+            slot_of_row = slots_kT.new_full((num_rows + 1,), -1).index_copy(0, places, slots_kT)[:-1]
+            is_used, slots = slot_of_row[:, None] >= 0, slot_of_row.clamp(min=0)
             drows = dy_TH.index_select(0, slots % dy_TH.shape[0])
             if probs_Tk is not None:
                 drows = (drows.float() * probs_Tk.t().flatten().index_select(0, slots)[:, None].float()).to(dy_TH.dtype)
-            drows = drows.masked_fill(~is_asked, 0)
+            drows = drows.masked_fill(~is_used, 0)
         if ctx.needs_input_grad[2]:
             has_rows = not tracing.holds(num_rows == 0)
             by_slot = [

@@ -1,14 +1,14 @@
-"""The truth: quantization and grouped products in plain torch. Every kernel and every test compares with this.
+"""The reference: quantization and grouped GEMMs in plain torch. Kernels and tests are compared with it.
 
-Formulas, for every recipe that scales (docs/numerics.md has the reasons):
+Formulas of every recipe that quantizes (docs/numerics.md gives the reasons):
 
     scale = max(amax, limit * 2^-126) * (1 / limit) amax over a block, limit: largest finite value of the fp8 type
-    scale = 2^ceil(log2(scale))                     where the recipe wants powers of two
+    scale = 2^ceil(log2(scale))                     if the recipe requires powers of two
     data  = fp8(clamp(x * (1 / scale), -limit, limit))
     value = data * scale
 
-all in fp32, rounded to nearest even. A NaN or Inf in a block makes its scale NaN or Inf, and every value of
-the block NaN: it never becomes a finite number. Blocks at the end of an axis or a group may be short.
+All arithmetic is fp32, rounded to nearest even. A NaN or Inf in a block makes its scale NaN or Inf, and every value of
+the block NaN: it never becomes a finite number. The last block of an axis or a group may be short.
 
 M, E, K, N: rows, groups, in and out features. D: K or N.
 """
@@ -23,43 +23,43 @@ from torch import Tensor
 
 from grouped_gemm.core.recipes import Recipe
 
-Blocks = tuple[int | None, ...]  # a block's side along each axis; None: the whole axis
+Blocks = tuple[int | None, ...]  # the size of a block along each axis; None: the whole axis
 
 
 def row_blocks(recipe: Recipe) -> Blocks:
-    """Blocks of activations (M, D) whose columns are the contraction."""
+    """Blocks of activations (M, D), with scales along D, the contraction of forward and dgrad."""
     return (1, recipe.block)
 
 
 def column_blocks(recipe: Recipe) -> Blocks:
-    """Blocks of the rows of one group (M_e, D), which are the contraction."""
+    """Blocks of one group's activations (M_e, D), with scales along M_e, the contraction of wgrad."""
     return (recipe.block, 1)
 
 
 def weight_blocks(recipe: Recipe, axis: int) -> Blocks:
-    """Blocks of weights (E, K, N) whose ``axis``, 1 or 2, is the contraction."""
+    """Blocks of weights (E, K, N); ``axis``, 1 or 2, is the contraction."""
     sides = (recipe.block, recipe.weight_lines)
     return (1, *sides) if axis == 1 else (1, *sides[::-1])
 
 
 def scales(amax: Tensor, recipe: Recipe, fp8_dtype: torch.dtype) -> Tensor:
-    """The fp32 scales of blocks whose largest magnitudes are ``amax``. Powers of two are still fp32 here."""
+    """The scales of blocks with largest magnitudes ``amax``, in fp32, even for recipes that store E8M0."""
     limit = torch.finfo(fp8_dtype).max
     scale = amax.float().clamp(min=limit * 2.0**-126) * (1 / limit)
     if not recipe.power_of_two_scales:
         return scale
-    # A positive fp32 goes up to the next power of two when its mantissa, if there is one, carries into the exponent.
+    # Rounds up to a power of two: the addition carries a nonzero mantissa into the exponent.
     bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000
     return torch.where(scale.isfinite(), bits.view(torch.float32), scale)
 
 
 def to_e8m0(scale: Tensor) -> Tensor:
-    """fp32 powers of two, at least 2^-126, as float8_e8m0fnu: the exponent alone. NaN and Inf become NaN."""
+    """Converts fp32 powers of two, at least 2^-126, to float8_e8m0fnu: the exponent alone. NaN and Inf become NaN."""
     return (scale.view(torch.int32) >> 23).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
 def to_fp8(x: Tensor, scale: Tensor, fp8_dtype: torch.dtype) -> Tensor:
-    """``x / scale``, saturated. Clamped first, since torch's cast to e4m3fnuz makes NaN of what is too large."""
+    """``x / scale`` in fp8, saturated. It clamps first: torch's cast to e4m3fnuz turns values out of range into NaN."""
     limit = torch.finfo(fp8_dtype).max
     return (x.float() * scale.reciprocal()).clamp(-limit, limit).to(fp8_dtype)
 
@@ -68,14 +68,14 @@ def quantize(x: Tensor, blocks: Blocks, recipe: Recipe, fp8_dtype: torch.dtype) 
     """Quantizes a tensor in blocks.
 
     Args:
-        x: floating point, any shape without empty axes but the first.
-        blocks: the sides of a block.
-        recipe: a recipe that scales.
+        x: floating point, any shape; only the first axis may be empty.
+        blocks: the sizes of a block.
+        recipe: a recipe that quantizes.
         fp8_dtype: type of the data.
 
     Returns:
-        Data in the shape of ``x``, its axes in the same order in memory, and scales in the recipe's dtype, with
-        ceil(size / side) of them along each axis.
+        Data with the shape and the memory order of ``x``; and scales in the recipe's dtype, ceil(size / block size)
+        along each axis.
     """
     sides = [size if side is None else side for size, side in zip(x.shape, blocks)]
     counts = [-(-size // side) if side else 1 for size, side in zip(x.shape, sides)]
@@ -90,7 +90,7 @@ def quantize(x: Tensor, blocks: Blocks, recipe: Recipe, fp8_dtype: torch.dtype) 
 
 
 def spread(scale: Tensor, blocks: Blocks, shape: Sequence[int]) -> Tensor:
-    """Scales of blocks as fp32 factors that broadcast against a tensor of ``shape``."""
+    """Repeats the scales of blocks, as fp32 factors that broadcast against a tensor of ``shape``."""
     scale = scale.float()
     for axis, side in enumerate(blocks):
         if side is not None and side > 1:
@@ -100,27 +100,28 @@ def spread(scale: Tensor, blocks: Blocks, shape: Sequence[int]) -> Tensor:
 
 
 def dequantize(data: Tensor, scale: Tensor | None, blocks: Blocks) -> Tensor:
-    """The fp32 values of ``data``; of an operand without scales, its values in fp32."""
+    """The values of ``data`` in fp32: multiplied by their scales, if there are any."""
     values = data.float()
     return values if scale is None else values * spread(scale, blocks, data.shape)
 
 
 def convert_fp8(data: Tensor, scale: Tensor, blocks: Blocks, fp8_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """fp8 data and scales of the same values in another e4m3 type.
+    """Converts fp8 data and scales to another e4m3 type. The dequantized values stay the same.
 
-    Halves of e4m3fn values are e4m3fnuz values, so e4m3fn to e4m3fnuz is exact with doubled scales. A scale of 2^127 or
-    more cannot be doubled, and its data stay as they are: those that e4m3fnuz lacks, above 240, stand for Inf in fp32.
+    Half of any e4m3fn value is an e4m3fnuz value, so e4m3fn to e4m3fnuz with doubled scales is exact. A scale of 2^127
+    or more cannot be doubled, so its data are not halved. Data above 240, which e4m3fnuz lacks, are clamped: with such
+    a scale they stand for Inf in fp32.
 
     Raises:
-        ValueError: the other direction, which is not exact.
+        ValueError: conversion from e4m3fnuz to e4m3fn, which is not exact.
     """
     if data.dtype == fp8_dtype:
         return data, scale
     if fp8_dtype != torch.float8_e4m3fnuz:
         expected, found = (str(dtype).removeprefix("torch.") for dtype in (fp8_dtype, data.dtype))
         raise ValueError(
-            f"b.dtype: expected {expected}, the fp8 type of this device; found {found}; dequantize the weights and "
-            "quantize them again, without scale"
+            f"b.dtype: expected {expected}, the fp8 type of this device; found {found}; dequantize the weights, and "
+            "pass them without scale to quantize them again"
         )
     factor = torch.where(scale.float().abs() < 2.0**127, 2.0, 1.0)
     limit = torch.finfo(fp8_dtype).max
@@ -131,7 +132,7 @@ def convert_fp8(data: Tensor, scale: Tensor, blocks: Blocks, fp8_dtype: torch.dt
 
 
 def group_ends(offs: Tensor, num_rows: int) -> list[int]:
-    """The end row of each group, on the host; what is out of order or outside [0, num_rows] is moved inside."""
+    """The end row of each group, on the host, clamped to [the previous end, num_rows]."""
     ends, end = [], 0
     for value in offs.tolist():
         end = max(end, min(value, num_rows))
@@ -145,12 +146,12 @@ def group_slices(ends: Sequence[int]) -> list[slice]:
 
 
 def column_scale_rows(num_rows: int, num_groups: int, recipe: Recipe) -> int:
-    """How many rows of scales `quantize_columns` returns: an upper bound that needs no look at the groups."""
+    """The number of rows of scales from `quantize_columns`: an upper bound that does not depend on ``offs``."""
     return num_groups if recipe.block is None else num_rows // recipe.block + num_groups
 
 
 def column_scale_slices(ends: Sequence[int], recipe: Recipe) -> list[slice]:
-    """The rows of scales of each group: blocks of one group after those of the one before."""
+    """The rows of scales of each group. A group's blocks follow those of the group before."""
     if recipe.block is None:
         return [slice(e, e + 1) for e in range(len(ends))]
     slices, first = [], 0
@@ -164,16 +165,16 @@ def column_scale_slices(ends: Sequence[int], recipe: Recipe) -> list[slice]:
 def quantize_columns(
     x_MD: Tensor, ends: Sequence[int], recipe: Recipe, fp8_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Quantizes an operand of wgrad: along each group's own rows, the last block of a group being short.
+    """Quantizes an operand of wgrad along the rows of each group. A group's last block may be short.
 
     Args:
         x_MD: (M, D) activations or output gradients.
         ends: end row of each group.
-        recipe: a recipe that scales.
+        recipe: a recipe that quantizes.
         fp8_dtype: type of the data.
 
     Returns:
-        Data (M, D), zero past the last group, and scales (`column_scale_rows`, D), 1 where no block is.
+        Data (M, D), zero past the last group, and scales (`column_scale_rows`, D), 1 in unused rows.
     """
     num_rows, features = x_MD.shape
     data = torch.zeros(num_rows, features, dtype=fp8_dtype, device=x_MD.device)
@@ -199,9 +200,9 @@ def grouped_mm(
 
 
 def wgrad(a_MK: Tensor, dy_MN: Tensor, ends: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
-    """Per group, the transpose of its rows of ``a`` times its rows of ``dy``, in ``dtype``: (E, K, N)."""
-    products = [a_MK[rows].to(dtype).t() @ dy_MN[rows].to(dtype) for rows in group_slices(ends)]
-    return torch.stack(products)
+    """``a^T dy`` over the rows of each group, in ``dtype``: (E, K, N)."""
+    by_group = [a_MK[rows].to(dtype).t() @ dy_MN[rows].to(dtype) for rows in group_slices(ends)]
+    return torch.stack(by_group)
 
 
 def group_sums(x_MN: Tensor, ends: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:

@@ -1,8 +1,8 @@
-"""What the tests of every backend share: cases, inputs, expected results, error metrics, poisoned memory.
+"""Helpers for the tests of all backends: cases, inputs, expected results, error metrics, poisoned memory.
 
-`cases` is the product of what `grouped_mm` takes. Which of them a backend runs is asked of its requirements, by
-`refusal`, and written down nowhere else. Inputs and expected results know nothing of backends: `expected` is fp64
-arithmetic on the operands as a recipe quantizes them, so that it is an exact answer and not one more estimate.
+`cases` is the cross product of the arguments of `grouped_mm`. Only a backend's requirements say which cases it runs:
+`refusal` evaluates them. Inputs and expected results do not depend on the backend: `expected` is fp64 arithmetic on the
+operands as a recipe quantizes them, so it is the exact answer rather than another estimate.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -40,18 +40,18 @@ class Shape:
     """Sizes of a call.
 
     Attributes:
-        name: what is special about it.
+        name: what this shape tests.
         sizes: rows of each group.
-        tail: rows past the last group, which belong to nobody.
+        tail: rows past the last group.
         k: K.
         n: N.
-        alignment: what the caller promises of ``sizes``.
+        alignment: the ``group_alignment`` that the caller guarantees.
     """
 
     name: str
     sizes: tuple[int, ...]
     tail: int = 0
-    # Multiples of 16, so that rows are aligned for every kernel, and of neither 32 nor 128: every last block is short.
+    # Multiples of 16, so that rows are aligned for every kernel, but not of 32 or 128, so that last blocks are short.
     k: int = 144
     n: int = 176
     alignment: int = 1
@@ -67,7 +67,7 @@ class Shape:
         return list(itertools.accumulate(self.sizes))
 
 
-# A bit of everything: an empty group, one of a single row, short last blocks of 32 and 128, rows of nobody.
+# A bit of everything: empty groups, a group of one row, short last blocks of 32 and 128, a tail.
 MIXED = Shape("mixed", (0, 37, 1, 130, 0), tail=5)
 SHAPES = (
     MIXED,
@@ -94,12 +94,12 @@ class Case:
     """One kind of call on one backend.
 
     Attributes:
-        backend: who has to run it.
+        backend: the backend that has to run it.
         recipe: how operands are quantized.
         dtype: dtype of ``a``, ``b`` and the bias.
-        passes: what runs, in the order of `Pass`; the forward pass is always among them.
+        passes: the passes to run, in the order of `Pass`, always including forward.
         shape: sizes.
-        b_contiguous: "k" or "n", the fastest axis of ``b``.
+        b_contiguous: "k" or "n", the contiguous axis of ``b``.
         out_dtype: dtype of the output; None: ``dtype``.
         has_bias: whether a bias is added.
     """
@@ -156,10 +156,10 @@ def cases(
     out_dtypes: Iterable[torch.dtype | None] = (None,),
     has_bias: Iterable[bool] = (False,),
 ) -> list[Case]:
-    """The product of the arguments, whether or not a backend runs it; every backend of this version unless named."""
+    """The cross product of the arguments, including cases that a backend refuses. Default: all backends."""
     backends = backend_kinds() if backends is None else backends
-    product = itertools.product(backends, recipes, dtypes, passes, shapes, b_contiguous, out_dtypes, has_bias)
-    return [Case(*arguments) for arguments in product]
+    combinations = itertools.product(backends, recipes, dtypes, passes, shapes, b_contiguous, out_dtypes, has_bias)
+    return [Case(*arguments) for arguments in combinations]
 
 
 def backend_kinds() -> list[BackendKind]:
@@ -168,7 +168,7 @@ def backend_kinds() -> list[BackendKind]:
 
 
 def refusal(case: Case, device: torch.device) -> str:
-    """Why the backend of ``case`` does not run it on ``device``, with every reason and remedy; empty where it does."""
+    """Why the backend of ``case`` cannot run it on ``device``: every reason and remedy. Empty if it can."""
     decision = decide(case.spec(machine_of(device)), case.backend, candidates(device))
     if decision.is_complete:
         return ""
@@ -186,7 +186,7 @@ class Inputs:
         bias: (E, N), or None.
         offs: (E,) int32.
         dy: (M, N) in the dtype of the output.
-        ends: what ``offs`` says, on the host.
+        ends: ``offs`` on the host.
     """
 
     a: Tensor
@@ -221,7 +221,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call returned: the output and the gradients that the case asks for."""
+    """The results of a call: the output and the gradients of the case's passes."""
 
     y: Tensor
     da: Tensor | None
@@ -232,7 +232,7 @@ class Outcome:
         """The result of one pass.
 
         Raises:
-            ValueError: it did not run.
+            ValueError: the pass did not run.
         """
         result = {Pass.FORWARD: self.y, Pass.DGRAD: self.da, Pass.WGRAD: self.db}[pass_]
         if result is None:
@@ -241,7 +241,7 @@ class Outcome:
 
 
 def run(case: Case, inputs: Inputs) -> Outcome:
-    """Calls `grouped_mm` on the backend of ``case``, and backward where its passes ask for it, in poisoned memory."""
+    """Calls `grouped_mm` on the backend of ``case``, and backward if its passes include it, in poisoned memory."""
     a = inputs.a.detach().requires_grad_(Pass.DGRAD in case.passes)
     b = inputs.b.detach().requires_grad_(Pass.WGRAD in case.passes)
     bias = None if inputs.bias is None else inputs.bias.detach().requires_grad_(case.passes != FORWARD)
@@ -263,9 +263,9 @@ def run(case: Case, inputs: Inputs) -> Outcome:
 
 
 def expected(pass_: Pass, inputs: Inputs, recipe: Recipe = Recipe.NONE) -> Tensor:
-    """The result of a pass on the operands as ``recipe`` quantizes them, multiplied and summed up in fp64.
+    """The result of a pass on the operands as ``recipe`` quantizes them, computed in fp64.
 
-    The gradient of the output is first rounded to the dtype of the operands, as every backend gets it.
+    The gradient of the output is first rounded to the dtype of the operands, as in a call.
 
     Returns:
         The output (M, N), dA (M, K), both zero past the last group, or dB (E, K, N).
@@ -284,7 +284,7 @@ def expected(pass_: Pass, inputs: Inputs, recipe: Recipe = Recipe.NONE) -> Tenso
 
 
 def as_quantized(x: Tensor, blocks: reference.Blocks, recipe: Recipe) -> Tensor:
-    """The values that ``x`` has left once it went through the data type and the scales of ``recipe``, in fp64."""
+    """``x`` quantized with ``recipe`` and dequantized again, in fp64."""
     if not recipe.is_scaled:
         return x.double()
     data, scale = reference.quantize(x, blocks, recipe, machine_of(x.device).fp8_dtype)
@@ -292,7 +292,7 @@ def as_quantized(x: Tensor, blocks: reference.Blocks, recipe: Recipe) -> Tensor:
 
 
 def _columns_as_quantized(x_MD: Tensor, ends: Sequence[int], recipe: Recipe) -> Tensor:
-    """Likewise, each group along its own rows."""
+    """As `as_quantized`, along the rows of each group."""
     values = torch.zeros_like(x_MD, dtype=torch.float64)
     for rows in reference.group_slices(ends):
         if rows.start < rows.stop:
@@ -301,16 +301,16 @@ def _columns_as_quantized(x_MD: Tensor, ends: Sequence[int], recipe: Recipe) -> 
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
-    """``|found - truth| / |truth|`` in Frobenius norms, in fp64; infinite where something is not finite."""
+    """``|found - truth| / |truth|`` in Frobenius norms, in fp64; infinite if any value is not finite."""
     found, truth = found.double().flatten(), truth.double().flatten()
     return _relative(found, truth, truth)
 
 
 def worst_row_error(found: Tensor, truth: Tensor, terms: Tensor | None = None) -> float:
-    """The largest `relative_error` of a row, along the last axis: one wrong row is not lost among many right ones.
+    """The largest `relative_error` of a row, along the last axis, so that one wrong row is not averaged away.
 
-    A row whose truth is zero must be exactly zero. ``terms``: what errors are held against, where not the truth:
-    `expected` of the operands' magnitudes, which does not shrink where terms cancel out.
+    A row whose truth is zero must be exactly zero. With ``terms``, errors are relative to ``terms`` instead of
+    ``truth``: pass `expected` of the operands' magnitudes, which stays large where terms cancel out.
     """
     against = truth if terms is None else terms
     return _relative(*(x.double().flatten(0, -2) for x in (found, truth, against)))
@@ -325,41 +325,41 @@ def _relative(found: Tensor, truth: Tensor, against: Tensor) -> float:
 
 
 def rounding_tolerance(dtype: torch.dtype, case: Case | None = None, device: torch.device | None = None) -> float:
-    """How far a row may be from `expected` under the same recipe, as `worst_row_error`.
+    """The largest allowed `worst_row_error` against `expected` with the same recipe.
 
-    Both have the same operands, and what is left is two errors. The result is rounded once to ``dtype``, by at
-    most half a unit in the last place: eps / 2 of each value, and so of the norm. And the products are summed up in
-    fp32, which for standard normal data and up to a few thousand terms stays below 2^-18; where ``case`` sums up fp8
-    products in the tensor cores of ``device``, and these are Ada's or Hopper's, with 13 bits: below 2^-11.
+    The quantized operands are the same, so two errors remain. First, the result is rounded once to ``dtype``, by at
+    most half a unit in the last place: eps / 2 of each value, and so of the norm. Second, products are accumulated in
+    fp32, with an error below 2^-18 for standard normal data and up to a few thousand terms. If ``case`` accumulates fp8
+    products in the tensor cores of ``device``, and these are Ada's or Hopper's, they add with 13 bits: below 2^-11.
     """
     coarse = case is not None and device is not None and sums_coarsely(case, device)
     return torch.finfo(dtype).eps / 2 + (2.0**-11 if coarse else 2.0**-18)
 
 
 def sums_coarsely(case: Case, device: torch.device) -> bool:
-    """Whether tensor cores add with 13 bits of mantissa only: fp8 on Ada and Hopper, where MX operands are widened."""
+    """Whether tensor cores add with only 13 mantissa bits: fp8 on Ada and Hopper. There, MX operands are widened."""
     traits = machine_of(device).traits
     in_fp8 = case.recipe.is_scaled and (case.recipe is not Recipe.MXFP8 or traits.mx)
     return in_fp8 and case.backend is not BackendKind.EMULATED and traits.sums_fp8_coarsely
 
 
 def quantization_tolerance(recipe: Recipe, dtype: torch.dtype) -> float:
-    """How far a result may be from `expected` without a recipe, as `relative_error`, for standard normal data.
+    """The largest allowed `relative_error` against `expected` without a recipe, for standard normal data.
 
-    e4m3 has 3 mantissa bits: in the binade [1, 2) its values are 1/8 apart, and the error is uniform within 1/16,
-    1/16 / sqrt(3) = 0.036 root mean square. Against the root mean square of the values in the binade, about 1.4,
-    that is 0.026 in every binade, whatever the scale: recipes differ in the range that they hold, which normal
-    data does not exhaust. The errors of two operands are independent, so a product has sqrt(2) * 0.026 = 0.037. A
-    third on top of that is for small samples; a wrong scale, block or axis is off by far more.
+    e4m3 has 3 mantissa bits. In the binade [1, 2) its values are 1/8 apart, so the error is uniform within 1/16, or
+    1/16 / sqrt(3) = 0.036 root mean square. Relative to the root mean square of the values in the binade, about 1.4,
+    that is 0.026. It is the same in every binade, for any scale: recipes differ in their range, which normal data does
+    not exhaust. The errors of two operands are independent, so a product has sqrt(2) * 0.026 = 0.037. The tolerance
+    adds a third for small samples; a wrong scale, block or axis is off by far more.
     """
     return 0.05 if recipe.is_scaled else rounding_tolerance(dtype)
 
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Memory from ``torch.empty`` and its kin holds NaN, or the largest integer, so that what is never written shows.
+    """Fills memory from ``torch.empty`` and similar calls with NaN or the largest integer, to expose unwritten values.
 
-    Holds for the whole process, backward threads included.
+    It applies to the whole process, including backward threads.
     """
     before = (
         torch.are_deterministic_algorithms_enabled(),
@@ -367,7 +367,7 @@ def poisoned_memory() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
     )
     with warnings.catch_warnings():
-        # torch fills only where deterministic algorithms are on, and then warns of every op that has none.
+        # torch fills memory only in deterministic mode, and then warns about every op without such an algorithm.
         warnings.filterwarnings("ignore", message=".*deterministic", category=UserWarning)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]

@@ -211,7 +211,7 @@ BAD_WEIGHTS = {
     "b has no groups": (WEIGHTS | {"b": ones(0, K, N)}, ValueError, ("b", "at least 1", "(0, 48, 32)")),
     "b is int8": (WEIGHTS | {"b": ones(E, K, N, dtype=torch.int8)}, ValueError, ("b.dtype", "bfloat16", "int8")),
     "b is fp8 without scale": (CHECKPOINT | {"scale": None}, ValueError, ("scale", "weights that are fp8", "None")),
-    "recipe is none": (WEIGHTS | {"recipe": "none"}, ValueError, ("recipe", "one that scales", "none")),
+    "recipe is none": (WEIGHTS | {"recipe": "none"}, ValueError, ("recipe", "a recipe that quantizes", "none")),
     "recipe is unknown": (WEIGHTS | {"recipe": "mxfp4"}, ValueError, ("recipe", "mxfp8", "'mxfp4'")),
     "kernel_preference is unknown": (
         WEIGHTS | {"kernel_preference": "cutlass"},

@@ -344,7 +344,7 @@ def test_warmup_fails_where_no_backend_runs_it(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--rows big", "rows: expected row classes, of decode, small, large; found 'big'"),
+        ("--rows big", "rows: expected row classes out of decode, small, large; found 'big'"),
         ("-k 0", "argument --k/-k: expected a whole number of at least 1; found '0'"),
         (f"-m {10**30}", "argument --m/-m: expected a whole number of at least 0 and at most 2147483647; found '1000"),
     ],

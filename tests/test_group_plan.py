@@ -244,7 +244,9 @@ def test_the_alignment_of_a_plan_is_that_of_its_calls(monkeypatch):
     with prefer("emulated"):
         grouped_mm(a, up, plan)
         grouped_mm(a, up, plan, group_alignment=16)
-        with pytest.raises(ValueError, match="group_alignment: expected 16, as offs, a GroupPlan, has it; found 8"):
+        with pytest.raises(
+            ValueError, match="group_alignment: expected 16, the alignment of the GroupPlan in offs; found 8"
+        ):
             grouped_mm(a, up, plan, group_alignment=8)
     assert asked == [16]
 

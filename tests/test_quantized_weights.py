@@ -419,7 +419,7 @@ def test_data_are_not_loaded_without_their_scales(strict):
     module = QuantizedGroupedLinear(weights)
     state = QuantizedGroupedLinear(small(seed=1)).state_dict()
     del state["forward_scale"]
-    with pytest.raises(RuntimeError, match="forward_scale: expected the rest of forward_data; found none"):
+    with pytest.raises(RuntimeError, match="forward_scale: expected it together with forward_data; found none"):
         module.load_state_dict(state, strict=strict)
     assert_same(module.weights, weights)
 
@@ -495,5 +495,5 @@ def test_a_state_whose_codes_have_another_dtype_is_refused():
     layer = QuantizedGroupedLinear(quantize_weights(torch.randn(2, 32, 48), "fp8_rowwise"))
     state = layer.state_dict()
     state["forward_scale"] = state["forward_scale"].view(torch.float32)
-    with pytest.raises(RuntimeError, match=r"forward_scale: expected torch\.int32, the bits; found torch\.float32"):
+    with pytest.raises(RuntimeError, match=r"forward_scale: expected the bits as torch\.int32; found torch\.float32"):
         layer.load_state_dict(state)
