@@ -81,7 +81,7 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
     from grouped_gemm.autotune import profile
     from grouped_gemm.backends import Candidate, candidates
     from grouped_gemm.core.call_spec import CallSpec, Pass, RowClass, row_class
-    from grouped_gemm.core.machine import default_device, imagined, machine_of
+    from grouped_gemm.core.machine import default_device, hypothetical, machine_of
     from grouped_gemm.core.preference import AUTOTUNE, STRICT, KernelPreference, resolve
     from grouped_gemm.core.recipes import Recipe
     from grouped_gemm.selection.explanation import Explanation
@@ -90,7 +90,7 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> int:
         here = machine_of(default_device())
         try:
-            machine = imagined(here, args.arch, args.vendor, args.packages)
+            machine = hypothetical(here, args.arch, args.vendor, args.packages)
             preference, asked_by = resolve(KernelPreference(args.backend), None)
             strict, tunes = STRICT.is_on(), AUTOTUNE.is_on()
         except ValueError as error:

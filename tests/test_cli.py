@@ -280,10 +280,13 @@ def test_this_machine_described_is_this_machine(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--arch sm_100 --vendor amd", "vendor: expected nvidia, to which arch sm_100 belongs; found 'amd'"),
-        ("--arch gfx942 --vendor cpu", "vendor: expected amd, to which arch gfx942 belongs; found 'cpu'"),
-        ("--arch hopper", "arch: expected one like sm_90 (nvidia) or gfx942 (amd), or cpu; found 'hopper'"),
-        ("--packages cudnn=9", "packages: expected some of torch, triton, deep_gemm, cuda, rocm, mslk; found 'cudnn'"),
+        ("--arch sm_100 --vendor amd", "vendor: expected nvidia, the vendor of arch sm_100; found 'amd'"),
+        ("--arch gfx942 --vendor cpu", "vendor: expected amd, the vendor of arch gfx942; found 'cpu'"),
+        ("--arch hopper", "arch: expected a name like sm_90 (nvidia) or gfx942 (amd), or cpu; found 'hopper'"),
+        (
+            "--packages cudnn=9",
+            "packages: expected names out of torch, triton, deep_gemm, cuda, rocm, mslk; found 'cudnn'",
+        ),
         ("--packages torch=new", "packages: expected a version of torch such as 2.11.0; found 'new'"),
         ("--packages torch", "argument --packages: expected NAME=VERSION, or NAME=none, separated by commas;"),
         ("--rows small", "argument --rows: not allowed with argument --m/-m"),

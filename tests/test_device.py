@@ -182,16 +182,16 @@ CUDA = (("torch", "2.11.0"), ("cuda", "13.0"), ("mslk", "2.11.0"), ("triton", "3
     ),
 )
 def test_another_machine_has_the_software_of_this_one_as_far_as_it_fits(here, arch, versions):
-    there = machine_module.imagined(here, arch, None, {})
+    there = machine_module.hypothetical(here, arch, None, {})
     assert (there.arch, there.versions, there.name) == (arch, versions, arch)
 
 
 def test_packages_of_another_machine_may_differ():
     here = Machine("nvidia", "sm_90", "NVIDIA H200", CUDA)
-    there = machine_module.imagined(here, None, None, {"deep_gemm": "0.1.5", "mslk": "none", "triton": "3.7.1"})
+    there = machine_module.hypothetical(here, None, None, {"deep_gemm": "0.1.5", "mslk": "none", "triton": "3.7.1"})
     assert dict(there.versions) == {"torch": "2.11.0", "cuda": "13.0", "triton": "3.7.1", "deep_gemm": "0.1.5"}
 
 
 def test_a_description_of_this_machine_is_this_machine():
     for here in (Machine("cpu", "cpu", "cpu", CUDA), Machine("nvidia", "sm_90", "NVIDIA H200", CUDA)):
-        assert machine_module.imagined(here, here.arch, here.vendor, {"triton": "3.6.0"}) is here
+        assert machine_module.hypothetical(here, here.arch, here.vendor, {"triton": "3.6.0"}) is here

@@ -174,7 +174,7 @@ def assert_ignored_with_one_warning():
         assert tile_search.gemm_tile(*USE) == SHIPPED
         assert tile_search.gemm_tile(*USE) == SHIPPED
     assert len(caught) == 1
-    assert str(caught[0].message).startswith(f"{store.path()}: expected tiles")
+    assert str(caught[0].message).startswith(f"{store.path()}: expected valid tiles")
 
 
 @pytest.mark.parametrize("content", DAMAGE.values(), ids=DAMAGE)

@@ -1,1 +1,1 @@
-"""What everything else rests on: machine, recipes, problem, preference, quantized operands, torch ops, files."""
+"""The foundations: machine, recipes, call spec, preference, quantized operands, torch ops, files."""

@@ -13,15 +13,15 @@ from grouped_gemm.core.recipes import Recipe
 
 
 class Pass(Enum):
-    """One of the three GEMMs of a call that trains."""
+    """One of the three GEMMs of a training call."""
 
-    FORWARD = "forward"  # Y = A B, per group of rows
-    DGRAD = "dgrad"  # dA = dY B^T, per group of rows
-    WGRAD = "wgrad"  # dB = A^T dY: the rows of a group are the contraction
+    FORWARD = "forward"  # Y = A B for each group of rows
+    DGRAD = "dgrad"  # dA = dY B^T for each group of rows
+    WGRAD = "wgrad"  # dB = A^T dY for each group: the group's rows are the contraction
 
 
 class RowClass(Enum):
-    """How many rows a group has on average: all that selection knows of M."""
+    """The average number of rows per group, as a class. Selection knows nothing else about M."""
 
     DECODE = "decode"  # at most 16
     SMALL = "small"  # at most 256
@@ -32,7 +32,7 @@ DECODE_ROWS, SMALL_ROWS = 16, 256  # the most rows per group of these classes
 
 
 def row_class(num_rows: int, num_groups: int) -> RowClass:
-    """The class of ``num_rows`` rows in ``num_groups`` groups; from shapes, so it never waits for the device."""
+    """The class of ``num_rows`` rows in ``num_groups`` groups. It follows from shapes, without a host sync."""
     if num_rows <= DECODE_ROWS * num_groups:
         return RowClass.DECODE
     if num_rows <= SMALL_ROWS * num_groups:
@@ -41,13 +41,13 @@ def row_class(num_rows: int, num_groups: int) -> RowClass:
 
 
 class CallSpec(NamedTuple):
-    """All that decides how a call runs, known from its arguments without a look at values. Equal calls run alike.
+    """Everything that decides how a call runs, known from its arguments without reading values. Equal specs run alike.
 
-    It is the key of cached decisions, what requirements look at, and what a `Route` is made of. It is a tuple of
-    constants because Dynamo passes on nothing else to a function that it does not trace.
+    It is the key of cached decisions, the input of requirements, and the source of a `Route`. It is a tuple of
+    constants because Dynamo passes only constants to a function that it does not trace.
 
     Attributes:
-        where: the device that it runs on; or a machine that is not there, to explain what would run on it.
+        where: the device that the call runs on; or a hypothetical machine, to explain what would run there.
         num_groups: E.
         k: K, in features.
         n: N, out features.
@@ -55,17 +55,18 @@ class CallSpec(NamedTuple):
         recipe: how operands are quantized.
         dtype: dtype of ``a``, and of ``b`` before it is quantized.
         out_dtype: dtype of the output.
-        passes: what will run, first what the forward call runs.
-        b_contiguous: "n" or "k", the fastest axis of ``b``; weights (E, N, K) seen through a transpose have "k".
+        passes: the passes that will run, starting with the pass of the forward call.
+        b_contiguous: "n" or "k", the contiguous axis of ``b``; weights (E, N, K) seen through a transpose have "k".
         has_bias: whether a bias is added.
-        group_alignment: every group's size is a multiple of it, as the caller guarantees.
-        is_aligned: strides of ``a`` and ``b`` are multiples of 16 bytes, as TMA wants them. Where a tensor starts is
-            known at the launch only.
-        host_sync: whether a pass may wait for the device.
-        captured: whether a CUDA graph is being captured; then it may not, and no replay waits for the host.
-        weights: whose layouts for forward and dgrad ``b`` was quantized to beforehand; None: it was not.
-        preference: what the argument ``kernel_preference`` asks for.
-        context: what the surrounding `prefer` asks for; None: nothing.
+        group_alignment: the caller guarantees that every group's size is a multiple of it.
+        is_aligned: strides of ``a`` and ``b`` are multiples of 16 bytes, as TMA requires. The alignment of a tensor's
+            start is known only at the launch.
+        host_sync: whether a pass may synchronize the host.
+        captured: whether a CUDA graph is being captured. If so, no pass may synchronize the host, and replays do not
+            wait for it.
+        weights: for ``b`` from `quantize_weights`, the backends of its layouts for forward and dgrad; else None.
+        preference: the preference in the argument ``kernel_preference``.
+        context: the preference of the surrounding `prefer`; None: there is none.
     """
 
     where: torch.device | Machine
@@ -89,7 +90,7 @@ class CallSpec(NamedTuple):
 
     @property
     def machine(self) -> Machine:
-        """The machine that it runs on."""
+        """The machine that the call runs on."""
         return self.where if isinstance(self.where, Machine) else machine_of(self.where)
 
     def __str__(self) -> str:
@@ -101,5 +102,5 @@ class CallSpec(NamedTuple):
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype without its module: ``bfloat16``."""
+    """The name of a dtype without the module, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Operands as kernels read them: values in memory, rows contiguous. What lies so already is not copied.
+"""Makes operands readable by kernels: values in memory, contiguous rows. It copies only operands that need it.
 
 M, E, K, N: rows, groups, in and out features. D: K or N.
 """
@@ -14,7 +14,7 @@ from grouped_gemm.core import tracing
 def materialized(x: Tensor) -> Tensor:
     """``x`` with its values in memory.
 
-    It is a copy where a negation is pending, which only the dispatcher carries out: of `torch._neg_view`, and of the
+    It copies a tensor with a pending negation, which only the dispatcher would resolve: from `torch._neg_view`, or the
     imaginary part of a conjugate.
     """
     if torch.compiler.is_compiling():  # compiled code goes through the dispatcher
@@ -23,7 +23,7 @@ def materialized(x: Tensor) -> Tensor:
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """``x`` (M, D) with contiguous rows: itself, unless it is a transpose or an expanded gradient."""
+    """``x`` (M, D) with contiguous rows. It copies a transpose, and a gradient that was expanded."""
     if torch.compiler.is_compiling():
         return x if tracing.holds(x.stride(1) == 1) else x.contiguous()
     x = x.clone() if x.is_neg() else x
@@ -31,7 +31,7 @@ def dense_rows(x: Tensor) -> Tensor:
 
 
 def dense_weights(b_EKN: Tensor) -> tuple[Tensor, str]:
-    """``b`` with K or N contiguous, and which of them: itself, unless it is a slice across both."""
+    """``b`` with K or N contiguous, and "k" or "n". It copies a slice across both axes."""
     b_EKN = materialized(b_EKN)
     if b_EKN.stride(2) == 1:
         return b_EKN, "n"

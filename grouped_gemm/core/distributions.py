@@ -1,6 +1,6 @@
-"""Other distributions with this import name: an older package and its forks are imported as ``grouped_gemm``, too.
+"""Other distributions of the same import name: an older package and its forks are also imported as ``grouped_gemm``.
 
-pip lets them write into one folder, where whatever was installed last has its files.
+pip lets several distributions write to the same folder; the last one to be installed overwrites files of the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ OWN = "grouped-gemm-dispatch"
 
 
 def others() -> list[str]:
-    """Each other distribution that has written into this package's folder, as "name version". Takes 0.1 s."""
+    """Other distributions that have written to this package's folder, as "name version". Takes 0.1 s."""
     folder = Path(__file__).resolve().parent.parent
     found = []
     for name in sorted(set(metadata.packages_distributions().get(folder.name, ()))):
@@ -25,15 +25,15 @@ def others() -> list[str]:
 
 
 def message(names: list[str]) -> str:
-    """What is wrong where there are ``names``, and what to do."""
+    """The error for other distributions ``names``, and what to do."""
     return (
-        f"expected no other distribution in the folder of {OWN}; found {', '.join(names)}. Each has overwritten files "
-        f"of the other: uninstall all of them, then install {OWN} alone, whose grouped_gemm.ops has the same calls."
+        f"expected no other distribution in the folder of {OWN}; found {', '.join(names)}. They have overwritten each "
+        f"other's files: uninstall all of them, then install {OWN} alone. Its grouped_gemm.ops has the same functions."
     )
 
 
 def warn_of_others() -> None:
-    """Warns where there are others."""
+    """Warns if there are other distributions."""
     names = others()
     if names:
         warnings.warn(f"grouped_gemm: {message(names)}", stacklevel=3)

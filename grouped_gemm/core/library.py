@@ -1,4 +1,4 @@
-"""How ops of ``torch.library`` are defined: opaque to torch.compile, visible by name to checkpointing policies."""
+"""Defines ops of ``torch.library``, which are opaque to torch.compile and visible by name to checkpointing policies."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 _library = torch.library.Library("grouped_gemm", "FRAGMENT")
 NAMES: list[str] = []
 
-# Each op by its name, for backends to call. Where nothing watches ops it is the implementation itself: the way through
-# the dispatcher takes 4 to 10 microseconds, a tenth of what the host takes for a call.
+# Each op by its name, for backends to call. If nothing intercepts ops, this calls the implementation directly: the
+# dispatcher takes 4 to 10 microseconds, a tenth of the host time of a call.
 ops = SimpleNamespace()
 
 _Result = TypeVar("_Result")
-Steps: TypeAlias = Iterator[_Result | Callable[[], _Result]]  # what an op yields: see `define_op`
-Size: TypeAlias = Annotated[int, "SymInt"]  # an argument that torch.compile may not know; other ints are constants
+Steps: TypeAlias = Iterator[_Result | Callable[[], _Result]]  # what an op yields, see `define_op`
+Size: TypeAlias = Annotated[int, "SymInt"]  # an argument that may be symbolic while tracing; other ints are constants
 
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -35,15 +35,14 @@ _SHAPE = re.compile("_[A-Z]+$")
 
 
 def define_op(*, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Steps[Any]]], Callable[..., Any]]:
-    """Decorator: makes a generator function the op ``torch.ops.grouped_gemm.<name>``: its own, less a leading "_".
+    """Decorator: registers a generator function as ``torch.ops.grouped_gemm.<name>``, its name less a leading "_".
 
-    The function yields its result twice over, so that one signature serves for schema, fake and op:
+    One function serves as schema, fake and op, in two steps:
 
-    - First it yields the result with shapes, strides and dtypes as they will be. The fake stops here. So up to this
-      point it looks at no values and launches nothing.
-    - Then it fills what it has yielded. Or it yields another result, which takes the place of the first one. In that
-      case it should first yield a function that makes the fake's result, so that an op that runs allocates nothing in
-      vain.
+    - First it yields the result with its final shapes, strides and dtypes. The fake stops here, so up to this point the
+      function must not read values or launch kernels.
+    - Then it fills that result. Or it yields a second result, which replaces the first one. In that case, it should
+      first yield a function that allocates the fake's result, so that the op itself does not allocate it for nothing.
 
     >>> @define_op()
     ... def _triton_group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Steps[Tensor]:
@@ -53,17 +52,17 @@ def define_op(*, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Step
     ...     k_grouped.group_sums(x_MN, offs, out)
 
     An op must not return or change its arguments. Its schema follows from the annotations: an ``int`` is a constant of
-    a graph and a `Size` is not; a shape suffix, as in ``x_MN``, is not part of an argument's name. Give an argument
-    that is added to an op the default None, so that programs exported without it still run.
+    a graph, a `Size` is not. A shape suffix, as in ``x_MN``, is not part of an argument's name. A new argument of an
+    existing op needs the default None, so that programs exported without it still run.
 
-    `torch.library.custom_op` would add an autograd layer and alias checks of about ten microseconds a call; here
-    gradients are the business of `functional`, and tests run ``torch.library.opcheck`` on every op.
+    `torch.library.custom_op` would add an autograd layer and alias checks, about ten microseconds per call. Here,
+    `autograd` computes the gradients, and tests run ``torch.library.opcheck`` on every op.
 
     Args:
-        tags: further tags of the op.
+        tags: additional tags of the op.
 
     Returns:
-        A decorator that returns a plain function, which runs the op without the dispatcher.
+        A decorator. It returns a plain function that runs the op without the dispatcher.
     """
 
     def register(op: Callable[..., Steps[Any]]) -> Callable[..., Any]:
@@ -89,7 +88,7 @@ def define_op(*, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Step
 
 
 def schema_of(op: Callable[..., Steps[Any]]) -> str:
-    """The schema that the annotations of ``op`` say: "name(Tensor x, str recipe) -> Tensor"."""
+    """The schema of ``op``, from its annotations: "name(Tensor x, str recipe) -> Tensor"."""
     hints = get_type_hints(op, include_extras=True)
     result, _ = get_args(get_args(hints.pop("return"))[0])
     results = ", ".join(_TYPES[part] for part in get_args(result)) if get_args(result) else _TYPES[result]
@@ -103,13 +102,13 @@ def schema_of(op: Callable[..., Steps[Any]]) -> str:
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, torch.dtype, str, int, bool, type(None)))
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack  # fake tensors, tracing, selective checkpointing
-_function_modes = torch._C._len_torch_function_stack  # which an op's implementation is called without
+_function_modes = torch._C._len_torch_function_stack  # the dispatcher turns these off around an implementation
 _transform = torch._C._functorch.peek_interpreter_stack
 _jit_trace = torch._C._get_tracing_state
 
 
 def _shortcut(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """``op``, without the dispatcher where that would do nothing but find ``implementation``."""
+    """``op``, which skips the dispatcher where all it would do is call ``implementation``."""
 
     def call(*args: Any) -> Any:
         if (
@@ -120,7 +119,7 @@ def _shortcut(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]
             or _jit_trace() is not None
             or torch.autograd.profiler._is_profiler_enabled
             or not _PLAIN.issuperset(map(type, args))
-            or args[0].is_meta  # an op's first argument is a tensor; without values, its fake runs
+            or args[0].is_meta  # an op's first argument is a tensor; on the meta device, the fake runs
         ):
             return op(*args)
         return implementation(*args)

@@ -1,7 +1,7 @@
-"""What the machine is: vendor, exact architecture and its traits, versions. The package's only probe of hardware.
+"""The machine: vendor, exact architecture and its traits, versions. No other module probes the hardware.
 
-Everything that depends on the machine reads a `Machine`, a plain value, so that a test can describe
-a machine that it does not have. To support a new GPU, add an entry to `ARCHS` and its tiles to `kernels.gemm.tiles`.
+All code that depends on the machine reads a `Machine`, a plain value, so tests can describe machines that are not
+there. To support a new GPU, add an entry to `ARCHS` and its tiles to `kernels.gemm.tiles`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
-PACKAGES = ("torch", "triton", "deep_gemm", "cuda", "rocm", "mslk")  # whose versions a machine may have
-_BUILDS = {"nvidia": ("cuda", "mslk"), "amd": ("rocm",), "cpu": ()}  # those that come with torch's build for a vendor
-_ARCHS = {"nvidia": r"sm_\d+", "amd": r"gfx[0-9a-f]+", "cpu": "cpu"}
+PACKAGES = ("torch", "triton", "deep_gemm", "cuda", "rocm", "mslk")  # the packages in `Machine.versions`
+_TORCH_BUILDS = {"nvidia": ("cuda", "mslk"), "amd": ("rocm",), "cpu": ()}  # packages in torch's build for a vendor
+_ARCH_PATTERNS = {"nvidia": r"sm_\d+", "amd": r"gfx[0-9a-f]+", "cpu": "cpu"}
 
-# The distributions that may provide an import; which versions of it are installed decides what works.
+# The distributions that may provide an import.
 _DISTRIBUTIONS = {
     "triton": ("triton", "pytorch-triton", "pytorch-triton-rocm"),
     "deep_gemm": ("sgl-deep-gemm", "deep-gemm"),
@@ -30,17 +30,18 @@ _DISTRIBUTIONS = {
 
 @dataclass(frozen=True)
 class ArchTraits:
-    """What this package's own kernels need to know about an architecture. What a vendor library supports is declared
-    by that library's backend.
+    """What this package's own kernels need to know about an architecture.
+
+    What a vendor library supports is declared by the backend of that library.
 
     Attributes:
         shared_memory: KiB of shared memory that one program can use.
         fp8: the e4m3 type that Triton converts to and multiplies; None: there is none.
-        sums_fp8_coarsely: whether the tensor cores add fp8 products with 13 bits of mantissa.
-        tma: whether the copy engine (TMA) reads tiles through descriptors.
+        sums_fp8_coarsely: whether the tensor cores add fp8 products with only 13 mantissa bits.
+        tma: whether kernels load tiles through TMA descriptors.
         mx: whether the matrix cores multiply MX operands. If not, our kernels widen them to bfloat16.
         packed_max: whether there is ``max.u16x2``, which compares two 16-bit values at once.
-        kernels: "hopper" for the kernels written for Hopper where they can run; "portable" for the others.
+        kernels: "hopper": the Hopper kernels where they can run, else the portable ones; "portable": only the latter.
     """
 
     shared_memory: int
@@ -52,9 +53,9 @@ class ArchTraits:
     kernels: str = "portable"
 
 
-# Every architecture that the Triton backend runs on. "cpu" is Triton's interpreter, which has descriptors, too.
-# Matrix cores for MX are used where `tl.dot_scaled` works: before Triton 3.8 it neither compiles for gfx942 nor runs
-# interpreted, and on sm_121 Triton 3.6 would widen the operands in more shared memory than there is.
+# Every architecture that the Triton backend runs on. "cpu" is Triton's interpreter, which supports descriptors.
+# ``mx`` is set where `tl.dot_scaled` works: before Triton 3.8 it neither compiles for gfx942 nor runs interpreted, and
+# for sm_121 Triton 3.6 would widen the operands in more shared memory than there is.
 ARCHS: dict[str, ArchTraits] = {
     "sm_80": ArchTraits(163, fp8=None),
     "sm_86": ArchTraits(99, fp8=None),
@@ -78,10 +79,10 @@ class Machine:
 
     Attributes:
         vendor: "nvidia", "amd", "cpu", or torch's device type for anything else.
-        arch: the exact architecture, "sm_90" or "gfx942"; equal to ``vendor`` where there is none.
-        name: the device's own name, for people.
-        versions: (name, version) of torch, triton, deep_gemm, cuda and rocm, as far as they are there. "mslk" are the
-            kernels of that library that torch itself was built with, and have its version.
+        arch: the exact architecture, such as "sm_90" or "gfx942"; on other devices the same as ``vendor``.
+        name: the device's product name.
+        versions: (name, version) of those `PACKAGES` that are installed. "mslk" is there if torch was built with the
+            kernels of that library; its version is torch's.
         interprets: whether Triton interprets kernels in this process instead of compiling them.
     """
 
@@ -98,12 +99,12 @@ class Machine:
 
     @property
     def traits(self) -> ArchTraits:
-        """What `ARCHS` says about the architecture. One that it does not list has none of the features."""
+        """The traits of the architecture in `ARCHS`. An unlisted architecture has none of the features."""
         return ARCHS.get(self.arch, _UNKNOWN)
 
     @property
     def fp8_dtype(self) -> torch.dtype:
-        """The e4m3 type of fp8 operands: that of the architecture, else e4m3fn, which plain torch converts to anywhere.
+        """The e4m3 type of fp8 operands: the architecture's, or else e4m3fn, which torch can convert to on any device.
 
         The largest value of e4m3fnuz is 240, that of e4m3fn is 448.
         """
@@ -112,11 +113,11 @@ class Machine:
     def version(self, package: str) -> Version | None:
         """The installed version of ``package``, or None."""
         found = dict(self.versions).get(package)
-        return None if found is None else Version(found.partition("-")[0])  # HIP's ends in the hash of its build
+        return None if found is None else Version(found.partition("-")[0])  # HIP appends a build hash
 
 
 def machine_of(device: torch.device | str) -> Machine:
-    """The machine as seen from ``device``; probed once per device and process."""
+    """The machine of ``device``, probed once per device and process."""
     if not isinstance(device, torch.device):
         device = torch.device(device)
     if device.type != "cuda":
@@ -125,37 +126,37 @@ def machine_of(device: torch.device | str) -> Machine:
 
 
 def default_device() -> torch.device:
-    """The device that the command line speaks of: the current GPU where torch sees one, else the CPU."""
+    """The default device of the command line: the current GPU if torch sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def imagined(here: Machine, arch: str | None, vendor: str | None, packages: dict[str, str]) -> Machine:
+def hypothetical(here: Machine, arch: str | None, vendor: str | None, packages: dict[str, str]) -> Machine:
     """A machine that is not there, to explain what would run on it.
 
     Args:
-        here: whose software it is assumed to have, as far as that fits the vendor.
+        here: the actual machine. The other one is assumed to have the same software, where its vendor allows that.
         arch: its exact architecture; None: that of ``here``.
-        vendor: None: whoever makes ``arch``.
-        packages: versions of those `PACKAGES` that are not as they are here; "none" for one that is not there.
+        vendor: its vendor; None: the vendor of ``arch``.
+        packages: versions of `PACKAGES` that differ from ``here``; "none" for a package that is not installed.
 
     Returns:
-        The machine; ``here`` itself, where that is what was described.
+        The machine; ``here`` itself if nothing differs.
 
     Raises:
-        ValueError: there is no such architecture or package, or vendor and architecture do not fit each other.
+        ValueError: the architecture or a package is unknown, or the vendor does not match the architecture.
     """
     arch = here.arch if arch is None else arch
-    maker = next((maker for maker, pattern in _ARCHS.items() if re.fullmatch(pattern, arch)), None)
+    maker = next((maker for maker, pattern in _ARCH_PATTERNS.items() if re.fullmatch(pattern, arch)), None)
     if maker is None:
-        raise ValueError(f"arch: expected one like sm_90 (nvidia) or gfx942 (amd), or cpu; found {arch!r}")
+        raise ValueError(f"arch: expected a name like sm_90 (nvidia) or gfx942 (amd), or cpu; found {arch!r}")
     if vendor not in (None, maker):
         raise ValueError(
-            f"vendor: expected {maker}, to which arch {arch} belongs; found {vendor!r}. Name an arch of that vendor or "
-            "leave the vendor out"
+            f"vendor: expected {maker}, the vendor of arch {arch}; found {vendor!r}. Pass an arch of that vendor, or "
+            "omit vendor"
         )
     for package, version in packages.items():
         if package not in PACKAGES:
-            raise ValueError(f"packages: expected some of {', '.join(PACKAGES)}; found {package!r}")
+            raise ValueError(f"packages: expected names out of {', '.join(PACKAGES)}; found {package!r}")
         if version != "none":
             try:
                 Version(version)
@@ -163,7 +164,7 @@ def imagined(here: Machine, arch: str | None, vendor: str | None, packages: dict
                 raise ValueError(
                     f"packages: expected a version of {package} such as 2.11.0; found {version!r}"
                 ) from None
-    foreign = () if maker == here.vendor else {"cuda", "mslk", "rocm"}.difference(_BUILDS[maker])
+    foreign = () if maker == here.vendor else {"cuda", "mslk", "rocm"}.difference(_TORCH_BUILDS[maker])
     assumed = {package: version for package, version in here.versions if package not in foreign} | packages
     found = tuple((package, assumed[package]) for package in assumed if assumed[package] != "none")
     if arch == here.arch and dict(found) == dict(here.versions):
@@ -191,8 +192,8 @@ def _probe(device_type: str, index: int | None) -> Machine:
 def _interprets() -> bool:
     """Whether Triton interprets kernels.
 
-    Triton reads TRITON_INTERPRET at every ``@triton.jit``, which includes its own library at its import. A later change
-    would mix kernels of both kinds, which cannot call each other. So the first answer holds for the process, also
+    Triton reads TRITON_INTERPRET at every ``@triton.jit``, including those of its own library at import. A later change
+    would mix kernels of both kinds, which cannot call each other. So the first answer holds for the whole process, also
     for devices that `_probe` sees later.
     """
     if os.environ.get("TRITON_INTERPRET", "0") in ("", "0"):
@@ -200,7 +201,7 @@ def _interprets() -> bool:
     try:
         import triton.language
         from triton.runtime.interpreter import InterpretedFunction
-    except ImportError:  # a run of the backend says what is missing
+    except ImportError:  # running the backend reports what is missing
         return True
     return isinstance(triton.language.zeros, InterpretedFunction)
 
@@ -217,7 +218,7 @@ def _versions() -> tuple[tuple[str, str], ...]:
     ]
     for package, distributions in _DISTRIBUTIONS.items():
         version = next(filter(None, map(_distribution_version, distributions)), None)
-        if version is None and package == "deep_gemm":  # anybody may have built one
+        if version is None and package == "deep_gemm":  # users build it under other distribution names
             version = _provider_version(package)
         found.append((package, version))
     return tuple((package, version) for package, version in found if version is not None)
@@ -231,13 +232,13 @@ def _distribution_version(name: str) -> str | None:
 
 
 def _provider_version(package: str) -> str | None:
-    """The version of whatever else provides ``package``; "0" where it came without one."""
+    """The version of any other distribution that provides ``package``; "0" if it has no version."""
     try:
         if importlib.util.find_spec(package) is None:
             return None
     except ImportError:
         return None
-    except ValueError:  # it was put into sys.modules by hand
+    except ValueError:  # a module in sys.modules without a spec
         return "0"
     distributions = metadata.packages_distributions().get(package, ())
     return next(filter(None, map(_distribution_version, distributions)), "0")

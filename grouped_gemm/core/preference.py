@@ -1,7 +1,7 @@
-"""Which backend the user asks for, and every switch that is read from the environment.
+"""The user's choice of a backend, and all environment variables.
 
-Precedence: the argument ``kernel_preference``, then the innermost `prefer`, then the environment
-variable GROUPED_GEMM_BACKEND, then AUTO. An argument of AUTO, the default, defers to the next.
+Precedence: the argument ``kernel_preference``, then the innermost `prefer`, then the environment variable
+GROUPED_GEMM_BACKEND, then AUTO. If the argument is AUTO, its default, the next one decides.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class BackendKind(Enum):
     TRITON = "triton"
     DEEPGEMM = "deepgemm"
     HIPBLASLT = "hipblaslt"
-    # The enums of this package keep Enum's own hash, slow as it is: Dynamo of torch 2.11 knows no other.
+    # The enums of this package keep Enum's own hash, although it is slow: Dynamo of torch 2.11 supports no other.
 
     @classmethod
     def named(cls, name: str) -> BackendKind:
-        """The backend of this name, as ``BackendKind(name)``, which Dynamo of torch 2.11 does not trace.
+        """As ``BackendKind(name)``, which Dynamo of torch 2.11 cannot trace.
 
         Raises:
-            KeyError: nothing has this name.
+            KeyError: no backend has this name.
         """
         return _KINDS[name]
 
@@ -40,7 +40,7 @@ _KINDS = {kind.value: kind for kind in BackendKind}
 
 
 class KernelPreference(Enum):
-    """What a user asks for: a backend, or AUTO, the fastest one that can run the call."""
+    """A user's choice: a backend, or AUTO, the fastest backend that can run the call."""
 
     AUTO = "auto"
     EMULATED = "emulated"
@@ -51,15 +51,15 @@ class KernelPreference(Enum):
 
     @property
     def kind(self) -> BackendKind | None:
-        """The backend that it names; None for AUTO."""
+        """The chosen backend; None for AUTO."""
         return None if self is KernelPreference.AUTO else BackendKind(self.value)
 
     @classmethod
     def parse(cls, value: Preference, argument: str = "kernel_preference") -> KernelPreference:
-        """The preference that ``value`` stands for: itself, a `BackendKind`, or the name of one in either case.
+        """Converts ``value``: a `KernelPreference`, a `BackendKind`, or a name, in upper or lower case.
 
         Raises:
-            ValueError: nothing has this name; the message says that it was found in ``argument``.
+            ValueError: the name is unknown. The message names ``argument``.
         """
         if isinstance(value, KernelPreference):
             return value
@@ -76,22 +76,22 @@ _BY_NAME = {preference.value: preference for preference in KernelPreference}
 
 @dataclass(frozen=True)
 class Variable:
-    """An environment variable, as docs/env.md and doctor describe it."""
+    """An environment variable of this package, with its description for docs/env.md and doctor."""
 
     name: str
-    values: tuple[str, ...]  # empty: any directory
+    values: tuple[str, ...]  # empty: a directory
     default: str
     meaning: str
 
 
 class Switch(Variable):
-    """One of a few values. Read at every call, except inside `torch.compile`, where it is read while tracing."""
+    """A variable with a few values. It is read at every call, but inside `torch.compile` only while tracing."""
 
     def read(self) -> str:
-        """Its value in lower case.
+        """The value in lower case.
 
         Raises:
-            ValueError: it is set to something that it does not know.
+            ValueError: the variable is set to an unknown value.
         """
         value = os.environ.get(self.name)
         if not value:
@@ -101,11 +101,11 @@ class Switch(Variable):
         return value.lower()
 
     def is_on(self) -> bool:
-        """Whether a switch of 0 and 1 is 1."""
+        """For a switch of 0 and 1: whether it is 1."""
         return self.read() == "1"
 
     def is_on_now(self) -> bool:
-        """`is_on`, a microsecond sooner where it is not set; for ops, into which Dynamo does not look."""
+        """As `is_on`, a microsecond faster if the variable is not set. For ops, which Dynamo does not trace."""
         return _get(_key_of[self.name]) is not None and self.is_on()
 
 
@@ -113,26 +113,26 @@ BACKEND = Switch(
     "GROUPED_GEMM_BACKEND",
     tuple(_BY_NAME),
     "auto",
-    "The backend of every call that names none, in its argument or in a surrounding prefer(...).",
+    "The backend of every call that chooses none by its argument or a surrounding prefer(...).",
 )
 STRICT = Switch(
     "GROUPED_GEMM_STRICT",
     ("0", "1"),
     "0",
-    "1: on a GPU, AUTO raises where it would fall back to the Emulated backend with a warning.",
+    "1: on a GPU, AUTO raises an error instead of falling back to the Emulated backend with a warning.",
 )
-LOG = Switch("GROUPED_GEMM_LOG", ("0", "1"), "0", "1: each distinct decision is printed once to standard error.")
+LOG = Switch("GROUPED_GEMM_LOG", ("0", "1"), "0", "1: print each distinct decision once to standard error.")
 VALIDATE = Switch(
     "GROUPED_GEMM_VALIDATE",
     ("0", "1"),
     "0",
-    "1: values are checked, with a host sync at every call: offs, weights in cache_weights, a checkpoint's scales.",
+    "1: check values, with a host sync at every call: offs, weights in cache_weights, a checkpoint's scales.",
 )
 AUTOTUNE = Switch(
     "GROUPED_GEMM_AUTOTUNE",
     ("0", "1"),
     "0",
-    "1: warmup times backends and searches tiles for the Triton kernels; calls use what the files of both hold.",
+    "1: warmup measures backends and searches tiles of the Triton kernels; calls use the stored results of both.",
 )
 SWITCHES = (BACKEND, STRICT, LOG, VALIDATE, AUTOTUNE)
 CACHE_DIR = Variable(
@@ -144,10 +144,10 @@ CACHE_DIR = Variable(
 
 
 def cache_directory() -> Path:
-    """Where files are kept: GROUPED_GEMM_CACHE_DIR, else "grouped_gemm" in XDG_CACHE_HOME or ~/.cache.
+    """The directory for files: GROUPED_GEMM_CACHE_DIR, else "grouped_gemm" in XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-        OSError: that is in a home directory, and there is none.
+        OSError: the directory is in a home directory, and there is no home directory.
     """
     named = os.environ.get(CACHE_DIR.name) or os.path.join(
         os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache"), "grouped_gemm"
@@ -158,8 +158,8 @@ def cache_directory() -> Path:
         raise OSError(f"no home directory for {named}") from error
 
 
-# os.environ encodes a name and raises a KeyError at each look for a variable that is not set. The dict behind it, with
-# encoded names, answers in a tenth of the time.
+# For a variable that is not set, os.environ encodes the name and raises a KeyError each time. The dict behind it, with
+# encoded names, takes a tenth of the time.
 _variables: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
 _encoded = str if _variables is os.environ else os.environ.encodekey
 _key_of: dict[str, Any] = {switch.name: _encoded(switch.name) for switch in SWITCHES}
@@ -168,15 +168,15 @@ _get = _variables.get
 
 
 def environment() -> tuple[Any, ...]:
-    """What every switch is set to at this moment, to compare with that of another."""
+    """The current settings of all switches, encoded. Equal tuples mean equal settings."""
     return tuple(map(_get, _keys))
 
 
 class _Surrounding(threading.local):
-    """What the `prefer` blocks around this thread ask for; None: nothing.
+    """The settings of the `prefer` blocks around this thread's calls; a preference of None: there is none.
 
-    A threading.local and no ContextVar, because Dynamo traces and guards the former only: a compiled
-    function follows `prefer`. The attributes are set in __init__, since Dynamo does not guard class attributes.
+    It is a threading.local rather than a ContextVar because Dynamo traces and guards only the former, so a compiled
+    function follows `prefer`. The attributes are set in __init__ because Dynamo does not guard class attributes.
     """
 
     def __init__(self) -> None:
@@ -188,10 +188,10 @@ surrounding = _Surrounding()
 
 
 def check_bool(argument: str, value: object) -> None:
-    """``value`` is True or False.
+    """Checks that ``value`` is True or False.
 
     Raises:
-        TypeError: it is something else, even if that has a truth, such as NumPy's bool.
+        TypeError: it is anything else, including objects with a truth value, such as NumPy's bool.
     """
     if not isinstance(value, bool):
         found = type(value)
@@ -201,15 +201,16 @@ def check_bool(argument: str, value: object) -> None:
 
 @contextmanager
 def prefer(kernel_preference: Preference | None = None, *, host_sync: bool | None = None) -> Iterator[None]:
-    """Sets the preference of the calls inside the block, in this thread. Blocks nest; the innermost wins.
+    """Sets the preference for calls inside the block, in this thread. Blocks nest; the innermost wins.
+
+    An argument that is not given keeps the surrounding block's value.
 
     Args:
-        kernel_preference: a backend or its name. ``"auto"`` asks for AUTO even where the environment names a backend.
-        host_sync: False refuses every backend whose passes would wait for the device.
-            What is not given stays as the surrounding block has it.
+        kernel_preference: a backend or its name. ``"auto"`` means AUTO even if the environment names a backend.
+        host_sync: False: refuse every backend whose passes would synchronize the host.
 
     Raises:
-        TypeError: ``host_sync`` is no bool.
+        TypeError: ``host_sync`` is not a bool.
         ValueError: no backend has this name.
     """
     if host_sync is not None:
@@ -226,7 +227,7 @@ def prefer(kernel_preference: Preference | None = None, *, host_sync: bool | Non
 
 
 def resolve(argument: KernelPreference, context: KernelPreference | None) -> tuple[KernelPreference, str]:
-    """The preference that holds, and who asked for it: "argument", "context", "environment" or "default".
+    """The preference in effect, and where it comes from: "argument", "context", "environment" or "default".
 
     Raises:
         ValueError: GROUPED_GEMM_BACKEND has an unknown value.

@@ -1,6 +1,6 @@
 """Recipes: what is scaled, and how finely.
 
-A scale is a dequantization factor: ``value = data * scale``. The arithmetic itself is in `reference`.
+A scale is a dequantization factor: ``value = data * scale``. `reference` has the arithmetic.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import torch
 class Recipe(Enum):
     """How the operands of a grouped GEMM are quantized.
 
+    Scales of the operands:
+
     | recipe | a row of ``a`` | ``b`` | operands of wgrad |
     | --- | --- | --- | --- |
-    | ``NONE`` | not scaled | not scaled | not scaled |
-    | ``FP8_ROWWISE`` | one scale | one per column | one per column of a group |
-    | ``FP8_BLOCKWISE`` | one per 128 of K | one per 128x128 | one per 128 rows of a group |
-    | ``MXFP8`` | one per 32 of K | one per 32 of K, in dgrad of N | one per 32 rows of a group |
+    | ``NONE`` | none | none | none |
+    | ``FP8_ROWWISE`` | one | one per column | one per column of a group |
+    | ``FP8_BLOCKWISE`` | one per 128 values of K | one per 128x128 block | one per 128 rows of a group |
+    | ``MXFP8`` | one per 32 values of K | one per 32 values of K, in dgrad of N | one per 32 rows of a group |
 
-    Data are 8-bit floats with 4 exponent and 3 mantissa bits (``Machine.fp8_dtype``). Scales are fp32,
-    any value; those of the ``_POW2`` recipes are fp32 rounded up to a power of two, those of ``MXFP8``
-    are powers of two stored as E8M0 (OCP Microscaling Formats v1.0, section 5.4).
+    Data are 8-bit floats with 4 exponent and 3 mantissa bits (``Machine.fp8_dtype``). Scales are fp32. The ``_POW2``
+    recipes round them up to a power of two. ``MXFP8`` stores powers of two as E8M0 (OCP Microscaling Formats v1.0,
+    section 5.4).
     """
 
     NONE = "none"
@@ -39,12 +41,12 @@ class Recipe(Enum):
 
     @property
     def block(self) -> int | None:
-        """How many values along the contraction share a scale; None: all of them."""
+        """The number of values along the contraction that share a scale; None: all of them."""
         return _BLOCK[self]
 
     @property
     def weight_lines(self) -> int:
-        """How many lines of ``b`` share a scale: the other side of a weight's block."""
+        """The number of lines of ``b`` that share a scale: the size of a block across the contraction."""
         return 128 if self in (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2) else 1
 
     @property
@@ -54,12 +56,12 @@ class Recipe(Enum):
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """Dtype in which scales are stored: float32, or float8_e8m0fnu for MXFP8."""
+        """The dtype of stored scales: float32, or float8_e8m0fnu for MXFP8."""
         return torch.float8_e8m0fnu if self is Recipe.MXFP8 else torch.float32
 
     @classmethod
     def parse(cls, value: Recipe | str) -> Recipe:
-        """The recipe named by ``value``: a `Recipe`, or its name in either case.
+        """Converts ``value``: a `Recipe`, or its name in upper or lower case.
 
         Raises:
             ValueError: no recipe has this name.

@@ -1,7 +1,7 @@
-"""The file that keeps what was measured ahead of time: tiles and profiles, for every process of a machine.
+"""The file that stores measured tiles and profiles, for all processes on a machine.
 
-`autotune-2.json` is one JSON object: "schema", and a list of entries for each section. An entry holds for one setting
-(GPU and versions); those of other settings are kept and ignored.
+`autotune-2.json` is one JSON object: "schema", and a list of entries for each section. An entry is valid for one
+setting (GPU and versions). Entries of other settings are kept, but ignored.
 """
 
 from __future__ import annotations
@@ -18,48 +18,48 @@ from typing import Any, Generic, TypeVar
 
 from grouped_gemm.core.preference import CACHE_DIR, cache_directory
 
-SCHEMA = 2  # of the file, and part of its name: a version with another form reads and writes another file
+SCHEMA = 2  # part of the file's name, so that versions with another schema use another file
 Entry = dict[str, Any]
 K = TypeVar("K")
 V = TypeVar("V")
 
-# What reading a damaged file or entry may raise.
+# Errors from reading a damaged file or entry.
 DAMAGE = (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
 
 
 def path() -> Path:
-    """The file, in `preference.cache_directory`.
+    """The path of the file, in `preference.cache_directory`.
 
     Raises:
-        OSError: there is no home directory to keep it in.
+        OSError: it would be in the home directory, and there is none.
     """
     return cache_directory() / f"autotune-{SCHEMA}.json"
 
 
 def read(file: Path) -> dict[str, list[Entry]]:
-    """The sections of a file; empty where there is no file.
+    """The sections of a file; empty if there is no file.
 
     Raises:
-        One of DAMAGE: it cannot be read, is of another schema, or holds something else.
+        One of DAMAGE: the file cannot be read, has another schema, or is damaged.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     if content.pop("schema") != SCHEMA:
-        raise ValueError(f"expected schema {SCHEMA}")
+        raise ValueError(f"it does not have schema {SCHEMA}")
     if not all(isinstance(entries, list) for entries in content.values()):
-        raise TypeError("expected a list of entries in each section")
+        raise TypeError("a section is not a list of entries")
     return {name: list(map(dict, entries)) for name, entries in content.items()}
 
 
 class Section(Generic[K, V]):
-    """One list of the file, of values by key.
+    """A section of the file: a list of entries, each with a key and a value.
 
     Args:
-        name: of the list.
-        parse: the key and value of an entry; raises one of DAMAGE for an entry that is damaged.
-        render: the entry of a key and value.
+        name: the name of the section.
+        parse: converts an entry to its key and value; raises one of DAMAGE if the entry is damaged.
+        render: converts a key and value to an entry.
     """
 
     def __init__(self, name: str, parse: Callable[[Entry], tuple[K, V]], render: Callable[[K, V], Entry]) -> None:
@@ -70,9 +70,9 @@ class Section(Generic[K, V]):
         self._lock = threading.Lock()
 
     def known(self, setting: dict[str, str]) -> dict[K, V]:
-        """What this process and earlier ones stored for ``setting``; the file is read once.
+        """The values stored for ``setting`` by this process and earlier ones. The file is read once.
 
-        A file that is damaged or cannot be read is ignored with a warning.
+        A file that is damaged or cannot be read is ignored, with a warning.
         """
         name = tuple(setting.items())
         if name not in self._known:
@@ -80,25 +80,26 @@ class Section(Generic[K, V]):
             try:
                 found = self._parsed(read(path()), setting)
             except OSError as error:
-                self._warn(f"a file that can be read; found {error}. What the package ships is used")
+                self._warn(f"a readable file; found {error}. Only the shipped values are used")
             except DAMAGE as error:
                 warnings.warn(
-                    f"{path()}: expected {self.name}; found {type(error).__name__}: {error}. The file is ignored. "
-                    "Delete it; grouped_gemm.warmup then measures again.",
+                    f"{path()}: expected valid {self.name}; found {type(error).__name__}: {error}. The file is "
+                    "ignored. Delete it; then grouped_gemm.warmup measures again.",
                     stacklevel=3,
                 )
             self._known.setdefault(name, found)
         return self._known[name]
 
     def forget(self) -> None:
-        """Reads the file again at the next look: another process may have written to it."""
+        """Makes the next `known` read the file again, which another process may have changed."""
         self._known.clear()
 
     def store(self, setting: dict[str, str], found: dict[K, V]) -> None:
-        """Uses ``found`` from now on, in this process, and adds it to the file.
+        """Adds ``found`` to the file, and uses it in this process from now on.
 
-        Several processes may do so at once: each reads, adds to and replaces the file under a lock, and a reader sees
-        the file as it was before or after. What another process stored first for a key stays, and is used here as well.
+        Several processes may do this at once: each of them reads, extends and replaces the file under a lock. A reader
+        sees the file either before or after a change. If another process has stored a value for a key first, that value
+        stays, and this process uses it as well.
         """
         try:
             file = path()
@@ -107,7 +108,7 @@ class Section(Generic[K, V]):
                 try:
                     sections = read(file)
                     before = self._parsed(sections, setting)
-                except DAMAGE:  # `known` has warned of it
+                except DAMAGE:  # `known` warns about it
                     sections, before = {}, {}
                 new = {key: value for key, value in found.items() if key not in before}
                 head = {"setting": setting, "date": date.today().isoformat()}
@@ -116,7 +117,7 @@ class Section(Generic[K, V]):
                 _replace(file, json.dumps({"schema": SCHEMA, **sections}, indent=1))
                 found = before | new
         except OSError as error:
-            self._warn(f"a directory to write to; found {error}. Only this process uses what it measured")
+            self._warn(f"a writable directory; found {error}. The measurements are lost when this process ends")
         known = self.known(setting)
         with self._lock:
             self._known[tuple(setting.items())] = known | found
@@ -126,19 +127,19 @@ class Section(Generic[K, V]):
 
     def _warn(self, expected: str) -> None:
         warnings.warn(
-            f"autotune-{SCHEMA}.json: expected {expected}. Set {CACHE_DIR.name} to a directory that can be read and "
-            "written.",
+            f"autotune-{SCHEMA}.json: expected {expected}. Set {CACHE_DIR.name} to a directory that is readable and "
+            "writable.",
             stacklevel=4,
         )
 
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Holds a lock among processes; where the file system has no locks, goes on without one.
+    """Holds a lock between processes; without one if the file system has no locks.
 
-    The directory may be shared: what lies in the place of ``file`` is left as it is, and a link there is not followed.
+    The directory may be shared with other users, so an existing ``file`` is not changed, and a link is not followed.
     """
-    import fcntl  # not on Windows, where there is no Triton
+    import fcntl  # missing on Windows, where there is no Triton
 
     lock = None
     try:
@@ -148,14 +149,14 @@ def _locked(file: Path) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            os.close(lock)  # which releases it
+            os.close(lock)  # releases the lock
 
 
 def _replace(file: Path, text: str) -> None:
-    """Writes ``file`` as a whole or not at all: a reader sees it as it was before or after. Call it under `_locked`."""
+    """Replaces ``file`` atomically: a reader sees it either before or after. Call it under `_locked`."""
     temporary = file.with_name(f"{file.name}.{os.urandom(8).hex()}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as output:  # a new file, which others may read, as the umask has it
+        with temporary.open("x", encoding="utf-8") as output:  # a new file with the permissions of the umask
             output.write(text)
         os.replace(temporary, file)
     except BaseException:

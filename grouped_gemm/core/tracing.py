@@ -1,11 +1,11 @@
-"""Questions about sizes that ``torch.compile`` and ``torch.export`` may not know while they trace.
+"""Comparisons of sizes that ``torch.compile`` and ``torch.export`` may not know while tracing.
 
 A size can be dynamic (M differs from call to call), have stated bounds (`torch._dynamo.mark_dynamic` with a range,
-`torch._check`), or be data-dependent: only the device knows it, such as the number of rows that a mask keeps. Python's
-``if`` on a data-dependent size is an error, and on a size with stated bounds it can break what was stated. Eager calls
-take the plain comparison.
+`torch._check`), or be data-dependent: only the device knows it, such as the number of rows that a mask keeps. A Python
+``if`` on a data-dependent size is an error, and on a size with stated bounds it can violate the bounds. Eager calls use
+the plain comparison.
 
-`torch.fx.experimental.symbolic_shapes` is imported while tracing only: it brings sympy, which takes half a second.
+`torch.fx.experimental.symbolic_shapes` is imported only while tracing: it imports sympy, which takes half a second.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from grouped_gemm.core.call_spec import DECODE_ROWS, SMALL_ROWS, RowClass, row_c
 
 
 def holds(condition: bool) -> bool:
-    """Whether ``condition`` holds; False where that is data-dependent."""
+    """Whether ``condition`` holds; False if it is data-dependent."""
     if not torch.compiler.is_compiling():
         return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_false
@@ -30,17 +30,18 @@ def is_data_dependent(size: int) -> bool:
         return False
     from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
-    # Fermat's little theorem holds for every size, so that a guard on it costs no compilation, and neither bounds nor
-    # factors of the size prove it to torch. So the two differ only where there is no size to try it on.
+    # By Fermat's little theorem the condition is true for every size, so a guard on it causes no recompilation. But
+    # torch cannot prove it from bounds or factors of the size. So the two guards differ only if there is no example
+    # value of the size to evaluate it with.
     remainder = size % 13
     condition = remainder**13 % 13 == remainder
     return guard_or_true(condition) and not guard_or_false(condition)
 
 
 def row_class_of(num_rows: int, num_groups: int) -> RowClass:
-    """`call_spec.row_class`, LARGE where M is data-dependent, and where the class would narrow down M's stated bounds.
+    """`call_spec.row_class`; LARGE if M is data-dependent, or if the class would narrow M's stated bounds.
 
-    An exported program has the LARGE class as well: a program of one class would be of little use.
+    Exported programs also get LARGE: a program for one class only would be of little use.
     """
     if _is_exporting():
         return RowClass.LARGE
@@ -63,5 +64,5 @@ def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-# Evaluated while tracing: Dynamo itself takes torch 2.11's function for True under torch.compile, too.
+# Evaluated as a constant: Dynamo would trace torch 2.11's `is_exporting` as True, also under torch.compile.
 _is_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

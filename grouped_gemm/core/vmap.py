@@ -1,9 +1,9 @@
-"""`torch.func.vmap` and batched gradients: a grouped GEMM has no batch axis to spare, so samples run one by one.
+"""`torch.func.vmap` and batched gradients: a grouped GEMM has no batch axis, so samples run one by one.
 
-There are two kinds of batched tensors. `torch.func.vmap` makes those of functorch: `each_sample` loops around the whole
-call, so that autograd sees the call of each sample. ``torch.autograd.grad(is_grads_batched=True)``, which
-`torch.autograd.functional.jacobian(vectorize=True)` uses, makes those of an older vmap. For them, the dispatcher runs
-each op in a loop: `batched_gradient` sends ops through the dispatcher.
+There are two kinds of batched tensors. `torch.func.vmap` makes functorch's: `each_sample` loops over whole calls, so
+that autograd sees the call of each sample. ``torch.autograd.grad(is_grads_batched=True)``, which
+`torch.autograd.functional.jacobian(vectorize=True)` uses, makes those of an older vmap. For these, the dispatcher runs
+each op in a loop, so `batched_gradient` sends ops through the dispatcher.
 """
 
 from __future__ import annotations
@@ -22,23 +22,30 @@ _NOTHING = nullcontext()
 
 
 def batched_gradient(dy: Tensor) -> AbstractContextManager[Any]:
-    """Inside it, ops take ``dy`` also where it is one of ``is_grads_batched``. Without that it does nothing."""
+    """A context in which ops accept ``dy`` from ``is_grads_batched``. For any other ``dy`` it does nothing.
+
+    Raises:
+        RuntimeError: ``dy`` is batched and ``create_graph`` is True.
+    """
     if torch.compiler.is_compiling() or not torch._C._functorch.is_legacy_batchedtensor(dy):
         return _NOTHING
-    if torch.is_grad_enabled():  # torch would take the history of the batch away with it
+    if torch.is_grad_enabled():  # torch would drop the history together with the batch
         raise RuntimeError(
             "grouped_mm: expected create_graph=False with batched gradients (is_grads_batched, vectorize=True); "
-            "found True; compute them one by one where they need gradients themselves"
+            "found True; for second derivatives, compute the gradients one by one"
         )
-    return BaseTorchFunctionMode()  # ops take no shortcut past the dispatcher while a mode is on
+    return BaseTorchFunctionMode()  # while a mode is on, ops do not skip the dispatcher
 
 
 def each_sample(function: Callable[..., Any], *operands: Any) -> Any:
-    """``function(*operands)``, for each sample where some operands are batched by `torch.func.vmap`.
+    """``function(*operands)``, run for each sample if `torch.func.vmap` has batched some operands.
 
     Args:
-        function: takes the operands, and returns a tensor or a tuple of tensors and None.
-        operands: tensors and anything else.
+        function: takes the operands, and returns a tensor, or a tuple of tensors and None.
+        operands: tensors or anything else.
+
+    Raises:
+        RuntimeError: operands are batched, but inside another transform such as `torch.func.grad`.
     """
     if not is_transformed():
         return function(*operands)
@@ -50,41 +57,45 @@ def each_sample(function: Callable[..., Any], *operands: Any) -> Any:
         return function(*operands)
     if is_batched:
         return _EachSample.apply(function, *operands)
-    with retrieve_current_functorch_interpreter().lower():  # this vmap is about other tensors
+    with retrieve_current_functorch_interpreter().lower():  # this vmap batches other tensors
         return each_sample(function, *operands)
 
 
 _NOT_DIFFERENTIABLE = (
-    "grouped_mm: expected no torch.func transform but vmap around a call that needs gradients; found torch.func.grad "
-    "or another one; use torch.autograd.grad, with is_grads_batched for several gradients"
+    "grouped_mm: expected no torch.func transform except vmap around a call that needs gradients; found "
+    "torch.func.grad or another transform; use torch.autograd.grad, with is_grads_batched for several gradients"
 )
 
 
 def check_differentiable() -> None:
-    """No `torch.func.grad` or its like is around the call.
+    """Checks that the call is not inside `torch.func.grad` or a similar transform.
 
     Raises:
-        RuntimeError: one is.
+        RuntimeError: it is.
     """
     if not torch.compiler.is_compiling() and is_transformed():
         raise RuntimeError(_NOT_DIFFERENTIABLE)
 
 
 class _EachSample(torch.autograd.Function):
-    """Has no gradients of its own: its vmap rule calls the function one level further down, where autograd sees it."""
+    """Only for its vmap rule, which calls the function one level below, where autograd records it."""
 
     @staticmethod
     def forward(function: Callable[..., Any], *operands: Any) -> Any:
-        """Never reached: `each_sample` leaves out what is not batched."""
+        """Never reached: `each_sample` uses the Function only for batched operands."""
         return function(*operands)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Without it, torch refuses the Function under a transform."""
+        """Does nothing; torch requires it under a transform."""
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], function: Callable[..., Any], *operands: Any) -> Any:
-        """The results of all samples, stacked along the first axis."""
+        """Runs each sample and stacks the results along the first axis.
+
+        Raises:
+            ValueError: there are no samples.
+        """
         if info.batch_size == 0:
             raise ValueError("grouped_mm: expected at least one sample under vmap; found none")
         by_operand = [[x] * info.batch_size if dim is None else x.unbind(dim) for x, dim in zip(operands, in_dims[1:])]
