@@ -101,10 +101,10 @@ def test_every_line_and_band_is_in_a_legend(curves, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        ("chart.txt", "expected a file name that ends in one of ."),
+        ("chart.txt", "expected a file name with one of the suffixes ."),
         ("chart", "found 'no suffix'"),
-        ("missing/chart.png", "expected a directory that exists; found no "),
-        ("folder.png", "expected a file that can be written; found: Is a directory"),
+        ("missing/chart.png", "expected an existing directory; found no "),
+        ("folder.png", "expected a writable file; found: Is a directory"),
     ],
 )
 def test_output_is_checked_before_the_training(trained, tmp_path, capsys, output, message):
@@ -120,7 +120,7 @@ def test_an_output_that_cannot_be_written_is_named(trained, tmp_path, capsys):
     (tmp_path / "dangling.png").symlink_to(tmp_path / "missing" / "chart.png")
     for output in (tmp_path / "dangling.png", "/proc/chart.png"):
         assert run("--output", str(output)) == 1
-        expected = f"--output {output}: expected a file that can be written; found: No such file or directory\n"
+        expected = f"--output {output}: expected a writable file; found: No such file or directory\n"
         assert capsys.readouterr().err == expected
     assert trained == []
 

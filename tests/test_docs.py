@@ -117,7 +117,7 @@ def test_a_generated_page_is_current(page: str) -> None:
 def test_hand_written_text_of_a_page_is_kept(tmp_path: Path) -> None:
     before, after = (
         "# Title\n\n<!-- generated: python -m grouped_gemm.cli.doctor docs -->\n\n",
-        "\n\n<!-- end of what is generated -->\n",
+        "\n\n<!-- end of the generated part -->\n",
     )
     (tmp_path / "env.md").write_text(f"{before}old{after}rest\n", encoding="utf-8")
     assert doctor.pages(tmp_path)[tmp_path / "env.md"] == f"{before}{doctor.env_markdown()}{after}rest\n"

@@ -1,13 +1,13 @@
-"""A mixture-of-experts language model, trained in bf16 and in each FP8 recipe from the same seed on the same batches.
+"""Trains a mixture-of-experts language model in bf16 and in each FP8 recipe, with the same seed and batches.
 
-The model reads bytes: the source of Python's own standard library, which every machine has. A run sees a small part of
-it, hardly anything twice, so its training loss is close to that of unseen text.
+The model reads bytes: the source of Python's standard library, which every machine has. A run sees a small part of it,
+hardly anything twice, so its training loss is close to the loss on unseen text.
 
-How far FP8 is from bf16: both losses are smoothed by a running mean of `WINDOW` steps, and the gap is their relative
-difference, from the first full window to the last one; nothing else is left out.
+The gap between FP8 and bf16 is the relative difference of their losses, each smoothed by a running mean of `WINDOW`
+steps. It is taken from the first full window to the last one.
 
-B, S, T: sequences, bytes of each, B * S tokens. M: routed rows, one for each token and expert that it goes to.
-D, H: widths of the model and of an expert. E: experts. Q: attention heads.
+B, S, T: sequences, bytes per sequence, B * S tokens. M: routed rows, one per token and expert that it goes to.
+D, H: width of the model, width of an expert. E: experts. Q: attention heads.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from grouped_gemm import Recipe, explain, grouped_mm
 from grouped_gemm.core.machine import default_device, machine_of
 
-RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)  # the first: what others are held to
+RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)  # the first is the baseline
 WINDOW = 10  # steps of the running mean
-LIMIT = 2.0  # percent; how far FP8 may be from bf16
-_WARM_UP = 10  # steps until the learning rate is whole; then it falls to zero
-_COLORS = ("#3b3f46", "#0072b2", "#d55e00", "#009e73")  # of RECIPES; told apart by the colour-blind too (Okabe, Ito)
+LIMIT = 2.0  # the largest allowed gap of FP8 to bf16, in percent
+_WARM_UP = 10  # steps of learning rate warmup, followed by decay to zero
+_COLORS = ("#3b3f46", "#0072b2", "#d55e00", "#009e73")  # of RECIPES, safe for colour-blind readers (Okabe, Ito)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Curve:
     Attributes:
         recipe: how the experts' operands were quantized.
         losses: (steps,) float32, mean cross-entropy of each batch in nats per byte.
-        tokens_per_second: speed from the second step on; the first one pays for every lazy initialization.
+        tokens_per_second: speed from the second step on; the first step includes lazy initialization.
         backends: names of the backends that ran the experts.
     """
 
@@ -71,39 +71,39 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """The recipe as a reader knows it."""
+        """The name of the recipe; "bf16" without one."""
         return self.recipe.value if self.recipe.is_scaled else "bf16"
 
     @property
     def smoothed(self) -> Tensor:
-        """The mean of each `WINDOW` successive losses, (steps - WINDOW + 1,); of all where there are fewer, (1,)."""
+        """The mean of each `WINDOW` successive losses, (steps - WINDOW + 1,); if there are fewer, of all, (1,)."""
         return self.losses.unfold(0, min(WINDOW, len(self.losses)), 1).mean(1)
 
     def gap_to(self, other: Curve) -> Tensor:
-        """Relative difference of the smoothed losses to those of ``other``, in percent."""
+        """Relative difference between the smoothed losses and those of ``other``, in percent."""
         return 100 * (self.smoothed / other.smoothed - 1)
 
 
 class Experts(nn.Module):
-    """E SwiGLU networks; a row goes through the one whose group it is in."""
+    """E SwiGLU networks. A row goes through the network of its group."""
 
     def __init__(self, config: Config, recipe: Recipe) -> None:
         super().__init__()
         self.recipe = recipe
-        # As in nn.Linear, weights are (out, in). Gate and up projection are one matrix, and so one call.
+        # As in nn.Linear, weights are (out, in). Gate and up projection are one matrix, so one call runs both.
         self.gate_up = nn.Parameter(_normal(config.experts, 2 * config.hidden, config.width))
         self.down = nn.Parameter(_normal(config.experts, config.width, config.hidden))
 
     def forward(self, x_MD: Tensor, offs: Tensor) -> Tensor:
-        """Rows (M, D) sorted by expert, and the end row of each expert's, (E,) int32, give (M, D) in bfloat16."""
-        gate_MH, up_MH = self._multiply(x_MD, self.gate_up, offs).chunk(2, dim=1)
-        return self._multiply(F.silu(gate_MH) * up_MH, self.down, offs)
+        """(M, D) in bfloat16, from rows (M, D) sorted by expert and the end row of each expert's group, (E,) int32."""
+        gate_MH, up_MH = self._grouped_mm(x_MD, self.gate_up, offs).chunk(2, dim=1)
+        return self._grouped_mm(F.silu(gate_MH) * up_MH, self.down, offs)
 
-    def _multiply(self, x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+    def _grouped_mm(self, x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
         return grouped_mm(x.bfloat16(), weight.bfloat16().transpose(1, 2), offs, recipe=self.recipe)
 
     def backends(self, num_rows: int) -> set[str]:
-        """Who runs both calls on M rows, forward and backward."""
+        """The backends that run both calls on M rows, forward and backward."""
         names: set[str] = set()
         for weight in (self.gate_up.bfloat16(), self.down.bfloat16()):
             x = weight.new_empty(num_rows, weight.shape[2], requires_grad=True)
@@ -114,7 +114,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """A router sends each token to its best experts and adds up what they say, weighted by a softmax."""
+    """A router sends each token to its top experts, and adds up their outputs, weighted by a softmax."""
 
     def __init__(self, config: Config, recipe: Recipe) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class MoE(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention. A bias that falls with the distance tells positions apart (ALiBi, arXiv:2108.12409)."""
+    """Causal attention. A bias that decreases with distance encodes positions (ALiBi, arXiv:2108.12409)."""
 
     bias_QSS: Tensor
 
@@ -145,7 +145,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
         position = torch.arange(config.sequence)
         distance_SS = position[:, None] - position
-        slope_Q = 4.0 ** (1 - torch.arange(config.heads))  # from heads that see the last bytes to heads that see all
+        slope_Q = 4.0 ** (1 - torch.arange(config.heads))  # from heads that see recent bytes to heads that see all
         bias_QSS = (-slope_Q[:, None, None] * distance_SS).masked_fill(distance_SS < 0, -math.inf)
         self.register_buffer("bias_QSS", bias_QSS)
 
@@ -158,7 +158,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then experts, each on the normalized residual stream."""
+    """Attention and experts, each applied to the normalized residual stream."""
 
     def __init__(self, config: Config, recipe: Recipe) -> None:
         super().__init__()
@@ -172,9 +172,9 @@ class Block(nn.Module):
 
 
 def language_model(config: Config, recipe: Recipe) -> nn.Sequential:
-    """Bytes (B, S) int64 give the logits of each next byte, (B, S, 256)."""
+    """A model from bytes (B, S) int64 to the logits of each next byte, (B, S, 256)."""
     embedding = nn.Embedding(256, config.width)
-    nn.init.normal_(embedding.weight, std=0.02)  # small, so that the residual stream soon speaks of context
+    nn.init.normal_(embedding.weight, std=0.02)  # small, so that context soon dominates the residual stream
     return nn.Sequential(
         embedding,
         *(Block(config, recipe) for _ in range(config.layers)),
@@ -184,26 +184,26 @@ def language_model(config: Config, recipe: Recipe) -> nn.Sequential:
 
 
 def _normal(*shape: int) -> Tensor:
-    """Weights (..., in) that keep the size of what they multiply."""
+    """Random weights (..., in) that preserve the variance of their input."""
     return torch.randn(shape) / math.sqrt(shape[-1])
 
 
 @functools.cache
 def corpus() -> Tensor:
-    """The standard library's top-level modules, one after another: (bytes,) uint8."""
+    """The source of the standard library's top-level modules, concatenated: (bytes,) uint8."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
 
 
 def unigram_entropy() -> float:
-    """The loss of the best model that looks at no context, in nats per byte of the corpus."""
+    """The lowest loss of a model without context, in nats per byte of the corpus."""
     frequencies = corpus().bincount() / len(corpus())
     return torch.special.entr(frequencies).sum().item()
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """On tensors this small, threads cost more than they save, and much more where the machine has other work."""
+    """Uses one CPU thread: on small tensors, threads cost more than they save, and far more on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -222,17 +222,17 @@ def train(
     config: Config | None = None,
     progress: bool = True,
 ) -> Curve:
-    """Trains one model. The same ``seed`` gives the same first weights and the same batches, whatever the recipe.
+    """Trains one model. The same ``seed`` gives the same initial weights and batches with any recipe.
 
-    Everything is fp32, the weights too, but what goes through `grouped_mm`, which is bfloat16.
+    Everything is fp32, including weights, except the operands of `grouped_mm`, which are bfloat16.
 
     Args:
         recipe: how the experts' operands are quantized.
-        steps: batches to train on.
-        device: where.
-        seed: of torch's generators.
+        steps: the number of batches.
+        device: the device to train on.
+        seed: the seed of torch's generators.
         config: sizes; None: those of the demo.
-        progress: whether a bar is shown on standard error, where that is a terminal.
+        progress: whether to show a progress bar on standard error, if that is a terminal.
     """
     from tqdm import tqdm
 
@@ -264,7 +264,7 @@ def train(
 
 
 def table(curves: Sequence[Curve]) -> str:
-    """What a reader wants to know of each curve; gaps are to the first one."""
+    """A table of the curves. Gaps are to the first one."""
     head = f"{'experts':14}{'first loss':>11}{f'last {WINDOW}':>9}{'largest gap':>13}{'tokens/s':>10}  backends"
     lines = [head, "-" * len(head)]
     for curve in curves:
@@ -273,22 +273,22 @@ def table(curves: Sequence[Curve]) -> str:
             f"{curve.label:14}{curve.losses[0]:11.3f}{curve.smoothed[-1]:9.3f}{gap:>13}"
             f"{curve.tokens_per_second:10,.0f}  {', '.join(curve.backends)}"
         )
-    lines.append(f"\nLoss in nats per byte; without any context, no model is below {unigram_entropy():.3f}.")
+    lines.append(f"\nLoss in nats per byte. A model without context cannot be below {unigram_entropy():.3f}.")
     return "\n".join(lines)
 
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
-    """Writes a chart of the smoothed losses, and of the gaps of all but the first curve to the first.
+    """Writes a chart of the smoothed losses, and of the gaps to the first curve.
 
     Args:
-        curves: of as many steps each; the first is bf16.
-        path: its suffix says the format, of those that matplotlib writes.
+        curves: with the same number of steps; the first is bf16.
+        path: the file; its suffix gives the format, any that matplotlib writes.
     """
-    from matplotlib.figure import Figure  # of its own: no display, no state that others share
+    from matplotlib.figure import Figure  # used without pyplot: no display, no global state
 
     bf16, *others = curves
     steps = len(bf16.losses)
-    middle = (steps - len(bf16.smoothed)) / 2 + 1  # a mean is drawn in the middle of its window
+    middle = (steps - len(bf16.smoothed)) / 2 + 1  # a mean is drawn at the middle of its window
     windows = torch.arange(len(bf16.smoothed)) + middle
     figure = Figure(figsize=(9, 7), dpi=150, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(5, 3))
@@ -311,7 +311,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
         label="best guess from byte frequencies alone",
     )
 
-    top.set_title("A mixture-of-experts language model trains in FP8 as it does in bf16", loc="left", weight="bold")
+    top.set_title("A mixture-of-experts language model trains in FP8 as well as in bf16", loc="left", weight="bold")
     top.set_ylabel(f"training loss, nats per byte\n(mean of {WINDOW} steps)")
     top.legend(frameon=False)
     bottom.set(xlabel="training step", ylabel="loss relative to bf16, %", xlim=(1, steps))
@@ -327,10 +327,10 @@ def run(args: argparse.Namespace) -> int:
     """Trains in every recipe, prints the table and writes the chart.
 
     Args:
-        args: device ("cpu", "cuda" or None), steps, seed, output (a path; its suffix says the format of the chart).
+        args: device ("cpu", "cuda" or None), steps, seed, output (a path; its suffix gives the format of the chart).
 
     Returns:
-        0, or 1 where something is missing: a package, a GPU, a place for the chart, the standard library's source.
+        0; or 1 if a package, the GPU or the standard library's source is missing, or ``output`` cannot be written.
     """
     missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
@@ -339,9 +339,9 @@ def run(args: argparse.Namespace) -> int:
     if problem:
         return _fail(f"--output {args.output}: {problem}")
     if args.device == "cuda" and not torch.cuda.is_available():
-        return _fail("--device cuda needs a GPU that torch sees; without the option the demo runs on the CPU.")
+        return _fail("--device cuda needs a GPU that torch sees; found none. Omit the option to run on the CPU.")
     if not len(corpus()):
-        return _fail("The demo needs the source files of Python's standard library, which this Python lacks.")
+        return _fail("The demo needs the source files of Python's standard library; this Python does not have them.")
     device = torch.device(args.device) if args.device else default_device()
     print(f"{len(RECIPES)} runs of {args.steps} steps on {machine_of(device).name}\n", flush=True)
     curves = [train(recipe, steps=args.steps, device=device, seed=args.seed) for recipe in RECIPES]
@@ -352,23 +352,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _problem_with(output: Path) -> str | None:
-    """Why no chart can be written there, found out before the training; None where one can."""
+    """Why the chart cannot be written to ``output``, checked before training; None if it can."""
     from matplotlib.figure import Figure
 
     formats = Figure().canvas.get_supported_filetypes()
     if output.suffix[1:].lower() not in formats:
         return (
-            f"expected a file name that ends in one of .{', .'.join(formats)}; found {output.suffix or 'no suffix'!r}"
+            f"expected a file name with one of the suffixes .{', .'.join(formats)}; found "
+            f"{output.suffix or 'no suffix'!r}"
         )
     if not output.parent.is_dir():
-        return f"expected a directory that exists; found no {output.parent}"
-    is_there = output.exists()
+        return f"expected an existing directory; found no {output.parent}"
+    existed = output.exists()
     try:
         output.open("ab").close()
-        if not is_there:
-            output.resolve().unlink()  # not a link that leads there
+        if not existed:
+            output.resolve().unlink()  # if ``output`` is a link, removes the new file, not the link
     except OSError as error:
-        return f"expected a file that can be written; found: {error.strerror}"
+        return f"expected a writable file; found: {error.strerror}"
     return None
 
 

@@ -1,6 +1,6 @@
-"""What the package finds on this machine, as data and as text, and the pages of docs/ that follow from the code.
+"""A report on this machine, as data and as text; and the generated pages of docs/.
 
-``python -m grouped_gemm.cli.doctor docs`` writes those pages.
+``python -m grouped_gemm.cli.doctor docs`` writes these pages.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ from grouped_gemm.selection.rules import AUTO_ORDER, MARGIN, decide
 
 
 def gather(machine: Machine | None = None, backends: Sequence[Candidate] | None = None) -> dict[str, Any]:
-    """All that doctor shows, as plain strings, numbers, lists and dicts, ready for JSON.
+    """Everything that doctor shows, as plain strings, numbers, lists and dicts, ready for JSON.
 
     Args:
-        machine: where; None: the current GPU, or the CPU where there is none.
+        machine: the machine to report on; None: that of the current GPU, or of the CPU if there is no GPU.
         backends: the candidates; None: every backend of this version.
 
     Returns:
         machine: name, vendor, arch, fp8_dtype.
         versions: version by package.
-        overwritten_by: other distributions that have written into this package's folder, as "name version".
-        backends: for each its name, whether it is ready, that is, runs any pass of any recipe; the passes that it
-            ``runs`` by recipe; its ``reasons`` (passes, reason, fix) against the recipe that suits it best; a summary.
-        switches: for each its name, value, default, meaning, and error: None, or why its value is not known. Last,
-            GROUPED_GEMM_CACHE_DIR; its value is the directory in use, None where there is no home directory.
-        choices: by recipe and pass, the backend of a training call that names none; None: no backend runs it.
+        overwritten_by: other distributions that have written to this package's folder, as "name version".
+        backends: for each its name; whether it is ready, which means that it runs some pass of some recipe; the passes
+            that it ``runs``, by recipe; its ``reasons`` (passes, reason, fix) for refusing passes of the recipe that it
+            runs most of; a summary.
+        switches: for each its name, value, default, meaning, and error: None, or why its value is invalid. The last
+            is GROUPED_GEMM_CACHE_DIR; its value is the directory in use, None if there is no home directory.
+        choices: by recipe and pass, AUTO's backend for a training call; None: no backend runs it.
     """
     machine = machine_of(default_device()) if machine is None else machine
     backends = candidates(default_device()) if backends is None else backends
@@ -73,27 +74,27 @@ def gather(machine: Machine | None = None, backends: Sequence[Candidate] | None 
 
 
 def errors(findings: dict[str, Any]) -> list[str]:
-    """What is wrong with the environment: every call would raise it."""
+    """Errors in the environment. Every call would raise them."""
     return [switch["error"] for switch in findings["switches"] if switch["error"]]
 
 
 def _nominal(machine: Machine, recipe: Recipe) -> CallSpec:
-    """A training call as a model of middle size makes it: bfloat16, sizes that suit every kernel."""
+    """A training call of a mid-size model: bfloat16, sizes that every kernel supports."""
     return CallSpec(machine, num_groups=8, k=4096, n=4096, rows=RowClass.LARGE, recipe=recipe, passes=ALL_PASSES)
 
 
 def _backend(candidate: Candidate, machine: Machine) -> dict[str, Any]:
-    """A backend's readiness: what it runs, and what stands against the recipe of which it runs most."""
+    """What a backend runs, and the reasons for which it refuses passes of the recipe that it runs most of."""
     kind = candidate.backend.kind
-    runs, against = {}, []
+    runs, refused = {}, []
     for recipe in Recipe:
         decision = decide(_nominal(machine, recipe), kind, [candidate])
         reasons = [refusal for refusal in decision.refusals if refusal.backend is kind]
         passes = [p.value for p in Pass if not any(p in reason.passes for reason in reasons)]
         if passes:
             runs[recipe.value] = passes
-        against.append((-len(passes), len(reasons), reasons))
-    _, _, fewest = min(against, key=lambda entry: entry[:2])
+        refused.append((-len(passes), len(reasons), reasons))
+    _, _, fewest = min(refused, key=lambda entry: entry[:2])
     return {
         "name": kind.value,
         "ready": bool(runs),
@@ -115,7 +116,7 @@ def _switch(switch: Switch) -> dict[str, str | None]:
 def _cache_dir() -> dict[str, str | None]:
     try:
         return _described(CACHE_DIR, str(cache_directory()), None)
-    except OSError:  # no call raises it
+    except OSError:  # calls do not raise this
         return _described(CACHE_DIR, None, None)
 
 
@@ -125,7 +126,7 @@ def _described(variable: Variable, value: str | None, error: str | None) -> dict
 
 
 def _choices(machine: Machine, backends: Sequence[Candidate], is_broken: bool) -> dict[str, dict[str, str | None]]:
-    """Who runs what, as the environment has it. While a switch has an unknown value every call raises: nobody."""
+    """The backend of each pass in this environment. None if a switch has an invalid value: every call raises then."""
     if is_broken:
         return {recipe.value: {p.value: None for p in Pass} for recipe in Recipe}
     preference, asked_by = resolve(KernelPreference.AUTO, None)
@@ -141,10 +142,10 @@ def _choices(machine: Machine, backends: Sequence[Candidate], is_broken: bool) -
 
 
 def render(findings: dict[str, Any]) -> str:
-    """What `gather` found, for a terminal."""
+    """The findings of `gather` as text for a terminal."""
     machine = findings["machine"]
-    known_as = ", ".join(dict.fromkeys((machine["name"], machine["vendor"], machine["arch"])))  # a CPU is just "cpu"
-    lines = ["machine", f"  {known_as}", f"  FP8 data in {machine['fp8_dtype']}", "", "versions"]
+    name = ", ".join(dict.fromkeys((machine["name"], machine["vendor"], machine["arch"])))  # a CPU is just "cpu"
+    lines = ["machine", f"  {name}", f"  FP8 data in {machine['fp8_dtype']}", "", "versions"]
     lines += [f"  {package:16}{version}" for package, version in findings["versions"].items()]
     if findings["overwritten_by"]:
         lines.append(f"  error: {distributions.message(findings['overwritten_by'])}")
@@ -174,18 +175,18 @@ def _backend_lines(backend: dict[str, Any]) -> list[str]:
         recipes = [recipe for recipe, runs in backend["runs"].items() if tuple(runs) == passes]
         lines.append(f"    {_passes(passes) or 'every pass'}: {', '.join(recipes)}")
     for reason in backend["reasons"]:
-        concerns = _passes(reason["passes"])
-        lines.append(f"    {concerns}{concerns and ' '}{reason['reason']}. {reason['fix']}".rstrip())
+        refused = _passes(reason["passes"])
+        lines.append(f"    {refused}{refused and ' '}{reason['reason']}. {reason['fix']}".rstrip())
     return lines
 
 
 def _passes(passes: Sequence[str]) -> str:
-    """Empty where it is all of them."""
+    """The passes joined by "+"; empty if it is all of them."""
     return "" if len(passes) == len(Pass) else "+".join(passes)
 
 
 def backends_markdown() -> str:
-    """The page docs/backends.md: what every backend of this version requires."""
+    """The page docs/backends.md: the requirements of every backend of this version."""
     backends = [candidate.backend for candidate in candidates(torch.device("cpu"))]
     here = {backend.kind for backend in backends}
     order = [
@@ -198,11 +199,11 @@ def backends_markdown() -> str:
             "",
             f"<!-- generated: {_WRITE} -->",
             "",
-            "A backend runs a pass of a call when all that it requires for that pass holds, and when a tiny run on the",
-            "device shows that it works. A refusal names each requirement that does not hold, what was found, and the",
-            "remedy. `python -m grouped_gemm doctor` says what holds on a machine, `explain` what holds for a call.",
+            "A backend runs a pass of a call if all its requirements for that pass are met, and if a tiny run on the",
+            "device has shown that it works. A refusal names each requirement that is not met, what was found, and the",
+            "remedy. `python -m grouped_gemm doctor` shows what a machine can run, `explain` what a call can use.",
             "",
-            "Weights from `quantize_weights` are read by the backend that wrote them, and by no other.",
+            "Only the backend that wrote weights in `quantize_weights` can read them.",
             "",
             "## Which backend AUTO takes",
             "",
@@ -210,15 +211,15 @@ def backends_markdown() -> str:
             "",
             *_table(("vendor", "order"), order),
             "",
-            f"On a GPU with a profile, another plan replaces it where the whole call was measured to be "
-            f"{round(100 * (MARGIN - 1))}% faster.",
+            f"On a GPU with a profile, AUTO takes another plan if the whole call was measured to be "
+            f"{round(100 * (MARGIN - 1))}% faster with it.",
             f"The plans are: {'; '.join(PLANS)}.",
             "",
-            f"This package ships profiles for {', '.join(profile.shipped_gpus())}. A profile speaks for exactly this",
-            "name of a GPU. A call of another size follows the nearest profiled sizes. `warmup` with",
-            "`GROUPED_GEMM_AUTOTUNE=1` measures a model's own calls on any GPU ([env.md](env.md)); AUTO believes these",
-            "first. `explain` shows the times, or says that nothing was measured. A plan with a host sync is taken for",
-            "its speed only where the user's own profile measured this very call.",
+            f"This package ships profiles for {', '.join(profile.shipped_gpus())}. A profile applies to exactly one",
+            "GPU name. A call of another size follows the nearest profiled sizes. `warmup` with",
+            "`GROUPED_GEMM_AUTOTUNE=1` measures a model's own calls on any GPU ([env.md](env.md)). AUTO uses these",
+            "measurements first. `explain` shows the times, or says that nothing was measured. AUTO takes a plan with",
+            "a host sync for its speed only if the user's own profile has measured exactly this call.",
             *(line for backend in backends for line in _backend_page(backend)),
             "",
         ]
@@ -236,19 +237,19 @@ def _backend_page(backend: _GroupedMMBackend) -> list[str]:
         "",
         backend.summary,
         "",
-        f"Waits of the host for a GPU: {backend.host_syncs or 'none'}.",
+        f"Host syncs: {backend.host_syncs or 'none'}.",
         "",
         *_table(("requires", "passes", "remedy"), rows),
     ]
 
 
 def env_markdown() -> str:
-    """The table of docs/env.md: every variable of this package that is read from the environment."""
+    """The table of docs/env.md: every environment variable of this package."""
     rows = []
     for switch in SWITCHES:
         values = ", ".join(f"`{v}`" for v in switch.values)
         if switch is BACKEND:
-            values = "`auto`, or a backend of [backends.md](backends.md)"
+            values = "`auto`, or a backend from [backends.md](backends.md)"
         rows.append((f"`{switch.name}`", values, f"`{switch.default}`", switch.meaning))
     rows.append((f"`{CACHE_DIR.name}`", "a directory", CACHE_DIR.default, CACHE_DIR.meaning))
     return "\n".join(_table(("variable", "values", "default", "meaning"), rows))
@@ -261,21 +262,22 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 _WRITE = "python -m grouped_gemm.cli.doctor docs"
 _ENV_START = f"<!-- generated: {_WRITE} -->\n\n"
-_ENV_END = "\n\n<!-- end of what is generated -->"
+_ENV_END = "\n\n<!-- end of the generated part -->"
 
 
 def pages(folder: Path) -> dict[Path, str]:
-    """What the generated pages in ``folder`` should be. Of env.md it is the part between two markers, the rest is kept.
+    """The generated pages in ``folder``, by path. Only the part of env.md between two markers is generated.
 
     Raises:
-        ValueError: env.md has lost its markers.
+        ValueError: env.md does not have the markers.
     """
     env = folder / "env.md"
     before, start, rest = env.read_text(encoding="utf-8").partition(_ENV_START)
     _, end, after = rest.partition(_ENV_END)
     if not (start and end):
         raise ValueError(
-            f"{env}: expected the markers {_ENV_START.strip()!r} and {_ENV_END.strip()!r}; found no such pair"
+            f"{env}: expected the markers {_ENV_START.strip()!r} and {_ENV_END.strip()!r}; found no such pair. Put "
+            "them around the table of variables"
         )
     return {folder / "backends.md": backends_markdown(), env: before + start + env_markdown() + end + after}
 
