@@ -1,4 +1,4 @@
-"""`override_torch`: the grouped GEMMs that a model asks torch for run through `grouped_mm` instead."""
+"""`override_torch`: runs a model's calls of torch's grouped GEMM through `grouped_mm`."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ _R = TypeVar("_R")
 
 _NAMES = {"input", "self", "weight", "mat2", "offs", "bias", "out_dtype"}
 
-# Classes of tensors that stand for a plain one: those that trace a program, and the result of a collective, for which
-# each op waits.
+# Tensor classes that are treated as plain tensors: those used for tracing, and the result of an asynchronous
+# collective, which waits when an op uses it.
 _PLAIN = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor")
 
-# Ops of Dynamo's that call functions, which it traces while the mode is off, and which arguments these are. Others, and
-# functions of nested_compile_region, are refused by Dynamo if they are wrapped to turn the mode on again.
+# Dynamo's higher-order ops, with the positions of the functions that they call. Dynamo traces these functions while the
+# mode is off, so they are wrapped to turn it on again. Dynamo refuses wrapped functions of the ops in _CLOSED_CALLERS.
 _CALLERS = {"tag_activation_checkpoint": "0", "cond": "12", "while_loop": "01"}
-_CLOSED_CALLERS = ("scan", "map", "map_impl", "invoke_subgraph")
+_CLOSED_CALLERS = ("scan", "map", "map_impl", "invoke_subgraph")  # the last one is nested_compile_region
 
 
 class override_torch(TorchFunctionMode):
     """Runs a model's calls of `torch.nn.functional.grouped_mm` inside the block through this package.
 
-    A context manager and a decorator. It catches ``torch._grouped_mm`` as well, on which the public function is built,
-    its op, and the op that transformers calls where it does not trust torch's. With a matrix for each group, and with
-    two 2-dimensional operands that ``offs`` splits. Everything else runs in torch, with one warning for each reason:
-    no ``offs``, other dtypes, a bias, tensor subclasses such as DTensor.
+    It is a context manager and a decorator. It also catches ``torch._grouped_mm``, which implements the public
+    function, its op, and the op that transformers falls back to. It covers calls with one matrix per group, and calls
+    with two 2-dimensional operands that ``offs`` splits. Other calls run in torch, with one warning per reason: no
+    ``offs``, other dtypes, a bias, tensor subclasses such as DTensor.
 
-    Gradients follow the forward pass, wherever backward is called, and so does `torch.utils.checkpoint`: what is
-    checkpointed inside the block is recomputed under it. Other code that recomputes the forward pass has to run it
-    inside a block of its own: decorate what it calls. Under torch.compile and torch.export the block may be around the
-    call or inside what is traced. Blocks nest, the innermost wins, and a block holds for its own thread.
+    Gradients use the settings of the forward pass, wherever backward is called. So does `torch.utils.checkpoint`: a
+    function that was checkpointed inside the block is recomputed inside it. Other code that recomputes the forward pass
+    needs its own block: decorate the function that it calls. Under torch.compile and torch.export, the block may be
+    around the compiled function or inside it. Blocks nest, and the innermost wins. A block applies to its own thread.
 
     Args:
         recipe: how operands are quantized, a `Recipe` or its name. None: not at all.
-        group_alignment: a promise about every group of every call inside, as in `grouped_mm`.
+        group_alignment: the caller guarantees it for every group of every call inside, as in `grouped_mm`.
         kernel_preference: a backend or its name, as in `grouped_mm`.
 
     Raises:
-        ValueError: an argument is none that `grouped_mm` takes.
+        ValueError: `grouped_mm` would not accept an argument.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class override_torch(TorchFunctionMode):
         self.group_alignment = group_alignment
         op = torch.ops.aten._grouped_mm
         self.gemms: tuple[Callable[..., Any], ...] = (torch._grouped_mm, op, op.default)
-        loop = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # where transformers has been imported
+        loop = getattr(torch.ops.transformers, "grouped_mm_fallback", None)  # if transformers was imported
         if loop is not None:
             self.gemms += (loop, loop.default)
         _prepare_torch()
@@ -84,13 +84,13 @@ class override_torch(TorchFunctionMode):
             _allow_push()
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
-        """``function``, as a function that runs inside the block.
+        """Wraps ``function`` to run inside the block.
 
-        The body of a generator or coroutine runs inside the block, the code that it yields to does not.
+        The body of a generator or coroutine runs inside the block; the code that it yields to does not.
 
         Raises:
-            TypeError: ``function`` is a class, a module, an asynchronous generator function, or is not callable. When
-                it is called: what it returns has yet to run, as what `contextlib.contextmanager` makes.
+            TypeError: ``function`` is a class, a module, an asynchronous generator function, or not callable. The
+                wrapper raises it if the result has not run yet, such as that of `contextlib.contextmanager`.
         """
         if isinstance(function, (staticmethod, classmethod)):
             return type(function)(self(function.__func__))
@@ -108,7 +108,7 @@ class override_torch(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # While torch runs this, the mode is off.
+        # Inside this method, the mode is off.
         kwargs = kwargs or {}
         if func not in self.gemms:
             if torch.compiler.is_dynamo_compiling() and isinstance(func, HigherOrderOperator):
@@ -119,14 +119,14 @@ class override_torch(TorchFunctionMode):
             return func(*args, **kwargs)
         a, b, offs, bias, out_dtype = _bind(*args, **kwargs)
         if isinstance(offs, Tensor) and tracing.holds(offs.numel() == 0):
-            return func(*args, **kwargs)  # without groups there is nothing to multiply, which `grouped_mm` refuses
+            return func(*args, **kwargs)  # `grouped_mm` refuses calls without groups
         refused, found = _refusal(a, b, offs, bias, out_dtype)
         if refused:
             result = func(*args, **kwargs)
-            _warn_once(refused, found)  # where torch does not raise
+            _warn_once(refused, found)  # only if torch has not raised
             return result
-        # Autocast does not cast for torch's GEMM. Where it is off, the region would only do harm: torch.export.load
-        # refuses it in a program that was traced in strict mode with gradients.
+        # Autocast does not cast for torch's GEMM: turn it off. If it is off already, add no region: torch.export.load
+        # refuses one in a program that was traced in strict mode with gradients.
         is_casting = torch.is_autocast_enabled(a.device.type)
         with torch.autocast(a.device.type, enabled=False) if is_casting else contextlib.nullcontext():
             return grouped_mm(
@@ -151,7 +151,7 @@ def _inside(block: override_torch, function: Callable[_P, _R]) -> Callable[_P, _
 
 
 def _resumed_inside(block: override_torch, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A generator function that is inside the block while its body runs, and outside while it is suspended."""
+    """A generator function whose body runs inside the block. While it is suspended, the block is off."""
 
     def steps(*args: Any, **kwargs: Any) -> Any:
         return (yield from function(*args, **kwargs))
@@ -160,7 +160,7 @@ def _resumed_inside(block: override_torch, function: Callable[..., Any]) -> Call
 
 
 def _awaited_inside(block: override_torch, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A coroutine function that is inside the block while its body runs, and outside while it waits."""
+    """A coroutine function whose body runs inside the block. While it waits, the block is off."""
     steps = types.coroutine(_resumed_inside(block, lambda *args, **kwargs: function(*args, **kwargs).__await__()))
 
     async def inside(*args: Any, **kwargs: Any) -> Any:
@@ -174,14 +174,18 @@ _UNFINISHED = (Generator, Coroutine, AsyncGenerator, contextlib._GeneratorContex
 
 
 def _finished(inside: Callable[_P, _R]) -> Callable[_P, _R]:
-    """``inside``, which another decorator has made of a generator or coroutine function, if it runs to its end."""
+    """For a generator or coroutine function inside another decorator: checks that a call of it runs to the end.
+
+    Raises:
+        TypeError: when called, if the result has not run yet.
+    """
 
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         result = inside(*args, **kwargs)
         if isinstance(result, _UNFINISHED):
             raise TypeError(
                 f"override_torch: expected a function that runs when it is called; found one that returns a "
-                f"{type(result).__name__}, which runs after the block. Write @override_torch(...) below the other "
+                f"{type(result).__name__}, which runs after the block. Put @override_torch(...) below the other "
                 "decorator."
             )
         return result
@@ -190,7 +194,7 @@ def _finished(inside: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _is_kind(is_kind: Callable[[Any], bool], function: Any) -> bool:
-    """Whether ``is_kind`` holds for a function, or for the ``__call__`` of an object that is called like one."""
+    """Whether ``is_kind`` is true for a function, or for the ``__call__`` of a callable object."""
     return is_kind(function) or is_kind(type(function).__call__)
 
 
@@ -201,7 +205,7 @@ def _check_decorated(function: Any) -> None:
         found = f"the module {type(function).__name__}, which would become a function without parameters"
         remedy = "Decorate forward in its class, or call the module in a block: with override_torch(...)"
     elif not callable(function):
-        found, remedy = type(function).__name__, "Write @override_torch(...) above a function"
+        found, remedy = type(function).__name__, "Put @override_torch(...) above a function"
     elif _is_kind(inspect.isasyncgenfunction, function):
         found, remedy = "an asynchronous generator function", "Decorate the functions that it calls"
     else:
@@ -210,7 +214,7 @@ def _check_decorated(function: Any) -> None:
 
 
 def _bind(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """``a``, ``b``, ``offs``, ``bias`` and ``out_dtype``, None where it is not given, whatever a GEMM calls them."""
+    """``a``, ``b``, ``offs``, ``bias`` and ``out_dtype`` under any of their names; None for those not given."""
     given = (
         kwargs.get("input", kwargs.get("self")),
         kwargs.get("mat2", kwargs.get("weight")),
@@ -222,7 +226,7 @@ def _bind(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
 
 
 def _refusal(a: Any, b: Any, offs: Any, bias: Any, out_dtype: Any) -> tuple[str, Any]:
-    """Which of `_REASONS` keeps `grouped_mm` from the call, or has it mean something else, and what was found."""
+    """The key in `_REASONS` of why `grouped_mm` cannot take over the call, and what was found. "" if it can."""
     if offs is None:
         return "offs", None
     for x in (a, b, offs):
@@ -242,20 +246,20 @@ def _refusal(a: Any, b: Any, offs: Any, bias: Any, out_dtype: Any) -> tuple[str,
 
 
 def _called(op: HigherOrderOperator) -> str:
-    """The positions of arguments that ``op`` calls, and that may be wrapped."""
+    """The positions of the functions that ``op`` calls and that may be wrapped."""
     if op.__name__ in _CLOSED_CALLERS:
         _warn_once("body", op.__name__)
     return _CALLERS.get(op.__name__, "")
 
 
 _REASONS = {
-    "offs": "it has no offs. Pass the end row of each group; a batched GEMM is torch.bmm",
+    "offs": "it has no offs. Pass the end row of each group; for a batched GEMM, call torch.bmm",
     "class": "an argument is a {}. Pass plain tensors, such as x.as_subclass(torch.Tensor)",
     "DTensor": "an argument is a DTensor. Pass local shards, x.to_local()",
-    "meta": "the operands are on the meta device. Move them to a device that computes",
+    "meta": "the operands are on the meta device. Move them to a device with memory",
     "rank": "a has 3 dimensions. Transpose: grouped_mm(b.t(), a.transpose(1, 2), offs=offs).t()",
-    "dtype": "an operand is {}. Pass two of bfloat16, float16 or float32",
-    "out_dtype": "out_dtype is {}. Ask for bfloat16, float16 or float32, and cast the result",
+    "dtype": "an operand is {}. Pass both in bfloat16, float16 or float32",
+    "out_dtype": "out_dtype is {}. Request bfloat16, float16 or float32, and cast the result",
     "offs.dtype": "offs is {}. Pass offs.int()",
     "bias": "it has a bias. Add the bias to the result",
     "body": "it may be in a function that {} calls, which Dynamo traces without the override. Decorate that function",
@@ -264,7 +268,7 @@ _warned: set[str] = set()
 
 
 def _warn_once(reason: str, found: Any) -> None:
-    """Warns, once for each reason, of what torch runs itself."""
+    """Warns that torch runs a call itself, once for each reason."""
     text = f"override_torch leaves a call of grouped_mm to torch, without a recipe: {_REASONS[reason].format(found)}."
     if text not in _warned:
         _warned.add(text)
@@ -275,7 +279,7 @@ _is_prepared = False
 
 
 def _prepare_torch() -> None:
-    """Changes what Dynamo asks modes about, and what checkpoints recompute: once, in torch itself."""
+    """Patches torch once: which functions Dynamo passes to modes, and what checkpoints recompute."""
     global _is_prepared
     if not _is_prepared:
         _is_prepared = True
@@ -284,16 +288,19 @@ def _prepare_torch() -> None:
 
 
 def _list_for_dynamo() -> None:
-    """Dynamo asks modes about what torch lists as overridable, which leaves out names that begin with an underscore."""
+    """Adds ``torch._grouped_mm`` to torch's overridable functions, the only ones that Dynamo passes to modes.
+
+    Torch leaves out names that begin with an underscore.
+    """
     function, listed = torch._grouped_mm, get_overridable_functions()[torch]
     listed.append(function)
     tracer = sys.modules.get("torch._dynamo.variables.torch")
-    if tracer is not None:  # which keeps a set of what was listed
+    if tracer is not None:  # it has cached the set
         tracer.get_overridable_functions().add(function)
 
 
-# What keeps the function of a checkpoint for backward: a class, its method, and the parameter that the function is.
-# Methods are replaced, not functions, since other code may have imported a function already.
+# The classes that keep a checkpoint's function for backward, with the method and the parameter that take the function.
+# Methods are replaced rather than functions, which other code may have imported already.
 _CHECKPOINTS = {
     "use_reentrant=False": ("_CheckpointFrame", "__init__", "recompute_fn"),
     "use_reentrant=True": ("CheckpointFunction", "forward", "run_function"),
@@ -301,7 +308,7 @@ _CHECKPOINTS = {
 
 
 def _change_checkpoints() -> None:
-    """Eager checkpoints recompute in backward, after the block or inside ``Tensor.backward``, where modes are off."""
+    """Makes eager checkpoints recompute inside the block: backward runs after it, or with modes turned off."""
     unknown = []
     for option, (name, method, parameter) in _CHECKPOINTS.items():
         keeper = getattr(checkpointing, name, None)
@@ -314,10 +321,10 @@ def _change_checkpoints() -> None:
         setattr(keeper, method, staticmethod(changed) if is_static else changed)
     if unknown:
         warnings.warn(
-            f"override_torch does not hold where torch {torch.__version__} recomputes a checkpoint with "
+            f"override_torch does not apply when torch {torch.__version__} recomputes a checkpoint with "
             f"{' or '.join(unknown)}: expected {'.'.join(_CHECKPOINTS[unknown[0]][:2])} in torch.utils.checkpoint as "
-            "torch 2.13 has it. Decorate the function that is checkpointed with override_torch.",
-            stacklevel=4,  # the line that makes the block
+            "in torch 2.13; found another form. Decorate the checkpointed function with override_torch.",
+            stacklevel=4,  # the line that creates the block
         )
 
 
@@ -337,9 +344,10 @@ def _in_current_blocks(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _allow_push() -> None:
-    """Has Dynamo, which calls this while it traces, take the stack of modes for changed already.
+    """Registers the stack of modes as changed, so that Dynamo lets a traced checkpoint enter a block.
 
-    To enter a block is a side effect, which Dynamo refuses in the body of a checkpoint, although the block ends there.
+    Dynamo calls this while tracing. Entering a block is a side effect, which Dynamo otherwise refuses in the body of a
+    checkpoint, even though the block ends there.
     """
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -348,7 +356,7 @@ def _allow_push() -> None:
         tx = InstructionTranslator.current_tx()
         tracer = tx.output.current_tracer
         before = tracer.unsafe_allow_externally_visible_side_effects
-    except (ImportError, AttributeError):  # another version of torch: Dynamo says what it refuses
+    except (ImportError, AttributeError):  # another version of torch: Dynamo raises its own error
         return
     tracer.unsafe_allow_externally_visible_side_effects = True
     try:
@@ -357,7 +365,7 @@ def _allow_push() -> None:
         tracer.unsafe_allow_externally_visible_side_effects = before
 
 
-# Dynamo runs these while tracing, so that they concern what is traced next; see `route._decided`.
+# Dynamo runs these while tracing and treats their results as constants; see `route._decided`.
 _called._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _prepare_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]
