@@ -36,7 +36,7 @@ class GroupPlan:
 
     A plan is for one routing: make a new one in each step. If ``offs`` is changed in place, eager calls plan again.
     Compiled code does not notice such a change. No call notices a change that does not bump the version counter:
-    through ``offs.data``, of an inference tensor, by a raw kernel, by a CUDA graph replay. While a CUDA graph is
+    through ``offs.data``, to an inference tensor, by a raw kernel or by a CUDA graph replay. While a CUDA graph is
     captured, only a plan that was made during a capture is used; with any other plan, the call plans for itself, as
     with a plain ``offs``. Under GROUPED_GEMM_VALIDATE=1, each call checks the values of ``offs``, and also plans for
     itself.

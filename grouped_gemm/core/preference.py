@@ -1,7 +1,7 @@
 """The user's choice of a backend, and all environment variables.
 
 Precedence: the argument ``kernel_preference``, then the innermost `prefer`, then the environment variable
-GROUPED_GEMM_BACKEND, then AUTO. If the argument is AUTO, its default, the next one decides.
+GROUPED_GEMM_BACKEND, then AUTO. An argument of AUTO, the default, defers to the next one.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ def is_data_dependent(size: int) -> bool:
     from torch.fx.experimental.symbolic_shapes import guard_or_false, guard_or_true
 
     # By Fermat's little theorem the condition is true for every size, so a guard on it causes no recompilation. But
-    # torch cannot prove it from bounds or factors of the size. So the two guards differ only if there is no example
-    # value of the size to evaluate it with.
+    # torch cannot prove it from bounds or factors of the size. So the two guards differ only if the size has no example
+    # value to evaluate it with.
     remainder = size % 13
     condition = remainder**13 % 13 == remainder
     return guard_or_true(condition) and not guard_or_false(condition)
