@@ -1,8 +1,8 @@
-"""Compiles every shipped tile for GPUs that are not here, and prints what the compiler made of it as JSON lines.
+"""Compiles every shipped tile for GPUs that this machine does not have. Prints facts about the kernels as JSON lines.
 
     python tests/compile_ahead.py sm_90
 
-A process of its own, with a fresh TRITON_CACHE_DIR and without TRITON_INTERPRET: `test_compile_ahead.py` starts it.
+`test_compile_ahead.py` starts it in a process of its own, with a fresh TRITON_CACHE_DIR and without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
 from grouped_gemm.kernels.quantize import mx as quantize_mx
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Arguments that the host specializes: pointers and strides are multiples of 16.
-_PLAIN = (
+# Arguments that need not be multiples of 16; all other pointers and integers are.
+_UNALIGNED = (
     "M",
     "E",
     "column_stride",
@@ -58,12 +58,12 @@ def target_of(arch: str) -> GPUTarget:
 def compile_kernel(
     kernel: Any, arch: str, types: dict[str, str], constants: dict[str, Any], form: Any = ASTSource, **options: int
 ) -> Any:
-    """``types`` of arguments that are no integers; ``constants`` of those that are compiled in."""
-    print(f"{kernel.__name__} {constants} {options}", file=sys.stderr, flush=True)  # where it fails or hangs
+    """``types``: of arguments that are not integers; ``constants``: values that are compiled in."""
+    print(f"{kernel.__name__} {constants} {options}", file=sys.stderr, flush=True)  # shows where it fails or hangs
     names = kernel.arg_names
     free = [name for name in names if name not in constants]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    aligned = [name for name in free if name not in _PLAIN and "tensordesc" not in signature[name]]
+    aligned = [name for name in free if name not in _UNALIGNED and "tensordesc" not in signature[name]]
     source = form(
         kernel,
         signature,
@@ -196,7 +196,7 @@ def compile_torch_quantizers(arch: str) -> dict[str, Any]:
 
 
 def compile_hopper() -> dict[str, Any]:
-    """The kernels that are written for Hopper, each kind and each way that a result leaves."""
+    """The Hopper kernels, for each kind and each way to store the result."""
     compiled = {}
     for kind, tile in m_grouped_hopper.TILES.items():
         for c_contiguous in (True, False) if kind == "16 bit" else (True,):
@@ -219,7 +219,7 @@ def descriptor(dtype: str, rows: int, columns: int) -> str:
 
 
 def compile_gemm_hopper(kind: str, tile: Any, c_contiguous: bool, whole: bool) -> Any:
-    """A result leaves in whole tiles, bf16, or masked, fp32 with a bias."""
+    """``whole``: the result is stored in whole tiles, in bf16; else masked, in fp32 and with a bias."""
     dtype = dtype_of(kind, "sm_90")
     lhs = descriptor(dtype, 64, tile.block_k)
     types = dict.fromkeys(("lhs_scale", "rhs_scale"), "*fp32") | {"bias": "*bf16", "offs": "*i32"}
@@ -240,7 +240,7 @@ def compile_gemm_hopper(kind: str, tile: Any, c_contiguous: bool, whole: bool) -
 
 
 def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
-    """``whole``: tiles leave through shared memory, bf16; else masked, fp32."""
+    """``whole``: tiles are stored through shared memory, in bf16; else masked, in fp32."""
     lhs, rhs = descriptor("fp8e4nv", 64, 128), descriptor("fp8e4nv", tile.block_n, 128)
     if kind == "16 bit":
         lhs, rhs = ragged_descriptor(tile.block_k, 64), ragged_descriptor(tile.block_k, tile.block_n)
@@ -284,7 +284,7 @@ def compile_mx_quantizers(arch: str) -> dict[str, Any]:
 
 
 def compile_hipblaslt_quantizers(arch: str) -> dict[str, Any]:
-    """Those of activations rowwise, and of MX operands; rowwise weights are quantized as for our own kernels."""
+    """The quantizers of rowwise activations and of MX operands; rowwise weights share that of the Triton backend."""
     fp8, limit = f"*{dtype_of('rowwise', arch)}", limit_of(arch)
     types = dict.fromkeys(("x", "w"), "*bf16") | dict.fromkeys(("offs", "blocks", "row_amax", "column_amax"), "*i32")
     types |= dict.fromkeys(("by_row", "by_column", "straight", "transposed"), fp8)

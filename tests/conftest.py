@@ -1,7 +1,7 @@
-"""One backend at a time (``--backend``, ``--device``), devices that are not there, and a clean slate for each test.
+"""The options ``--backend`` and ``--device``, skips where a device is missing, and a clean state for each test.
 
-A test is about a backend where it takes ``backend``, which runs it once on every backend of this version, or a
-``case`` of `grouped_gemm.testing.cases`. A case that its backend refuses is skipped with the refusal's own text.
+A test is about a backend if it takes ``backend``, which runs it once on every backend of this version, or a ``case`` of
+`grouped_gemm.testing.cases`. A case that its backend refuses is skipped with the text of the refusal.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     names = [kind.value for kind in testing.backend_kinds()]
     parser.addoption("--backend", choices=names, help="run only the tests that are about this backend")
     parser.addoption("--device", help="where the tests of backends run; default: the GPU where there is one, else cpu")
-    parser.addoption("--min-passed", type=int, default=0, help="fail where fewer tests than these have passed")
+    parser.addoption("--min-passed", type=int, default=0, help="fail if fewer tests than this have passed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Operands are small: threads gain nothing, and where cores are shared they mostly wait for each other.
+    # Operands are small: more threads gain nothing, and on shared cores they mostly wait for each other.
     torch.set_num_threads(1)
 
 
@@ -58,7 +58,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None:  # a worker of pytest-xdist: what all have passed is counted by the process that started them
+    if reporter is None:  # a worker of pytest-xdist; the process that started the workers counts passed tests
         return
     passed, least = len(reporter.stats.get("passed", ())), session.config.getoption("--min-passed")
     if passed < least and session.exitstatus == pytest.ExitCode.OK:
@@ -103,8 +103,8 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeded, with no switch set, nothing decided, logged or warned of yet."""
+def clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds torch, unsets all switches, and empties the caches of decisions, logs and warnings."""
     torch.manual_seed(0)
     for switch in SWITCHES:
         monkeypatch.delenv(switch.name, raising=False)
@@ -112,7 +112,7 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def skip_what_the_backend_refuses(request: pytest.FixtureRequest, clean_slate: None) -> None:
+def skip_refused_cases(request: pytest.FixtureRequest, clean_state: None) -> None:
     if "case" in request.fixturenames:
         reason = testing.refusal(request.getfixturevalue("case"), request.getfixturevalue("device"))
         if reason:

@@ -1,4 +1,4 @@
-"""What is checked of DeepGEMM's layouts both interpreted and on a GPU: bit for bit against torch twins."""
+"""Checks of DeepGEMM's layouts, bit for bit against torch twins. They run interpreted and on a GPU."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from grouped_gemm.core.preference import BackendKind
 
 FP8 = torch.float8_e4m3fn
 BACKEND = get_backend(BackendKind.DEEPGEMM)
-# ends of groups, M, alignment: ragged, with empty groups and rows past the last one; ends out of order and range; none
-# of them; one row; whole blocks, with a tail that is none
+# ends of groups, M, alignment: ragged, with empty groups and rows past the last one; ends out of order and range; only
+# empty groups; one row; many groups; whole blocks, with and without a tail that is not one
 GROUPS = (
     ([0, 130, 130, 131, 300], 310, 1),
     ([-5, 200, 40, 999], 263, 1),
@@ -28,7 +28,7 @@ GROUPS = (
 
 
 def placed(ends: list[int], num_rows: int) -> list[tuple[slice, int, int]]:
-    """Of each group, its rows, where they begin when padded, and how many they are then."""
+    """For each group: its rows, where they begin after padding, and its padded size."""
     first, found = 0, []
     for rows in reference.group_slices(ends):
         size = -(-(rows.stop - rows.start) // 128) * 128
@@ -58,7 +58,7 @@ def check_plan(ends: list[int], num_rows: int, alignment: int, device: str = "cp
 
 
 def check_activations(ends: list[int], num_rows: int, alignment: int, recipe: Recipe, device: str = "cpu") -> None:
-    """Both layouts, padding included, are what `reference` makes of each group, and each alone is the same.
+    """Both layouts, with padding, equal those of `reference` for each group, whether made together or alone.
 
     The rows are a slice of wider ones; past the last group they are NaN.
     """
@@ -86,7 +86,7 @@ def check_activations(ends: list[int], num_rows: int, alignment: int, recipe: Re
         found = reference.quantize(x[group], reference.column_blocks(recipe), recipe, FP8)
         by_token = zeros(size, 256)
         by_token[: len(found[0])] = found[0].float()
-        # what is past the end of a group is 0 times the inverse scale, NaN where that is
+        # values past the end of a group are 0 times the inverse scale: NaN where the scale is NaN
         column_scale[first // 128 : (first + size) // 128] = found[1]
         by_token[len(found[0]) :] = by_token[len(found[0]) :] * found[1][-1].reciprocal()
         flat[first * 256 : (first + size) * 256] = by_token.t().flatten()

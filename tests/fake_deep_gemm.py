@@ -1,6 +1,6 @@
-"""A `deep_gemm` that checks its operands as DeepGEMM 0.1.5 does, multiplies with torch, and keeps what was called.
+"""A fake `deep_gemm` that checks its operands as DeepGEMM 0.1.5 does, multiplies with torch, and records its calls.
 
-What it checks is what the package's own host code asserts, and what its kernels take for granted: see docs/deepgemm.md.
+It checks what the host code of the package asserts, and what its kernels assume: see docs/deepgemm.md.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def check_dense(x: Tensor) -> None:
 
 
 def check_scales_of_lines(scale: Tensor, lines: int, blocks: int) -> None:
-    """As DeepGEMM's transform would make them, so that it has nothing to do: contiguous lines, 16 byte columns."""
+    """Scales are as DeepGEMM's transform would make them: contiguous lines, columns at multiples of 16 bytes."""
     assert (scale.dtype, tuple(scale.shape)) == (torch.float32, (lines, blocks))
     assert scale.stride() == (1, -(-lines // 4) * 4)
-    assert scale.isfinite().all() and (scale > 0).all(), "a scale that was never written"
+    assert scale.isfinite().all() and (scale > 0).all(), "a scale was never written"
 
 
 def check_map(row_map: Tensor, rows: int, num_groups: int) -> None:
@@ -39,7 +39,7 @@ def check_map(row_map: Tensor, rows: int, num_groups: int) -> None:
     for block in row_map.split(BLOCK):
         group = block[0]
         in_group = int((block == group).sum())
-        assert (block[:in_group] == group).all() and (block[in_group:] == -1).all(), "a block of two groups"
+        assert (block[:in_group] == group).all() and (block[in_group:] == -1).all(), "a block has rows of two groups"
 
 
 def multiply(lhs: Tensor, rhs_EOC: Tensor, out: Tensor, row_map: Tensor, *, skips: bool) -> None:
@@ -60,7 +60,9 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(a, b, out, row_map, recipe=None) -> Non
     assert a_data.dtype == b_data.dtype == torch.float8_e4m3fn
     check_dense(a_data)
     check_dense(b_data)
-    assert a_data.stride(1) == 1 and b_data.stride(2) == 1, "Hopper's fp8 product wants both along the contraction"
+    assert a_data.stride(1) == 1 and b_data.stride(2) == 1, (
+        "Hopper's fp8 GEMM needs both contiguous along the contraction"
+    )
     check_scales_of_lines(a_scale, rows, k // BLOCK)
     assert tuple(b_scale.shape) == (num_groups, n // BLOCK, k // BLOCK)
     check_dense(b_scale)
@@ -85,7 +87,7 @@ def k_grouped_fp8_gemm_nt_contiguous(a, b, out, sizes, sizes_on_device, c=None) 
     tokens = sum(sizes)
     assert isinstance(sizes, list) and sizes_on_device.tolist() == sizes and sizes_on_device.dtype == torch.int32
     assert len(sizes) == num_groups and all(size % BLOCK == 0 for size in sizes) and tokens > 0
-    assert out.dtype == torch.float32 and out.is_contiguous() and c is out, "it adds to its output"
+    assert out.dtype == torch.float32 and out.is_contiguous() and c is out, "the GEMM adds to its output"
     factors = []
     for (data, scale), features in ((a, p), (b, q)):
         assert data.dtype == torch.float8_e4m3fn and data.is_contiguous() and data.numel() == tokens * features

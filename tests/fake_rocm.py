@@ -1,7 +1,7 @@
-"""A torch for AMD GPUs that checks its arguments as ROCm builds do, multiplies on the CPU, and keeps what was called.
+"""A fake torch for AMD GPUs that checks its arguments as ROCm builds do, multiplies on the CPU, and records its calls.
 
-What it checks is transcribed from torch's `ScaledBlas.cpp`, `GroupedBlas.cpp` and `GroupedMMUtils.h`, and what
-hipBLASLt takes for granted: docs/rocm.md. What torch would have to copy before the library could read it is an error.
+Its checks are transcribed from torch's `ScaledBlas.cpp`, `GroupedBlas.cpp` and `GroupedMMUtils.h`. docs/rocm.md lists
+what hipBLASLt assumes as well. An operand that torch would have to copy for the library is an error.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def round_up(size: int, multiple: int) -> int:
 
 
 class Build:
-    """torch, built with some ROCm, on some GPU.
+    """A build of torch with some ROCm, on some GPU.
 
     Attributes:
         calls: names and tensors, in the order of the calls.
-        reads: addresses of the tensors that the host waited for.
+        reads: addresses of the tensors that the host read, with a host sync each.
     """
 
     def __init__(self, arch: str, rocm: str, grouped: bool = False):
@@ -62,8 +62,10 @@ class Build:
         assert a.dtype.is_floating_point and a.dtype.itemsize == b.dtype.itemsize == 1
         if torch.float8_e4m3fn in (a.dtype, b.dtype):
             assert self.rocm >= (6, 5)
-        assert out.dtype == out_dtype and out.shape == (m, n), "it would be resized"
-        assert a.stride(1) == 1 and b.stride(0) == 1 and out.stride(1) == 1, "rows by columns"
+        assert out.dtype == out_dtype and out.shape == (m, n), "torch would resize it"
+        assert a.stride(1) == 1 and b.stride(0) == 1 and out.stride(1) == 1, (
+            "expected rows of a and columns of b to be contiguous"
+        )
         for x in (a, b):
             self._check_not_copied(x)
             assert x.data_ptr() % 16 == 0 and max(x.stride()) % 16 == 0, "hipBLASLt loads 16 bytes at a time"
@@ -78,10 +80,10 @@ class Build:
         assert scale_b.shape == (1, b.shape[1]) and scale_b.t().is_contiguous()
         assert a.dtype == b.dtype == self.fp8
         assert out.dtype == torch.bfloat16
-        return self.rowwise_product(a, b, scale_a, scale_b, out)
+        return self.rowwise_gemm(a, b, scale_a, scale_b, out)
 
-    def rowwise_product(self, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: Tensor) -> Tensor:
-        with _disable_current_modes():  # what is computed here is no part of the call
+    def rowwise_gemm(self, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: Tensor) -> Tensor:
+        with _disable_current_modes():  # this computation is not part of the call
             return out.copy_((a.double() * scale_a) @ (b.double() * scale_b))
 
     def _mx(self, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, out: Tensor) -> Tensor:
@@ -113,7 +115,7 @@ class Build:
         offs: Tensor,
         output_dtype: torch.dtype,
     ) -> Tensor:
-        """Rows of a by matrices of b; what no group has is never written."""
+        """Rows of a by matrices of b; rows of no group are never written."""
         self.calls.append(("scaled_grouped_mm", (a, b, scale_a, scale_b, offs)))
         rowwise = torch.nn.functional.ScalingType.RowWise
         assert recipe_a == recipe_b == rowwise and output_dtype == torch.bfloat16
@@ -141,7 +143,7 @@ class Build:
 
     @staticmethod
     def _check_not_copied(x: Tensor) -> None:
-        """`prepare_matrix_for_cublas` takes ``x`` as it lies."""
+        """`prepare_matrix_for_cublas` takes ``x`` without a copy."""
         (rows, columns), (row, column) = x.shape, x.stride()
         by_columns = row == 1 and column >= max(1, rows)
         by_rows = column == 1 and row >= max(1, columns)

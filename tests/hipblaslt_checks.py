@@ -1,4 +1,4 @@
-"""What is checked of hipBLASLt's quantizers both interpreted and on a GPU: bit for bit against their torch twins."""
+"""Checks of hipBLASLt's quantizers, bit for bit against their torch twins. They run interpreted and on a GPU."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from grouped_gemm.backends.hipblaslt import backend as hipblaslt
 from grouped_gemm.backends.hipblaslt import layouts as layouts
 from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
 
-# ends of groups, M, what groups are multiples of: ragged; ends out of order and range; all empty; aligned to 16 with a
-# tail, whole blocks with one and without
+# ends of groups, M, what group sizes are multiples of: ragged; ends out of order and range; all empty; multiples
+# of 16, with a tail; whole blocks, without and with a tail
 GROUPS = (
     ((0, 37, 37, 38, 130), 135, 1),
     ((-5, 100, 40, 999), 133, 1),
@@ -25,7 +25,7 @@ GROUPS = (
 def check_activations(
     ends: tuple[int, ...], num_rows: int, multiple: int, recipe: Recipe, device: torch.device | str = "cpu"
 ) -> None:
-    """Each layout alone, and both from one read. Rows past the last group are NaN; their columns are not looked at."""
+    """Each layout alone, and both from one read. Rows past the last group are NaN; their columns are not compared."""
     torch.manual_seed(0)
     offs = torch.tensor(ends, dtype=torch.int32, device=device)
     inside = reference.group_ends(offs, num_rows)
@@ -56,11 +56,11 @@ def check_activations(
 
 
 def check_weights(recipe: Recipe, contiguous: str, device: torch.device | str = "cpu") -> None:
-    """Each layout alone, and both from one read; the lines of MX scales that are no lines of weights do not matter."""
+    """Each layout alone, and both from one read. MX scales of padding lines are not compared."""
     torch.manual_seed(0)
     k, n = (128, 256) if recipe is Recipe.MXFP8 else (48, 144)
     sizes: tuple[tuple[int, int, bool, bool], ...] = ((k, n, True, True), (k, n, True, False), (k, n, False, True))
-    if recipe is Recipe.MXFP8:  # only what is summed over is a multiple of 128
+    if recipe is Recipe.MXFP8:  # only the contraction is a multiple of 128
         sizes += ((k, 144, True, False), (48, n, False, True))
     for k, n, forward, dgrad in sizes:
         what = f"{recipe.value}, K = {k}, N = {n}, {forward=}, {dgrad=}"

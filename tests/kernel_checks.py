@@ -1,6 +1,6 @@
-"""What is checked of kernels both interpreted and on a GPU: quantizers, bit for bit, and adding to a gradient.
+"""Checks of the Triton quantizers, bit for bit against `reference`. They run interpreted and on a GPU.
 
-M, E, K, N: rows, groups, in and out features. D: K or N. T: tokens in blocks of 128 that start anew with each group.
+M, E, K, N: rows, groups, in and out features. D: K or N. T: tokens, in blocks of 128; each group starts a new block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ BACKEND = get_backend(BackendKind.TRITON)
 
 
 def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
-    """Bit for bit; every NaN is a NaN. Says how many values differ, and where the first of them is."""
+    """Equal bit for bit, where all NaNs are equal. Says how many values differ, and where the first of them is."""
     assert found.shape == expected.shape, what
     found, expected = (x.float().nan_to_num(1e38) for x in (found, expected))
     different = found != expected
@@ -33,7 +33,7 @@ def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
 
 
 def assert_same_bits(found: Tensor, expected: Tensor, what: str) -> None:
-    """Likewise, with every bit of a NaN; says how far apart finite values are at most."""
+    """Equal bit for bit, NaNs included. Says how far apart finite values are at most."""
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype), what
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[found.element_size()]
     different = found.contiguous().view(bits) != expected.contiguous().view(bits)
@@ -58,7 +58,7 @@ def activations(num_rows: int, features: int, dtype: torch.dtype, device: torch.
 
 
 def check_activations(x: Tensor, plan: OffsetPlan, recipe: Recipe) -> None:
-    """Both layouts of ``x`` (M, D) are those of `reference`; each alone is what it is beside the other."""
+    """Both layouts of ``x`` (M, D) equal those of `reference`, whether made together or alone."""
     rows, columns = BACKEND.quantize_activations(x, plan, recipe, rows=True, columns=True)
     ends, fp8 = reference.group_ends(plan.offs, len(x)), machine_of(x.device).fp8_dtype
     data, scale = reference.quantize(x[: ends[-1]], reference.row_blocks(recipe), recipe, fp8)
@@ -81,7 +81,7 @@ def check_activations(x: Tensor, plan: OffsetPlan, recipe: Recipe) -> None:
         assert_same(by_token[tokens], data[group], f"data by columns of group {e}")
         padding[tokens] = False
         block += -(-(group.stop - group.start) // 128)
-    # zero where the last block of a group is short, and past the last group; NaN where the scale is
+    # zero in the short last block of a group and past the last group; NaN where the scale is NaN
     assert not by_token[padding].nan_to_num(0).any(), "data by columns of no row"
 
     alone, _ = BACKEND.quantize_activations(x, plan, recipe, rows=True, columns=False)
@@ -97,7 +97,7 @@ def check_activations(x: Tensor, plan: OffsetPlan, recipe: Recipe) -> None:
 
 
 def check_weights(b: Tensor, recipe: Recipe) -> None:
-    """Likewise of ``b`` (E, K, N), for forward and for dgrad."""
+    """The same for ``b`` (E, K, N), for forward and for dgrad."""
     both = BACKEND.quantize_weights(b, recipe, forward=True, dgrad=True)
     fp8 = machine_of(b.device).fp8_dtype
     for operand, what in zip(both, ("forward", "dgrad")):
@@ -120,14 +120,14 @@ def check_weights(b: Tensor, recipe: Recipe) -> None:
 
 
 def _by_block(scale: Tensor, blocks: int) -> Tensor:
-    """MX scales (ceil(depth/128), lines, 4) as (lines, blocks), and 1 in what is past the last block."""
+    """MX scales (ceil(contraction / 128), lines, 4) as (lines, blocks); those past the last block are 1."""
     scale = scale.float().transpose(-3, -2).flatten(-2)
     assert (scale[..., blocks:] == 1).all()
     return scale[..., :blocks]
 
 
 def _by_tokens(scale: Tensor, ends: Sequence[int], num_rows: int) -> Tensor:
-    """`reference.quantize_columns`' MX scales (blocks, D) as (T/128, D, 4); 1 where no token is."""
+    """`reference.quantize_columns`' MX scales (blocks, D) as (T/128, D, 4); 1 where there is no token."""
     laid = torch.ones(num_rows // 128 + len(ends), 4, scale.shape[1], device=scale.device)
     block = 0
     for tokens, rows in zip(reference.group_slices(ends), reference.column_scale_slices(ends, Recipe.MXFP8)):
@@ -137,7 +137,7 @@ def _by_tokens(scale: Tensor, ends: Sequence[int], num_rows: int) -> Tensor:
 
 
 def _in_groups(ends: Sequence[int], recipe: Recipe) -> slice:
-    """Which scales of rows are of groups; blockwise, with those that fill a group up to a multiple of four."""
+    """The scales of rows that belong to groups; blockwise, with the padding of each group to a multiple of four."""
     if recipe.block is None:
         return slice(0, ends[-1])
     lengths = (group.stop - group.start for group in reference.group_slices(ends))
@@ -145,7 +145,7 @@ def _in_groups(ends: Sequence[int], recipe: Recipe) -> slice:
 
 
 def _scales_by_row(scale: Tensor, ends: Sequence[int]) -> Tensor:
-    """(M, D/128) from the layout of the kernel, in which a group's scales begin at a multiple of four."""
+    """(M, D/128), from the kernel's layout, in which a group's scales begin at a multiple of four."""
     groups, begin = [scale[:, :0]], 0
     for group in reference.group_slices(ends):
         length = group.stop - group.start

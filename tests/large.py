@@ -1,7 +1,7 @@
-"""Calls of the large row class on the Triton backend, for the tests on a GPU: few shapes, whose kernels all share.
+"""Calls of the large row class on the Triton backend, for tests on a GPU: few shapes, so that tests share kernels.
 
-Kernels are specialized on dtypes, on whether sizes and strides are multiples of 16, and on E rounded up: so there is
-one K and N, and always 6 groups. `compile_at_once` compiles beforehand, on many cores.
+Kernels are specialized on dtypes, on whether sizes and strides are multiples of 16, and on E rounded up. So all cases
+have the same K and N and 6 groups. `compile_in_parallel` compiles beforehand, on many cores.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from grouped_gemm.testing import TRAINING, Case, Inputs, Shape
 
 TRITON = BackendKind.TRITON
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
-# Whole and short tiles of every kernel, empty groups, a group of one row, rows of nobody. K and N are no multiples of
-# 128: the last blocks of both are half.
+# Whole and short tiles of every kernel, empty groups, a group of one row, rows of no group. K and N are no multiples of
+# 128: the last blocks of both are half full.
 RAGGED = Shape("ragged", (0, 700, 1, 333, 0, 1500), tail=70, k=2880, n=704)
-# K is no multiple of 16 either, and of 8, so that TMA still reads it.
+# K is a multiple of 8, which TMA needs, but not of 16.
 K1000 = Shape("k1000", RAGGED.sizes, tail=70, k=1000, n=704)
 
 
@@ -36,7 +36,7 @@ def training(shape: Shape = RAGGED, recipes: Iterable[Recipe] = RECIPES) -> pyte
 
 
 def layer(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The call of ``case``, of ``a``, ``b`` and ``offs``."""
+    """The call of ``case``, as a function of ``a``, ``b`` and ``offs``."""
 
     def call(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
         return grouped_mm(a, b, offs, recipe=case.recipe, out_dtype=case.out_dtype, kernel_preference=case.backend)
@@ -45,38 +45,38 @@ def layer(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def train(call: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
-    """The output, dA and dB of a `layer`: as of `testing.run`, but in memory as it comes, which threads can share."""
+    """The output, dA and dB of a `layer`, as from `testing.run`, without poisoned memory, which is not per thread."""
     a, b = inputs.a.detach().requires_grad_(), inputs.b.detach().requires_grad_()
     y = call(a, b, inputs.offs)
     return (y.detach(), *torch.autograd.grad(y, (a, b), inputs.dy))
 
 
 @contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Without the kernels that are written for Hopper."""
+def portable_kernels() -> Iterator[None]:
+    """Runs calls without the Hopper kernels."""
     from grouped_gemm.kernels.gemm import k_grouped, k_grouped_hopper, m_grouped, m_grouped_hopper
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (m_grouped, k_grouped):
-            patch.setattr(module, "_gemms", {})  # what it remembers of calls that ran on Hopper's
+            patch.setattr(module, "_gemms", {})  # cached launches of the Hopper kernels
         for module in (m_grouped_hopper, k_grouped_hopper):
             patch.setattr(module, "can_run", lambda *operands: False)
         yield
 
 
-def of_module(request: pytest.FixtureRequest) -> list[pytest.Item]:
-    """The tests of this module that were selected."""
+def tests_of_module(request: pytest.FixtureRequest) -> list[pytest.Item]:
+    """The selected tests of the module that ``request`` comes from."""
     return [item for item in request.session.items if getattr(item, "module", None) is request.module]
 
 
 def cases_of(items: Iterable[pytest.Item]) -> list[Case]:
-    """Their cases, each once."""
+    """The cases of ``items``, each once."""
     parameters = [item.callspec.params for item in items if hasattr(item, "callspec")]
     return list(dict.fromkeys(found["case"] for found in parameters if "case" in found))
 
 
-def compile_at_once(jobs: Iterable[Callable[[], object]]) -> None:
-    """Runs ``jobs`` in threads, so that what they need is compiled in parallel; what fails, fails again in its test."""
+def compile_in_parallel(jobs: Iterable[Callable[[], object]]) -> None:
+    """Runs ``jobs`` in threads, so that kernels compile in parallel. A job that fails will fail again in its test."""
 
     def attempt(job: Callable[[], object]) -> None:
         with suppress(Exception):
@@ -87,9 +87,9 @@ def compile_at_once(jobs: Iterable[Callable[[], object]]) -> None:
 
 
 class Passes:
-    """The passes of a call, to be run in any order and by any thread, once it is quantized.
+    """The passes of a call. Once its operands are quantized, any thread may run them in any order.
 
-    Not through autograd, which has one thread for all that happens on a device in backward.
+    They do without autograd, which runs the whole backward of a device in one thread.
     """
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
@@ -106,16 +106,16 @@ class Passes:
         )
         self.b = self.backend.quantize_weights(inputs.b, case.recipe, forward=True, dgrad=dgrad)
 
-    def products(self) -> list[Callable[[], object]]:
-        """Each of the passes."""
+    def gemms(self) -> list[Callable[[], object]]:
+        """The GEMM of each pass."""
         case, run, contiguous = self.case, self.backend, self.case.b_contiguous
         out_dtype, bias = case.out_dtype or case.dtype, self.inputs.bias
-        products = {
+        gemms = {
             Pass.FORWARD: lambda: run.grouped_mm(self.a[0], self.b[0], self.plan, out_dtype, bias),
             Pass.DGRAD: lambda: run.grouped_mm(self.dy[0], self.b[1], self.plan, case.dtype),
             Pass.WGRAD: lambda: run.wgrad(self.a[1], self.dy[1], self.plan, case.dtype, contiguous=contiguous),
         }
-        return [products[pass_] for pass_ in case.passes]
+        return [gemms[pass_] for pass_ in case.passes]
 
 
 def with_sizes(case: Case, sizes: tuple[int, ...], tail: int = 0) -> Case:

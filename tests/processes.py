@@ -1,4 +1,4 @@
-"""Tests that want a process of their own: two at a time, each with a log that outlives a hang."""
+"""Runs tests in processes of their own, two at a time, each with a log that survives a hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIMEOUT = 600  # seconds
 
 
 def environment(**variables: str | None) -> dict[str, str]:
-    """That of this process with ``variables`` set, or unset where they are None. The package is imported from here."""
+    """The environment of this process with ``variables`` set, or unset where None. It imports the package from here."""
     changed = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)} | variables
     return {name: value for name, value in changed.items() if value is not None}
 
@@ -42,7 +42,7 @@ def run(command: Sequence[str | Path], log: Path, environment: dict[str, str], t
 
 @contextmanager
 def two_at_a_time(request: pytest.FixtureRequest, parameter: str, start: Callable[[Any], Any]) -> Iterator[dict]:
-    """What ``start`` returns for each value of ``parameter`` among the selected tests of this file, as futures."""
+    """Futures of ``start(value)``, for each value of ``parameter`` among the selected tests of the file."""
     items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     values = dict.fromkeys(item.callspec.params[parameter] for item in items if parameter in item.callspec.params)
     with ThreadPoolExecutor(2) as pool:

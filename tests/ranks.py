@@ -1,8 +1,8 @@
-"""Two ranks that train a small model with FSDP2, and with experts sharded over them: prints what went wrong.
+"""Two ranks train a small model with FSDP2, and with experts sharded over them. Prints the errors.
 
-    RANK=<0 or 1> python tests/ranks.py <device type> <file that the ranks meet at> <backend>:<recipe> ...
+    RANK=<0 or 1> python tests/ranks.py <device type> <rendezvous file> <backend>:<recipe> ...
 
-Prints a line of JSON for each pair of backend and recipe: what went wrong, by check. `test_ranks` starts them.
+Prints a line of JSON for each pair of backend and recipe: the errors by check. `test_ranks` starts the ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ M = 100
 
 
 class Job(NamedTuple):
-    """What the command line asks for, and where."""
+    """What one rank runs for a pair of backend and recipe."""
 
     rank: int
     device: torch.device
@@ -42,7 +42,7 @@ class Job(NamedTuple):
     backend: BackendKind
     recipe: Recipe
 
-    def product(self, a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
+    def gemm(self, a: Tensor, w: Tensor, offs: Tensor) -> Tensor:
         return grouped_mm(a, w.transpose(1, 2), offs, recipe=self.recipe, kernel_preference=self.backend)
 
     def offs(self, ends: tuple[int, ...] = ENDS) -> Tensor:
@@ -54,7 +54,7 @@ class Job(NamedTuple):
 
 
 class Experts(torch.nn.Module):
-    """Up and down again, with weights (E, N, K) and (E, K, N) in fp32."""
+    """An up and a down projection, with weights (E, N, K) and (E, K, N) in fp32."""
 
     def __init__(self, job: Job, form: str) -> None:
         super().__init__()
@@ -70,13 +70,13 @@ class Experts(torch.nn.Module):
         return self.layer(x, offs)
 
     def layer(self, x: Tensor, offs: Tensor) -> Tensor:
-        # FSDP has cast the weights, and the cast does nothing.
-        y = torch.nn.functional.silu(self.job.product(x, self.up.to(x.dtype), offs))
-        return x + self.job.product(y, self.down.to(x.dtype), offs)
+        # FSDP has already cast the weights, so this cast is a no-op.
+        y = torch.nn.functional.silu(self.job.gemm(x, self.up.to(x.dtype), offs))
+        return x + self.job.gemm(y, self.down.to(x.dtype), offs)
 
 
 class Model(torch.nn.Module):
-    """The same on every rank, however often it is made."""
+    """A model with the same initial weights on every rank and every time."""
 
     def __init__(self, job: Job, form: str = "plain") -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def sharded(job: Job, form: str) -> Model:
 
 @contextmanager
 def quantizations(job: Job) -> Iterator[list[Recipe]]:
-    """The recipe of each time that weights are quantized."""
+    """A list that grows by the recipe each time that weights are quantized."""
     backend: Any = get_backend(job.backend)
     counted: list[Recipe] = []
     quantize = backend.quantize_weights
@@ -118,8 +118,8 @@ def quantizations(job: Job) -> Iterator[list[Recipe]]:
         del backend.quantize_weights
 
 
-def gradients_are_those_of_the_whole_model(job: Job, form: str) -> None:
-    """FSDP averages over ranks: each has the rows of both here, and the mean of two is exact."""
+def gradients_equal_those_of_the_whole_model(job: Job, form: str) -> None:
+    """FSDP averages gradients over the ranks; the whole model runs the rows of both, and halving is exact."""
     whole, model = Model(job), sharded(job, form)
     for rank in range(RANKS):
         whole.backward(job.rows(rank), job.offs())
@@ -129,7 +129,7 @@ def gradients_are_those_of_the_whole_model(job: Job, form: str) -> None:
         torch.testing.assert_close(ours.grad.full_tensor(), right.grad / RANKS, rtol=1e-5, atol=1e-8)
 
 
-def the_cache_changes_nothing(job: Job, form: str) -> None:
+def the_weight_cache_does_not_change_training(job: Job, form: str) -> None:
     """Parameters after several steps of a fused optimizer; each micro-batch gathers and frees the weights."""
     trained = []
     for block in (nullcontext, cache_weights):
@@ -157,7 +157,7 @@ def experts_may_be_sharded(job: Job) -> None:
     results = []
     for weights in (w, own):
         a = job.rows(job.rank).requires_grad_()
-        y = job.product(a, weights, offs)
+        y = job.gemm(a, weights, offs)
         assert type(y) is Tensor
         results.append((y, *torch.autograd.grad(y, (a, weights), torch.ones_like(y))))
     (*found, dw), (*wanted, own_dw) = results
@@ -170,22 +170,22 @@ def experts_may_be_sharded(job: Job) -> None:
 CHECKS: dict[str, Callable[[Job], None]] = {
     f"{check.__name__}, {form}": partial(check, form=form)
     for check, forms in (
-        (gradients_are_those_of_the_whole_model, ("plain", "checkpointed", "compiled")),
-        (the_cache_changes_nothing, ("plain", "checkpointed")),
+        (gradients_equal_those_of_the_whole_model, ("plain", "checkpointed", "compiled")),
+        (the_weight_cache_does_not_change_training, ("plain", "checkpointed")),
     )
     for form in forms
 }
 CHECKS["experts_may_be_sharded"] = experts_may_be_sharded
 
 
-def main(device_type: str, meeting: str, *pairs: str) -> None:
+def main(device_type: str, rendezvous: str, *pairs: str) -> None:
     rank = int(os.environ["RANK"])
     device = torch.device(device_type, rank if device_type == "cuda" else None)
     if device_type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "nccl" if device_type == "cuda" else "gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS
+        "nccl" if device_type == "cuda" else "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS
     )
     mesh = init_device_mesh(device_type, (RANKS,))
     for pair in pairs:

@@ -1,8 +1,8 @@
-"""Every Triton kernel once, on small operands: `test_triton_gpu` runs it under compute-sanitizer, which slows all down.
+"""Runs every Triton kernel once, on small operands. `test_triton_gpu` starts it under compute-sanitizer, which is slow.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitized.py
 
-Prints a line before each call: what the sanitizer reports after it is of that call. The report names the kernel.
+Prints a line before each call, so that a report of the sanitizer follows the line of its call. It names the kernel.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from collections.abc import Sequence
 
 import torch
 from kernel_checks import BACKEND
-from large import plain_kernels
+from large import portable_kernels
 
 from grouped_gemm import Recipe, grouped_mm
 from grouped_gemm.core.machine import machine_of
 
-# of 6 groups, as in `large`, whose kernels these are where K and N are multiples of 16: the large row class, and decode
+# The sizes of 6 groups, of the large row class and of decode. Where K and N are multiples of 16, kernels are those of
+# `large`, which has 6 groups as well.
 LARGE = (0, 300, 1, 700, 0, 600)
 DECODE = (0, 5, 1, 30, 0, 8)
 
 
 def call(recipe: Recipe, sizes: Sequence[int], k: int, n: int, device: str) -> None:
-    """Without gradients, with all of them, and the quantizer of columns alone: that is each use of the quantizers.
+    """A call without gradients, one with all gradients, and the quantizer of columns alone: all uses of the quantizers.
 
     Rows past the last group are NaN.
     """
@@ -43,20 +44,20 @@ def call(recipe: Recipe, sizes: Sequence[int], k: int, n: int, device: str) -> N
     )
     alone_db = BACKEND.wgrad(lhs, rhs, plan, torch.float32, contiguous="n")
     if not all(x.isfinite().all() for x in (alone, y, *gradients, alone_db)):
-        raise SystemExit("a result is not finite")
+        raise SystemExit("expected finite results; found NaN or Inf")
 
 
 def main(device: str, large: Sequence[int], k: int, n: int) -> None:
-    """``k`` and ``n`` are multiples of 16; odd sizes, which TMA cannot read, are beside them."""
+    """``k`` and ``n`` are multiples of 16. Sizes next to them, which TMA cannot read, run as well."""
     torch.manual_seed(0)
     print(f"{device}: {machine_of(device)}", flush=True)
 
     for recipe in Recipe:
         print(f"shipped kernels, {recipe.value}, large", flush=True)
         call(recipe, large, k, n, device)
-    with plain_kernels():
-        for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE):  # the others multiply with the same
-            print(f"plain kernels, {recipe.value}, large", flush=True)
+    with portable_kernels():
+        for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE):  # other recipes use the same GEMMs
+            print(f"portable kernels, {recipe.value}, large", flush=True)
             call(recipe, large, k, n, device)
     for recipe in (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8):
         print(f"odd sizes, {recipe.value}, decode", flush=True)

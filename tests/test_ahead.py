@@ -1,4 +1,4 @@
-"""`warmup`: the calls that it makes, what it leaves as it was, and what it returns."""
+"""`warmup`: the calls that it makes, what it must not change, and what it returns."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def weights() -> torch.Tensor:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """The calls that are made where Emulated stands for a backend that compiles: a, b, offs, bias, has gradients."""
+    """The calls of warmup on Emulated as a backend that compiles: a, b, offs, bias, whether gradients are enabled."""
     made = []
     original = warmup_module.grouped_mm
 
@@ -74,7 +74,7 @@ def test_each_row_class_is_called_without_and_with_gradients(weights, calls):
     assert all(a.requires_grad and b.requires_grad for a, b, *_ in calls)
 
 
-def test_operands_are_as_the_model_has_them(weights, calls):
+def test_operands_match_those_of_the_model(weights, calls):
     bias = torch.randn(E, N, dtype=torch.bfloat16, requires_grad=True)
     warmup(weights, bias=bias, rows=("large",))
     for a, b, offs, given, _ in calls:
@@ -97,25 +97,25 @@ def test_inference_has_no_gradients(weights, calls):
 
 
 @pytest.mark.parametrize("dgrad", (False, True))
-def test_weights_that_were_quantized_beforehand(weights, calls, dgrad):
+def test_warmup_takes_quantized_weights(weights, calls, dgrad):
     done = warmup(quantize_weights(weights, "mxfp8", dgrad=dgrad), rows=("small",))
     assert done.calls == 1 + dgrad
     assert done.classes[0].decision.spec.passes == ((Pass.FORWARD, Pass.DGRAD) if dgrad else (Pass.FORWARD,))
 
 
-def test_groups_keep_a_promised_alignment(weights, calls):
+def test_group_sizes_have_the_guaranteed_alignment(weights, calls):
     warmup(weights, group_alignment=128)
     assert all(end % 128 == 0 for _, _, offs, *_ in calls for end in offs.tolist())
 
 
-def test_prefer_and_autocast_hold(weights, calls):
+def test_prefer_and_autocast_apply(weights, calls):
     with prefer("emulated"), torch.autocast("cpu", torch.float16):
         done = warmup(weights.detach().float(), rows=("decode",))
     assert done.classes[0].decision.asked_by == "context"
     assert done.classes[0].decision.spec.dtype is torch.float16
 
 
-def test_nothing_of_the_callers_changes(weights, calls):
+def test_the_callers_state_is_unchanged(weights, calls):
     leaf = torch.randn(E, K, N, requires_grad=True)
     before, seed = leaf.detach().clone(), torch.get_rng_state()
     with torch.no_grad():
@@ -124,14 +124,14 @@ def test_nothing_of_the_callers_changes(weights, calls):
     assert torch.equal(torch.get_rng_state(), seed)
 
 
-def test_inference_mode_does_not_matter(calls):
+def test_warmup_runs_in_inference_mode(calls):
     with torch.no_grad():
         weights = torch.randn(E, K, N)
     with torch.inference_mode():
         assert warmup(weights, rows=("decode",)).calls == 2
 
 
-def test_kernels_are_not_specialized_on_how_many_rows_and_groups_there_are():
+def test_kernels_are_not_specialized_on_the_number_of_rows_or_groups():
     pytest.importorskip("triton")
     modules = [
         importlib.import_module(f"grouped_gemm.kernels.{name}")
@@ -165,7 +165,7 @@ def test_a_bad_argument_is_named(weights, change, error, message):
         warmup(**{"b": weights} | change)
 
 
-def test_what_was_done_is_printed_and_data(weights, calls):
+def test_the_result_can_be_printed_and_serialized(weights, calls):
     done = warmup(weights, recipe="mxfp8", rows=("decode", RowClass.LARGE))
     lines = str(done).splitlines()
     assert lines[0] == str(done.classes[0].decision.spec)
@@ -181,7 +181,7 @@ H200 = Machine("nvidia", "sm_90", "NVIDIA H200")
 
 
 class Tiled(emulated.Backend):
-    """Emulated products that look up tiles, as the Triton kernels do."""
+    """Emulated GEMMs that look up tiles, as the Triton kernels do."""
 
     compiles = True
 
@@ -201,7 +201,7 @@ class Tiled(emulated.Backend):
 
 @pytest.fixture
 def tiled(monkeypatch, tmp_path):
-    """A backend with tiles, of which those with group_m = 1 are fastest, and with an empty file of what was found."""
+    """A backend whose tiles are fastest with group_m = 1, and an empty cache directory."""
     backend = Tiled()
 
     def milliseconds(run):
@@ -245,7 +245,7 @@ def test_wgrad_is_tuned_on_the_most_rows(weights, tiled):
     assert set(searched) == {260 * E}
 
 
-def test_a_call_uses_what_was_found_and_searches_nothing(monkeypatch, weights, tiled):
+def test_a_call_uses_a_tuned_tile_without_searching(monkeypatch, weights, tiled):
     def call() -> tuple[torch.Tensor, tiles.Tile]:
         y = grouped_mm(weights.detach()[0].t().repeat(20, 1), weights, torch.tensor([1, 2, 900], dtype=torch.int32))
         return y.detach(), tiled.tiles[-1][2]
@@ -258,20 +258,20 @@ def test_a_call_uses_what_was_found_and_searches_nothing(monkeypatch, weights, t
     assert torch.equal(tuned_y, y)
 
 
-def test_weights_that_were_quantized_are_tuned_without_wgrad(weights, tiled):
+def test_quantized_weights_are_tuned_without_wgrad(weights, tiled):
     done = warmup(quantize_weights(weights, "mxfp8", dgrad=True), rows=("small",))
     assert sorted(s.site.sizes for s in done.searches) == [(K, N), (N, K)]
 
 
-# Backends that compete
+# Profiles
 
 
 class Rival(emulated.Backend):
-    """Emulated under the name of another backend, so that an H200 without a GPU has something to choose from."""
+    """Emulated under the name of another backend, so that the CPU, as an H200, has several backends to choose from."""
 
     requirements = (
         Requirement("no bias", lambda p: not p.has_bias, lambda p: "a bias", ""),
-        Requirement("leave to wait", lambda p: p.host_sync, lambda p: "none", ""),
+        Requirement("permission to sync", lambda p: p.host_sync, lambda p: "none", ""),
         Requirement("bfloat16", lambda p: p.out_dtype is torch.bfloat16, lambda p: "another", ""),
     )
     host_syncs = ""
@@ -282,7 +282,7 @@ class Rival(emulated.Backend):
 
 @pytest.fixture
 def profiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[warmup_module.Profiled]]:
-    """Measures as on an H200 where the TORCH backend takes half of what TRITON does."""
+    """Profiles calls as on an H200 where the TORCH backend takes half the time of TRITON."""
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
     profile.forget()
@@ -304,7 +304,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
     profile.forget()
 
 
-def test_a_profile_decides_what_auto_takes_from_then_on(weights, profiled):
+def test_auto_chooses_by_a_new_profile(weights, profiled):
     (found,) = profiled(weights, RowClass.LARGE)
     assert found.decision.backends == (BackendKind.TORCH,)
     assert str(found) == "large: forward torch, dgrad torch, wgrad torch (torch 1 us; triton 2 us)"
@@ -317,12 +317,12 @@ def test_a_profile_decides_what_auto_takes_from_then_on(weights, profiled):
 def test_a_call_is_profiled_once(weights, profiled):
     assert len(profiled(weights, RowClass.LARGE)) == 1
     assert profiled(weights, RowClass.LARGE) == []
-    assert profiled(weights, RowClass.LARGE, training=False) == [], "forward was measured as well"
+    assert profiled(weights, RowClass.LARGE, training=False) == [], "the first profile has forward as well"
 
 
 @pytest.mark.parametrize("out_dtype", (None, torch.float32))
-def test_every_plan_that_could_run_such_calls_is_profiled(weights, profiled, out_dtype):
-    """A profile does not tell calls with a bias, another output dtype, or without leave to sync apart."""
+def test_every_plan_for_calls_with_the_same_profile_key_is_profiled(weights, profiled, out_dtype):
+    """A profile has one entry for calls with and without a bias, of any output dtype, with and without host syncs."""
     bias = torch.zeros(E, N, dtype=torch.bfloat16)
     with prefer(host_sync=False):
         (found,) = profiled(weights, RowClass.LARGE, bias=bias, out_dtype=out_dtype)
@@ -331,12 +331,12 @@ def test_every_plan_that_could_run_such_calls_is_profiled(weights, profiled, out
     assert profiled(weights, RowClass.LARGE) == []
 
 
-def test_a_class_that_an_alignment_leaves_no_rows_is_not_profiled(weights, profiled):
+def test_a_row_class_smaller_than_the_alignment_is_not_profiled(weights, profiled):
     assert profiled(weights, RowClass.DECODE, group_alignment=128) == []
     assert len(profiled(weights, RowClass.LARGE, group_alignment=128)) == 1
 
 
-def test_a_call_that_was_remembered_follows_a_new_profile(weights, profiled, monkeypatch):
+def test_a_cached_route_follows_a_new_profile(weights, profiled, monkeypatch):
     a, offs = torch.zeros(3000, K, dtype=torch.bfloat16), torch.tensor([1000, 2000, 3000], dtype=torch.int32)
     routes = []
     monkeypatch.setattr(functional, "run_forward", lambda *args: routes.append(args[-1].forward) or (None,))
@@ -354,6 +354,6 @@ def test_a_named_backend_is_not_profiled(weights, profiled, changed):
     assert profiled(weights, RowClass.LARGE, **changed) == []
 
 
-def test_on_a_cpu_nothing_is_profiled(weights, monkeypatch):
+def test_nothing_is_profiled_on_a_cpu(weights, monkeypatch):
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
     assert warmup(weights).profiled == ()

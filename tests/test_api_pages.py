@@ -36,7 +36,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_public_name_has_a_docstring(module: str, name: str) -> None:
     described = getattr(MODULES[module], name)
     text = vars(described).get("__doc__") if isinstance(described, type) else described.__doc__  # not a base's
-    assert text and not text.startswith(f"{name}("), "none of its own; a dataclass gets its signature for one"
+    assert text and not text.startswith(f"{name}("), "no docstring of its own; a dataclass gets its signature as one"
 
 
 @pytest.mark.parametrize("module, name", NAMES)

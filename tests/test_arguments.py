@@ -1,4 +1,4 @@
-"""Bad arguments: each is named, with what was expected and what was found."""
+"""Error messages about bad arguments: they name the argument, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def ends(*values: int, dtype: torch.dtype = torch.int32, device: str = "cpu") ->
 
 
 def nested(*shape: int, layout: torch.layout = torch.strided) -> torch.Tensor:
-    """Two tensors in one, the second of twice as many rows."""
+    """A nested tensor of two tensors, the second with twice as many rows."""
     return torch.nested.nested_tensor([ones(*shape), ones(2 * shape[0], *shape[1:])], layout=layout)
 
 
 def assert_named(error: type[Exception], function: Any, arguments: dict[str, Any], words: tuple[str, str, str]) -> None:
-    """``function`` raises, and its message has the name of the argument, what was expected and what was found."""
+    """``function`` raises; the message has the name of the argument, what was expected and what was found."""
     argument, expected, found = words
     with pytest.raises(error) as raised:
         function(**arguments)
@@ -50,7 +50,7 @@ def assert_named(error: type[Exception], function: Any, arguments: dict[str, Any
 
 GOOD = {"a": ones(M, K), "b": ones(E, K, N), "offs": ends(4, 4, 12)}
 
-# what is wrong with an otherwise good call, the kind of error, and the words of its message
+# what is wrong in an otherwise good call, the type of error, and the words of its message
 BAD_CALLS = {
     "a is a list": ({"a": [[1.0]]}, TypeError, ("a", "torch.Tensor", "list")),
     "a has 3 dimensions": ({"a": ones(1, M, K)}, ValueError, ("a", "rank 2", "3, shape (1, 12, 48)")),
@@ -135,7 +135,7 @@ BAD_CALLS = {
     "out_dtype is a name": ({"out_dtype": "float32"}, ValueError, ("out_dtype", "bfloat16", "float32")),
     "group_alignment is 0": ({"group_alignment": 0}, ValueError, ("group_alignment", "at least 1", "0")),
     "group_alignment is negative": ({"group_alignment": -16}, ValueError, ("group_alignment", "at least 1", "-16")),
-    "group_alignment is beyond all rows": (
+    "group_alignment is too large": (
         {"group_alignment": 10**30},
         ValueError,
         ("group_alignment", "at most 2147483647", str(10**30)),
@@ -165,9 +165,9 @@ def test_a_bad_argument_of_a_call_is_named(function, change, error, words):
 
 
 @pytest.mark.parametrize(("change", "error", "words"), BAD_CALLS.values(), ids=BAD_CALLS)
-def test_a_bad_argument_is_named_after_a_good_call_as_well(change, error, words):
+def test_a_bad_argument_is_named_after_a_good_call(change, error, words):
     grouped_mm(**GOOD | {"bias": ones(E, N)})
-    grouped_mm(**GOOD)  # what it decides is remembered
+    grouped_mm(**GOOD)  # caches its route
     assert_named(error, grouped_mm, GOOD | change, words)
 
 
@@ -265,12 +265,12 @@ BAD_WEIGHTS = {
         ValueError,
         ("scale", "shape (3, 2, 3)", "(3, 3, 2); pass scale.transpose(1, 2)"),
     ),
-    "scale is one for each column, without its axis of one": (
+    "scale has one value for each column, but no axis of size 1": (
         CHECKPOINT | {"recipe": "fp8_rowwise", "scale": torch.ones(E, 130)},
         ValueError,
         ("scale", "shape (3, 1, 130)", "(3, 130); pass scale.unsqueeze(1)"),
     ),
-    "scale is that of gate and up, quantized apart": (
+    "scale is that of gate and up, quantized separately": (
         CHECKPOINT | {"b": ones(E, 160, 384).to(torch.float8_e4m3fn), "scale": torch.ones(E, 2, 4)},
         ValueError,
         ("scale", "shape (3, 2, 3)", "quantized apart"),
@@ -335,20 +335,20 @@ def test_the_scales_of_a_checkpoint_may_have_any_dtype_that_is_exact_in_fp32(rec
     assert_same(found, quantize_weights(data, recipe, scale=scale, dgrad=True))
 
 
-def test_the_mx_scales_of_a_checkpoint_may_be_codes():
+def test_the_mx_scales_of_a_checkpoint_may_be_uint8():
     data, scale = checkpoint(Recipe.MXFP8)
     codes = scale.to(torch.float8_e8m0fnu)
     found = quantize_weights(data, "mxfp8", scale=codes.view(torch.uint8), dgrad=True)
     assert_same(found, quantize_weights(data, "mxfp8", scale=codes, dgrad=True))
 
 
-@pytest.mark.parametrize("ones_behind", range(3))
+@pytest.mark.parametrize("trailing_ones", range(3))
 @pytest.mark.parametrize("recipe", SCALE_SHAPES, ids=lambda recipe: recipe.value)
-def test_a_checkpoint_may_have_one_scale_for_each_expert(recipe, ones_behind):
+def test_a_checkpoint_may_have_one_scale_for_each_expert(recipe, trailing_ones):
     data, scale = checkpoint(recipe)
     each = scale[:, 0, 0].clone()
     each, every = (x.to(recipe.scale_dtype) for x in (each, each[:, None, None].expand(scale.shape).contiguous()))
-    found = quantize_weights(data, recipe, scale=each.view(E, *(1,) * ones_behind), dgrad=True)
+    found = quantize_weights(data, recipe, scale=each.view(E, *(1,) * trailing_ones), dgrad=True)
     assert_same(found, quantize_weights(data, recipe, scale=every, dgrad=True))
 
 
@@ -381,7 +381,7 @@ def test_validation_finds_a_scale_that_is_nan(recipe, monkeypatch):
     assert_named(ValueError, quantize_weights, arguments, words)
 
 
-def test_validation_takes_the_smallest_and_the_largest_power_of_two(monkeypatch):
+def test_validation_accepts_the_smallest_and_the_largest_power_of_two(monkeypatch):
     monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
     data, scale = checkpoint(Recipe.FP8_BLOCKWISE_POW2)
     scale[0, 0, :2] = torch.tensor([2.0**-127, 2.0**127])
@@ -397,7 +397,7 @@ def test_weights_that_train_are_quantized_without_a_gradient():
 
 QUANTIZED_CALLS = {
     "another recipe": ({"recipe": "fp8_rowwise"}, ("recipe", "mxfp8", "fp8_rowwise")),
-    "no recipe after all": ({"recipe": Recipe.NONE}, ("recipe", "mxfp8", "none")),
+    "no recipe": ({"recipe": Recipe.NONE}, ("recipe", "mxfp8", "none")),
     "a of another dtype": ({"a": ones(M, K, dtype=torch.float32)}, ("b.dtype", "float32", "bfloat16")),
     "a with another K": ({"a": ones(M, K + 16)}, ("b.shape[1]", "K = 64", "48")),
     "offs of another length": ({"offs": ends(4, 12)}, ("offs", "3 entries", "2")),
@@ -405,22 +405,22 @@ QUANTIZED_CALLS = {
 
 
 @pytest.mark.parametrize(("change", "words"), QUANTIZED_CALLS.values(), ids=QUANTIZED_CALLS)
-def test_what_does_not_fit_quantized_weights_is_named(change, words):
+def test_arguments_that_do_not_fit_quantized_weights_are_named(change, words):
     good = GOOD | {"b": quantize_weights(GOOD["b"], "mxfp8")}
     grouped_mm(**good)
     assert_named(ValueError, grouped_mm, good | change, words)
 
 
-# Values, which only GROUPED_GEMM_VALIDATE looks at
+# Values, which are checked only under GROUPED_GEMM_VALIDATE=1
 
 BAD_OFFS = {
     "out of order": (ends(4, 2, 12), 1, ("offs[1]", "at least offs[0] = 4", "2")),
     "past M": (ends(4, 8, 13), 1, ("offs[2]", "from 0 to M = 12", "13")),
     "sizes of groups": (ends(4, 0, 8), 4, ("offs", "offs.cumsum(0, dtype=torch.int32)", "whose sum is M = 12")),
-    "negative, and M in sum": (ends(20, -20, 12), 1, ("offs[0]", "from 0 to M = 12", "20")),
+    "negative, with a sum of M": (ends(20, -20, 12), 1, ("offs[0]", "from 0 to M = 12", "20")),
     "negative": (ends(-1, 4, 12), 1, ("offs[0]", "from 0 to M = 12", "-1")),
     "negative later": (ends(4, -4, 12), 1, ("offs[1]", "from 0 to M = 12", "-4")),
-    "a broken promise": (ends(4, 8, 11), 4, ("offs[2]", "multiple of group_alignment = 4", "3")),
+    "not aligned": (ends(4, 8, 11), 4, ("offs[2]", "multiple of group_alignment = 4", "3")),
 }
 every_bad_offs = pytest.mark.parametrize(("offs", "alignment", "words"), BAD_OFFS.values(), ids=BAD_OFFS)
 
@@ -434,13 +434,13 @@ def test_validation_names_bad_values_of_offs(monkeypatch, good, offs, alignment,
 
 @every_bad_offs
 @pytest.mark.parametrize("recipe", Recipe, ids=lambda recipe: recipe.value)
-def test_without_validation_bad_values_of_offs_run_on_the_rows_there_are(offs, alignment, words, recipe):
+def test_without_validation_bad_offs_are_clamped_to_the_rows(offs, alignment, words, recipe):
     y = grouped_mm(**GOOD | {"offs": offs, "group_alignment": alignment, "recipe": recipe})
     assert ((y == K) | (y == 0)).all()
 
 
 @pytest.mark.parametrize("good", (GOOD, GOOD_CONTRACTION), ids=("2D x 3D", "2D x 2D"))
-def test_validation_changes_nothing_where_all_is_well(monkeypatch, good):
+def test_validation_does_not_change_the_result_of_a_good_call(monkeypatch, good):
     plain = grouped_mm(**good, group_alignment=4)
     monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
     assert torch.equal(grouped_mm(**good, group_alignment=4), plain)
@@ -469,7 +469,7 @@ def test_an_option_of_another_type_is_named(function, arguments, words):
 
 
 @pytest.mark.parametrize("function", (override_torch, warmup))
-def test_an_alignment_beyond_all_rows_is_named_everywhere(function):
+def test_override_and_warmup_name_an_alignment_that_is_too_large(function):
     def enter(**arguments: Any) -> None:
         with function(**arguments):
             pass
@@ -478,14 +478,14 @@ def test_an_alignment_beyond_all_rows_is_named_everywhere(function):
     assert_named(ValueError, enter, arguments, ("group_alignment", "at most 2147483647", "2147483648"))
 
 
-def test_the_largest_alignment_is_one():
+def test_the_largest_alignment_is_accepted():
     assert not grouped_mm(**GOOD | {"offs": ends(0, 0, 0)}, group_alignment=2**31 - 1).any()
 
 
-def test_forward_mode_derivatives_are_refused_and_not_lost():
+def test_forward_mode_derivatives_are_refused():
     a, b = torch.randn(4, 32), torch.randn(2, 32, 16)
     offs = torch.tensor([1, 4], dtype=torch.int32)
-    grouped_mm(a, b, offs)  # which is remembered
+    grouped_mm(a, b, offs)  # caches its route
     with pytest.raises(ValueError, match="a: expected a tensor without a tangent"):
         torch.func.jvp(lambda a: grouped_mm(a, b, offs), (a,), (torch.ones_like(a),))
     with forward_ad.dual_level():

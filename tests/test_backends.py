@@ -1,4 +1,4 @@
-"""What every backend promises, on every case that its requirements let through; see `conftest` for how cases skip.
+"""The guarantees, on every backend and every case that its requirements allow; `conftest` skips the others.
 
 Guarantees are numbered as in docs/design.md.
 
@@ -61,7 +61,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCALED = tuple(recipe for recipe in Recipe if recipe.is_scaled)
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
 EACH_PASS = (FORWARD, DGRAD, WGRAD)
-# Those whose order of summation depends on nothing but K and the row's own group (guarantee 6).
+# Backends whose order of summation depends only on K and on the row's own group (guarantee 6).
 BATCH_INVARIANT = {BackendKind.EMULATED, BackendKind.TRITON}
 H100 = Machine("nvidia", "sm_90", "NVIDIA H100")
 
@@ -72,7 +72,7 @@ def of_cases(*lists: list[Case]) -> pytest.MarkDecorator:
 
 
 def call(case: Case, inputs: Inputs, **changed) -> torch.Tensor:
-    """`grouped_mm` as ``case`` wants it, on the tensors of ``inputs`` or those in ``changed``."""
+    """`grouped_mm` with the options of ``case``, on the tensors of ``inputs`` or those in ``changed``."""
     a, b, offs = (changed.pop(name, getattr(inputs, name)) for name in ("a", "b", "offs"))
     arguments = {
         "recipe": case.recipe,
@@ -85,7 +85,7 @@ def call(case: Case, inputs: Inputs, **changed) -> torch.Tensor:
 
 
 def leaves(inputs: Inputs) -> Inputs:
-    """The same operands, ready to collect gradients."""
+    """The same operands as leaves that require gradients."""
     bias = None if inputs.bias is None else inputs.bias.clone().requires_grad_()
     return dataclasses.replace(
         inputs, a=inputs.a.clone().requires_grad_(), b=inputs.b.clone().requires_grad_(), bias=bias
@@ -93,7 +93,7 @@ def leaves(inputs: Inputs) -> Inputs:
 
 
 def gradients(y: torch.Tensor, inputs: Inputs, dy: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """Those of ``a``, ``b`` and, where there is one, the bias."""
+    """The gradients of ``a``, ``b`` and, if there is one, the bias."""
     operands = [x for x in (inputs.a, inputs.b, inputs.bias) if x is not None]
     return torch.autograd.grad(y, operands, inputs.dy if dy is None else dy)
 
@@ -124,7 +124,7 @@ def test_poisoned_memory_is_the_largest_integer():
     assert (fresh == 2**31 - 1).all()
 
 
-def test_poisoned_memory_restores_the_settings_of_before():
+def test_poisoned_memory_restores_the_settings():
     with pytest.raises(KeyError), poisoned_memory():
         raise KeyError
     assert not torch.are_deterministic_algorithms_enabled()
@@ -132,7 +132,7 @@ def test_poisoned_memory_restores_the_settings_of_before():
 
 @pytest.mark.parametrize("metric", [relative_error, worst_row_error])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_value_that_is_not_finite_is_an_infinite_error(metric, value):
+def test_a_nonfinite_value_is_an_infinite_error(metric, value):
     truth = torch.ones(3, 4)
     found = truth.clone()
     found[1, 2] = value
@@ -140,7 +140,7 @@ def test_a_value_that_is_not_finite_is_an_infinite_error(metric, value):
     assert metric(truth, found) == math.inf
 
 
-def test_a_wrong_row_among_many_is_seen():
+def test_a_wrong_row_among_many_is_detected():
     truth = torch.ones(10_000, 4)
     found = truth.clone()
     found[77] = 2
@@ -157,7 +157,7 @@ def test_a_row_that_should_be_zero_has_to_be_zero():
     cases(shapes=SHAPES, out_dtypes=(torch.float32,), has_bias=(True,)),
     cases(dtypes=DTYPES, shapes=(Shape("odd", (3, 4), k=20, n=36), Shape("odder", (3,), k=17, n=15))),
 )
-def test_the_problem_of_a_case_is_the_one_that_a_call_is_decided_by(case, device):
+def test_a_case_has_the_call_spec_of_its_call(case, device):
     inputs = make_inputs(case, device)
     a = inputs.a.requires_grad_(Pass.DGRAD in case.passes)
     b = inputs.b.requires_grad_(Pass.WGRAD in case.passes)
@@ -180,7 +180,7 @@ def test_the_problem_of_a_case_is_the_one_that_a_call_is_decided_by(case, device
     cases(recipes=RECIPES, passes=EACH_PASS, dtypes=DTYPES, b_contiguous=("k", "n")),
     cases(recipes=RECIPES, passes=EACH_PASS, dtypes=DTYPES, out_dtypes=DTYPES),
 )
-def test_a_pass_agrees_with_the_reference_on_operands_as_quantized(case, device):
+def test_a_pass_agrees_with_the_reference_on_quantized_operands(case, device):
     inputs = make_inputs(case, device)
     pass_ = case.passes[-1]
     found = run(case, inputs).of(pass_)
@@ -222,7 +222,7 @@ def test_the_gradient_of_a_bias_is_the_sum_of_its_groups_gradients(case, device)
 
 
 @of_cases(cases(has_bias=(True,), passes=(TRAINING,)))
-def test_a_bias_may_be_in_another_dtype_and_its_gradient_is_too(case, device):
+def test_the_gradient_of_a_bias_has_the_dtype_of_the_bias(case, device):
     inputs = make_inputs(case, device)
     inputs = leaves(dataclasses.replace(inputs, bias=inputs.bias.float()))
     dbias = gradients(call(case, inputs), inputs)[2]
@@ -232,7 +232,7 @@ def test_a_bias_may_be_in_another_dtype_and_its_gradient_is_too(case, device):
 
 
 @of_cases(cases(has_bias=(True,)))
-def test_a_bias_alone_may_need_a_gradient(case, device):
+def test_the_bias_alone_may_require_a_gradient(case, device):
     inputs = make_inputs(case, device)
     bias = inputs.bias.requires_grad_()
     (dbias,) = torch.autograd.grad(call(case, inputs), bias, inputs.dy)
@@ -284,7 +284,7 @@ def test_the_weight_gradient_form_has_gradients(case, operand, device):
 
 
 @of_cases(cases(recipes=SCALED, dtypes=DTYPES, b_contiguous=("k", "n")), cases(recipes=SCALED, shapes=SHAPES))
-def test_weights_quantized_once_give_what_dynamic_quantization_gives(case, device):
+def test_quantized_weights_give_the_output_of_dynamic_quantization(case, device):
     inputs = make_inputs(case, device)
     weights = quantize_weights(inputs.b, case.recipe, kernel_preference=case.backend)
     with poisoned_memory():
@@ -292,7 +292,7 @@ def test_weights_quantized_once_give_what_dynamic_quantization_gives(case, devic
 
 
 @of_cases(cases(recipes=SCALED, passes=(DGRAD,), b_contiguous=("k", "n")))
-def test_weights_quantized_for_dgrad_give_the_gradient_of_dynamic_quantization(case, device):
+def test_quantized_weights_give_the_gradient_of_dynamic_quantization(case, device):
     inputs = make_inputs(case, device)
     a = inputs.a.requires_grad_()
     weights = quantize_weights(inputs.b, case.recipe, dgrad=True, kernel_preference=case.backend)
@@ -301,7 +301,7 @@ def test_weights_quantized_for_dgrad_give_the_gradient_of_dynamic_quantization(c
 
 
 def from_checkpoint(case: Case, inputs: Inputs, dgrad: bool) -> tuple[QuantizedWeights, Inputs]:
-    """fp8 weights with scales, as a checkpoint stores them, and the inputs with ``b`` of the values that they have."""
+    """fp8 weights with scales, as a checkpoint stores them, and ``inputs`` with their dequantized values as ``b``."""
     blocks = reference.weight_blocks(case.recipe, 1)
     data, scale = reference.quantize(inputs.b, blocks, case.recipe, torch.float8_e4m3fn)
     weights = quantize_weights(
@@ -311,7 +311,7 @@ def from_checkpoint(case: Case, inputs: Inputs, dgrad: bool) -> tuple[QuantizedW
 
 
 @of_cases(cases(recipes=SCALED, dtypes=DTYPES, b_contiguous=("k", "n")), cases(recipes=SCALED, shapes=SHAPES))
-def test_a_checkpoints_weights_are_used_as_they_are(case, device):
+def test_a_checkpoints_weights_are_used_without_requantization(case, device):
     inputs = make_inputs(case, device)
     weights, with_values = from_checkpoint(case, inputs, dgrad=False)
     rows = as_quantized(inputs.a, reference.row_blocks(case.recipe), case.recipe)
@@ -329,13 +329,13 @@ def test_a_checkpoints_weights_give_a_gradient(case, device):
     (da,) = torch.autograd.grad(call(case, inputs, b=weights), a, inputs.dy)
     rows = as_quantized(inputs.dy, reference.row_blocks(case.recipe), case.recipe)
     wanted = reference.grouped_mm(rows, with_values.b.transpose(1, 2), inputs.ends)
-    # Square blocks serve both passes; any other recipe may have to quantize the values once more, along N.
+    # Square blocks serve both passes; any other recipe may have to quantize the values again, along N.
     exact = case.recipe.block == case.recipe.weight_lines
     allowed = rounding_tolerance(da.dtype, case, device) if exact else quantization_tolerance(case.recipe, da.dtype)
     assert relative_error(da, wanted) <= allowed
 
 
-# 1. Rows at and past offs[-1] are zero in the output and in dA. Those rows of the inputs are NaN, as is fresh memory.
+# 1. Rows at and past offs[-1] are zero in the output and in dA. Those rows of the inputs are NaN, and so is new memory.
 
 
 @of_cases(
@@ -375,7 +375,7 @@ def test_a_call_without_rows_stays_connected_to_the_graph(case, device):
     assert inputs.bias is None or torch.count_nonzero(inputs.bias.grad) == 0
 
 
-# 3. Forward and backward never wait for the host, unless explain() says so beforehand. Nothing is planned twice.
+# 3. Forward and backward have no host sync, unless explain() says so beforehand. A call plans once.
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, case: Case, *names: str) -> list[tuple[str, tuple]]:
@@ -416,9 +416,9 @@ def on_a_gpu(machine: Machine, host_sync: bool) -> CallSpec:
     return CallSpec(machine, 8, 4096, 1536, RowClass.LARGE, passes=TRAINING, host_sync=host_sync)
 
 
-def test_a_backend_that_waits_for_the_host_says_so_and_is_refused_where_it_may_not(backend):
+def test_a_backend_with_host_syncs_says_so_and_is_refused_where_they_are_not_allowed(backend):
     if not get_backend(backend).host_syncs:
-        pytest.skip(f"{backend.value} never waits for the host")
+        pytest.skip(f"{backend.value} has no host sync")
     on_cpu = candidates(torch.device("cpu"))
     allowed = decide(on_a_gpu(H100, host_sync=True), backend, on_cpu)
     assert bool(Explanation(allowed).host_syncs) == allowed.is_complete
@@ -429,7 +429,7 @@ def test_a_backend_that_waits_for_the_host_says_so_and_is_refused_where_it_may_n
 
 @pytest.mark.gpu
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,), has_bias=(False, True)))
-def test_no_pass_waits_for_the_host(case, device):
+def test_no_pass_has_a_host_sync(case, device):
     if get_backend(case.backend).host_syncs:
         pytest.skip(f"{case.backend.value} says: {get_backend(case.backend).host_syncs}")
     inputs = leaves(make_inputs(case, device))
@@ -443,7 +443,7 @@ def test_no_pass_waits_for_the_host(case, device):
 
 @pytest.mark.gpu
 @of_cases(cases())
-def test_graph_capture_holds_a_call_or_refuses_it(case, device):
+def test_a_call_is_captured_in_a_graph_or_refused(case, device):
     inputs = make_inputs(case, device)
     wanted = call(case, inputs)
     torch.cuda.synchronize()
@@ -458,7 +458,7 @@ def test_graph_capture_holds_a_call_or_refuses_it(case, device):
     assert torch.equal(y, wanted)
 
 
-# 5. Sizes over 2^31 elements address correctly.
+# 5. Operands of more than 2^31 elements are addressed correctly.
 
 
 @pytest.mark.gpu
@@ -500,7 +500,7 @@ def test_results_repeat_bit_for_bit(case, device):
         shapes=[
             Shape("k16_n704", (0, 7, 0), k=16, n=704),
             Shape("k704_n16", (0, 7, 0), k=704, n=16),
-            Shape("k17_n15", (0, 2, 0), k=17, n=15),  # the rows of a group start at no particular alignment
+            Shape("k17_n15", (0, 2, 0), k=17, n=15),  # the rows of a group start unaligned
         ],
     )
 )
@@ -515,7 +515,7 @@ def test_a_row_does_not_depend_on_the_sizes_of_other_groups(case, device):
         inputs.a[rows], inputs.dy[rows] = alone.a, alone.dy
         found = run(among, inputs).of(pass_)
         same = (found[1], wanted[1]) if pass_ is Pass.WGRAD else (found[rows], wanted)
-        assert torch.equal(*same), f"groups of {before}, {size} and {after} rows, {tail} past them"
+        assert torch.equal(*same), f"groups of {before}, {size} and {after} rows, {tail} rows past the last group"
 
 
 # 8. NaN and Inf in the input reach the output's rows; they never become a finite number.
@@ -532,7 +532,7 @@ def changed_at(x: torch.Tensor, index: tuple[int, ...], value: float) -> torch.T
 
 @of_cases(cases(recipes=Recipe), cases(recipes=RECIPES, dtypes=(torch.float16, torch.float32)))
 @NOT_FINITE
-def test_what_is_not_finite_in_a_reaches_its_row_of_the_output_and_no_other(case, value, device):
+def test_a_nonfinite_value_in_a_reaches_only_its_row_of_the_output(case, value, device):
     inputs = make_inputs(case, device)
     clean = run(case, inputs).y
     y = run(case, dataclasses.replace(inputs, a=changed_at(inputs.a, (ROW, COLUMN), value))).y
@@ -543,7 +543,7 @@ def test_what_is_not_finite_in_a_reaches_its_row_of_the_output_and_no_other(case
 
 @of_cases(cases(recipes=Recipe, passes=(DGRAD,)))
 @NOT_FINITE
-def test_what_is_not_finite_in_dy_reaches_its_row_of_da_and_no_other(case, value, device):
+def test_a_nonfinite_value_in_dy_reaches_only_its_row_of_da(case, value, device):
     inputs = make_inputs(case, device)
     clean = run(case, inputs).da
     da = run(case, dataclasses.replace(inputs, dy=changed_at(inputs.dy, (ROW, COLUMN), value))).da
@@ -555,7 +555,7 @@ def test_what_is_not_finite_in_dy_reaches_its_row_of_da_and_no_other(case, value
 @of_cases(cases(recipes=Recipe, passes=(WGRAD,)))
 @NOT_FINITE
 @pytest.mark.parametrize("operand", ["a", "dy"])
-def test_what_is_not_finite_in_a_group_reaches_its_line_of_db_and_no_other(case, operand, value, device):
+def test_a_nonfinite_value_in_a_group_reaches_only_its_line_of_db(case, operand, value, device):
     inputs = make_inputs(case, device)
     clean = run(case, inputs).db
     dirty = changed_at(getattr(inputs, operand), (ROW, COLUMN), value)
@@ -568,7 +568,7 @@ def test_what_is_not_finite_in_a_group_reaches_its_line_of_db_and_no_other(case,
 
 @of_cases(cases(recipes=Recipe, passes=(FORWARD, DGRAD), b_contiguous=("k", "n")))
 @NOT_FINITE
-def test_what_is_not_finite_in_a_weight_reaches_the_rows_of_its_group_and_no_others(case, value, device):
+def test_a_nonfinite_weight_reaches_only_the_rows_of_its_group(case, value, device):
     inputs = make_inputs(case, device)
     pass_ = case.passes[-1]
     clean = run(case, inputs).of(pass_)
@@ -579,7 +579,7 @@ def test_what_is_not_finite_in_a_weight_reaches_the_rows_of_its_group_and_no_oth
     assert torch.equal(found, clean)
 
 
-# 9. A pass that a backend cannot run is a refusal at the forward call, not an error or a zero in backward.
+# 9. A pass that a backend cannot run is refused at the forward call; backward neither fails nor returns zeros.
 
 
 def refusing(kind: BackendKind, pass_: Pass, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,7 +600,7 @@ def test_a_pass_that_is_refused_raises_at_the_forward_call(case, pass_, device, 
 
 @of_cases(cases(passes=(TRAINING,)))
 @pytest.mark.parametrize("pass_", [Pass.DGRAD, Pass.WGRAD], ids=lambda p: p.value)
-def test_a_refused_pass_does_not_matter_where_it_is_not_needed(case, pass_, device, monkeypatch):
+def test_a_refused_pass_that_is_not_needed_does_not_raise(case, pass_, device, monkeypatch):
     refusing(case.backend, pass_, monkeypatch)
     inputs = leaves(make_inputs(case, device))
     with torch.no_grad():
@@ -638,10 +638,10 @@ HOSTILE = {
     )
 )
 @pytest.mark.parametrize("ends", HOSTILE.values(), ids=HOSTILE)
-def test_offs_out_of_order_or_range_reads_nothing_outside_and_writes_every_row(case, ends, device):
+def test_bad_offs_read_nothing_out_of_bounds_and_every_row_is_written(case, ends, device):
     inputs = make_inputs(case, device)
     offs = torch.tensor(ends, dtype=torch.int32, device=device)
-    a, dy = (in_the_middle_of_nan(x) for x in (inputs.a, inputs.dy))
+    a, dy = (surrounded_by_nan(x) for x in (inputs.a, inputs.dy))
     for name, value in vars(run(case, dataclasses.replace(inputs, a=a, dy=dy, offs=offs))).items():
         wanted = {"y": dy, "da": a, "db": inputs.b, "dbias": inputs.bias}[name]
         if wanted is None:
@@ -650,7 +650,7 @@ def test_offs_out_of_order_or_range_reads_nothing_outside_and_writes_every_row(c
         assert value.isfinite().all(), name
 
 
-def in_the_middle_of_nan(x: torch.Tensor) -> torch.Tensor:
+def surrounded_by_nan(x: torch.Tensor) -> torch.Tensor:
     """The same rows, with NaN before and after them in memory."""
     padded = torch.full((3 * len(x), x.shape[1]), math.nan, dtype=x.dtype, device=x.device)
     padded[len(x) : 2 * len(x)] = x
@@ -677,7 +677,7 @@ def test_each_thread_has_its_own_preference():
 
 
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,), has_bias=(False, True)))
-def test_threads_do_not_disturb_each_other(case, device):
+def test_threads_do_not_affect_each_other(case, device):
     several = [leaves(make_inputs(case, device, seed)) for seed in range(4)]
 
     def train(inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -704,7 +704,7 @@ AUTOCAST_CASES = cases(
 
 
 @of_cases(AUTOCAST_CASES)
-def test_autocast_gives_the_output_of_operands_that_were_cast(case, device):
+def test_autocast_gives_the_output_of_cast_operands(case, device):
     inputs = in_fp32(make_inputs(case, device))
     with torch.autocast(device.type, dtype=case.dtype):
         y = call(case, inputs)
@@ -746,7 +746,7 @@ def test_autocast_does_not_cast_what_it_would_not_cast_for_matmul(case, operand,
             call(case, inputs, **{operand: getattr(inputs, operand).to(dtype)})
 
 
-# Operands lie in memory as a model leaves them.
+# Operands may have any layout in memory.
 
 
 LAYOUTS_OF_ROWS = {
@@ -777,7 +777,7 @@ def as_laid_out(name: str, layout, inputs: Inputs) -> Inputs:
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,)), cases(dtypes=(torch.float32,), passes=(TRAINING,)))
 @pytest.mark.parametrize("operand", ["a", "dy"])
 @pytest.mark.parametrize("layout", LAYOUTS_OF_ROWS.values(), ids=LAYOUTS_OF_ROWS)
-def test_rows_may_lie_anyhow(case, operand, layout, device):
+def test_rows_may_have_any_layout(case, operand, layout, device):
     inputs = as_laid_out(operand, layout, make_inputs(case, device))
     outcome = run(case, inputs)
     for pass_ in Pass:
@@ -789,7 +789,7 @@ def test_rows_may_lie_anyhow(case, operand, layout, device):
 
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,)), cases(dtypes=(torch.float32,), passes=(TRAINING,)))
 @pytest.mark.parametrize("layout", LAYOUTS_OF_WEIGHTS.values(), ids=LAYOUTS_OF_WEIGHTS)
-def test_weights_may_lie_anyhow(case, layout, device):
+def test_weights_may_have_any_layout(case, layout, device):
     inputs = as_laid_out("b", layout, make_inputs(case, device))
     outcome = run(case, inputs)
     for pass_ in Pass:
@@ -801,7 +801,7 @@ def test_weights_may_lie_anyhow(case, layout, device):
 
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,), out_dtypes=(torch.float32,)))
 @pytest.mark.parametrize("layout", LAYOUTS_OF_ROWS.values(), ids=LAYOUTS_OF_ROWS)
-def test_the_gradient_of_an_output_in_another_dtype_may_lie_anyhow(case, layout, device):
+def test_the_gradient_of_an_output_in_another_dtype_may_have_any_layout(case, layout, device):
     inputs = as_laid_out("dy", layout, make_inputs(case, device))
     outcome = run(case, inputs)
     for pass_ in (Pass.DGRAD, Pass.WGRAD):
@@ -811,7 +811,7 @@ def test_the_gradient_of_an_output_in_another_dtype_may_lie_anyhow(case, layout,
         ), pass_
 
 
-def assert_negation_is_carried_out(operand: str, case: Case, device: torch.device) -> None:
+def assert_negation_is_resolved(operand: str, case: Case, device: torch.device) -> None:
     inputs = make_inputs(case, device)
     negated = dataclasses.replace(inputs, **{operand: torch._neg_view(-getattr(inputs, operand))})
     found, right = run(case, negated), run(case, inputs)
@@ -821,19 +821,19 @@ def assert_negation_is_carried_out(operand: str, case: Case, device: torch.devic
 
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,)))
 @pytest.mark.parametrize("operand", ["a", "b", "offs", "dy"])
-def test_a_pending_negation_is_carried_out(case, operand, device):
-    assert_negation_is_carried_out(operand, case, device)
+def test_a_pending_negation_is_resolved(case, operand, device):
+    assert_negation_is_resolved(operand, case, device)
 
 
 @of_cases(cases(passes=(TRAINING,), has_bias=(True,)))
-def test_a_pending_negation_of_a_bias_is_carried_out(case, device):
-    assert_negation_is_carried_out("bias", case, device)
+def test_a_pending_negation_of_a_bias_is_resolved(case, device):
+    assert_negation_is_resolved("bias", case, device)
 
 
 @of_cases(cases(passes=(TRAINING,)))
 @pytest.mark.parametrize("operand", ["a", "dy"])
 @pytest.mark.parametrize("layout", LAYOUTS_OF_ROWS.values(), ids=LAYOUTS_OF_ROWS)
-def test_a_backend_is_handed_contiguous_rows(case, operand, layout, device, monkeypatch):
+def test_a_backend_receives_contiguous_rows(case, operand, layout, device, monkeypatch):
     calls = spy(monkeypatch, case, "quantize_activations")
     run(case, as_laid_out(operand, layout, make_inputs(case, device)))
     assert [args[0].stride(1) for _, args in calls] == [1, 1]
@@ -841,7 +841,7 @@ def test_a_backend_is_handed_contiguous_rows(case, operand, layout, device, monk
 
 @of_cases(cases(passes=(TRAINING,)))
 @pytest.mark.parametrize("layout", LAYOUTS_OF_WEIGHTS.values(), ids=LAYOUTS_OF_WEIGHTS)
-def test_a_backend_is_handed_weights_with_k_or_n_contiguous(case, layout, device, monkeypatch):
+def test_a_backend_receives_weights_with_k_or_n_contiguous(case, layout, device, monkeypatch):
     calls = spy(monkeypatch, case, "quantize_weights")
     run(case, as_laid_out("b", layout, make_inputs(case, device)))
     assert [1 in args[0].stride()[1:] for _, args in calls] == [True]
@@ -863,7 +863,7 @@ def test_the_gradient_of_a_sum_is_that_of_ones(case, device):
 
 
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,)))
-def test_gradients_reach_what_the_operands_are_views_of(case, device):
+def test_gradients_reach_the_bases_of_operands_that_are_views(case, device):
     inputs = make_inputs(case, device)
     wide_a = torch.nn.functional.pad(inputs.a, (8, 8)).requires_grad_()
     wide_b = torch.nn.functional.pad(inputs.b, (8, 8, 8, 8)).requires_grad_()
@@ -875,15 +875,15 @@ def test_gradients_reach_what_the_operands_are_views_of(case, device):
         assert torch.count_nonzero(gradient) == torch.count_nonzero(gradient[(..., *place)])
 
 
-# What autograd may ask of a call.
+# Uses of autograd.
 
 
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,)))
 @pytest.mark.parametrize("passes", [DGRAD, WGRAD], ids=["dgrad", "wgrad"])
-def test_a_gradient_alone_is_the_one_beside_others(case, passes, device):
+def test_a_single_gradient_equals_the_one_computed_with_others(case, passes, device):
     inputs = make_inputs(case, device)
-    alone, beside_others = run(dataclasses.replace(case, passes=passes), inputs), run(case, inputs)
-    assert torch.equal(alone.of(passes[-1]), beside_others.of(passes[-1]))
+    alone, with_others = run(dataclasses.replace(case, passes=passes), inputs), run(case, inputs)
+    assert torch.equal(alone.of(passes[-1]), with_others.of(passes[-1]))
 
 
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,), has_bias=(True,)))
@@ -917,7 +917,7 @@ def holds_a_tensor(value: object) -> bool:
 
 
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,), has_bias=(False, True)))
-def test_what_backward_needs_is_saved_where_autograd_sees_it(case, device):
+def test_tensors_for_backward_are_saved_through_autograd(case, device):
     inputs, packed = leaves(make_inputs(case, device)), []
 
     def pack(x: torch.Tensor) -> int:
@@ -929,7 +929,7 @@ def test_what_backward_needs_is_saved_where_autograd_sees_it(case, device):
     assert any(x.numel() >= inputs.a.numel() for x in packed)
     assert any(x.numel() >= inputs.b.numel() for x in packed)
     attributes = vars(y.grad_fn)
-    assert attributes  # the route at least; else this looks at the wrong object
+    assert attributes  # the route at least, or this is the wrong object
     assert not [name for name, value in attributes.items() if holds_a_tensor(value)]
     assert all_equal(gradients(y, inputs), gradients(call(case, inputs), inputs))
 
@@ -943,7 +943,7 @@ def test_a_retained_graph_gives_the_same_gradients_again(case, device):
 
 
 @of_cases(cases(recipes=RECIPES, passes=(TRAINING,)))
-def test_a_second_backward_says_that_the_graph_is_gone(case, device):
+def test_a_second_backward_raises_torchs_own_error(case, device):
     inputs = leaves(make_inputs(case, device))
     y = call(case, inputs)
     gradients(y, inputs)
@@ -952,7 +952,7 @@ def test_a_second_backward_says_that_the_graph_is_gone(case, device):
 
 
 @of_cases(cases(dtypes=DTYPES, passes=(TRAINING,)), cases(passes=(TRAINING,), b_contiguous=("k", "n")))
-def test_gradients_without_scales_have_gradients(case, device):
+def test_unscaled_gradients_have_gradients(case, device):
     inputs = leaves(make_inputs(case, device))
     a, b, dy = inputs.a, inputs.b, inputs.dy.requires_grad_()
     to_da, to_db = torch.randn_like(a), torch.randn_like(b)

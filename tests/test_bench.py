@@ -1,4 +1,4 @@
-"""benchmarks/grouped_mm.py without a GPU: an earlier run shown again, its goals, its picture."""
+"""benchmarks/grouped_mm.py without a GPU: the report of an earlier run, its goals, its chart."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from grouped_gemm import __main__ as cli
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
-def product(recipe: str, pass_: str, ms: float | None, kind: str = "balanced", **peers: float | None) -> dict[str, Any]:
+def gemm(recipe: str, pass_: str, ms: float | None, kind: str = "balanced", **peers: float | None) -> dict[str, Any]:
     row = {"shape": "seed", "kind": kind, "recipe": recipe, "pass": pass_, "flops": 1e12, "error": 1.7e-3}
     return row | {"ms": ms, "peers": peers}
 
@@ -31,13 +31,13 @@ RUN = {
     "ceilings": {"bf16": 800.0, "fp8": 1600.0},
     "failures": [],
     "rows": [
-        product("none", "forward", 1.6, torch=2.0),
-        product("none", "forward", 2.0, "ragged", torch=1.8, deep_gemm=1.5),
-        product("none", "wgrad", 2.0, torch=2.0),
-        product("fp8_rowwise", "dgrad", 1.0, torch=None),
-        product("fp8_blockwise", "forward", 1.0, deep_gemm=0.9),
-        product("fp8_blockwise", "dgrad", 1.0, deep_gemm=0.1),
-        product("fp8_blockwise", "wgrad", 1.0, deep_gemm=0.9),
+        gemm("none", "forward", 1.6, torch=2.0),
+        gemm("none", "forward", 2.0, "ragged", torch=1.8, deep_gemm=1.5),
+        gemm("none", "wgrad", 2.0, torch=2.0),
+        gemm("fp8_rowwise", "dgrad", 1.0, torch=None),
+        gemm("fp8_blockwise", "forward", 1.0, deep_gemm=0.9),
+        gemm("fp8_blockwise", "dgrad", 1.0, deep_gemm=0.1),
+        gemm("fp8_blockwise", "wgrad", 1.0, deep_gemm=0.9),
         {"shape": "seed", "kind": "ragged", "recipe": "fp8_rowwise", "quantizer": "rows", "bytes": 3.8e9, "ms": 1.0,
          "copy": 4000.0},
         {"host": "grouped_mm none", "us": 24.0},
@@ -54,7 +54,7 @@ def report(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Shows a run again, as the command line does: the exit code, and what was printed."""
+    """Reports a run from the command line; returns the exit code and what was printed."""
 
     def show(run: object, *arguments: str) -> tuple[Any, str, str]:
         file = tmp_path / "run.json"
@@ -66,7 +66,7 @@ def shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     return show
 
 
-def test_a_row_has_the_project_the_peer_and_the_ratio(shown):
+def test_a_row_shows_our_rate_the_peers_and_the_ratio(shown):
     code, out, _ = shown(RUN)
     assert code == 0
     (line,) = [line for line in out.splitlines() if line.startswith("seed ragged none forward")]
@@ -112,9 +112,9 @@ def test_failures_are_listed_and_make_the_exit_code_1(shown):
     assert "1 failures, 100 s\n  seed none forward: error nan\n" in out
 
 
-def test_a_run_is_drawn_and_written_again(shown, tmp_path):
+def test_a_run_is_drawn_and_written_as_json_again(shown, tmp_path):
     picture, again = tmp_path / "run.png", tmp_path / "again.json"
-    failed = RUN | {"rows": [*RUN["rows"], product("none", "dgrad", None, torch=None)]}
+    failed = RUN | {"rows": [*RUN["rows"], gemm("none", "dgrad", None, torch=None)]}
     code, out, _ = shown(failed, "--plot", str(picture), "--json", str(again))
     assert code == 0 and str(picture) in out
     assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -129,7 +129,7 @@ def test_the_names_of_shapes_are_explained(shown):
 def test_the_chart_explains_itself(shown, tmp_path, monkeypatch):
     figures: list[Any] = []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: figures.append(figure))
-    shown(RUN | {"rows": [*RUN["rows"], product("none", "dgrad", None)]}, "--plot", str(tmp_path / "run.png"))
+    shown(RUN | {"rows": [*RUN["rows"], gemm("none", "dgrad", None)]}, "--plot", str(tmp_path / "run.png"))
     (figure,) = figures
     (legend,) = figure.legends
     named = {text.get_text() for text in legend.get_texts()}

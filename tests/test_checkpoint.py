@@ -1,4 +1,4 @@
-"""Selective activation checkpointing by the names of ops: products that a policy saves are not computed again."""
+"""Selective activation checkpointing by op: GEMMs that a policy saves are not recomputed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def train(case: Case, device: torch.device, **options) -> tuple[list[Tensor], Co
 
     def layer(a: Tensor, b: Tensor) -> Tensor:
         y = grouped_mm(a, b, inputs.offs, recipe=case.recipe, kernel_preference=case.backend)
-        return torch.nn.functional.silu(y)  # has to be recomputed from the product
+        return torch.nn.functional.silu(y)  # has to be recomputed from the saved GEMM
 
     with Counted() as counted:
         y = checkpoint(layer, *leaves, use_reentrant=False, **options) if options else layer(*leaves)
@@ -49,7 +49,7 @@ def train(case: Case, device: torch.device, **options) -> tuple[list[Tensor], Co
     return [y, *gradients], counted.names
 
 
-def of_products(counted: Counter[str]) -> int:
+def num_gemms(counted: Counter[str]) -> int:
     return sum(count for name, count in counted.items() if name.endswith(("_grouped_mm", "_wgrad")))
 
 
@@ -59,15 +59,15 @@ def by_policy(context, op, *args, **kwargs) -> CheckpointPolicy:
 
 @of_cases
 @pytest.mark.parametrize("policy", [gemm_ops(), by_policy], ids=["list", "function"])
-def test_a_saved_product_is_not_computed_again(case, policy, device):
+def test_a_saved_gemm_is_not_recomputed(case, policy, device):
     wanted, plain = train(case, device)
     found, saved = train(case, device, context_fn=functools.partial(create_selective_checkpoint_contexts, policy))
     _, recomputed = train(case, device, determinism_check="default")
     assert all(torch.equal(x, right) for x, right in zip(found, wanted))
-    assert of_products(saved) == of_products(plain)
-    assert of_products(recomputed) == of_products(plain) + 1
+    assert num_gemms(saved) == num_gemms(plain)
+    assert num_gemms(recomputed) == num_gemms(plain) + 1
 
 
-def test_every_backend_has_its_products_among_them(backend):
+def test_gemm_ops_has_the_gemms_of_every_backend(backend):
     names = {op.__name__.removesuffix(".default") for op in gemm_ops()}
     assert {f"{backend.value}_grouped_mm", f"{backend.value}_wgrad"} <= names <= set(NAMES)

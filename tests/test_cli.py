@@ -45,7 +45,7 @@ def _findings(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict[str, 
 
 
 def _error(command: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a bad command leaves."""
+    """The one line that a bad command prints to stderr."""
     with pytest.raises(SystemExit) as exit_:
         _run(command)
     out, err = capsys.readouterr()
@@ -53,7 +53,7 @@ def _error(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     return err
 
 
-def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_calling_without_a_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run("") == 0
     out = capsys.readouterr().out
     assert all(command in out for command in ("doctor", "explain", "warmup", "demo", "bench"))
@@ -66,7 +66,7 @@ def test_commands_are_imported_when_they_run() -> None:
     assert found.stdout.strip() == "set()"
 
 
-def test_a_reader_may_stop_reading() -> None:
+def test_a_closed_pipe_is_no_error() -> None:
     command = [sys.executable, "-m", "grouped_gemm"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stderr is not None
@@ -167,7 +167,7 @@ def test_a_broken_backend_is_not_ready() -> None:
 
 @pytest.mark.parametrize("recipe", [recipe.value for recipe in Recipe])
 @pytest.mark.parametrize("is_inference", [False, True])
-def test_explain_says_what_a_call_would(recipe: str, is_inference: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_agrees_with_the_function(recipe: str, is_inference: bool, capsys: pytest.CaptureFixture[str]) -> None:
     device = default_device()
     a = torch.zeros(96, 32, dtype=torch.bfloat16, device=device, requires_grad=not is_inference)
     b = torch.zeros(4, 48, 32, dtype=torch.bfloat16, device=device, requires_grad=not is_inference)
@@ -178,13 +178,13 @@ def test_explain_says_what_a_call_would(recipe: str, is_inference: bool, capsys:
     assert json.loads(capsys.readouterr().out) == expected.to_dict()
 
 
-def test_explain_allocates_nothing_of_the_size(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_allocates_no_operands(capsys: pytest.CaptureFixture[str]) -> None:
     million = 10**6  # a thousand such matrices would take 2 petabytes
     _run(f"explain --m {million} --n {million} --k {million} --experts 1000 --recipe mxfp8")
     assert "E=1000, K=1000000, N=1000000" in capsys.readouterr().out
 
 
-def test_explain_takes_as_many_rows_as_offs_can_speak_of(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_accepts_as_many_rows_as_offs_can_count(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(f"explain {CALL} --m {2**31 - 1} --group-alignment {2**31 - 1} --backend emulated") == 0
     assert "M = 2147483647" in capsys.readouterr().out
 
@@ -235,7 +235,7 @@ def test_explain_names_a_bad_switch(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 @pytest.mark.parametrize("options", ["--bias", "--out-dtype float32", "--group-alignment 32", "--b-contiguous n"])
-def test_explain_takes_what_a_call_can_be(options: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_accepts_the_options_of_a_call(options: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(f"{EXPLAIN} {options} --backend emulated") == 0
     assert _run(f"explain {CALL} {options} --m 96 --arch sm_90 --backend deepgemm --packages deep_gemm=0.1.5") == 1
     refused = {
@@ -247,7 +247,7 @@ def test_explain_takes_what_a_call_can_be(options: str, capsys: pytest.CaptureFi
     assert refused[options] in capsys.readouterr().out
 
 
-def test_explain_without_m_speaks_of_every_row_class(capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_without_m_covers_every_row_class(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(f"explain {CALL} --json") == 0
     assert [found["call"]["rows"] for found in json.loads(capsys.readouterr().out)] == ["decode", "small", "large"]
 
@@ -269,7 +269,7 @@ def test_explain_of_another_machine_as_json(capsys: pytest.CaptureFixture[str]) 
     assert (found["assumed"]["vendor"], found["assumed"]["versions"]["deep_gemm"]) == ("nvidia", "0.1.5")
 
 
-def test_this_machine_described_is_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_description_of_this_machine_gives_its_own_explanation(capsys: pytest.CaptureFixture[str]) -> None:
     here = machine_of(default_device())
     _run(EXPLAIN)
     expected = capsys.readouterr().out
@@ -292,7 +292,7 @@ def test_this_machine_described_is_this_machine(capsys: pytest.CaptureFixture[st
         ("--rows small", "argument --rows: not allowed with argument --m/-m"),
     ],
 )
-def test_explain_names_what_does_not_fit(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_explain_names_options_that_do_not_fit(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in _error(f"{EXPLAIN} {options}", capsys)
 
 
@@ -320,18 +320,18 @@ def test_the_version_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert (exit_.value.code, capsys.readouterr().out) == (0, f"grouped_gemm {__version__}\n")
 
 
-# in the spellings that came before those of explain
+# with option names that warmup had before it took those of explain
 WARMUP = "warmup --groups 4 -k 32 -n 48 --backend emulated"
 
 
-def test_warmup_says_who_will_run_what(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warmup_shows_the_call_and_its_row_classes(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(f"{WARMUP} --recipe mxfp8 --bias") == 0
     out = capsys.readouterr().out
     assert out.startswith("grouped_mm(E=4, K=32, N=48, mxfp8, bfloat16, ")
     assert all(f"  {rows} " in out for rows in ("decode", "small", "large"))
 
 
-def test_warmup_json_says_what_was_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warmup_json_follows_the_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(f"{WARMUP} --rows small,decode --inference --dtype float32 --b-contiguous n --json") == 0
     done = json.loads(capsys.readouterr().out)
     assert set(done) == {"call", "classes", "profiled", "searches", "seconds", "tunes"}
@@ -393,7 +393,7 @@ def test_bench_without_a_name_is_grouped_mm(checkout: Path, capsys: pytest.Captu
     assert capsys.readouterr().out == "[]\n"
 
 
-def test_bench_scripts_may_have_parts(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_benchmark_may_import_a_module_of_its_folder(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (checkout / "_part_of_speed.py").write_text("value = 3\n")
     (checkout / "speed.py").write_text("from _part_of_speed import value\nprint(value)\n")
     before = list(sys.path)
@@ -407,14 +407,14 @@ def test_bench_runs_a_script_with_its_arguments(checkout: Path, capsys: pytest.C
     assert capsys.readouterr().out == "['--json', 'out.json', '-h']\n"
 
 
-def test_bench_leaves_the_arguments_of_the_process(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_restores_the_arguments_of_the_process(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["before"])
     (checkout / "speed.py").write_text("")
     _run("bench speed")
     assert sys.argv == ["before"]
 
 
-def test_bench_names_what_it_has(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_lists_its_names_when_one_is_unknown(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (checkout / "speed.py").write_text("")
     assert "argument NAME: expected one of speed; found 'sped'" in _error("bench sped", capsys)
 

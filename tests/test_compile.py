@@ -139,7 +139,7 @@ def test_a_compiled_function_follows_prefer():
     compiled(a, w, offs)
 
 
-# Sizes that only the device knows
+# Data-dependent sizes
 
 MASK = torch.arange(100) % 3 > 0
 KEPT = int(MASK.sum())
@@ -170,7 +170,7 @@ def assert_compiles(layer, *arguments) -> None:
 
 
 @RECIPES_AND_NONE
-def test_rows_that_a_mask_keeps(recipe, data_dependent):
+def test_rows_selected_by_a_mask(recipe, data_dependent):
     def layer(a, w, bias, mask, offs):
         return grouped_mm(a[mask.nonzero().squeeze(1)], w.transpose(1, 2), offs, recipe=recipe, bias=bias)
 
@@ -179,7 +179,7 @@ def test_rows_that_a_mask_keeps(recipe, data_dependent):
 
 
 @RECIPES_AND_NONE
-def test_columns_of_a_weight_gradient_that_a_mask_keeps(recipe, data_dependent):
+def test_operands_of_a_weight_gradient_selected_by_a_mask(recipe, data_dependent):
     def layer(a, g, mask, offs):
         return grouped_mm(a[mask].t(), g[mask], offs, recipe=recipe)
 
@@ -187,7 +187,7 @@ def test_columns_of_a_weight_gradient_that_a_mask_keeps(recipe, data_dependent):
     assert_compiles(layer, a, torch.randn(100, N).bfloat16().requires_grad_(), MASK, ends_of(KEPT))
 
 
-def test_rows_that_a_mask_keeps_may_lie_in_columns(data_dependent):
+def test_rows_selected_by_a_mask_may_be_column_major(data_dependent):
     def layer(a, w, mask, offs):
         return grouped_mm(a[mask].t().contiguous().t(), w.transpose(1, 2), offs)
 
@@ -195,7 +195,7 @@ def test_rows_that_a_mask_keeps_may_lie_in_columns(data_dependent):
     assert_compiles(layer, a, w, MASK, ends_of(KEPT))
 
 
-def test_split_sizes_of_an_exchange_between_ranks(data_dependent):
+def test_rows_from_the_split_sizes_of_an_all_to_all(data_dependent):
     def layer(w, sizes, offs):
         received = w.new_ones(sum(sizes.tolist()), K)
         return grouped_mm(received, w.transpose(1, 2), offs)
@@ -204,7 +204,7 @@ def test_split_sizes_of_an_exchange_between_ranks(data_dependent):
     assert_compiles(layer, w, torch.tensor([30, 20]), ends_of(50))
 
 
-def test_rows_that_are_marked_as_unbacked():
+def test_rows_marked_as_unbacked():
     def layer(a, w, offs):
         return grouped_mm(a, w.transpose(1, 2), offs, recipe="fp8_blockwise")
 
@@ -214,7 +214,7 @@ def test_rows_that_are_marked_as_unbacked():
 
 
 @pytest.mark.parametrize("bounds", [(2, 4096), (100, 500), (2, 64)], ids=str)
-def test_rows_with_stated_bounds_get_no_narrower_ones(bounds):
+def test_stated_bounds_of_rows_are_not_narrowed(bounds):
     def layer(a, w, offs):
         return grouped_mm(a, w.transpose(1, 2), offs)
 
@@ -245,7 +245,7 @@ def test_offs_of_data_dependent_length(recipe, form, data_dependent):
     assert_compiles(layer, a, w if form == "matrices" else w.detach(), experts)
 
 
-def test_offs_of_another_length_than_b_are_found_when_the_graph_runs(data_dependent):
+def test_offs_whose_length_differs_from_b_raise_when_the_graph_runs(data_dependent):
     def layer(a, w, experts):
         return grouped_mm(a, w.transpose(1, 2), torch.bincount(experts).cumsum(0, dtype=torch.int32))
 
@@ -257,7 +257,7 @@ def test_offs_of_another_length_than_b_are_found_when_the_graph_runs(data_depend
 
 
 @RECIPES_AND_NONE
-def test_matrices_that_a_mask_keeps(recipe, data_dependent):
+def test_matrices_selected_by_a_mask(recipe, data_dependent):
     def layer(a, w, bias, mask, offs):
         return grouped_mm(a, w[mask].transpose(1, 2), offs[mask], recipe=recipe, bias=bias[mask])
 
@@ -265,7 +265,7 @@ def test_matrices_that_a_mask_keeps(recipe, data_dependent):
     assert_compiles(layer, a, w, bias, torch.tensor([True, False, True, True]), offs)
 
 
-def test_matrices_that_a_mask_keeps_are_counted_when_the_graph_runs(data_dependent):
+def test_matrices_selected_by_a_mask_are_counted_when_the_graph_runs(data_dependent):
     def layer(a, w, offs, mask):
         return grouped_mm(a, w[mask].transpose(1, 2), offs)
 
@@ -278,7 +278,7 @@ def test_matrices_that_a_mask_keeps_are_counted_when_the_graph_runs(data_depende
         compiled(a, w, offs, torch.zeros(NUM_GROUPS, dtype=torch.bool))
 
 
-def test_a_weight_gradient_without_groups_is_found_when_the_graph_runs(data_dependent):
+def test_a_weight_gradient_without_groups_raises_when_the_graph_runs(data_dependent):
     def layer(a, offs, mask):
         return grouped_mm(a.t(), a, offs[mask])
 
@@ -306,7 +306,7 @@ def at_most_300(size):
     ],
     ids=["rows", "twice the rows", "reshaped", "static", "bounded"],
 )
-def test_what_is_data_dependent(size, expected, data_dependent):
+def test_is_data_dependent(size, expected, data_dependent):
     def layer(a, mask):
         return a * 2 if tracing.is_data_dependent(size(a[mask])) else a * 3
 
@@ -315,7 +315,7 @@ def test_what_is_data_dependent(size, expected, data_dependent):
     assert (found[0, 0] == 2) == expected
 
 
-def test_asking_what_is_data_dependent_compiles_nothing_again():
+def test_is_data_dependent_causes_no_recompilation():
     def layer(a):
         return a * 2 if tracing.is_data_dependent(a.shape[0]) else a * 3
 
@@ -325,7 +325,7 @@ def test_asking_what_is_data_dependent_compiles_nothing_again():
     assert counter.frame_count == 1
 
 
-def test_operands_of_a_weight_gradient_with_other_rows_are_found_when_the_graph_runs(data_dependent):
+def test_a_weight_gradient_of_different_numbers_of_rows_raises_when_the_graph_runs(data_dependent):
     def layer(a, mask, other, offs):
         return grouped_mm(a[mask].t(), a[other], offs)
 
@@ -348,7 +348,7 @@ def test_operands_of_a_weight_gradient_with_other_rows_are_found_when_the_graph_
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )
-def test_an_error_has_its_type_where_graphs_may_break_and_its_text_where_not(options, error, text):
+def test_an_error_keeps_its_type_with_graph_breaks_and_its_text_with_fullgraph(options, error, text):
     a, w, _, offs = operands(100)
 
     def layer(a, w, offs):
@@ -356,7 +356,7 @@ def test_an_error_has_its_type_where_graphs_may_break_and_its_text_where_not(opt
 
     with pytest.raises(error, match=text):
         torch.compile(layer, backend="eager")(a, w, offs)
-    torch._dynamo.reset()  # which remembers that the function runs eagerly
+    torch._dynamo.reset()  # Dynamo remembers that the function runs eagerly
     with pytest.raises(torch._dynamo.exc.Unsupported) as caught:
         torch.compile(layer, backend="eager", fullgraph=True)(a, w, offs)
     assert text in str(caught.value)
@@ -388,7 +388,7 @@ def test_validation_happens_when_the_graph_runs(monkeypatch):
         compiled(a, w, torch.tensor([50, 20, 60, 100], dtype=torch.int32))
 
 
-def test_autocast_holds_inside_a_graph():
+def test_autocast_applies_inside_a_graph():
     a, w, bias, offs = operands(100, torch.float32)
 
     def layer(a, w, bias, offs):

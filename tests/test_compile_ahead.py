@@ -1,4 +1,4 @@
-"""Every shipped tile, compiled for GPUs that are not here: its matrix instruction, no spills, shared memory fits."""
+"""Every shipped tile compiles for GPUs that this machine does not have: matrix instructions, spills, shared memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from grouped_gemm.core.machine import ARCHS
 
 pytest.importorskip("triton")
 
-# What multiplies MX operands: the matrix cores themselves, or those of bf16 after our kernels have widened them.
+# The instruction for MX operands: an MX one, or that of bf16 where our kernels convert the operands first.
 MX = {
     "sm_89": "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16",
     "sm_90": "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16",
@@ -34,7 +34,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
-    """Log and exit code of what compiles each architecture's kernels."""
+    """Log and exit code of the process that compiles each architecture's kernels."""
     logs = tmp_path_factory.mktemp("compiled")
     script = Path(__file__).with_name("compile_ahead.py")
 
@@ -52,7 +52,7 @@ def test_shipped_tiles_compile_well(arch, runs):
     instruction = EXPECTED[arch]
     log, code = runs[arch].result()
     text = log.read_text()
-    assert code == 0, f"exit code {code}; all of it is in {log}\n{text[-6000:]}"
+    assert code == 0, f"exit code {code}; the whole log is {log}\n{text[-6000:]}"
     kernels = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     assert kernels
     for kernel in kernels:

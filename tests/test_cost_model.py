@@ -1,4 +1,4 @@
-"""What AUTO makes of measurements, with made-up times on machines that are not here."""
+"""How AUTO chooses by measured times. The times are made up, and so are the machines."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def profile(*calls: tuple[Call, Times], **facts) -> Profile:
 
 
 def of_plans(is_exact: bool = False, **eager: float) -> Profile:
-    """The step of `spec`; "mixed" is the plan with DeepGEMM and Triton's wgrad."""
+    """A profile of the training step of `spec`; "mixed" is the plan of DeepGEMM with Triton's wgrad."""
     by_plan = {MIXED if plan == "mixed" else plan: us for plan, us in eager.items()}
     return profile((STEP, times(by_plan)), is_exact=is_exact)
 
@@ -53,7 +53,7 @@ def decision(asked: CallSpec, *profiles: Profile, broken: tuple[BackendKind, ...
     if not syncs:
         deepgemm = type("Quick", (type(deepgemm),), {"host_syncs": ""})()
     found = {TRITON: get_backend(TRITON), DEEPGEMM: deepgemm, EMULATED: get_backend(EMULATED)}
-    healths = {kind: (lambda: Health("broken", "Mend it.")) if kind in broken else Health for kind in kinds}
+    healths = {kind: (lambda: Health("broken", "Repair it.")) if kind in broken else Health for kind in kinds}
     return decide(asked, AUTO, [Candidate(found[kind], healths[kind]) for kind in kinds], profiles=profiles)
 
 
@@ -69,7 +69,7 @@ def test_every_plan_names_a_backend_for_every_pass():
     assert {kind for order in AUTO_ORDER.values() for kind in order} == set(BackendKind)
 
 
-# Which measurement speaks
+# Which measurement applies
 
 
 def plans(asked: CallSpec, *profiles: Profile) -> dict[str, float] | None:
@@ -77,7 +77,7 @@ def plans(asked: CallSpec, *profiles: Profile) -> dict[str, float] | None:
     return None if found is None else dict(found.plans)
 
 
-def test_the_nearest_sizes_speak_and_say_so():
+def test_the_nearest_profiled_sizes_are_used_and_named():
     near, far = times({"triton": 1.0}), times({"triton": 2.0})
     both = profile((STEP, near), (STEP._replace(num_groups=128, k=128, n=128), far))
     found = expected(spec(num_groups=16, n=512), [both])
@@ -87,7 +87,7 @@ def test_the_nearest_sizes_speak_and_say_so():
     )
 
 
-def test_the_same_sizes_speak_for_themselves():
+def test_a_measurement_at_the_same_sizes_is_used_and_named():
     found = expected(spec(), [of_plans(triton=2.0, deepgemm=1.0)])
     assert found.source == "measured on NVIDIA H200, 2026-11-26, at M=8192, E=8, K=4096, N=2048"
     assert found.plans == (("deepgemm", 1.0), ("triton", 2.0)), "the fastest first"
@@ -98,7 +98,7 @@ def test_the_same_sizes_speak_for_themselves():
     ({"recipe": Recipe.MXFP8}, {"rows": RowClass.SMALL}, {"dtype": torch.float32}, {"passes": (FORWARD,)}),
     ids=("recipe", "rows", "dtype", "passes"),
 )
-def test_nothing_speaks_for_another_kind_of_call(facts):
+def test_no_measurement_applies_to_another_kind_of_call(facts):
     assert plans(spec(**facts), of_plans(triton=1.0)) is None
 
 
@@ -107,11 +107,11 @@ def test_nothing_speaks_for_another_kind_of_call(facts):
     ({"recipe": Recipe.FP8_BLOCKWISE_POW2}, {"dtype": torch.float16}, {"passes": (FORWARD, WGRAD)}),
     ids=("powers of two", "float16", "no dgrad"),
 )
-def test_a_measurement_speaks_for_calls_that_take_about_as_long(facts):
+def test_a_measurement_applies_to_calls_that_take_about_as_long(facts):
     assert plans(spec(**facts), of_plans(triton=1.0)) == {"triton": 1.0}
 
 
-def test_a_call_of_whole_blocks_comes_before_a_nearer_one_where_they_are_guaranteed():
+def test_a_measurement_of_whole_blocks_is_preferred_where_they_are_guaranteed():
     blocks = STEP._replace(whole_blocks=True, k=8192)
     both = profile((STEP, times({"triton": 1.0})), (blocks, times({"triton": 2.0})))
     assert plans(spec(group_alignment=256), both) == {"triton": 2.0}
@@ -126,20 +126,20 @@ def test_a_captured_call_has_times_of_its_own():
 
 
 @pytest.mark.parametrize("changed", ({"k": 4097}, {"group_alignment": 128}, {"passes": (FORWARD,)}), ids=str)
-def test_an_exact_profile_speaks_for_its_own_calls_only(changed):
+def test_an_exact_profile_applies_to_its_own_calls_only(changed):
     exact = profile((STEP, times({"triton": 1.0})), is_exact=True)
     assert plans(spec(), exact) == {"triton": 1.0}
     assert plans(spec(**changed), exact) is None
 
 
-def test_the_first_profile_that_knows_the_call_speaks():
+def test_the_first_profile_that_has_the_call_is_used():
     exact = profile((STEP, times({"triton": 1.0})), is_exact=True)
     shipped = of_plans(triton=2.0)
     assert plans(spec(), exact, shipped) == {"triton": 1.0}
     assert plans(spec(k=4097), exact, shipped) == {"triton": 2.0}
 
 
-# What AUTO takes
+# What AUTO chooses
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_auto_takes_the_fastest_plan(measured, expected):
 
 
 @pytest.mark.parametrize("factor, expected", ((0.99, TRITON), (1.01, DEEPGEMM)))
-def test_auto_leaves_its_order_for_more_than_the_margin_only(factor, expected):
+def test_auto_leaves_its_order_only_for_more_than_the_margin(factor, expected):
     assert chosen(spec(), of_plans(triton=100.0 * factor * MARGIN, deepgemm=100.0)) == (expected,) * 3
 
 
@@ -168,16 +168,16 @@ def test_auto_takes_no_plan_with_a_host_sync_for_its_speed():
     faster = of_plans(triton=100.0, deepgemm=1.0, mixed=50.0)
     assert chosen(spec(), faster, syncs=True) == (DEEPGEMM, DEEPGEMM, TRITON)
     assert chosen(spec(), of_plans(triton=100.0, deepgemm=1.0), syncs=True) == (TRITON,) * 3
-    assert chosen(spec(), faster, broken=(TRITON,), syncs=True) == (DEEPGEMM,) * 3, "where nothing else runs the pass"
+    assert chosen(spec(), faster, broken=(TRITON,), syncs=True) == (DEEPGEMM,) * 3, "nothing else runs the pass"
 
 
-def test_auto_takes_a_host_sync_where_this_very_call_was_measured_so():
+def test_auto_takes_a_plan_with_a_host_sync_where_exactly_this_call_was_measured():
     own = of_plans(is_exact=True, triton=100.0, deepgemm=1.0, mixed=50.0)
     assert chosen(spec(), own, syncs=True) == (DEEPGEMM,) * 3
     assert chosen(spec(host_sync=False), own, syncs=True) == (DEEPGEMM, DEEPGEMM, TRITON)
 
 
-def test_a_call_without_wgrad_takes_the_plan_without_it():
+def test_a_call_without_wgrad_ignores_the_wgrad_of_a_plan():
     faster = of_plans(triton=100.0, deepgemm=90.0, mixed=50.0)
     assert chosen(spec(passes=(FORWARD, DGRAD)), faster, syncs=True) == (DEEPGEMM, DEEPGEMM)
 
@@ -196,15 +196,15 @@ def test_hipblaslt_is_taken_where_it_was_measured_to_be_faster(faster, expected)
 def test_auto_passes_over_a_fast_backend_that_is_broken_and_says_so():
     found = decision(spec(), of_plans(triton=100.0, deepgemm=1.0), broken=(DEEPGEMM,))
     assert found.backends == (TRITON,)
-    assert "deepgemm  is installed but broken: broken. Mend it." in found.refusal_lines()
+    assert "deepgemm  is installed but broken: broken. Repair it." in found.refusal_lines()
     assert found.expected.plans == (("triton", 100.0),)
 
 
-def test_the_health_of_what_is_not_taken_is_not_looked_at():
+def test_the_health_of_a_backend_that_is_not_chosen_is_not_checked():
     assert decision(spec(), of_plans(triton=1.0, deepgemm=1.0), broken=(DEEPGEMM,)).refusals == ()
 
 
-def test_a_refusal_stands_against_any_speed():
+def test_a_backend_that_refuses_is_not_chosen_for_its_speed():
     assert chosen(spec(k=4000), of_plans(triton=100.0, deepgemm=1.0)) == (TRITON,) * 3
 
 
@@ -218,7 +218,7 @@ def test_equal_calls_are_decided_alike_whatever_the_order_of_candidates():
     assert len(found) == 1
 
 
-# How it is told
+# Explanations
 
 
 def test_an_explanation_gives_the_times_of_the_plans():
@@ -240,6 +240,6 @@ def test_an_explanation_without_measurements_says_so():
     assert Explanation(found, 8192).to_dict()["expected"] is None
 
 
-def test_a_cpu_has_no_profile_to_miss():
+def test_an_explanation_on_a_cpu_does_not_mention_profiles():
     found = decision(spec(Machine("cpu", "cpu", "cpu")))
     assert Explanation(found).why == "AUTO: the first in its order that can run it"

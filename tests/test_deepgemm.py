@@ -1,6 +1,6 @@
-"""The DeepGEMM backend: what it requires on which machine, what is found out of a package, and, on a GPU, the real one.
+"""The DeepGEMM backend: its requirements on each machine, checks of the package, and, on a GPU, the real package.
 
-Its layouts, and whole calls on a package that checks what it is given, are in tests/interpreter/test_deepgemm.py.
+tests/interpreter/test_deepgemm.py tests its layouts, and whole calls on a fake package that checks its operands.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ def spec(machine: Machine = H200, recipe: Recipe = BLOCKWISE, **facts) -> CallSp
 
 
 def decision(asked: CallSpec, preference: BackendKind | KernelPreference = DEEPGEMM, broken: str = ""):
-    healths = {DEEPGEMM: lambda: Health(broken, broken and "Mend it.")}
+    healths = {DEEPGEMM: lambda: Health(broken, broken and "Repair it.")}
     found = [Candidate(backend, healths.get(kind, Health)) for kind, backend in BACKENDS.items()]
     return decide(asked, preference, found)
 
 
 def refused(asked: CallSpec) -> dict[Pass, str]:
-    """By pass that is refused, the reasons."""
+    """The reasons for each refused pass."""
     found = [r for r in decision(asked).refusals if r.backend is DEEPGEMM]
     passes = {p: "; ".join(f"{r.reason}. {r.fix}" for r in found if p in r.passes) for p in asked.passes}
     return {p: reason for p, reason in passes.items() if reason}
@@ -96,19 +96,19 @@ def test_what_it_refuses(facts, passes, text):
     assert all(text in reason for reason in found.values())
 
 
-def test_only_wgrad_waits_for_the_host():
+def test_only_wgrad_has_a_host_sync():
     assert Explanation(decision(spec())).host_syncs == {"deepgemm": BACKENDS[DEEPGEMM].host_syncs}
     assert Explanation(decision(spec(passes=DGRAD))).host_syncs == {}
     assert Explanation(decision(spec(passes=DGRAD))).padding == {"deepgemm": 8 * 127}
     assert Explanation(decision(spec(passes=DGRAD, group_alignment=128))).padding == {}
 
 
-# What is found out of a package
+# Checks of the package
 
 
 @pytest.fixture
 def package(monkeypatch, tmp_path):
-    """Puts a package in place that has the named functions, and an nvcc of some release, or none."""
+    """Installs a fake package that has the named functions, and an nvcc of some release, or none."""
 
     def put(*names: str, release: str = "12.9", alignment: int = 128) -> None:
         functions = {name: lambda *args, **options: None for name in names}
@@ -151,7 +151,7 @@ def test_either_name_of_a_function_will_do(package, name):
     ),
     ids=str,
 )
-def test_what_is_wrong_is_named_with_its_remedy(package, names, options, machine, problem, fix):
+def test_a_problem_of_the_package_is_named_with_its_remedy(package, names, options, machine, problem, fix):
     package(*names, **options)
     found = deepgemm_package.look(machine)
     assert problem in found.problem
@@ -187,7 +187,7 @@ def test_a_package_that_cannot_be_imported_is_no_error(package, monkeypatch):
     assert not deepgemm_package.look(H200).is_good
 
 
-def test_the_directory_of_compiled_kernels_is_ours_alone_and_can_be_named(package, monkeypatch, tmp_path):
+def test_the_kernel_cache_directory_is_private_and_can_be_set(package, monkeypatch, tmp_path):
     package(*ALL)
     deepgemm_package.functions()
     assert os.environ["DG_JIT_CACHE_DIR"] == str(tmp_path / "cache")
@@ -203,7 +203,7 @@ def test_the_directory_of_compiled_kernels_is_ours_alone_and_can_be_named(packag
     "mode, is_taken", ((0o755, True), (0o1777, True), (0o1775, True), (0o777, False), (0o775, False))
 )
 @pytest.mark.parametrize("below", ("", "mine"), ids=("parent", "grandparent"))
-def test_nobody_can_replace_the_directory_of_compiled_kernels(mode, is_taken, below, monkeypatch, tmp_path):
+def test_nobody_can_replace_the_kernel_cache_directory(mode, is_taken, below, monkeypatch, tmp_path):
     scratch = tmp_path / "scratch"
     (scratch / below).mkdir(parents=True)
     scratch.chmod(mode)
@@ -238,7 +238,7 @@ def test_only_a_directory_that_nobody_else_writes_to_is_private(mode, is_others,
     assert deepgemm_package._is_private(SimpleNamespace(st_mode=mode, st_uid=os.getuid() + is_others)) is is_private
 
 
-def test_a_link_in_place_of_the_directory_of_compiled_kernels_is_refused(monkeypatch, tmp_path):
+def test_a_link_in_place_of_the_kernel_cache_directory_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(deepgemm_package.tempfile, "gettempdir", lambda: str(tmp_path))
     directory = deepgemm_package._cache_directory()
     directory.rename(tmp_path / "elsewhere")
@@ -246,14 +246,14 @@ def test_a_link_in_place_of_the_directory_of_compiled_kernels_is_refused(monkeyp
     assert deepgemm_package._cache_directory() is None
 
 
-def test_another_users_directory_above_that_of_compiled_kernels_is_refused():
+def test_a_kernel_cache_directory_inside_another_users_is_refused():
     status = SimpleNamespace(st_mode=0o1755, st_uid=os.getuid() + 1)
     assert not deepgemm_package._keeps(status)
 
 
 # The real package, on a GPU
 
-# DeepGEMM compiles for each E, K and N, some seconds for each kernel: few of them.
+# DeepGEMM compiles a kernel for each E, K and N, which takes seconds, so there are few of them.
 K, N = 256, 384
 GPU_SHAPES = (
     Shape("one_group", (300,), tail=5, k=K, n=N),
@@ -283,7 +283,7 @@ def gpu_case(recipe: Recipe, shape: Shape, device: torch.device, b_contiguous: s
 @pytest.mark.parametrize("recipe", (BLOCKWISE, POW2), ids=lambda r: r.value)
 def test_plan_and_quantizer_bit_for_bit(ends, num_rows, alignment, recipe, device):
     if machine_of(device).arch not in ("sm_90", "sm_100"):
-        pytest.skip("no other GPU has a use for them")
+        pytest.skip("the quantizers need sm_90 or sm_100")
     check_plan(ends, num_rows, alignment, device)
     check_activations(ends, num_rows, alignment, recipe, device)
 
@@ -297,7 +297,7 @@ def test_every_pass_against_the_reference(recipe, shape, device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", (BLOCKWISE, Recipe.NONE), ids=lambda r: r.value)
-def test_weights_that_lie_the_other_way(recipe, device):
+def test_weights_with_n_contiguous(recipe, device):
     check_passes(gpu_case(recipe, GPU_SHAPES[1], device, "n"), device)
 
 
@@ -316,7 +316,7 @@ def check_passes(case: Case, device: torch.device) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", GPU_SHAPES[1:3], ids=lambda shape: shape.name)
 @pytest.mark.parametrize("recipe", (BLOCKWISE, Recipe.NONE), ids=lambda r: r.value)
-def test_forward_and_dgrad_never_wait(recipe, shape, device):
+def test_forward_and_dgrad_have_no_host_sync(recipe, shape, device):
     case = gpu_case(recipe, shape, device)
     case = Case(DEEPGEMM, recipe, passes=DGRAD, shape=shape)
     inputs = testing.make_inputs(case, device)
@@ -339,7 +339,7 @@ def test_forward_and_dgrad_never_wait(recipe, shape, device):
 
 
 @pytest.mark.gpu
-def test_wgrad_is_refused_where_nothing_may_wait(device):
+def test_wgrad_is_refused_where_host_syncs_are_not_allowed(device):
     case = gpu_case(BLOCKWISE, GPU_SHAPES[1], device)
     inputs = testing.make_inputs(case, device)
     a, b = inputs.a.requires_grad_(), inputs.b.detach().requires_grad_()
@@ -351,8 +351,8 @@ def test_wgrad_is_refused_where_nothing_may_wait(device):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", GPU_SHAPES[1:3], ids=lambda shape: shape.name)
-def test_nothing_runs_between_quantizer_and_product(shape, device):
-    """Plan, quantizers, product, and the one kernel that unpads: no copy, transpose or transform of scales."""
+def test_nothing_runs_between_quantizer_and_gemm(shape, device):
+    """Plan, quantizers, GEMM, and the one kernel that unpads: no copy, transpose or transform of scales."""
     case = gpu_case(BLOCKWISE, shape, device)
     backend = get_backend(DEEPGEMM)
     inputs = testing.make_inputs(case, device)

@@ -30,7 +30,7 @@ def run(*options: str) -> int:
 
 @pytest.fixture
 def trained(curves, monkeypatch) -> list[object]:
-    """The recipes that a demo has trained; it gets curves that are there already."""
+    """The recipes that the demo trains; it gets curves that were computed before."""
     recipes: list[object] = []
     by_recipe = {curve.recipe: curve for curve in curves}
 
@@ -42,7 +42,7 @@ def trained(curves, monkeypatch) -> list[object]:
     return recipes
 
 
-def test_the_model_learns_more_than_how_often_each_byte_occurs(curves):
+def test_the_model_learns_more_than_byte_frequencies(curves):
     assert curves[0].losses[0] > 5  # 256 bytes, all alike: 5.5 nats
     assert curves[0].smoothed[-1] < demo.unigram_entropy()
 
@@ -53,7 +53,7 @@ def test_an_fp8_curve_follows_bf16s_within_two_percent(curves, index):
 
 
 @pytest.mark.parametrize("index", range(1, len(demo.RECIPES)), ids=[r.value for r in demo.RECIPES[1:]])
-def test_an_fp8_curve_is_not_bf16s(curves, index):
+def test_an_fp8_curve_differs_from_bf16s(curves, index):
     assert curves[index].gap_to(curves[0]).abs().max() > 0
 
 
@@ -125,7 +125,7 @@ def test_an_output_that_cannot_be_written_is_named(trained, tmp_path, capsys):
     assert trained == []
 
 
-@pytest.mark.parametrize("before", [None, b"a chart of before"])
+@pytest.mark.parametrize("before", [None, b"an earlier chart"])
 def test_a_run_that_fails_leaves_the_output_as_it_was(tmp_path, monkeypatch, before):
     chart, link = tmp_path / "chart.png", tmp_path / "link.png"
     link.symlink_to(chart)

@@ -1,4 +1,4 @@
-"""What a machine is, and the probe that finds it out."""
+"""`Machine`, and the probe that describes a device as one."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ def test_the_version_of_rocm_is_read_as_torch_reports_it():
     assert machine.version("rocm") >= Version("6.4")
 
 
-def test_what_is_not_installed_has_no_version():
+def test_a_missing_package_has_no_version():
     assert Machine("cpu", "cpu", "cpu").version("triton") is None
 
 
-def test_machines_are_values():
+def test_machines_are_immutable_and_hashable():
     first, second = (Machine("amd", "gfx942", "MI300X", (("rocm", "7.0"),)) for _ in range(2))
     assert len({first, second}) == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -85,7 +85,7 @@ def test_machines_are_values():
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Makes torch report GPUs, given by index, and the release of HIP or None."""
+    """Makes torch report these GPUs, by index, and this release of HIP or None."""
     machine_module._probe.cache_clear()
 
     def report(hip: str | None, *gpus: SimpleNamespace, current: int = 0) -> None:
@@ -132,12 +132,12 @@ def test_the_machine_knows_the_version_of_torch():
 
 
 @pytest.mark.parametrize("flags, found", (("-DUSE_FBGEMM -DUSE_MSLK", torch.__version__), ("-DUSE_FBGEMM", None)))
-def test_mslk_is_there_where_torch_was_built_with_it(flags, found, monkeypatch):
+def test_mslk_is_found_where_torch_was_built_with_it(flags, found, monkeypatch):
     monkeypatch.setattr(torch.__config__, "show", lambda: flags)
     assert dict(machine_module._versions.__wrapped__()).get("mslk") == found
 
 
-def test_versions_of_what_is_not_there_are_left_out():
+def test_versions_of_missing_packages_are_left_out():
     assert all(isinstance(version, str) for _, version in machine_module.machine_of("cpu").versions)
 
 
@@ -150,7 +150,7 @@ def test_a_device_of_another_kind_is_its_own_vendor():
 
 
 @pytest.mark.parametrize(("is_available", "expected"), ((True, "cuda"), (False, "cpu")))
-def test_the_command_line_speaks_of_the_gpu_where_there_is_one(monkeypatch, is_available, expected):
+def test_the_default_device_is_the_gpu_where_there_is_one(monkeypatch, is_available, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
     assert machine_module.default_device() == torch.device(expected)
 
@@ -181,12 +181,12 @@ CUDA = (("torch", "2.11.0"), ("cuda", "13.0"), ("mslk", "2.11.0"), ("triton", "3
         (Machine("cpu", "cpu", "cpu", CUDA), "sm_90", CUDA),  # torch is built for a GPU that this machine lacks
     ),
 )
-def test_another_machine_has_the_software_of_this_one_as_far_as_it_fits(here, arch, versions):
+def test_a_hypothetical_machine_has_the_software_of_this_one_that_fits_it(here, arch, versions):
     there = machine_module.hypothetical(here, arch, None, {})
     assert (there.arch, there.versions, there.name) == (arch, versions, arch)
 
 
-def test_packages_of_another_machine_may_differ():
+def test_packages_of_a_hypothetical_machine_may_differ():
     here = Machine("nvidia", "sm_90", "NVIDIA H200", CUDA)
     there = machine_module.hypothetical(here, None, None, {"deep_gemm": "0.1.5", "mslk": "none", "triton": "3.7.1"})
     assert dict(there.versions) == {"torch": "2.11.0", "cuda": "13.0", "triton": "3.7.1", "deep_gemm": "0.1.5"}

@@ -1,4 +1,4 @@
-"""The pages say what is so: their examples run, and what follows from the code is current."""
+"""The pages are right: their examples run, and their generated parts are current."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BACKENDS = [candidate.backend for candidate in candidates(torch.device("cpu"))]
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    """Ends what an example leaves behind."""
+    """Destroys the process group that an example leaves behind."""
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -47,7 +47,7 @@ def test_the_examples_of_a_page_run_in_order(page: Path, tmp_path: Path, monkeyp
 
 
 def test_the_example_for_transformers_registers_a_decorated_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its block is no `python` one, as it needs transformers: here it gets what it imports."""
+    """Its block is marked `py`, since it needs transformers: this test replaces what it imports."""
     registered: dict[str, Any] = {}
     a, b = torch.randn(6, 16, dtype=torch.bfloat16), torch.randn(2, 16, 16, dtype=torch.bfloat16)
     offs = torch.tensor([2, 6], dtype=torch.int32)
@@ -66,7 +66,7 @@ def test_the_example_for_transformers_registers_a_decorated_forward(monkeypatch:
 
 
 def commands() -> list[str]:
-    """Every command that a page shows, but those that train or need a GPU."""
+    """Every command that a page shows, except those that train or need a GPU."""
     pages = [README, *sorted(DOCS.glob("*.md"))]
     lines = re.findall(
         r"^(?:\w+=\S+ )?python -m grouped_gemm ((?:doctor|explain|warmup)\b.*)$",
@@ -77,7 +77,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_a_command_of_a_page_is_one(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_of_a_page_runs(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warmup, "warmup", lambda *_, **__: "compiled")
     assert cli.main(command.split()) in (0, 1)  # 1: no backend runs it here
 

@@ -1,4 +1,4 @@
-"""What is Emulated's own: its fast way to dequantize, and its independence of where operands lie in memory."""
+"""Tests of Emulated alone: its fast dequantization, and results that do not depend on the memory of operands."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_operands_are_dequantized_as_the_reference_does(recipe, size, is_transpo
 
 @pytest.mark.parametrize("recipe", SCALED, ids=lambda r: r.value)
 def test_large_scales_give_the_values_of_the_reference(recipe):
-    """A scale of 2^120 or more, beside ordinary ones and one that is NaN."""
+    """A scale of 2^120 or more, together with ordinary ones and one that is NaN."""
     x = torch.randn(256, 256)
     x[1] *= 3.1e38 / x[1].abs().max()  # from 3.3e38 a power-of-two scale rounds values up to Inf
     x[2] = 0
@@ -75,7 +75,7 @@ def test_a_checkpoint_with_large_scales_keeps_its_finite_values(recipe, exponent
 
 
 def test_a_row_does_not_depend_on_where_its_group_starts_with_several_threads(two_threads):
-    """A CPU's matrix product rounds by the alignment of its operands: each group needs memory of its own."""
+    """On a CPU, the rounding of a matmul depends on the alignment of its operands, so a group needs its own memory."""
     a, b = torch.randn(5, 17), torch.randn(2, 50, 17).transpose(1, 2)
     alone = grouped_mm(a, b[1:], torch.tensor([5], dtype=torch.int32))
     for start in range(1, 17):

@@ -1,4 +1,4 @@
-"""Each script of examples/ runs as a user runs it, and prints what it is there to show."""
+"""Each script of examples/ runs as a user would run it, and prints the results that it demonstrates."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-# What keeps a script short here: its arguments.
+# Arguments that keep a script short here.
 ARGUMENTS = {
     "compile_and_cuda_graph.py": ["--backend", "aot_eager"],  # no C++ compiler
     "moe_layer.py": ["--steps", "8"],
@@ -21,7 +21,7 @@ ARGUMENTS = {
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], device):
-    """In this process, which has imported torch already; returns what the script prints."""
+    """Runs a script in this process, which has imported torch already, and returns what it prints."""
 
     def run(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [name, "--device", device.type, *ARGUMENTS[name], *arguments])

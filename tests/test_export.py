@@ -25,7 +25,7 @@ of_cases = pytest.mark.parametrize(
 
 
 class Experts(torch.nn.Module):
-    """Up and down again."""
+    """An up and a down projection."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ def saved_and_loaded(program: torch.export.ExportedProgram) -> torch.export.Expo
 @of_cases
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_a_program_is_for_every_row_class(case, strict, grad, device):
-    """With gradients the graph is another one, which writes the layouts of backward."""
+def test_a_program_runs_every_row_class(case, strict, grad, device):
+    """With gradients the graph differs: it writes the layouts for backward as well."""
     model = Experts(case, device).requires_grad_(False)
     if grad:
         model.up.requires_grad_(case.recipe is not Recipe.NONE)  # DeepGEMM has no wgrad without a recipe
@@ -78,7 +78,7 @@ def test_a_program_is_for_every_row_class(case, strict, grad, device):
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 @pytest.mark.parametrize("rows", [torch.export.Dim("rows"), torch.export.Dim.AUTO], ids=["unbounded", "auto"])
-def test_a_number_of_rows_without_bounds_is_not_narrowed_down(rows, strict):
+def test_unbounded_rows_are_not_narrowed(rows, strict):
     """Selection must not ask for the row class of the example."""
     case, device = Case(BackendKind.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
     model = Experts(case, device).requires_grad_(False)
@@ -97,7 +97,7 @@ def test_a_program_is_saved_and_loaded(case, device):
 
 
 class Overridden(Experts):
-    """Experts that call torch, which go to the program as this package's ops."""
+    """Experts that call torch; an exported program has the ops of this package instead."""
 
     def forward(self, x: Tensor, offs: Tensor) -> Tensor:
         y = torch.nn.functional.grouped_mm(x, self.up.transpose(1, 2), offs=offs)
@@ -111,7 +111,7 @@ class Decorated(Overridden):
 @pytest.mark.parametrize("strict", [False, True], ids=["non_strict", "strict"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("kind", [Overridden, Decorated])
-def test_override_torch_holds_in_a_program(kind, grad, strict):
+def test_override_torch_applies_to_a_program(kind, grad, strict):
     case, device = Case(BackendKind.EMULATED, Recipe.FP8_BLOCKWISE, shape=SHAPE), torch.device("cpu")
     model = kind(case, device).requires_grad_(grad)
     block = override_torch("fp8_blockwise", kernel_preference="emulated")

@@ -1,4 +1,4 @@
-"""`GroupPlan`: calls that share one give the results of a plain ``offs``, and plan once."""
+"""`GroupPlan`: calls that share one give the same results as with a plain ``offs``, and plan once."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_two_calls_and_their_backward_plan_once_and_give_the_same_bits(by, recip
 
 
 @on_each
-def test_the_form_that_splits_the_contraction_takes_one(by, recipe):
+def test_the_weight_gradient_form_takes_a_plan(by, recipe):
     a, _, _, offs = make()
     dy = torch.randn(M, N).bfloat16().requires_grad_()
 
@@ -94,7 +94,7 @@ def test_the_form_that_splits_the_contraction_takes_one(by, recipe):
     assert_equal(results(wgrad, a, dy, GroupPlan(offs, M)), results(wgrad, a, dy, offs))
 
 
-def test_gradients_of_gradients_use_the_same_plan():
+def test_second_gradients_use_the_same_plan():
     *operands, offs = make()
     bias = torch.randn(E, N).bfloat16().requires_grad_()
 
@@ -125,7 +125,7 @@ def test_checkpointed_layers_compute_the_same_again(use_reentrant, is_made_insid
         assert_equal(results(checkpointed, *operands, groups), results(experts, *operands, offs, "fp8_rowwise"))
 
 
-def test_hooks_of_saved_tensors_see_what_was_planned():
+def test_saved_tensor_hooks_see_the_tensors_of_a_plan():
     *operands, offs = make()
     seen: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: seen.append(x) or x, lambda x: x):
@@ -143,7 +143,7 @@ def fresh_dynamo() -> Iterator[None]:
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("is_made_inside", (False, True))
 @pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
-def test_compiles_once_per_row_class_and_plans_once_a_graph(recipe, is_made_inside):
+def test_compiles_once_per_row_class_and_plans_once_per_graph(recipe, is_made_inside):
     def layer(a: Tensor, up: Tensor, down: Tensor, groups: Tensor | GroupPlan) -> Tensor:
         groups = GroupPlan(groups, a.shape[0]) if is_made_inside else groups
         return experts(a, up, down, groups, recipe)
@@ -160,7 +160,7 @@ def test_compiles_once_per_row_class_and_plans_once_a_graph(recipe, is_made_insi
         assert sum("emulated_host_offs" in str(node.target) for node in graph.graph.nodes) == 1
 
 
-def test_a_change_of_offs_in_place_is_planned_anew():
+def test_offs_changed_in_place_are_planned_again():
     a, up, _, offs = make()
     plan = GroupPlan(offs, M)
     with prefer("emulated"), torch.no_grad():
@@ -188,7 +188,7 @@ def test_strided_offs_are_laid_out_once():
 
 
 @pytest.mark.parametrize("made, used, plans", ((False, True, 2), (True, False, 2), (True, True, 1), (False, False, 1)))
-def test_what_was_planned_outside_of_a_capture_is_not_used_inside(monkeypatch, made, used, plans):
+def test_a_plan_is_not_shared_between_capture_and_eager_calls(monkeypatch, made, used, plans):
     a, up, _, offs = make()
     monkeypatch.setattr(group_plan, "is_capturing", lambda x: made)
     plan = GroupPlan(offs, M)
@@ -218,7 +218,7 @@ def test_a_captured_layer_follows_offs(device):
             assert torch.equal(y, layer())
 
 
-def test_samples_of_vmap_take_one():
+def test_vmap_takes_a_plan():
     a, up, _, offs = make()
     samples = torch.stack([a.detach(), 2 * a.detach()])
     with prefer("emulated"):
@@ -226,7 +226,7 @@ def test_samples_of_vmap_take_one():
         assert torch.equal(found[1], grouped_mm(samples[1], up.detach(), offs))
 
 
-def test_explain_and_quantized_linear_take_one():
+def test_explain_and_quantized_linear_take_a_plan():
     a, up, _, offs = make()
     plan = GroupPlan(offs, M, group_alignment=1)
     assert str(explain(a, up, plan)) == str(explain(a, up, offs))
@@ -234,7 +234,7 @@ def test_explain_and_quantized_linear_take_one():
     assert torch.equal(layer(a.detach(), plan), layer(a.detach(), offs))
 
 
-def test_the_alignment_of_a_plan_is_that_of_its_calls(monkeypatch):
+def test_calls_have_the_alignment_of_their_plan(monkeypatch):
     asked = []
     emulated = group_plan.get_backend(BackendKind.EMULATED)
     real = emulated.plan
@@ -254,7 +254,7 @@ def test_the_alignment_of_a_plan_is_that_of_its_calls(monkeypatch):
 @pytest.mark.parametrize("call", (grouped_mm, explain), ids=lambda call: call.__name__)
 def test_another_number_of_rows_is_an_error(call):
     a, up, _, offs = make()
-    for _ in range(2):  # the second call finds the route of an earlier one
+    for _ in range(2):  # the second call uses a cached route
         call(a, up, GroupPlan(offs, M))
         with pytest.raises(ValueError, match=rf"offs\.num_rows: expected {M}, the rows of a; found {M + 1}; make a"):
             call(a, up, GroupPlan(offs, M + 1))
@@ -281,7 +281,7 @@ def test_bad_arguments_are_named(arguments, error, message):
         GroupPlan(*arguments)
 
 
-def test_values_are_checked_where_that_is_asked_for(monkeypatch):
+def test_values_are_checked_under_validation(monkeypatch):
     monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
     a, up, _, offs = make()
     assert torch.equal(grouped_mm(a, up, GroupPlan(offs, M)), grouped_mm(a, up, offs))

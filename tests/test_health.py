@@ -1,4 +1,4 @@
-"""The health of backends: found out once, whatever surrounds the call that asks for it."""
+"""The health of a backend is checked once, and does not depend on the modes around the call that checks it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from grouped_gemm.backends import _Checkup, emulated
 from grouped_gemm.backends.base import Health
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-BROKEN = Health("broken", "Mend it.")
+BROKEN = Health("broken", "Repair it.")
 
 
 class Backend(emulated.Backend):
-    """Notes what surrounds its check."""
+    """Records the modes around its health check."""
 
     def __init__(self) -> None:
-        self.surroundings: list[tuple[object, ...]] = []
+        self.modes: list[tuple[object, ...]] = []
 
     def health(self, device: torch.device) -> Health:
-        self.surroundings.append(
+        self.modes.append(
             (
                 torch._C._len_torch_dispatch_stack(),
                 torch.is_grad_enabled(),
@@ -49,24 +49,24 @@ def autocast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)
 
 
-@pytest.mark.parametrize("surroundings", (Watch, Replace, torch.inference_mode, autocast), ids=lambda s: s.__name__)
-def test_a_check_is_made_outside_of_everything(surroundings):
+@pytest.mark.parametrize("modes", (Watch, Replace, torch.inference_mode, autocast), ids=lambda s: s.__name__)
+def test_a_health_check_runs_outside_of_all_modes(modes):
     backend = Backend()
-    with surroundings():
+    with modes():
         assert _Checkup(backend, CPU)() == BROKEN
-    assert backend.surroundings == [(0, False, False, False, torch.Tensor)]
+    assert backend.modes == [(0, False, False, False, torch.Tensor)]
 
 
-def test_nothing_is_tried_while_a_graph_is_captured(monkeypatch):
+def test_no_health_check_runs_while_a_graph_is_captured(monkeypatch):
     backend = Backend()
     checkup = _Checkup(backend, GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert checkup() == Health() and backend.surroundings == []
+    assert checkup() == Health() and backend.modes == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert checkup() == checkup() == BROKEN and len(backend.surroundings) == 1
+    assert checkup() == checkup() == BROKEN and len(backend.modes) == 1
 
 
-def test_tensors_without_values_have_a_backend():
+def test_meta_tensors_have_a_backend():
     a, b = torch.empty(8, 32, device="meta"), torch.empty(2, 32, 16, device="meta")
     y = grouped_mm(a, b, torch.empty(2, dtype=torch.int32, device="meta"))
     assert y.shape == (8, 16) and y.is_meta

@@ -1,7 +1,7 @@
-"""The hipBLASLt backend: what it requires, whole calls on a torch that checks its arguments, and the real one.
+"""The hipBLASLt backend: its requirements, whole calls on a fake torch that checks its arguments, and the real one.
 
 The CPU stands for an MI300X or MI355X: selection, layouts and loops over groups are those of the GPU, and so are all
-products but those of MX operands. Its kernels in Triton are in tests/interpreter/test_hipblaslt.py.
+GEMMs except those of MX operands. tests/interpreter/test_hipblaslt.py has its Triton kernels.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BUILDS = {"MI300X": ("gfx942", "6.4"), "MI355X": ("gfx950", "7.1")}
 
 
 def on(name: str, rocm: str = ""):
-    """A machine with Triton, its ROCm replaced where ``rocm`` says so."""
+    """A machine with Triton, and with another ROCm if ``rocm`` is given."""
     arch, usual = BUILDS[name]
     machine = fake_rocm.machine(arch, rocm or usual)
     return dataclasses.replace(machine, versions=(*machine.versions, ("triton", "3.6.0")))
@@ -52,7 +52,7 @@ MI300X, MI355X = on("MI300X"), on("MI355X")
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Build]]:
-    """Puts a build of torch for a machine in place, its tiny runs behind it."""
+    """Installs a fake build of torch for a machine, and makes its health check."""
 
     def put(name: str, rocm: str = "", grouped: bool = False) -> Build:
         arch, usual = BUILDS[name]
@@ -88,7 +88,7 @@ def spec(machine=MI355X, recipe: Recipe = ROWWISE, **facts) -> CallSpec:
 
 def decision(asked: CallSpec, preference: BackendKind | KernelPreference = HIPBLASLT, *broken: BackendKind):
     def health(kind: BackendKind) -> Health:
-        return Health("does not work", "Mend it.") if kind in broken else Health()
+        return Health("does not work", "Repair it.") if kind in broken else Health()
 
     kinds = (HIPBLASLT, TRITON, EMULATED)
     found = [Candidate(get_backend(kind), lambda kind=kind: health(kind)) for kind in kinds]
@@ -140,7 +140,7 @@ def test_what_it_refuses(facts, passes, text):
 
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("recipe", Recipe, ids=lambda r: r.value)
-def test_what_auto_takes(recipe, name):
+def test_what_auto_chooses(recipe, name):
     """Triton; where that is broken, hipBLASLt for what it runs."""
     asked = spec(on(name), recipe)
     assert decision(asked, AUTO).backends == (TRITON,)
@@ -152,11 +152,11 @@ def test_what_auto_takes(recipe, name):
     assert tuple(ragged.backend(pass_) for pass_ in TRAINING) == expected
 
 
-def test_it_says_that_it_waits():
+def test_explain_reports_its_host_sync():
     assert Explanation(decision(spec())).host_syncs == {"hipblaslt": BACKEND.host_syncs}
 
 
-def test_a_tiny_run_that_is_wrong_is_its_health(install, monkeypatch):
+def test_a_wrong_tiny_run_makes_it_unhealthy(install, monkeypatch):
     build = install("MI355X")
     right = build.scaled_mm
 
@@ -191,7 +191,7 @@ CALLS = [
 
 
 def case_of(shape: Shape, recipe: Recipe, b_contiguous: str = "k", dtype: torch.dtype = torch.bfloat16) -> Case:
-    """All passes; without wgrad, where the groups of ``shape`` are no multiples of what that needs."""
+    """A case with all passes, except wgrad where the group sizes of ``shape`` are not the multiples that it needs."""
     multiple = {NONE: 1, MX: 128}.get(recipe, 16)
     passes = DGRAD if shape.alignment % multiple else TRAINING
     return Case(HIPBLASLT, recipe, dtype, passes, shape, b_contiguous)
@@ -234,8 +234,8 @@ def test_the_cpus_own_scaled_mm_agrees(name, shape, install, monkeypatch):
     try:
         rowwise_on_cpu(x, x.t(), torch.ones(16, 1), torch.ones(1, 16), out)
     except RuntimeError as error:
-        pytest.skip(f"this torch has no rowwise product on a CPU: {error}")
-    monkeypatch.setattr(build, "rowwise_product", rowwise_on_cpu)
+        pytest.skip(f"this torch has no rowwise scaled GEMM on a CPU: {error}")
+    monkeypatch.setattr(build, "rowwise_gemm", rowwise_on_cpu)
     check_passes(case_of(shape, ROWWISE), CPU)
 
 
@@ -245,7 +245,7 @@ def test_other_dtypes_without_scales(dtype, install):
     check_passes(case_of(Shape("odd", (3, 0, 4), tail=2, k=17, n=15), NONE, dtype=dtype), CPU)
 
 
-def test_the_number_of_products_is_that_of_groups_with_rows(install):
+def test_there_is_one_gemm_for_each_group_with_rows(install):
     build = install("MI355X")
     testing.run(case := case_of(SHAPES[2], ROWWISE), testing.make_inputs(case, CPU))
     assert [name for name, _ in build.calls] == ["scaled_mm"] * 4 * 3
@@ -278,12 +278,12 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name, recipe", ON_EACH, ids=str)
-def test_products_read_the_quantizers_storage_and_write_their_result(name, recipe, install, monkeypatch):
-    """Nothing is copied, transposed or allocated at dispatch but the result."""
+def test_gemms_read_the_quantized_storage_and_write_the_result(name, recipe, install, monkeypatch):
+    """Nothing is copied, transposed or allocated, except the result."""
     build = install(name)
     case = case_of(SHAPES[3], recipe)
     plan, a, dy, b = operands_of(case, testing.make_inputs(case, CPU))
-    # a mode does not see into ops
+    # a mode does not see what an op calls
     inside = SimpleNamespace(
         hipblaslt_grouped_mm=hipblaslt._hipblaslt_grouped_mm, hipblaslt_wgrad=hipblaslt._hipblaslt_wgrad
     )
@@ -299,15 +299,15 @@ def test_products_read_the_quantizers_storage_and_write_their_result(name, recip
     for (_, tensors), (lhs, rhs, result) in zip(build.calls, per_pass):
         *read, out = tensors
         for tensor, whole in zip(read, (lhs.data, rhs.data, lhs.scale, rhs.scale)):
-            assert lies_in(tensor, whole)
-        assert lies_in(out, result)
+            assert shares_storage(tensor, whole)
+        assert shares_storage(out, result)
 
 
-def lies_in(x: torch.Tensor, whole: torch.Tensor) -> bool:
+def shares_storage(x: torch.Tensor, whole: torch.Tensor) -> bool:
     return x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
-# The groups' ends on the host
+# Copies of offs on the host
 
 
 def train(a: torch.Tensor, w: torch.Tensor, offs: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
@@ -353,7 +353,7 @@ def test_offs_that_changes_in_place_is_read_again(install):
 
 
 @pytest.mark.parametrize("change", ("view", "data", "set_"))
-def test_other_ways_to_change_offs_are_seen(change, install):
+def test_other_ways_to_change_offs_are_noticed(change, install):
     build = install("MI300X")
     a, w, offs = arguments()
     train(a, w, offs)
@@ -401,8 +401,8 @@ def test_inference_tensors_have_no_version_and_are_read_each_time(install):
     assert len(build.reads) == 2
 
 
-def test_validation_reads_anew(install, monkeypatch):
-    """What changes memory behind torch's back, as a replayed graph does, has this remedy."""
+def test_validation_reads_offs_again(install, monkeypatch):
+    """It is the remedy for changes that torch does not see, such as those by a replayed graph."""
     build = install("MI300X")
     monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
     a, w, offs = arguments()
@@ -428,8 +428,8 @@ def test_hostile_offs_are_safe(ends, recipe, install):
 
 
 @pytest.mark.parametrize("name, recipe", (("MI300X", NONE), ("MI300X", ROWWISE), ("MI355X", MX)), ids=str)
-def test_compiled_once_whatever_the_number_of_rows_and_read_once(name, recipe, install):
-    """Of one graph with two projections, too, for which one plan will do."""
+def test_compiles_once_for_any_number_of_rows_and_reads_offs_once(name, recipe, install):
+    """A graph with two projections makes one plan."""
     build = install(name)
     counter = CompileCounterWithBackend("aot_eager")
     w = torch.randn(3, 128, 128).bfloat16().requires_grad_()
@@ -453,11 +453,11 @@ def test_compiled_once_whatever_the_number_of_rows_and_read_once(name, recipe, i
     torch._dynamo.reset()
 
 
-# All groups at once
+# Grouped GEMMs
 
 
 @pytest.mark.parametrize("grouped", (False, True))
-def test_all_groups_are_multiplied_at_once_where_the_build_can(grouped, install):
+def test_a_grouped_gemm_is_used_where_the_build_has_one(grouped, install):
     build = install("MI300X", grouped=grouped)
     case = case_of(SHAPES[2], ROWWISE)
     testing.run(case, testing.make_inputs(case, CPU))
@@ -465,7 +465,7 @@ def test_all_groups_are_multiplied_at_once_where_the_build_can(grouped, install)
     assert [name for name, _ in build.calls] == [*(at_once if grouped else one_by_one), *["scaled_mm"] * 4]
 
 
-def test_a_grouped_product_that_is_wrong_is_not_used(install, monkeypatch):
+def test_a_wrong_grouped_gemm_is_not_used(install, monkeypatch):
     build = install("MI300X")
 
     def wrong(*args, **options):
@@ -478,7 +478,7 @@ def test_a_grouped_product_that_is_wrong_is_not_used(install, monkeypatch):
     assert {name for name, _ in build.calls} == {"scaled_mm"}
 
 
-def test_ends_out_of_order_do_not_reach_the_grouped_product(install):
+def test_ends_out_of_order_do_not_reach_the_grouped_gemm(install):
     build = install("MI300X", grouped=True)
     a, w, _ = arguments()
     offs = torch.tensor([50, 20, 101], dtype=torch.int32)
@@ -489,7 +489,7 @@ def test_ends_out_of_order_do_not_reach_the_grouped_product(install):
 # Operands that do not fit
 
 
-def test_a_broken_promise_is_an_error_at_the_forward_call(install):
+def test_a_wrong_group_alignment_is_an_error_at_the_forward_call(install):
     install("MI300X")
     a, w, _ = arguments()
     with pytest.raises(ValueError, match=r"offs\[1\]: expected a group size that is a multiple of 16.*found 4"):
@@ -522,7 +522,7 @@ def test_data_at_odd_addresses_are_refused(install):
 @pytest.mark.parametrize("offset", (0, 1))
 @pytest.mark.parametrize("name, recipe", (("MI300X", ROWWISE), ("MI355X", ROWWISE), ("MI355X", MX)), ids=str)
 def test_weights_of_a_checkpoint(name, recipe, offset, install):
-    """e4m3fn on either machine, its values unchanged; dgrad quantizes them once more, along N."""
+    """e4m3fn on either machine, with unchanged values; dgrad quantizes them again, along N."""
     install(name)
     b = torch.randn(2, 256, 128).transpose(1, 2)
     blocks = reference.weight_blocks(recipe, 1)
@@ -560,7 +560,7 @@ def test_a_gradient_whose_rows_share_memory_is_copied_once(install):
 
 
 def samples():
-    """What needs a build that takes scales; tests/test_ops.py has the rest."""
+    """Arguments of the ops that need a build with scaled GEMMs; tests/test_ops.py has the others."""
     for recipe in (ROWWISE, MX):
         case = Case(HIPBLASLT, recipe, passes=TRAINING, shape=SHAPES[3])
         inputs = testing.make_inputs(case, CPU)
@@ -580,11 +580,11 @@ def test_ops_with_scales(install):
         torch.library.opcheck(op, tensors, test_utils=("test_faketensor",))
 
 
-# What a GPU of any vendor shows
+# On a GPU of any vendor
 
 
 @pytest.mark.gpu
-def test_quantizers_are_their_twins_bit_for_bit(device):
+def test_quantizers_equal_their_twins_bit_for_bit(device):
     from hipblaslt_checks import GROUPS, check_activations, check_weights
 
     for recipe, group in itertools.product((ROWWISE, POW2, MX), GROUPS):
@@ -593,8 +593,8 @@ def test_quantizers_are_their_twins_bit_for_bit(device):
         check_weights(recipe, contiguous, device)
 
 
-def count_waits(function: Callable[[], object]) -> int:
-    """How often ``function`` makes the host wait for the device."""
+def count_host_syncs(function: Callable[[], object]) -> int:
+    """The number of host syncs in ``function``."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as found:
@@ -606,11 +606,11 @@ def count_waits(function: Callable[[], object]) -> int:
 
 
 @pytest.mark.gpu
-def test_plans_of_a_tensor_wait_once(device):
+def test_plans_of_one_tensor_have_one_host_sync(device):
     offs = torch.tensor([16, 16, 96], dtype=torch.int32, device=device)
-    assert count_waits(lambda: [BACKEND.plan(offs, 100) for _ in range(3)]) == 1
+    assert count_host_syncs(lambda: [BACKEND.plan(offs, 100) for _ in range(3)]) == 1
     offs += 1
-    assert count_waits(lambda: BACKEND.plan(offs, 100)) == 1
+    assert count_host_syncs(lambda: BACKEND.plan(offs, 100)) == 1
 
 
 # The real library, on an AMD GPU
@@ -632,7 +632,7 @@ def test_the_real_library_is_healthy(amd):
 @pytest.mark.parametrize("b_contiguous", "kn")
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 @pytest.mark.parametrize("recipe", (NONE, ROWWISE, POW2, MX), ids=lambda r: r.value)
-def test_real_products_against_the_reference(recipe, shape, b_contiguous, amd):
+def test_real_gemms_against_the_reference(recipe, shape, b_contiguous, amd):
     wanted = case_of(shape, recipe, b_contiguous)
     if reason := testing.refusal(wanted, amd):
         pytest.skip(reason)
@@ -640,9 +640,9 @@ def test_real_products_against_the_reference(recipe, shape, b_contiguous, amd):
 
 
 @pytest.mark.rocm
-def test_products_group_by_group_and_at_once_agree(amd, monkeypatch):
+def test_gemms_by_group_and_a_grouped_gemm_agree(amd, monkeypatch):
     if not hipblaslt._multiplies_all_groups_at_once(amd):
-        pytest.skip("this build of torch has no grouped rowwise product")
+        pytest.skip("this build of torch has no grouped rowwise GEMM")
     inputs = testing.make_inputs(case := Case(HIPBLASLT, ROWWISE, shape=SHAPES[1]), amd)
     at_once = testing.run(case, inputs).y
     monkeypatch.setattr(hipblaslt, "_multiplies_all_groups_at_once", lambda device: False)
@@ -650,9 +650,9 @@ def test_products_group_by_group_and_at_once_agree(amd, monkeypatch):
 
 
 @pytest.mark.rocm
-def test_a_training_step_waits_once(amd):
+def test_two_training_steps_have_one_host_sync(amd):
     a, w, offs = (x.to(amd) for x in arguments())
     train(a, w, offs, recipe=ROWWISE, group_alignment=16)  # compiles the quantizers
     offs = offs.clone()
     steps = [lambda: train(a, w, offs, recipe=ROWWISE, group_alignment=16)] * 2
-    assert count_waits(lambda: [step() for step in steps]) == 1
+    assert count_host_syncs(lambda: [step() for step in steps]) == 1

@@ -1,10 +1,10 @@
-"""The kernels that are written for Hopper, on large groups: beside the plain ones, and alone.
+"""The Hopper kernels on large groups, compared with the portable kernels and with the reference.
 
-`test_backends` has the same promises on small shapes, for all backends. Guarantees are numbered as in docs/design.md.
+`test_backends` tests the same guarantees on small shapes, for all backends. Their numbers are those of docs/design.md.
 
-If a test fails: differences of a few in a thousand values by one unit in the last place are another order of operations
-(a multiplication and an addition that the compiler joined in one of the two kernels); whole tiles, the last rows of
-groups or NaN are a wrong address or a missing barrier. `TILES` of the kernel says what a tile is.
+If a test fails: where a few in a thousand values differ by one unit in the last place, the order of operations differs
+(the compiler has fused a multiplication and an addition in one of the two kernels). Where whole tiles or the last rows
+of groups differ, or are NaN, an address is wrong or a barrier is missing. `TILES` of the kernel says what a tile is.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -26,10 +26,10 @@ from large import (
     TRITON,
     Passes,
     cases_of,
-    compile_at_once,
+    compile_in_parallel,
     layer,
-    of_module,
-    plain_kernels,
+    portable_kernels,
+    tests_of_module,
     train,
     training,
     with_sizes,
@@ -79,49 +79,50 @@ CASES = (
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request, device):
     """Compiles in parallel what the tests of this module would compile one after the other."""
-    items = of_module(request)
+    items = tests_of_module(request)
     passes = {case: Passes(case, make_inputs(case, device)) for case in map(of_a_common_shape, cases_of(items))}
-    compile_at_once(one.quantize for one in passes.values())
+    compile_in_parallel(one.quantize for one in passes.values())
 
     def jobs(name: str) -> list[Callable[[], object]]:
         about = map(of_a_common_shape, cases_of([item for item in items if name in item.originalname]))
-        return [product for case in dict.fromkeys(about) for product in passes[case].products()]
+        return [gemm for case in dict.fromkeys(about) for gemm in passes[case].gemms()]
 
-    compile_at_once(jobs("test_"))
-    with plain_kernels():
-        compile_at_once(jobs("test_a_kernel_for_hopper"))
+    compile_in_parallel(jobs("test_"))
+    with portable_kernels():
+        compile_in_parallel(jobs("test_a_hopper_kernel"))
     torch.cuda.synchronize()
 
 
 def of_a_common_shape(case: Case) -> Case:
-    """The kernels of ``case`` serve all M of its row class, and this case has them, too."""
+    """A case that uses the kernels of ``case``, which serve all M of its row class."""
     return dataclasses.replace(case, shape=RAGGED if case.shape.k == RAGGED.k else case.shape)
 
 
 def tolerance(dtype: torch.dtype, case: Case, device: torch.device) -> float:
-    """`rounding_tolerance`. Rowwise, all of the contraction is summed up in the 13 bits of the tensor cores: thousands
-    of products, each cut off where the sum's last bit is, a multiple of what the 128 of a block lose."""
+    """`rounding_tolerance`, and more for rowwise scales: there the tensor cores sum the whole contraction with 13 bits.
+
+    Each of its thousands of terms is truncated at the last bit of the sum; blockwise, only 128 terms are added so."""
     return rounding_tolerance(dtype, case, device) + (2.0**-8 if case.recipe is ROWWISE else 0)
 
 
 def needs_hopper(device: torch.device) -> None:
     if machine_of(device).arch != "sm_90":
-        pytest.skip(f"the kernels for Hopper need sm_90; found {machine_of(device).arch}")
+        pytest.skip(f"the Hopper kernels need sm_90; found {machine_of(device).arch}")
 
 
 @pytest.fixture
 def launched(device, monkeypatch) -> list[str]:
-    """The kernels for Hopper that have been launched."""
+    """The Hopper kernels that have been launched."""
     needs_hopper(device)
     from grouped_gemm.kernels.gemm import k_grouped_hopper, m_grouped_hopper
 
     here = torch.empty(0, device=device).device
-    next(c for c in candidates(here) if c.backend.kind is TRITON).health()  # launches too, once in a process
+    next(c for c in candidates(here) if c.backend.kind is TRITON).health()  # launches kernels as well, once per process
     names = []
 
-    def record(product: Any, name: str, original: Callable[..., None], *args) -> None:
+    def record(gemm: Any, name: str, original: Callable[..., None], *args) -> None:
         names.append(name)
-        original(product, *args)
+        original(gemm, *args)
 
     for module, name in ((m_grouped_hopper, "grouped_mm"), (k_grouped_hopper, "wgrad")):
         monkeypatch.setattr(module.Gemm, "run", partialmethod(record, name, module.Gemm.run))
@@ -132,17 +133,17 @@ def launched(device, monkeypatch) -> list[str]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_kernel_for_hopper_gives_the_bits_of_the_plain_one(case, device, launched):
+def test_a_hopper_kernel_gives_the_bits_of_the_portable_one(case, device, launched):
     inputs = make_inputs(case, device)
     found = run(case, inputs)
     kernels = {Pass.FORWARD: "grouped_mm", Pass.DGRAD: "grouped_mm", Pass.WGRAD: "wgrad"}
-    assert launched == [kernels[p] for p in case.passes], "did not run"
+    assert launched == [kernels[p] for p in case.passes], "a Hopper kernel did not run"
     launched.clear()
-    with plain_kernels():
+    with portable_kernels():
         wanted = run(case, inputs)
     assert not launched
     for pass_ in case.passes:
-        if pass_ is Pass.WGRAD and case.recipe is BLOCKWISE:  # there, the order of the multiplications differs
+        if pass_ is Pass.WGRAD and case.recipe is BLOCKWISE:  # its order of multiplications differs
             assert relative_error(found.db, wanted.db) <= 1e-4, "wgrad"
         else:
             assert_same_bits(found.of(pass_), wanted.of(pass_), pass_.value)
@@ -158,7 +159,7 @@ def test_a_large_call_agrees_with_the_reference(case, device):
             worst_row_error(found, expected(pass_, inputs, case.recipe)),
             tolerance(found.dtype, case, device),
         )
-        assert error <= allowed, f"{pass_.value}: {error:.3g} of {allowed:.3g}; infinite if a row of zeros is not zero"
+        assert error <= allowed, f"{pass_.value}: {error:.3g} of {allowed:.3g}; infinite if a row should be zero"
         if pass_ is not Pass.WGRAD:
             assert torch.count_nonzero(found[end:]) == 0, f"{pass_.value}: rows past the last group"
 
@@ -173,7 +174,7 @@ def test_a_nan_in_the_weights_of_the_last_group_leaves_rows_past_it_zero(case, d
     assert y[inputs.ends[-2] : end].isnan().all()
 
 
-# 5. Sizes over 2^31 elements address correctly: in `a`, in dA and, with scales, in the columns of `a`.
+# 5. More than 2^31 elements are addressed correctly: in `a`, in dA and, with scales, in the columns of `a`.
 OVER_2_31 = Shape("over_2_31_elements", (0, 400_000, 1, 346_000, 0, 513), tail=70, k=2880, n=704)
 
 
@@ -184,7 +185,7 @@ def test_the_last_group_of_operands_over_2_31_elements_is_right(case, device):
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info(device)[0]
     if free < 2**36:
-        pytest.skip(f"needs 64 GiB of device memory; found {free / 2**30:.0f} GiB that are free")
+        pytest.skip(f"needs 64 GiB of device memory; found {free / 2**30:.0f} GiB free")
     try:
         check_last_group(case, make_inputs(case, device), device)
     finally:
@@ -192,7 +193,7 @@ def test_the_last_group_of_operands_over_2_31_elements_is_right(case, device):
 
 
 def check_last_group(case: Case, inputs: Inputs, device: torch.device) -> None:
-    """Against the same group alone: no scale of an operand depends on another group."""
+    """Compares with a call of the last group alone: no scale of an operand depends on another group."""
     outcome = run(case, inputs)
     start, end = inputs.ends[-2:]
     rows = slice(start, end)
@@ -207,7 +208,7 @@ def check_last_group(case: Case, inputs: Inputs, device: torch.device) -> None:
 
 
 # 6. Results repeat bit for bit, and a row's result does not depend on the other groups' sizes.
-AMONG = {  # 700 rows of the third group, from rows that are multiples of 64, of 4, of nothing
+AMONG = {  # sizes and tail; the 700 rows of the third group start at row 0, 301, 903 or 703
     "alone": ((0, 0, 700, 0, 0, 900), 0),
     "after_301": ((1, 300, 700, 129, 0, 1000), 5),
     "after_903": ((900, 3, 700, 0, 64, 1), 0),
@@ -253,7 +254,7 @@ HOSTILE = {
 
 @training(Shape("1600_rows", (400, 300, 200, 400, 100, 200), k=RAGGED.k, n=RAGGED.n))
 @pytest.mark.parametrize("ends", HOSTILE.values(), ids=HOSTILE)
-def test_offs_of_any_values_are_those_moved_inside(case, ends, device):
+def test_any_offs_give_the_bits_of_offs_clamped_to_the_rows(case, ends, device):
     inputs = make_inputs(case, device)
     num_rows = len(inputs.a)
     inside = reference.group_ends(torch.tensor(ends), num_rows)
@@ -268,8 +269,8 @@ def test_offs_of_any_values_are_those_moved_inside(case, ends, device):
     )
     for pass_ in Pass:
         x = found.of(pass_)
-        assert x.isfinite().all(), f"{pass_.value}: read outside of the operands, or wrote nothing"
-        assert_same_bits(x, wanted.of(pass_), f"{pass_.value}, beside that of {inside}")
+        assert x.isfinite().all(), f"{pass_.value}: read out of bounds, or left values unwritten"
+        assert_same_bits(x, wanted.of(pass_), f"{pass_.value}, compared with offs {inside}")
     assert torch.count_nonzero(found.y[inside[-1] :]) == torch.count_nonzero(found.da[inside[-1] :]) == 0
     for e, group in enumerate(reference.group_slices(inside)):
         assert group.start < group.stop or torch.count_nonzero(found.db[e]) == 0, f"wgrad of group {e}, which is empty"

@@ -1,4 +1,4 @@
-"""Imports run downwards, and `import grouped_gemm` needs nothing but torch and packaging."""
+"""Imports run downwards, and `import grouped_gemm` needs only torch and packaging."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import grouped_gemm
 
 ROOT = Path(grouped_gemm.__file__).parent
 
-# From top to bottom. A module imports from lower layers only: not from its own, so one backend knows no other.
+# From top to bottom. A module imports only from lower layers, and not from its own: so no backend imports another.
 LAYERS = (
     ("__main__",),
     ("cli", "cli.*", "testing"),
@@ -70,7 +70,7 @@ LAYERS = (
     ("autotune", "core", "selection"),
 )
 
-# What may be imported besides the standard library: whenever the module is, or inside a function.
+# Packages that a module may import besides the standard library: all modules, at module level, and in functions.
 EVERYWHERE = {"torch", "packaging"}
 AT_ONCE = {"backends.*.quantize*": {"triton"}, "kernels.*": {"triton"}, "kernels.common.interpreter": {"numpy"}}
 WHEN_USED = {
@@ -144,7 +144,7 @@ def test_imports_run_downwards_only(module):
 
 
 @every_module
-def test_packages_that_may_be_missing_are_imported_where_they_are_used(module):
+def test_optional_packages_are_imported_where_they_are_used(module):
     for target, line, is_at_once in imports_of(module):
         package = target.partition(".")[0]
         if package == "grouped_gemm" or package in sys.stdlib_module_names:
@@ -168,7 +168,7 @@ def in_a_fresh_process(script: str) -> dict[str, Any]:
 def imported() -> dict[str, Any]:
     """The modules that `import grouped_gemm` adds to those of `import torch`, and whether it starts a GPU.
 
-    torch is made to say that it has one. Whatever uses it, tensors too, calls torch.cuda._lazy_init first.
+    torch is made to report a GPU. Any use of it, by tensors as well, calls torch.cuda._lazy_init first.
     """
     return in_a_fresh_process(
         """
@@ -188,7 +188,7 @@ def test_importing_the_package_imports_no_other_but_packaging(imported):
     assert packages - set(sys.stdlib_module_names) <= {"grouped_gemm", "packaging", "torch"}
 
 
-def test_importing_the_package_does_not_wake_the_compiler(imported):
+def test_importing_the_package_does_not_import_the_compiler(imported):
     compiler = ("torch._dynamo", "torch._inductor", "torch._functorch")
     assert not [module for module in imported["modules"] if module.startswith(compiler)]
 

@@ -1,4 +1,4 @@
-"""Kernels that Triton interprets, in processes of their own: the mode is per process."""
+"""Runs tests of interpreted kernels in processes of their own: the interpreter is switched on for a whole process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grouped_gemm.core.preference import BackendKind
 pytest.importorskip("triton")
 
 FILES = sorted(path.name for path in Path(__file__).with_name("interpreter").glob("test_*.py"))
-SLOWEST = ("test_deepgemm.py", "test_torch_native.py", "test_products.py")
+SLOWEST = ("test_deepgemm.py", "test_torch_native.py", "test_gemm.py")
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,12 @@ def runs(request, tmp_path_factory):
         yield running
 
 
-@pytest.mark.parametrize("file", sorted(FILES, key=lambda file: file not in SLOWEST))  # those first
+@pytest.mark.parametrize("file", sorted(FILES, key=lambda file: file not in SLOWEST))  # the slowest first
 def test_kernels_under_the_interpreter(file, runs):
     log, code = runs[file].result()
     text = log.read_text()
     failing = re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE)
-    assert code == 0, "\n".join([f"exit code {code}; all of it is in {log}", *failing, text[-6000:]])
+    assert code == 0, "\n".join([f"exit code {code}; the whole log is {log}", *failing, text[-6000:]])
 
 
 CALL = """
@@ -71,15 +71,15 @@ def printed(script: str, **variables: str | None) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_process_that_starts_interpreting_goes_on():
-    """Kernels that are first launched after the change are imported before it. A second device gets the same answer."""
+def test_a_process_that_starts_with_the_interpreter_keeps_it():
+    """This holds for kernels that are first launched after the switch is changed, and for a second device."""
     script = "print(call()); os.environ['TRITON_INTERPRET'] = '0'; print(call()); print(call('fp8_blockwise'))"
     script += "; print(grouped_gemm.core.machine.machine_of('meta').interprets)"
     assert printed(script, TRITON_INTERPRET="1") == ["right"] * 3 + ["True"]
 
 
 @pytest.mark.parametrize("before", ("call()", "import triton"))
-def test_a_process_cannot_start_interpreting_later(before):
+def test_a_process_cannot_switch_to_the_interpreter_later(before):
     script = f"{before}; os.environ['TRITON_INTERPRET'] = '1'; print(call().replace(chr(10), ' '))"
     (refusal,) = printed(script, TRITON_INTERPRET=None)
     assert "found cpu" in refusal and "set TRITON_INTERPRET=1 when the process starts" in refusal

@@ -1,4 +1,4 @@
-"""A launch like an earlier one goes straight to what was compiled; one that Triton would compile anew does not."""
+"""A launch like an earlier one runs the compiled kernel directly; one that needs another compilation does not."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from grouped_gemm.kernels.quantize import mx as quantize_mx
 
 
 class Kernel:
-    """Stands in for a function of Triton: records who was asked to launch what."""
+    """A fake of Triton's function that records compilations and launches."""
 
     def __init__(self):
         self.arg_names = ["x", "y", "n", "BLOCK"]
@@ -107,7 +107,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_what_is_compiled_for_is_told_apart(kernel, other):
+def test_launches_that_compile_differently_are_distinguished(kernel, other):
     for arguments in ({"x": X}, other, {"x": X}, other):
         run(kernel, **arguments)
     assert len(kernel.compilations) == 2 and len(kernel.launches) == 2
@@ -116,7 +116,7 @@ def test_what_is_compiled_for_is_told_apart(kernel, other):
 @pytest.mark.parametrize("is_hip", (True, False))
 def test_amd_compiles_for_storages_of_less_than_2_gib(kernel, monkeypatch, is_hip):
     monkeypatch.setattr(launching, "_IS_HIP", is_hip)
-    large = torch.empty(2**31, dtype=torch.uint8)  # memory that is not touched
+    large = torch.empty(2**31, dtype=torch.uint8)  # memory that is never written
     small = torch.empty(2**31 - 1, dtype=torch.uint8)
     for x in (small, large, large[:16]):
         run(kernel, x)
@@ -124,7 +124,7 @@ def test_amd_compiles_for_storages_of_less_than_2_gib(kernel, monkeypatch, is_hi
 
 
 @pytest.mark.parametrize("n", (0, 48, -16))
-def test_sizes_that_compile_to_the_same_are_not_told_apart(kernel, n):
+def test_sizes_that_compile_alike_share_a_kernel(kernel, n):
     run(kernel, X)
     run(kernel, X, n=n)
     assert len(kernel.compilations) == 1 and kernel.launches[0][1][2] == n
@@ -135,7 +135,7 @@ def test_constants_in_another_order_are_refused(kernel):
         launching.launch(kernel, (1,), X, None, constants={"BLOCK": 64, "n": 32})
 
 
-def test_nothing_is_kept_of_a_kernel_that_is_interpreted(monkeypatch, kernel):
+def test_an_interpreted_kernel_is_not_cached(monkeypatch, kernel):
     monkeypatch.setattr(Kernel, "Compiled", lambda *_: None)
     run(kernel, X)
     run(kernel, X)
@@ -150,12 +150,12 @@ def test_whole_numbers_are_rounded_up_as_triton_rounds_them(n):
     assert [launching.cdiv(n, b) for b in (1, 3, 128)] == [triton.cdiv(n, b) for b in (1, 3, 128)]
 
 
-# Compiled in seconds, and launched, for any number of groups
+# Kernels that compile in seconds, and launch, for any number of groups
 
 
 @pytest.fixture
 def launches(monkeypatch) -> list[tuple[str, tuple[int, ...], tuple]]:
-    """What is launched, instead of launching it: the kernel, its grid, its constants."""
+    """Records launches instead of making them: the kernel, its grid, its constants."""
     found = []
 
     def record(self, grid, *args):
@@ -168,7 +168,7 @@ def launches(monkeypatch) -> list[tuple[str, tuple[int, ...], tuple]]:
 
 
 def launch_all(num_groups: int, recipe: Recipe) -> None:
-    """Every kernel of the Triton backend, and those that quantize for DeepGEMM."""
+    """Launches every kernel of the Triton backend, and those that quantize for DeepGEMM."""
     num_rows, k, n = 64, 128, 16
     x, b = torch.empty(num_rows, k), torch.empty(num_groups, k, n, dtype=torch.bfloat16)
     offs = torch.empty(num_groups, dtype=torch.int32)
@@ -191,7 +191,7 @@ def launch_all(num_groups: int, recipe: Recipe) -> None:
 
 
 def launch_all_for_hipblaslt(num_groups: int, recipe: Recipe) -> None:
-    """Every kernel that quantizes for hipBLASLt."""
+    """Launches every kernel that quantizes for hipBLASLt."""
     x, b = torch.empty(64, 128), torch.empty(num_groups, 128, 16, dtype=torch.bfloat16)
     offs = torch.empty(num_groups, dtype=torch.int32)
     activations = hipblaslt_layouts.activations(x, num_groups, recipe, rows=True, columns=True)

@@ -26,7 +26,7 @@ ARGUMENTS.add_argument("--min-passed", type=int)
 ARGUMENTS.add_argument("-k", default="")
 ARGUMENTS.add_argument("paths", nargs="*", default=["tests/"])
 CHOSEN = {row.name: ARGUMENTS.parse_args(row.arguments()) for row in matrix.ROWS}
-# With pytest's own evaluation of -k.
+# A plugin that lists the tests, and evaluates -k with pytest's own code.
 PLUGIN = """
 import json
 import conftest
@@ -45,7 +45,7 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory) -> list[tuple[str, str | None, list[str]]]:
-    """Of every test, those that are interpreted too: name, backend, and what of each row's -k it fulfils."""
+    """Every test, interpreted ones included: name, backend, and which of the rows' -k expressions it matches."""
     pytest.importorskip("triton")
     directory = tmp_path_factory.mktemp("plugin")
     keywords = sorted({chosen.k for chosen in CHOSEN.values()} - {""})
@@ -63,11 +63,11 @@ def names(machines=()):
     return [job["name"] for job in matrix.matrix(BACKENDS, machines)["include"]]
 
 
-def test_rows_of_machines_are_there_where_these_are():
+def test_a_row_of_a_machine_is_made_if_the_machine_exists():
     hosted = [row.name for row in matrix.ROWS if not row.machine]
     assert names() == hosted
     assert set(names(MACHINES)) == {row.name for row in matrix.ROWS}
-    assert len(set(names(MACHINES))) == len(matrix.ROWS), "two rows have one name"
+    assert len(set(names(MACHINES))) == len(matrix.ROWS), "two rows have the same name"
 
 
 def test_a_backend_without_a_row_is_refused():
@@ -105,7 +105,7 @@ def test_a_row_selects_the_tests_that_must_pass(row, collected):
 
 @pytest.mark.parametrize("least, code", ((1, 0), (2, 1)))
 def test_a_run_of_fewer_tests_than_must_pass_fails(tmp_path, capsys, pytestconfig, least, code):
-    """It has one test that passes and one that is skipped."""
+    """The run has one test that passes and one that is skipped."""
     (tmp_path / "pytest.ini").touch()
     (tmp_path / "test_it.py").write_text(
         "import pytest\n\ndef test_a(): pytest.skip('not here')\n\ndef test_b(): ...\n"

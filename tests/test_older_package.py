@@ -49,7 +49,7 @@ def test_gmm_without_gradients():
     assert not y.requires_grad
 
 
-def test_gmm_over_rows():
+def test_gmm_with_trans_a():
     a, _, sizes = operands()
     g = torch.randn(sum(SIZES), N)
     db = backend.gmm(a, g, sizes, trans_a=True)
@@ -59,7 +59,7 @@ def test_gmm_over_rows():
 
 
 @pytest.mark.parametrize("trans_a", (False, True))
-def test_gmm_writes_where_it_is_told_to(trans_a):
+def test_gmm_writes_to_c(trans_a):
     a, b, sizes = operands()
     if trans_a:
         b = torch.randn(sum(SIZES), N)
@@ -121,7 +121,7 @@ def test_rows_past_the_last_group_are_zero():
         "few probs",
     ],
 )
-def test_wrong_arguments_are_named(call, error, text):
+def test_bad_arguments_are_named(call, error, text):
     with pytest.raises(error, match=text):
         call(*operands())
 
@@ -148,7 +148,7 @@ def test_rows_are_in_the_order_of_experts_then_of_tokens():
 
 
 @pytest.mark.parametrize("kept", (None, -1, 50, 10), ids=str)
-def test_what_is_permuted_comes_back_with_its_gradients(kept):
+def test_unpermute_inverts_permute_and_so_do_its_gradients(kept):
     x, experts, probs = routed()
     rows, row_id_map = ops.permute(x, experts, num_out_tokens=kept)
     y = ops.unpermute(rows, row_id_map, probs)
@@ -212,7 +212,7 @@ def test_gradients_have_gradients():
         torch.testing.assert_close(ours, truth, rtol=1e-4, atol=1e-3)
 
 
-def test_tokens_that_a_mask_keeps_compile():
+def test_tokens_selected_by_a_mask_compile():
     x, experts, probs = routed()
 
     def layer(x, experts, probs, mask):
@@ -231,7 +231,7 @@ def test_tokens_that_a_mask_keeps_compile():
                 torch.testing.assert_close(ours, right)
 
 
-def test_a_layer_written_on_the_older_package():
+def test_a_moe_layer_on_permute_gmm_and_unpermute():
     x, experts, probs = routed()
     w = torch.randn(5, 8, 8, requires_grad=True)
     rows, row_id_map = ops.permute(x, experts)
@@ -242,11 +242,11 @@ def test_a_layer_written_on_the_older_package():
 
 
 @pytest.mark.gpu
-def test_the_host_does_not_wait_for_the_device(device):
+def test_there_is_no_host_sync(device):
     x, experts, probs = (t.detach().to(device).requires_grad_(t.requires_grad) for t in routed(64))
     w = torch.randn(5, 8, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
     sizes = torch.tensor([64, 32, 32, 32, 32])
-    torch.cuda.set_sync_debug_mode("error")  # before anything is decided
+    torch.cuda.set_sync_debug_mode("error")  # before a route is cached
     try:
         for batch_sizes in (sizes, sizes.to(device, non_blocking=True)):
             rows, row_id_map = ops.permute(x.bfloat16(), experts)
@@ -303,6 +303,6 @@ def test_doctor_says_who_has_overwritten_this_package(site):
     assert done.stderr.startswith(f"grouped_gemm: {FOUND}")
 
 
-def test_another_distribution_elsewhere_is_no_concern(site):
+def test_another_distribution_in_another_folder_causes_no_warning(site):
     done = run_python("-W", "error", "-c", f"import sys; sys.path.append({str(site)!r}); import grouped_gemm")
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ def host_offs() -> torch.Tensor:
 
 
 def rows(features: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """(M, features): as it is usually, as a slice of columns, and without rows."""
+    """(M, features): contiguous, as a slice of columns, and without rows."""
     wide = torch.randn(M, features + 8).to(dtype)
     return {"dense": wide[:, 8:].contiguous(), "slice": wide[:, 8:], "empty": wide[:0, 8:].contiguous()}
 
@@ -44,8 +44,8 @@ def counted_offs():
     yield "strided", (host_offs().repeat_interleave(2)[::2], len(host_offs()))
 
 
-# hipBLASLt needs an AMD GPU, but what it does around its GEMMs runs on a CPU. Scaled GEMMs need a build that has them:
-# tests/test_hipblaslt.py.
+# hipBLASLt needs an AMD GPU, but its ops around the GEMMs run on a CPU, and so do GEMMs without scales.
+# tests/test_hipblaslt.py has the scaled GEMMs, on a fake build of torch.
 
 
 def hipblaslt_host_offs():
@@ -54,7 +54,7 @@ def hipblaslt_host_offs():
 
 
 def hipblaslt_quantize_activations():
-    offs = torch.tensor([16, 48], dtype=torch.int32)  # what is of no group is not written, and opcheck compares all
+    offs = torch.tensor([16, 48], dtype=torch.int32)  # rows of no group are not written, and opcheck compares all rows
     for name, x in rows(48).items():
         for wanted in ((True, True), (True, False), (False, True)):
             if len(x):
@@ -85,7 +85,7 @@ def hipblaslt_group_sums():
         yield name, (x, host_offs(), torch.bfloat16)
 
 
-# By op, a function that yields names and arguments.
+# For each op, a function that yields names and arguments.
 BY_HAND = {
     sample.__name__: sample
     for sample in (
@@ -99,12 +99,12 @@ BY_HAND = {
         hipblaslt_wgrad,
     )
 }
-# Ops of a backend that runs here but whose kernels do not. Those that Triton interprets are in tests/interpreter.
+# Ops whose backend runs here, but whose kernels do not. tests/interpreter has those that Triton interprets.
 NOT_HERE = ("torch_quantize_", "torch_scaled_", "torch_token_")
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the arguments of each op of this package, once for each form that they have."""
+    """Records the arguments of each op of this package, once for each set of shapes, strides and dtypes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Recorder(TorchDispatchMode):
 def samples() -> tuple[dict[str, list[tuple[str, tuple[object, ...]]]], set[str]]:
     """Names and arguments by op, and which backends run here.
 
-    Of a backend's ops they are those of calls that train, under each recipe, from operands in each memory order.
+    A backend's ops are recorded from training calls, with each recipe, on operands in each memory order.
     """
     torch.manual_seed(0)
     ran = set()
@@ -174,10 +174,12 @@ def test_op_neither_changes_nor_returns_its_arguments(name):
         tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
         before = [bits(x) for x in tensors]
         results = op_named(name)(*arguments)
-        assert all(torch.equal(old, bits(x)) for old, x in zip(before, tensors)), f"{name} on {sample} wrote to one"
+        assert all(torch.equal(old, bits(x)) for old, x in zip(before, tensors)), (
+            f"{name} on {sample} wrote to its input"
+        )
         places = {x.untyped_storage().data_ptr() for x in tensors if x.numel()}
         for result in results if isinstance(results, tuple) else (results,):
-            assert result.untyped_storage().data_ptr() not in places, f"{name} on {sample} returned one"
+            assert result.untyped_storage().data_ptr() not in places, f"{name} on {sample} returned its input"
 
 
 def op_named(name: str) -> torch._ops.OpOverload:
@@ -189,7 +191,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
-# What one annotated function says
+# Schemas from annotated functions
 
 
 def _sample_op(
@@ -208,7 +210,7 @@ def test_a_schema_follows_from_annotations():
     assert schema_of(_op_of_one_result) == "op_of_one_result(Tensor offs) -> Tensor"
 
 
-# The short way of an eager call
+# The shortcut of an eager call
 
 
 class Watch(TorchDispatchMode):
@@ -229,14 +231,14 @@ X = torch.zeros(2, 2)
 short = _shortcut(lambda *args: "op", lambda *args: "implementation")
 
 
-def test_where_nothing_watches_an_op_is_its_implementation():
+def test_an_op_outside_of_modes_calls_its_implementation_directly():
     assert short(X, None, torch.nn.Parameter(X), "none", torch.float32, 3, True) == "implementation"
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
         assert short(X) == "implementation"
 
 
 @pytest.mark.parametrize("watch", (Watch, Replace, torch.autograd.profiler.profile), ids=lambda w: w.__name__)
-def test_what_watches_ops_sees_them(watch):
+def test_modes_and_the_profiler_see_ops(watch):
     with watch():
         assert short(X) == "op"
     assert short(X) == "implementation"
@@ -250,7 +252,7 @@ def test_subclasses_and_transforms_go_through_the_dispatcher():
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, and checks what it traced with other random numbers
 @pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
-def test_a_trace_has_ops_and_no_values_of_offs(recipe):
+def test_a_trace_has_ops_and_not_the_values_of_offs(recipe):
     a, b = torch.randn(12, 32).bfloat16(), torch.randn(3, 32, 48).bfloat16()
     offs, others = torch.tensor([2, 5, 12], dtype=torch.int32), torch.tensor([7, 7, 9], dtype=torch.int32)
 

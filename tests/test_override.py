@@ -1,4 +1,4 @@
-"""`override_torch`: what is caught runs as `grouped_mm` runs it, the rest as torch has it, and nothing stays behind."""
+"""`override_torch`: caught calls give what `grouped_mm` gives, others run on torch, and nothing outlives a block."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch._dynamo.variables import torch as dynamos_own
+from torch._dynamo.variables import torch as dynamo_torch
 from torch.distributed._composable import checkpoint_activation
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.overrides import get_overridable_functions
@@ -128,7 +128,7 @@ LEFT_TO_TORCH = {
 
 
 @pytest.mark.parametrize(("call", "reason"), LEFT_TO_TORCH.values(), ids=LEFT_TO_TORCH)
-def test_what_grouped_mm_does_not_do_is_left_to_torch_and_said_once(call, reason, ours, monkeypatch):
+def test_calls_that_grouped_mm_cannot_run_are_left_to_torch_with_one_warning(call, reason, ours, monkeypatch):
     monkeypatch.setattr(torch_function, "_warned", set())
     a, b = operands()
     with override_torch("mxfp8"):
@@ -141,7 +141,7 @@ def test_what_grouped_mm_does_not_do_is_left_to_torch_and_said_once(call, reason
     assert not ours and (found == wanted if isinstance(wanted, torch.Size) else torch.equal(found, wanted))
 
 
-def test_a_loop_of_transformers_with_other_offs_is_left_to_it(ours, monkeypatch):
+def test_the_fallback_of_transformers_with_int64_offs_is_left_to_transformers(ours, monkeypatch):
     monkeypatch.setattr(torch_function, "_warned", set())
     a, b = operands()
     with torch.library._scoped_library("transformers", "FRAGMENT") as library:
@@ -152,7 +152,7 @@ def test_a_loop_of_transformers_with_other_offs_is_left_to_it(ours, monkeypatch)
     assert not ours
 
 
-def test_other_functions_run_as_ever_and_nothing_is_said():
+def test_other_functions_run_without_a_warning():
     a, _ = operands()
     with warnings.catch_warnings(), override_torch("mxfp8"):
         warnings.simplefilter("error")
@@ -170,7 +170,7 @@ def test_other_functions_run_as_ever_and_nothing_is_said():
     ),
     ids=str,
 )
-def test_what_torch_refuses_is_refused_by_torch_and_nothing_is_said(changed, ours, monkeypatch):
+def test_calls_that_torch_refuses_raise_torchs_error_without_a_warning(changed, ours, monkeypatch):
     monkeypatch.setattr(torch_function, "_warned", set())
     a, b = operands()
     with warnings.catch_warnings(), override_torch("mxfp8"), pytest.raises(RuntimeError):
@@ -185,7 +185,7 @@ def test_what_torch_refuses_is_refused_by_torch_and_nothing_is_said(changed, our
     (((0, 32), (0, 32, 64), (0, 64)), ((32, 24), (24, 64), (0, 32, 64))),
     ids=("rows_in_groups", "weight_gradient"),
 )
-def test_a_call_without_groups_is_left_to_torch_and_nothing_is_said(a, b, shape, is_compiled, ours):
+def test_a_call_without_groups_is_left_to_torch_without_a_warning(a, b, shape, is_compiled, ours):
     def gemm(*operands: Tensor) -> Tensor:
         return F.grouped_mm(*operands, offs=OFFS[:0])
 
@@ -209,7 +209,7 @@ def test_blocks_nest_and_the_innermost_wins(ours):
     assert torch.equal(outer, grouped_mm(a, b, OFFS, recipe="mxfp8"))
 
 
-def test_nothing_stays_behind_a_block_whether_it_ends_or_raises(ours):
+def test_the_override_ends_with_its_block_even_if_that_raises(ours):
     a, b = operands()
     with pytest.raises(KeyError), override_torch("mxfp8"):
         raise KeyError
@@ -255,7 +255,7 @@ def test_a_generator_is_inside_the_block_and_its_caller_is_not(ours):
 
 
 class Coroutines:
-    """A coroutine function in each form in which a class can hold one."""
+    """A coroutine function in each form that a class can hold."""
 
     @override_torch("mxfp8")
     async def method(self, function: Callable[[], Awaitable[Tensor]]) -> Tensor:
@@ -321,7 +321,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("layer", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_it_decorates_what_is_called_like_a_function(layer, ours):
+def test_it_decorates_static_methods_class_methods_and_partials(layer, ours):
     a, b = operands()
     assert torch.equal(layer(a, b), grouped_mm(a, b, OFFS, recipe="mxfp8")) and len(ours) == 1
 
@@ -340,12 +340,12 @@ async def stream() -> AsyncIterator[int]:
     ),
     ids=("class", "module", "async_generator", "number"),
 )
-def test_what_cannot_run_inside_a_block_is_not_decorated(decorated, found, remedy):
+def test_objects_that_cannot_be_decorated_are_refused(decorated, found, remedy):
     with pytest.raises(TypeError, match=f"expected a function to decorate; found {found}.*{remedy}"):
         override_torch("mxfp8")(decorated)
 
 
-def test_what_another_decorator_suspends_is_refused_when_it_is_called():
+def test_a_decorated_context_manager_is_refused_when_it_is_called():
     a, b = operands()
 
     def region():
@@ -356,7 +356,7 @@ def test_what_another_decorator_suspends_is_refused_when_it_is_called():
         decorated()
 
 
-def test_a_decorator_that_runs_a_generator_to_its_end_is_decorated(ours):
+def test_a_function_that_consumes_a_generator_is_decorated(ours):
     a, b = operands()
 
     def steps():
@@ -367,7 +367,7 @@ def test_a_decorator_that_runs_a_generator_to_its_end_is_decorated(ours):
     assert len(ours) == 1
 
 
-def test_a_block_holds_for_its_own_thread(ours):
+def test_a_block_applies_to_its_own_thread_only(ours):
     a, b = operands()
     with override_torch("mxfp8"):
         other = threading.Thread(target=lambda: F.grouped_mm(a, b, offs=OFFS))
@@ -376,7 +376,7 @@ def test_a_block_holds_for_its_own_thread(ours):
     assert not ours
 
 
-def test_torchs_own_product_as_a_backend_is_not_caught_again(ours):
+def test_torchs_gemm_called_by_our_backend_is_not_caught_again(ours):
     a, b = operands()
     with override_torch(), override_torch(kernel_preference="torch"):
         y = F.grouped_mm(a, b, offs=OFFS)
@@ -386,7 +386,7 @@ def test_torchs_own_product_as_a_backend_is_not_caught_again(ours):
     assert torch.equal(y, direct) and all(map(torch.equal, found, gradients(direct, a, b)))
 
 
-def test_autocast_is_as_for_torchs_product():
+def test_autocast_acts_as_on_torchs_grouped_mm():
     a, b = operands(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16), override_torch("mxfp8"):
         y = F.grouped_mm(a, b, offs=OFFS)
@@ -427,18 +427,18 @@ def checkpointed(function: Callable[..., Tensor], **options) -> Callable[..., Te
     return lambda x, ids: checkpoint(function, x, ids, **options)
 
 
-of_products = functools.partial(create_selective_checkpoint_contexts, list(gemm_ops()))
+saving_gemms = functools.partial(create_selective_checkpoint_contexts, list(gemm_ops()))
 CHECKPOINTS = {
     "none": lambda f: f,
     "reentrant": lambda f: checkpointed(f, use_reentrant=True),
     "not_reentrant": lambda f: checkpointed(f, use_reentrant=False),
-    "selective": lambda f: checkpointed(f, use_reentrant=False, context_fn=of_products),
+    "selective": lambda f: checkpointed(f, use_reentrant=False, context_fn=saving_gemms),
     "nested": lambda f: checkpointed(checkpointed(f, use_reentrant=False), use_reentrant=False),
 }
 
 
-# Compiling takes a second. All kinds of checkpoints are traced alike where the block is inside the compiled function.
-# Backward inside the block is traced in forward, for each kind.
+# Not all combinations, since compiling takes a second. Where the block is inside the compiled function, all kinds of
+# checkpoints are traced alike. Where backward is inside the block, it is traced in forward, for each kind.
 PLACES = [
     pytest.param(wrap, place, is_compiled, id="-".join(("compiled" if is_compiled else "eager", place, name)))
     for name, wrap in CHECKPOINTS.items()
@@ -449,8 +449,8 @@ PLACES = [
 
 
 @pytest.mark.parametrize("wrap, place, is_compiled", PLACES)
-def test_checkpoints_recompute_under_it(wrap, place, is_compiled):
-    """With the gradients of `grouped_mm` itself: torch's GEMM in a recomputation would give others."""
+def test_checkpoints_recompute_under_the_override(wrap, place, is_compiled):
+    """Gradients equal those of `grouped_mm`; a recomputation with torch's GEMM would give others."""
     model = Decorated() if place == "decorated" else Experts()
     layer = wrap(model)
     if place == "inside":
@@ -470,8 +470,8 @@ def test_a_checkpoint_in_nested_blocks_is_recomputed_under_the_innermost():
     assert all(map(torch.equal, gradients(y, a, b), gradients(grouped_mm(a, b, OFFS, recipe="fp8_rowwise"), a, b)))
 
 
-def test_a_composable_checkpoint_that_was_imported_earlier_is_recomputed_under_it(monkeypatch):
-    """Its module, and other libraries, have names of torch's own from before the first `override_torch`."""
+def test_a_composable_checkpoint_that_was_imported_earlier_is_recomputed_under_the_override(monkeypatch):
+    """Its module, like other libraries, imported torch's functions before the first `override_torch` replaced them."""
     for name, function in list(vars(checkpoint_activation).items()):
         if getattr(function, "__module__", "") == checkpointing.__name__:
             monkeypatch.setattr(checkpoint_activation, name, inspect.unwrap(function))
@@ -482,21 +482,21 @@ def test_a_composable_checkpoint_that_was_imported_earlier_is_recomputed_under_i
     assert all(map(torch.equal, found, wanted))
 
 
-def test_checkpoints_of_an_unknown_torch_are_named_and_the_rest_works(monkeypatch, ours):
+def test_an_unknown_implementation_of_checkpoints_is_named_and_calls_are_caught(monkeypatch, ours):
     monkeypatch.setattr(torch_function, "_is_prepared", False)
     monkeypatch.setattr(torch_function, "_list_for_dynamo", lambda: None)
     monkeypatch.delattr(checkpointing, "_CheckpointFrame")
     monkeypatch.setattr(checkpointing.CheckpointFunction, "forward", lambda ctx, *args: None)
-    with pytest.warns(UserWarning, match="use_reentrant=False or use_reentrant=True: expected .* Decorate") as said:
+    with pytest.warns(UserWarning, match="use_reentrant=False or use_reentrant=True: expected .* Decorate") as caught:
         block = override_torch("mxfp8")
-    assert said[0].filename == __file__
+    assert caught[0].filename == __file__
     with warnings.catch_warnings(), block, override_torch("mxfp8"):
         warnings.simplefilter("error")
         F.grouped_mm(*operands(), offs=OFFS)
     assert len(ours) == 1
 
 
-def test_the_loop_of_transformers_is_caught(ours):
+def test_the_fallback_of_transformers_is_caught(ours):
     a, b = operands()
     with torch.library._scoped_library("transformers", "FRAGMENT") as library:
         library.define("grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -> Tensor")
@@ -507,25 +507,25 @@ def test_the_loop_of_transformers_is_caught(ours):
 
 @pytest.fixture
 def unlisted(monkeypatch) -> Iterator[None]:
-    """Torch's list of what modes are asked about as it is before the first `override_torch`."""
+    """Torch's list of overridable functions, as it is before the first `override_torch`."""
     listed = get_overridable_functions()
     monkeypatch.setitem(listed, torch, [function for function in listed[torch] if function is not torch._grouped_mm])
-    dynamos_own.get_overridable_functions.cache_clear()
+    dynamo_torch.get_overridable_functions.cache_clear()
     yield
-    dynamos_own.get_overridable_functions.cache_clear()
+    dynamo_torch.get_overridable_functions.cache_clear()
 
 
 @pytest.mark.parametrize("first", ("dynamo", "override"))
-def test_dynamo_asks_the_mode_whichever_comes_first(first, unlisted, monkeypatch):
+def test_dynamo_asks_the_mode_in_either_order_of_imports(first, unlisted, monkeypatch):
     """Dynamo keeps the list once it has read it. It would not ask a mode about ``torch._grouped_mm`` by itself.
 
-    The block is inside what is compiled: around it, the mode would catch what the graph calls as it runs.
+    The block is inside the compiled function: around it, the mode would catch the calls of the running graph.
     """
     with monkeypatch.context() as patch:
         if first == "dynamo":
-            dynamos_own.get_overridable_functions()
+            dynamo_torch.get_overridable_functions()
         else:
-            patch.delitem(sys.modules, dynamos_own.__name__)
+            patch.delitem(sys.modules, dynamo_torch.__name__)
         torch_function._list_for_dynamo()
     a, b = operands()
     torch._dynamo.reset()
@@ -535,7 +535,7 @@ def test_dynamo_asks_the_mode_whichever_comes_first(first, unlisted, monkeypatch
 
 
 def test_a_block_inside_a_compiled_checkpoint():
-    """For Dynamo, a block that is made there has a side effect, which it would not allow."""
+    """For Dynamo, making a block there is a side effect, which it would not allow."""
     a, b = operands()
 
     def inside(a: Tensor, b: Tensor) -> Tensor:
@@ -549,7 +549,7 @@ def test_a_block_inside_a_compiled_checkpoint():
 
 
 @pytest.mark.parametrize("place", ("around", "inside"))
-def test_compiled_functions_follow_it_and_are_not_compiled_anew(place):
+def test_compiled_functions_follow_the_override_without_recompilation(place):
     a, b = operands()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -578,8 +578,8 @@ def test_compiled_functions_follow_it_and_are_not_compiled_anew(place):
 
 
 @pytest.mark.parametrize("place", ("around", "inside"))
-def test_experts_that_a_mask_selects_compile_as_they_do_without_it(place):
-    """With integers that each recipe multiplies exactly, so that the bits do not depend on who runs the call."""
+def test_experts_selected_by_a_mask_compile_under_the_override(place):
+    """Every recipe multiplies these integers exactly, so that the bits do not depend on the backend."""
     a, w = (torch.randint(-2, 3, shape).bfloat16().requires_grad_() for shape in ((24, 32), (3, 64, 32)))
     is_used = torch.tensor([True, False, True])
 
@@ -606,7 +606,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("call", BODIES.values(), ids=BODIES)
-def test_functions_that_compiled_control_flow_calls_are_traced_under_it(call):
+def test_bodies_of_compiled_control_flow_are_traced_under_the_override(call):
     a, b = torch.randn(24, 32).bfloat16().abs(), torch.randn(3, 32, 32).bfloat16().transpose(1, 2)
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -617,7 +617,7 @@ def test_functions_that_compiled_control_flow_calls_are_traced_under_it(call):
     assert torch.equal(y, grouped_mm(a, b, OFFS, recipe="mxfp8"))
 
 
-def test_a_region_that_cannot_be_traced_under_it_is_named_with_the_remedy(monkeypatch):
+def test_a_region_that_cannot_be_traced_under_the_override_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setattr(torch_function, "_warned", set())
     a, b = (x.detach() for x in operands())
 
@@ -634,12 +634,12 @@ def test_a_region_that_cannot_be_traced_under_it_is_named_with_the_remedy(monkey
     assert torch.equal(compiled(override_torch("mxfp8")(gemm)), grouped_mm(a, b, OFFS, recipe="mxfp8"))
 
 
-def test_a_compiled_call_that_is_left_to_torch_is_in_one_graph_and_said_once(monkeypatch):
+def test_a_compiled_call_that_is_left_to_torch_is_in_one_graph_with_one_warning(monkeypatch):
     monkeypatch.setattr(torch_function, "_warned", set())
     _, b = operands()
     torch._dynamo.reset()
     compiled = torch.compile(lambda b: F.grouped_mm(b.transpose(1, 2), b), fullgraph=True, backend="aot_eager")
-    with override_torch("mxfp8"), pytest.warns(UserWarning, match="it has no offs") as said:
+    with override_torch("mxfp8"), pytest.warns(UserWarning, match="it has no offs") as caught:
         compiled(b)
         compiled(b)
-    assert len(said) == 1
+    assert len(caught) == 1

@@ -1,4 +1,4 @@
-"""Who is asked to run a call: argument, then prefer(...), then the environment, then AUTO."""
+"""Which backend a call asks for: that of the argument, then prefer(...), then the environment, then AUTO."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_an_unknown_environment_value_does_not_matter_where_a_context_comes_firs
 # prefer
 
 
-def test_the_innermost_block_wins_and_leaves_what_it_found():
+def test_the_innermost_block_wins_and_restores_the_outer_one():
     seen = []
     with prefer("triton"):
         with prefer("torch"):
@@ -94,7 +94,7 @@ def test_the_innermost_block_wins_and_leaves_what_it_found():
     assert seen == [("torch", "context"), ("triton", "context"), ("auto", "default")]
 
 
-def test_a_block_that_raises_leaves_what_it_found():
+def test_a_block_that_raises_restores_the_preference():
     with pytest.raises(ZeroDivisionError), prefer("triton", host_sync=False):
         raise ZeroDivisionError
     assert asked() == ("auto", "default")
@@ -134,7 +134,7 @@ def test_host_sync_is_allowed_unless_refused():
         assert not decision().spec.host_sync
 
 
-def test_what_a_block_does_not_say_stays_as_it_is():
+def test_options_that_a_block_does_not_set_are_unchanged():
     with prefer("triton", host_sync=False):
         with prefer("torch"):
             assert not decision().spec.host_sync
@@ -144,7 +144,7 @@ def test_what_a_block_does_not_say_stays_as_it_is():
         assert not decision().spec.host_sync
 
 
-def test_refusing_host_syncs_is_no_matter_on_a_cpu():
+def test_refusing_host_syncs_has_no_effect_on_a_cpu():
     with prefer(host_sync=False):
         assert torch.equal(grouped_mm(A, B, OFFS), torch.full((4, 16), 32, dtype=torch.bfloat16))
 
@@ -181,7 +181,7 @@ def test_an_unknown_name_in_prefer_is_named():
         pass
 
 
-def test_what_is_no_name_is_named():
+def test_a_preference_of_another_type_is_named():
     with pytest.raises(ValueError, match=r"^kernel_preference: .*; found 3$"):
         grouped_mm(A, B, OFFS, kernel_preference=3)
 
@@ -189,7 +189,7 @@ def test_what_is_no_name_is_named():
 # AUTOTUNE is read where tiles are looked up: test_tuning.py
 @pytest.mark.parametrize("switch", [s for s in SWITCHES if s is not AUTOTUNE], ids=lambda switch: switch.name)
 def test_an_unknown_value_of_a_switch_is_named_by_the_next_call(monkeypatch, switch):
-    grouped_mm(A, B, OFFS)  # what it decides is remembered
+    grouped_mm(A, B, OFFS)  # caches its route
     monkeypatch.setenv(switch.name, "maybe")
     known = ", ".join(switch.values)
     with pytest.raises(ValueError, match=f"^{switch.name}: expected one of {known}; found 'maybe'$"):

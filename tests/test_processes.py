@@ -1,4 +1,4 @@
-"""What a test in a process of its own leaves in its log."""
+"""The logs of tests that run in processes of their own."""
 
 from __future__ import annotations
 

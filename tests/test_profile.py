@@ -1,4 +1,4 @@
-"""Profiles: which calls are measured on which plans, and the file of them. Backends are Emulated, times made up."""
+"""Profiles: which calls are measured on which plans, and the file of times. Backends are Emulated, times made up."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Broken(First):
 class Syncs(First):
     kind, host_syncs, host_sync_passes = DEEPGEMM, "wgrad syncs", (Pass.WGRAD,)
     requirements = (
-        Requirement("leave to sync", lambda p: p.host_sync, lambda p: "host_sync=False", "None.", (Pass.WGRAD,)),
+        Requirement("permission to sync", lambda p: p.host_sync, lambda p: "host_sync=False", "None.", (Pass.WGRAD,)),
     )
 
 
@@ -98,18 +98,18 @@ STEP = FORWARD._replace(training=True)
 def test_forward_and_step_are_measured_on_every_plan_that_runs_them(measured):
     found, failed = measured(spec(), First, Rival, ForwardOnly)
     assert not failed and set(found) == {FORWARD, STEP}
-    assert list(found[FORWARD].eager) == ["triton", "torch", "deepgemm"], "that of the other wgrad is the same"
+    assert list(found[FORWARD].eager) == ["triton", "torch", "deepgemm"], "plans that differ in wgrad are one here"
     assert found[STEP].eager == {"triton": 1.0, "deepgemm": 2.0, "deepgemm, wgrad triton": 3.0}
     assert found[STEP].captured == {"triton": 0.5, "deepgemm": 1.0, "deepgemm, wgrad triton": 1.5}
     assert found[STEP].num_rows == 60
 
 
-def test_a_call_without_gradients_is_measured_without(measured):
+def test_a_call_without_gradients_is_measured_in_forward_alone(measured):
     found, _ = measured(spec(passes=TRAINING[:1]), First)
     assert set(found) == {FORWARD}
 
 
-def test_a_call_with_some_gradients_makes_these_only(measured):
+def test_a_call_with_some_gradients_computes_only_these(measured):
     class NoWgrad(First):
         def _wgrad(self, *args: Any) -> torch.Tensor:
             pytest.fail("wgrad of weights that need no gradient")
@@ -118,7 +118,7 @@ def test_a_call_with_some_gradients_makes_these_only(measured):
     assert not failed and found[STEP].eager == {"triton": 1.0}
 
 
-def test_what_syncs_with_the_host_is_not_captured(measured):
+def test_a_plan_with_a_host_sync_is_not_captured(measured):
     found, failed = measured(spec(), First, Syncs)
     assert not failed
     assert set(found[STEP].eager) == {"triton", "deepgemm", "deepgemm, wgrad triton"}
@@ -147,13 +147,13 @@ def test_a_plan_that_fails_while_it_is_timed_does_not_stop_the_others(measured, 
     assert failed == {"torch": "RuntimeError: later"}
 
 
-def test_a_call_knows_what_was_measured(measured):
+def test_a_measurement_is_stored_by_base_recipe_and_whole_blocks(measured):
     found, _ = measured(spec(Recipe.FP8_ROWWISE_POW2, group_alignment=256), First)
     assert Call("fp8_rowwise", "small", True, True, 3, 32, 48) in found
 
 
 @pytest.mark.parametrize("rows, groups, alignment", ((60, 3, 1), (1000, 7, 128), (5, 8, 1), (0, 2, 1), (100, 1, 128)))
-def test_uneven_ends_are_ends(rows, groups, alignment):
+def test_uneven_ends_are_valid_offs(rows, groups, alignment):
     ends = uneven_ends(rows, groups, alignment, CPU)
     assert ends.dtype == torch.int32 and ends.shape == (groups,)
     assert (ends.diff() >= 0).all() and ends[0] >= 0 and ends[-1] <= rows
@@ -173,7 +173,7 @@ def test_without_a_file_nothing_is_known():
     assert known() == {}
 
 
-def test_what_was_measured_serves_this_process_and_later_ones():
+def test_measurements_serve_this_process_and_later_ones():
     profile.store(H200, {STEP: TIMES})
     assert known() == {STEP: TIMES}
     profile.forget()
@@ -181,7 +181,7 @@ def test_what_was_measured_serves_this_process_and_later_ones():
     assert profile.known(H200).is_exact
 
 
-def test_what_another_process_was_faster_to_measure_is_used():
+def test_a_measurement_that_another_process_stored_first_is_used():
     theirs = TIMES._replace(num_rows=4096)
     profile.store(H200, {STEP: theirs})
     profile._section._known = {name: {} for name in profile._section._known}  # this process had looked before
@@ -200,14 +200,14 @@ def test_what_another_process_was_faster_to_measure_is_used():
     ),
     ids=("gpu", "torch", "deep_gemm"),
 )
-def test_another_machine_knows_nothing_of_it(machine):
+def test_measurements_do_not_serve_another_machine(machine):
     profile.store(H200, {STEP: TIMES})
     assert known(machine) == {}
     profile.store(machine, {STEP: TIMES})
-    assert known() == {STEP: TIMES}, "nor does it lose what is another's"
+    assert known() == {STEP: TIMES}, "storing for another machine keeps them"
 
 
-def test_its_own_measurements_come_first_where_they_are_wanted():
+def test_own_measurements_come_first_under_autotune():
     profile.store(H200, {STEP: TIMES})
     own, *shipped = profile.profiles(H200, tunes=True)
     assert own.times == {STEP: TIMES}
@@ -221,7 +221,7 @@ def test_another_gpu_has_no_shipped_profile():
 
 
 def damaged(**changes: object) -> str:
-    """A file with one entry that has been changed; None takes a name out of it."""
+    """A file whose one entry has been changed; None removes a field."""
     profile.store(H200, {STEP: TIMES})
     content = json.loads(store.path().read_text())
     content["profiles"][0].update(changes)
@@ -270,7 +270,7 @@ def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(folder, text):
 
 
 @pytest.mark.parametrize("gpu", ("NVIDIA H100 80GB HBM3", "NVIDIA H200"))
-def test_a_shipped_profile_is_whole(gpu):
+def test_a_shipped_profile_is_complete(gpu):
     found = profile.shipped(gpu)
     kinds = {call[:4] for call in found.times}
     large = {(recipe, "large", whole) for recipe in ("none", "fp8_rowwise", "fp8_blockwise") for whole in (False, True)}
@@ -279,4 +279,4 @@ def test_a_shipped_profile_is_whole(gpu):
     for call, times in found.times.items():
         assert times.num_rows >= call.num_groups
         for clock in (times.eager, times.captured):
-            assert math.isfinite(clock["triton"]), "the first in the order"
+            assert math.isfinite(clock["triton"]), "the first in the order is always measured"

@@ -1,4 +1,4 @@
-"""What holds for every size, of the groups, of what is past them, of K and of N, and for every content of ``offs``."""
+"""Properties that hold for all sizes of groups, of the tail, of K and of N, and for all values of ``offs``."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from grouped_gemm.testing import (
     worst_row_error,
 )
 
-# Derandomized, so that a failure is the fault of a change, and the same one on every machine.
-# A backend may refuse most of what is drawn; one that refuses all of it still fails, as unsatisfiable.
+# Derandomized, so that a failure is caused by a change, and is the same on every machine.
+# A backend may refuse most of what is drawn; one that refuses all of it fails, as unsatisfiable.
 quick = settings(
     deadline=None,
     derandomize=True,
@@ -37,7 +37,7 @@ quick = settings(
 )
 
 recipes = st.sampled_from(Recipe)
-# Around blocks of 32 and 128, whose last one is full, short, or a single value; and aligned, as kernels like it.
+# Around multiples of 32 and 128, so that the last block is full, short, or a single value; and multiples of 16.
 features = st.one_of(
     st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 129]), st.integers(1, 10).map(lambda i: 16 * i)
 )
@@ -54,7 +54,7 @@ int32 = st.integers(-(2**31), 2**31 - 1)
 
 @pytest.fixture(autouse=True)
 def _runs_here(backend, device):
-    """Skips a backend that this machine has not got; one that refuses only what is drawn is not skipped."""
+    """Skips a backend that cannot run on this machine, but not one that refuses only some of the drawn cases."""
     if reasons := refusal(Case(backend, Recipe.NONE, passes=FORWARD), device):
         pytest.skip(reasons)
 
@@ -67,7 +67,7 @@ def test_a_pass_agrees_with_the_reference(backend, device, shape, recipe, passes
     inputs = make_inputs(case, device, seed)
     found = run(case, inputs).of(passes[-1])
     terms = None
-    if sums_coarsely(case, device):  # which shows where terms cancel out, as they may in rows of a single value
+    if sums_coarsely(case, device):  # shows where terms cancel, as they may in rows of a single value
         magnitudes = {name: getattr(inputs, name).abs() for name in ("a", "b", "dy")}
         terms = expected(passes[-1], dataclasses.replace(inputs, **magnitudes), recipe)
     error = worst_row_error(found, expected(passes[-1], inputs, recipe), terms)
@@ -76,7 +76,7 @@ def test_a_pass_agrees_with_the_reference(backend, device, shape, recipe, passes
 
 @quick
 @given(offs=st.lists(st.one_of(st.integers(-5, 105), int32), min_size=1, max_size=5), recipe=recipes)
-def test_any_offs_write_every_value_of_every_result(backend, device, offs, recipe):
+def test_every_value_of_every_result_is_written_for_any_offs(backend, device, offs, recipe):
     shape = Shape("drawn", (100, *[0] * (len(offs) - 1)), k=32, n=48)
     case = Case(backend, recipe, passes=TRAINING, shape=shape)
     assume(not refusal(case, device))

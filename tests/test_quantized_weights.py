@@ -1,4 +1,4 @@
-"""Quantized weights are moved, sliced over experts, saved, loaded and held by a module, and stay what they are."""
+"""Quantized weights keep their values when they are moved, sliced over experts, saved, loaded, or held by a module."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def small(recipe: str = "mxfp8", seed: int = 0, **options: Any) -> QuantizedWeig
 
 
 def padded() -> QuantizedWeights:
-    """As Triton has them: lines of 40 and 24 values that start at multiples of 48 and 32."""
+    """Weights in Triton's layouts: lines of 40 and of 24 values, which start at multiples of 48 and of 32."""
     by_n, by_k, scale, dgrad_scale = layouts.weights(torch.zeros(E, K, N), Recipe.MXFP8, forward=True, dgrad=True)
     for x in (by_n, by_k, scale, dgrad_scale):
         x.view(torch.uint8).copy_(torch.arange(x.numel()).view(x.shape) % 127)
@@ -62,7 +62,7 @@ def codes(x: Tensor) -> Tensor:
 
 
 def assert_same(found: QuantizedWeights, wanted: QuantizedWeights) -> None:
-    """Bit for bit, as kernels read them: with the strides, and what is shared is shared."""
+    """Equal bit for bit, with equal strides, and with the same tensors shared."""
     assert found.form == wanted.form
     assert found.tensors.keys() == wanted.tensors.keys()
     for name, x in found.tensors.items():
@@ -82,7 +82,7 @@ def both_ways(weights: QuantizedWeights | Callable[[Tensor, Tensor], Tensor], ca
 
 
 @EACH
-def test_a_slice_multiplies_as_weights_that_were_sliced_before(case, device):
+def test_a_slice_gives_the_output_of_weights_sliced_before_quantization(case, device):
     inputs, weights = make_inputs(case, device), weights_for(case, device)
     options = {"dgrad": True, "kernel_preference": case.backend}
     for experts in (slice(1, 4), slice(None), slice(-2, None), 3, -5):
@@ -107,13 +107,13 @@ def runs_somewhere(kind: BackendKind, recipe: Recipe) -> bool:
 ADOPTED = [(kind, recipe) for kind in backend_kinds() for recipe in SCALED if runs_somewhere(kind, recipe)]
 
 
-def test_no_backend_is_lost_to_a_requirement_that_no_machine_meets():
-    assert len({kind for kind, _ in ADOPTED}) >= 5  # a backend that runs no scaled recipe has none to adopt
+def test_every_backend_runs_a_scaled_recipe_on_some_machine():
+    assert len({kind for kind, _ in ADOPTED}) >= 5  # each adopts weights of some scaled recipe
 
 
 @pytest.mark.parametrize("kind, recipe", ADOPTED)
-def test_a_slice_lies_as_weights_that_were_sliced_before(kind, recipe):
-    """What a checkpoint's weights become needs no kernel, so this holds every backend's layouts on a CPU."""
+def test_a_slice_has_the_layout_of_weights_sliced_before_quantization(kind, recipe):
+    """Adopting a checkpoint's weights needs no kernel, so this covers the layouts of every backend on a CPU."""
     b = (
         torch.randn(E, 256, 128, generator=torch.Generator().manual_seed(0))
         .transpose(1, 2)
@@ -138,7 +138,7 @@ def test_a_slice_shares_memory():
     assert part.nbytes == weights.nbytes // 2
 
 
-def test_experts_one_by_one():
+def test_iterating_over_weights_gives_single_experts():
     weights = small()
     assert [part.shape for part in weights] == [(1, K, N)] * E
     assert_same(weights[-1], weights[3:])
@@ -160,7 +160,7 @@ def test_a_bad_slice_is_named(experts, error, words):
         small()[experts]
 
 
-def test_a_layout_that_does_not_lie_by_experts_is_not_sliced():
+def test_a_layout_without_a_leading_expert_axis_is_not_sliced():
     weights = small()
     shared = Quantized(weights.forward.data, weights.forward.scale.transpose(0, 1), Recipe.MXFP8, 1, "by blocks")
     kind = BackendKind.EMULATED
@@ -183,7 +183,7 @@ def test_weights_move_to_a_device_and_back(case, device):
         assert torch.equal(found, wanted)
 
 
-def test_weights_that_are_there_are_not_copied():
+def test_weights_already_on_the_device_are_not_copied():
     weights = small(dgrad=True)
     assert all(x is y for x, y in zip(weights.to("cpu").tensors.values(), weights.tensors.values()))
 
@@ -195,7 +195,7 @@ def test_the_padding_of_lines_survives_a_move():
 
 
 @pytest.mark.parametrize("device", [torch.bfloat16, torch.zeros(1)], ids=["dtype", "tensor"])
-def test_what_was_quantized_keeps_its_dtypes(device):
+def test_quantized_weights_keep_their_dtypes(device):
     with pytest.raises(TypeError, match=r"device: expected a torch.device, .*; found .*keep their dtypes"):
         small().to(device)
 
@@ -273,7 +273,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("part", "name", "value", "words"), DAMAGES.values(), ids=DAMAGES)
-def test_weights_that_do_not_have_their_form_are_refused(part, name, value, words):
+def test_damaged_weights_are_refused(part, name, value, words):
     make, (form, tensors) = small("mxfp8", dgrad=True).__reduce__()
     if part == "form":
         form[name] = value
@@ -297,7 +297,7 @@ def test_a_repr_fits_a_line(make):
 
 
 @EACH
-def test_a_module_gives_what_its_weights_give(case, device):
+def test_a_module_gives_the_results_of_its_weights(case, device):
     inputs, weights = make_inputs(case, device), weights_for(case, device)
     for found, wanted in zip(
         both_ways(QuantizedGroupedLinear(weights), case, inputs), both_ways(weights, case, inputs)
@@ -321,7 +321,7 @@ def test_a_state_is_loaded_into_another_module(recipe):
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_state_whose_lines_are_not_padded_is_loaded(assign):
-    """As a format has it that knows no strides."""
+    """A file format without strides loads such a state."""
     weights, module = padded(), QuantizedGroupedLinear(padded())
     dense = {name: x.clone(memory_format=torch.contiguous_format) for name, x in module.named_buffers()}
     for buffer in module.buffers():
@@ -344,7 +344,7 @@ def test_a_module_that_is_converted_keeps_its_weights(convert):
     assert module.bias.dtype == getattr(torch.ones(1), convert)().dtype
 
 
-def test_a_module_sees_what_its_buffers_are_now():
+def test_a_module_follows_changes_of_its_buffers():
     weights, others = small(), small(seed=1)
     module, other = QuantizedGroupedLinear(weights), QuantizedGroupedLinear(others)
     module(A, OFFS)
@@ -363,7 +363,7 @@ def test_a_shard_keeps_and_saves_its_own_experts_only():
     assert torch.equal(module(A, offs), grouped_mm(A, weights[1:3], offs, bias=torch.ones(2, N)))
 
 
-def test_what_passes_share_is_held_once():
+def test_tensors_that_passes_share_are_held_once():
     weights = small("fp8_blockwise", dgrad=True)
     module = QuantizedGroupedLinear(weights)
     assert sum(x.nbytes for x in module.state_dict().values() if isinstance(x, Tensor)) == weights.nbytes
@@ -424,7 +424,7 @@ def test_data_are_not_loaded_without_their_scales(strict):
     assert_same(module.weights, weights)
 
 
-def test_a_state_without_weights_may_be_loaded_in_part():
+def test_a_state_with_only_a_bias_may_be_loaded():
     weights = small()
     module = QuantizedGroupedLinear(weights, torch.zeros(E, N))
     found = module.load_state_dict({"bias": torch.ones(E, N)}, strict=False)
@@ -459,8 +459,8 @@ def test_a_bias_that_does_not_fit_is_named(bias, error, words):
         QuantizedGroupedLinear(small(), bias)
 
 
-def test_a_module_is_pickled_without_the_weights_that_it_has_made():
-    """They are views of its buffers, and know these by their addresses."""
+def test_a_module_is_pickled_without_its_cached_weights():
+    """They are views of its buffers, which they identify by their addresses."""
     module = QuantizedGroupedLinear(small())
     before = pickle.dumps(module)
     made = module.weights

@@ -1,4 +1,4 @@
-"""A call is checked and decided once for all calls like it; nothing that matters may change unseen in between."""
+"""Calls that are alike are checked and decided once, and every change that matters is noticed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BIAS = torch.ones(E, N, dtype=torch.bfloat16)
 
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The ``a`` of each call that is checked; it grows as calls are made."""
+    """The ``a`` of each call that is checked; the list grows as calls are made."""
     seen, describe = [], functional.describe
 
     def record(a, *rest):
@@ -42,14 +42,14 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return seen
 
 
-# What is like what
+# Calls that are alike
 
 
 ALIKE = {
     "other tensors": lambda: grouped_mm(A.clone(), B.clone(), OFFS.clone()),
     "other values of offs": lambda: grouped_mm(A, B, torch.tensor([0, 1, 1], dtype=torch.int32)),
     "other rows of one class": lambda: grouped_mm(A[:5], B, OFFS.clamp(max=5)),
-    "what stands for the default": lambda: grouped_mm(A, B, OFFS, group_alignment=1, recipe=None),
+    "explicit defaults": lambda: grouped_mm(A, B, OFFS, group_alignment=1, recipe=None),
 }
 
 
@@ -75,7 +75,7 @@ def test_operands_that_autocast_casts_are_checked_once_too(prepared):
     assert len(prepared) == 1
 
 
-def test_as_many_routes_as_row_classes_are_kept_while_rows_change():
+def test_one_route_per_row_class_is_kept_while_rows_change():
     for num_rows in (0, 1, 7, 48, 49, 200, 768, 769, 1000):
         grouped_mm(torch.ones(num_rows, K), B.float(), torch.zeros(E, dtype=torch.int32))
     assert len(route._routes) == 3
@@ -112,10 +112,10 @@ def test_the_warning_about_a_fallback_names_the_line_of_the_call(monkeypatch):
         assert caught[0].filename == __file__
 
 
-# What must be seen
+# Changes that must be noticed
 
 
-def test_the_environment_acts_on_the_call_that_follows(monkeypatch):
+def test_the_environment_acts_on_the_next_call(monkeypatch):
     grouped_mm(A, B, OFFS)
     monkeypatch.setenv("GROUPED_GEMM_BACKEND", "deepgemm")
     with pytest.raises(NoBackendError, match="deepgemm, which the environment asks for"):
@@ -128,7 +128,7 @@ def test_the_environment_acts_on_the_call_that_follows(monkeypatch):
 
 
 @pytest.mark.parametrize("switch", SWITCHES, ids=lambda switch: switch.name)
-def test_every_way_to_change_the_environment_is_seen(switch, monkeypatch):
+def test_every_way_to_change_the_environment_is_noticed(switch, monkeypatch):
     seen = [environment()]
     monkeypatch.setenv(switch.name, "0")
     seen.append(environment())
@@ -153,7 +153,7 @@ def test_a_decision_during_which_the_environment_changes_is_not_kept(monkeypatch
     assert not route._routes
 
 
-def test_what_os_environ_does_not_see_is_not_there(monkeypatch):
+def test_a_change_by_putenv_has_no_effect(monkeypatch):
     os.putenv("GROUPED_GEMM_BACKEND", "deepgemm")
     try:
         grouped_mm(A, B, OFFS)
@@ -164,7 +164,7 @@ def test_what_os_environ_does_not_see_is_not_there(monkeypatch):
         os.unsetenv("GROUPED_GEMM_BACKEND")
 
 
-def test_prefer_acts_on_the_call_that_follows():
+def test_prefer_acts_on_the_next_call():
     grouped_mm(A, B, OFFS)
     with prefer("deepgemm"), pytest.raises(NoBackendError, match="deepgemm, which the context asks for"):
         grouped_mm(A, B, OFFS)
@@ -173,7 +173,7 @@ def test_prefer_acts_on_the_call_that_follows():
         grouped_mm(A, B, OFFS, kernel_preference=BackendKind.DEEPGEMM)
 
 
-def test_another_thread_is_not_taken_for_this_one():
+def test_a_cached_route_is_not_used_under_the_preference_of_another_thread():
     refused = []
 
     def elsewhere() -> None:
@@ -206,7 +206,7 @@ def test_gradients_follow_requires_grad_and_the_grad_mode():
     assert found == [False, True, False, False, False, True]
 
 
-def test_a_gradient_that_is_wanted_later_is_refused_where_no_backend_has_it():
+def test_a_later_call_that_needs_a_gradient_is_refused_where_no_backend_has_it():
     weights = quantize_weights(B, "mxfp8")
     a = A.clone().requires_grad_()
     grouped_mm(A, weights, OFFS)
@@ -216,7 +216,7 @@ def test_a_gradient_that_is_wanted_later_is_refused_where_no_backend_has_it():
         grouped_mm(a, weights, OFFS)
 
 
-def test_autocast_is_seen_and_so_is_its_end():
+def test_entering_and_leaving_autocast_is_noticed():
     dtypes = [grouped_mm(A, B, OFFS).dtype]
     with torch.autocast("cpu", dtype=torch.float16):
         dtypes.append(grouped_mm(A, B, OFFS).dtype)
@@ -226,7 +226,7 @@ def test_autocast_is_seen_and_so_is_its_end():
     assert dtypes == [torch.bfloat16, torch.float16, torch.bfloat16, torch.bfloat16]
 
 
-def test_options_are_seen():
+def test_changed_options_are_noticed():
     assert grouped_mm(A, B, OFFS).dtype == torch.bfloat16
     assert grouped_mm(A, B, OFFS, out_dtype=torch.float32).dtype == torch.float32
     assert (grouped_mm(A, B, OFFS, bias=BIAS) == K + 1).all()
@@ -238,25 +238,25 @@ def test_options_are_seen():
     ((0, A.t().contiguous().t()), (1, A[:, ::2][:, :1])),
     ids=("no row", "a single value"),
 )
-def test_strides_that_do_not_matter_for_so_few_rows_matter_for_more(num_rows, a, monkeypatch):
+def test_strides_that_do_not_matter_for_few_rows_matter_for_more(num_rows, a, monkeypatch):
     """Whatever its strides, a tensor without rows is contiguous, and so is one of a single value."""
-    handed = []
+    passed = []
     run_forward = functional.run_forward
-    monkeypatch.setattr(functional, "run_forward", lambda a, *rest: handed.append(a) or run_forward(a, *rest))
+    monkeypatch.setattr(functional, "run_forward", lambda a, *rest: passed.append(a) or run_forward(a, *rest))
     b = B[:, : a.shape[1]].contiguous()
     grouped_mm(a[:num_rows], b, OFFS.clamp(max=num_rows))
     grouped_mm(a, b, OFFS)
-    assert handed[1].stride() == (a.shape[1], 1)
+    assert passed[1].stride() == (a.shape[1], 1)
 
 
-def test_weights_that_lie_in_another_way_are_seen(monkeypatch):
-    handed = []
+def test_a_changed_layout_of_weights_is_noticed(monkeypatch):
+    passed = []
     run_forward = functional.run_forward
-    monkeypatch.setattr(functional, "run_forward", lambda *args: handed.append(args) or run_forward(*args))
+    monkeypatch.setattr(functional, "run_forward", lambda *args: passed.append(args) or run_forward(*args))
     for b in (B, B.transpose(1, 2).contiguous().transpose(1, 2), B.repeat(1, 2, 2)[:, ::2, ::2]):
         grouped_mm(A, b, OFFS)
-    assert [b.stride()[1:] for _, b, *_ in handed] == [(N, 1), (1, K), (N, 1)]
-    assert [route.b_contiguous for *_, route in handed] == ["n", "k", "n"]
+    assert [b.stride()[1:] for _, b, *_ in passed] == [(N, 1), (1, K), (N, 1)]
+    assert [route.b_contiguous for *_, route in passed] == ["n", "k", "n"]
 
 
 @pytest.mark.parametrize("name", ("a", "b", "offs", "bias"))

@@ -46,13 +46,13 @@ class Format:
 
     dtype: torch.dtype
     bias: int
-    finite: int  # codes 0 to finite - 1 are finite; the sign is the 128
+    finite: int  # codes 0 to finite - 1 are finite; 128 is the sign bit
     nan: tuple[int, ...]
     has_negative_zero: bool
 
     @functools.cached_property
     def magnitudes(self) -> list[float]:
-        """What the codes without sign stand for."""
+        """The values of the codes without sign."""
         return [
             math.ldexp(mantissa + (8 if exponent else 0), max(exponent, 1) - self.bias - 3)
             for exponent, mantissa in (divmod(code, 8) for code in range(self.finite))
@@ -63,7 +63,7 @@ class Format:
         return self.magnitudes[-1]
 
     def encode(self, value: float) -> int:
-        """The code nearest to ``value``, the even one of two; what is too large saturates."""
+        """The code nearest to ``value``, with ties to even; values over the limit saturate."""
         magnitudes = self.magnitudes
         code = bisect.bisect_right(magnitudes, abs(value)) - 1
         if code + 1 < self.finite:
@@ -94,7 +94,7 @@ def naive_scale(amax: float, recipe: Recipe, limit: float) -> float:
 
 
 def naive_quantize(x: Tensor, sides: Sequence[int | None], recipe: Recipe, fp8: Format) -> tuple[Tensor, Tensor]:
-    """Codes and scales of ``x`` in blocks of ``sides``; None: the whole axis."""
+    """Codes and scales of ``x`` in blocks of ``sides``; None: the integers axis."""
     sides = [size if side is None else side for size, side in zip(x.shape, sides)]
     counts = [math.ceil(size / side) for size, side in zip(x.shape, sides)]
     values = x.double().flatten().tolist()
@@ -131,7 +131,7 @@ def assert_same(data: Tensor, scale: Tensor, codes: Tensor, scales: Tensor) -> N
 
 
 @every_format
-def test_torch_and_the_oracle_agree_on_what_all_256_codes_mean(fp8):
+def test_torch_and_the_oracle_agree_on_the_values_of_all_256_codes(fp8):
     values = torch.arange(256, dtype=torch.uint8).view(fp8.dtype).float()
     finite = torch.tensor(fp8.magnitudes)
     assert torch.equal(values[: fp8.finite], finite)
@@ -140,7 +140,7 @@ def test_torch_and_the_oracle_agree_on_what_all_256_codes_mean(fp8):
 
 
 @every_format
-def test_every_fp8_code_survives_the_way_to_fp32_and_back(fp8):
+def test_every_fp8_code_survives_a_round_trip_through_fp32(fp8):
     codes = torch.arange(256, dtype=torch.uint8)
     back = reference.to_fp8(codes.view(fp8.dtype).float(), torch.ones(()), fp8.dtype)
     assert torch.equal(codes_of(back), codes)
@@ -148,7 +148,7 @@ def test_every_fp8_code_survives_the_way_to_fp32_and_back(fp8):
 
 @every_format
 @pytest.mark.parametrize("factor", (1 + 2**-20, 1.1, 2.0, 1e30))
-def test_what_is_too_large_saturates(fp8, factor):
+def test_values_over_the_limit_saturate(fp8, factor):
     x = torch.tensor([fp8.limit * factor, -fp8.limit * factor])
     assert reference.to_fp8(x, torch.ones(()), fp8.dtype).float().tolist() == [fp8.limit, -fp8.limit]
 
@@ -167,7 +167,7 @@ def test_a_midpoint_rounds_to_the_even_code_and_its_neighbours_to_the_nearest(fp
 
 
 @pytest.mark.parametrize("fp8", (torch.float8_e4m3fn, torch.float8_e4m3fnuz), ids=str)
-def test_the_limit_times_a_power_of_two_has_that_power_for_a_scale(fp8):
+def test_the_limit_times_a_power_of_two_has_that_power_as_its_scale(fp8):
     powers = 2.0 ** torch.arange(-100, 100)
     amax = torch.finfo(fp8).max * powers
     above = torch.nextafter(amax, torch.tensor(torch.inf))
@@ -213,14 +213,14 @@ def test_a_power_of_two_scale_is_at_least_the_exact_one_and_less_than_twice_it(r
 
 @every_format
 @every_pow2_recipe
-def test_a_power_of_two_scale_is_the_exact_one_where_that_is_a_power_of_two(recipe, fp8):
+def test_a_power_of_two_scale_equals_an_exact_one_that_is_a_power_of_two(recipe, fp8):
     exponents = torch.arange(-126.0, 119.0)
     powers = torch.exp2(exponents)
     assert torch.equal(reference.scales(powers * fp8.limit, recipe, fp8.dtype), powers)
 
 
 @every_pow2_recipe
-def test_a_scale_just_above_a_power_of_two_goes_to_the_next(recipe):
+def test_a_scale_just_above_a_power_of_two_rounds_up_to_the_next(recipe):
     amax = torch.nextafter(torch.tensor([448.0, 448.0 * 2**-20]), torch.tensor(math.inf))
     assert reference.scales(amax, recipe, torch.float8_e4m3fn).tolist() == [2.0, 2.0**-19]
 
@@ -311,12 +311,12 @@ def test_no_value_moves_by_more_than_half_a_step(recipe, fp8):
     assert (error <= torch.maximum(x.abs() / 16, smallest_step / 2) * (1 + 2**-20) + x.abs() * 2**-22).all()
 
 
-# Blocks out of the ordinary
+# Unusual blocks
 
 
 @every_format
 @every_scaled_recipe
-def test_an_all_zero_block_has_a_finite_scale_and_is_zero_again(recipe, fp8):
+def test_an_all_zero_block_has_a_finite_scale_and_dequantizes_to_zero(recipe, fp8):
     x = torch.zeros(1, 256)
     blocks = reference.row_blocks(recipe)
     data, scale = reference.quantize(x, blocks, recipe, fp8.dtype)
@@ -358,7 +358,7 @@ def test_the_largest_fp32_survives_an_exact_scale(fp8):
 @every_format
 @every_scaled_recipe
 @pytest.mark.parametrize("bad", NONFINITE)
-def test_nan_and_inf_make_their_whole_block_nan_and_no_other(recipe, fp8, bad):
+def test_nan_and_inf_make_exactly_their_own_block_nan(recipe, fp8, bad):
     x = torch.ones(2, 256)
     x[1, 200] = bad
     blocks = reference.row_blocks(recipe)
@@ -387,7 +387,7 @@ def test_nan_and_inf_in_weights_reach_their_line_and_leave_other_groups_alone(re
 
 
 def naive_quantize_columns(x: Tensor, ends: Sequence[int], recipe: Recipe, fp8: Format) -> tuple[Tensor, Tensor]:
-    """Codes, zero past the last group, and the scales that are in use."""
+    """Codes, which are zero past the last group, and the scales that are in use."""
     codes, scales, start = torch.zeros(x.shape, dtype=torch.uint8), [], 0
     for end in ends:
         if end > start:
@@ -423,7 +423,7 @@ def test_columns_are_quantized_along_the_rows_of_each_group(recipe, fp8, ends):
 
 
 @every_scaled_recipe
-def test_rows_past_the_last_group_touch_nothing(recipe):
+def test_rows_past_the_last_group_have_no_effect(recipe):
     x = wide(100, 3)
     poisoned = x.clone()
     poisoned[60:] = math.nan
@@ -445,7 +445,7 @@ def test_the_scales_of_a_group_come_after_those_of_the_one_before(recipe):
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(sizes=st.lists(st.integers(0, 300), min_size=1, max_size=6), past=st.integers(0, 40))
-def test_the_rows_of_scales_suffice_however_the_groups_fall(sizes, past):
+def test_there_are_enough_rows_of_scales_for_any_groups(sizes, past):
     ends = list(itertools.accumulate(sizes))
     for recipe in SCALED:
         in_use = sum(math.ceil(size / ALONG[recipe]) if ALONG[recipe] else 1 for size in sizes)
@@ -458,7 +458,7 @@ def test_the_rows_of_scales_suffice_however_the_groups_fall(sizes, past):
 
 @pytest.mark.parametrize("scale_dtype", (torch.float32, torch.float8_e8m0fnu), ids=str)
 @pytest.mark.parametrize("exponent", (-126, -1, 0, 100, 126, 127))
-def test_e4m3fn_becomes_e4m3fnuz_of_exactly_the_same_values(scale_dtype, exponent):
+def test_conversion_to_e4m3fnuz_keeps_every_value(scale_dtype, exponent):
     data = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     scale = reference.to_e8m0(torch.tensor([2.0**exponent])).to(scale_dtype)
     converted, doubled = reference.convert_fp8(data, scale, (None,), torch.float8_e4m3fnuz)
@@ -487,7 +487,7 @@ def test_conversion_keeps_the_order_in_memory():
 
 
 @every_format
-def test_conversion_to_the_same_type_is_no_conversion(fp8):
+def test_conversion_to_the_same_type_returns_its_arguments(fp8):
     data, scale = torch.zeros(2, dtype=fp8.dtype), torch.ones(2)
     same_data, same_scale = reference.convert_fp8(data, scale, (None,), fp8.dtype)
     assert same_data is data and same_scale is scale
@@ -511,26 +511,26 @@ def test_conversion_to_e4m3fn_is_refused_because_it_is_not_exact():
         ((-(2**31), 2**31 - 1), [0, 10]),
     ),
 )
-def test_ends_that_are_out_of_order_or_range_move_inside(offs, ends):
+def test_ends_that_are_out_of_order_or_range_are_clamped(offs, ends):
     assert reference.group_ends(torch.tensor(offs, dtype=torch.int32), 10) == ends
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
 @given(offs=st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=8), num_rows=st.integers(0, 100))
-def test_groups_never_overlap_nor_leave_the_rows_whatever_offs_holds(offs, num_rows):
+def test_groups_never_overlap_or_leave_the_rows_for_any_offs(offs, num_rows):
     slices = reference.group_slices(reference.group_ends(torch.tensor(offs, dtype=torch.int32), num_rows))
     bounds = [0, *(bound for rows in slices for bound in (rows.start, rows.stop)), num_rows]
     assert bounds == sorted(bounds)
     assert len(slices) == len(offs)
 
 
-# Products. Whole numbers, so that any order of summation gives the same.
+# GEMMs. Their operands are integers, so that any order of summation gives the same result.
 
 ENDS = (0, 3, 3, 5)  # an empty group first and in the middle, two rows past the last
 ROWS, FEATURES, OUT = 7, 4, 3
 
 
-def whole(*shape: int, seed: int) -> Tensor:
+def random_integers(*shape: int, seed: int) -> Tensor:
     return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(seed)).float()
 
 
@@ -541,7 +541,11 @@ def group_of(row: int) -> int | None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("has_bias", (False, True), ids=("without bias", "with bias"))
 def test_grouped_mm_multiplies_each_row_by_the_matrix_of_its_group(dtype, has_bias):
-    a, b, bias = whole(ROWS, FEATURES, seed=0), whole(4, FEATURES, OUT, seed=1), whole(4, OUT, seed=2)
+    a, b, bias = (
+        random_integers(ROWS, FEATURES, seed=0),
+        random_integers(4, FEATURES, OUT, seed=1),
+        random_integers(4, OUT, seed=2),
+    )
     a[ENDS[-1] :] = math.nan
     expected = torch.zeros(ROWS, OUT, dtype=dtype)
     for row in range(ENDS[-1]):
@@ -555,7 +559,7 @@ def test_grouped_mm_multiplies_each_row_by_the_matrix_of_its_group(dtype, has_bi
 
 
 def test_wgrad_sums_over_the_rows_of_each_group():
-    a, dy = whole(ROWS, FEATURES, seed=0), whole(ROWS, OUT, seed=1)
+    a, dy = random_integers(ROWS, FEATURES, seed=0), random_integers(ROWS, OUT, seed=1)
     a[ENDS[-1] :] = dy[ENDS[-1] :] = math.nan
     expected = torch.zeros(4, FEATURES, OUT, dtype=torch.float64)
     for row in range(ENDS[-1]):
@@ -565,7 +569,7 @@ def test_wgrad_sums_over_the_rows_of_each_group():
 
 
 def test_group_sums_add_the_rows_of_each_group():
-    x = whole(ROWS, OUT, seed=0)
+    x = random_integers(ROWS, OUT, seed=0)
     x[ENDS[-1] :] = math.nan
     expected = torch.zeros(4, OUT, dtype=torch.float64)
     for row in range(ENDS[-1]):
@@ -601,7 +605,7 @@ def errors(recipe: Recipe, dtype: torch.dtype) -> list[float]:
 
 
 @pytest.mark.parametrize("recipe", Recipe, ids=lambda recipe: recipe.value)
-def test_the_errors_of_the_page_are_those_that_are_measured(recipe):
+def test_the_errors_on_the_page_are_the_measured_ones(recipe):
     name = f"`{recipe.value}`" if recipe.is_scaled else "`none`, bf16"
     (cells,) = re.findall(rf"^\| {name} \| ([0-9.]+)% \| ([0-9.]+)% \| ([0-9.]+)% \|$", PAGE.read_text(), re.MULTILINE)
     stated = [float(cell) / 100 for cell in cells]

@@ -1,6 +1,6 @@
-"""Selection on machines that are not here: who runs what, who refuses and why, and how that is told.
+"""Selection on made-up machines: which backend runs a pass, which ones refuse it and why, and the messages about it.
 
-The backends of this file declare requirements like those of real ones and run nothing; only Emulated is the real one.
+The backends of this file declare requirements like those of real ones, and run nothing. Only Emulated is real.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Declared(_GroupedMMBackend):
     summary = "Says what it requires."
 
     def plan(self, *args, **kwargs):
-        raise AssertionError("selection runs nothing")
+        raise AssertionError("selection must not run a backend")
 
     quantize_activations = quantize_weights = adopt_weights = grouped_mm = _wgrad = bias_grad = plan
 
@@ -100,7 +100,7 @@ class Torch(Declared):
             what="groups aligned to 16",
             holds=lambda p: not p.recipe.is_scaled or p.group_alignment % 16 == 0,
             found=lambda p: f"group_alignment={p.group_alignment}",
-            fix="Pad every group and promise group_alignment=16.",
+            fix="Pad every group and guarantee group_alignment=16.",
         ),
     )
 
@@ -151,8 +151,8 @@ every_gpu = pytest.mark.parametrize("machine", GPUS)
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.value)
 
 
-def problems(machine: str) -> list[CallSpec]:
-    """Kinds of calls on a machine: recipes and passes, then what a single fact changes."""
+def call_specs(machine: str) -> list[CallSpec]:
+    """Call specs on a machine: recipes and passes, then changes of a single fact."""
     recipes = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
     facts = ({"dtype": torch.float16}, {"group_alignment": 16}, {"host_sync": False}, {"weights": (TRITON, TORCH)})
     return [
@@ -163,9 +163,9 @@ def problems(machine: str) -> list[CallSpec]:
 
 @functools.cache
 def sweep(machine: str, strict: bool = False) -> list[tuple[CallSpec, dict[BackendKind, str], Decision]]:
-    """What AUTO decides for every problem with every backend present, absent or broken, in every combination."""
+    """AUTO's decision for every call spec, with backends present, absent or broken in every combination."""
     combinations = [dict(zip(KINDS, states)) for states in itertools.product(STATES, repeat=len(KINDS))]
-    return [(p, states, auto(p, states, strict=strict)) for p in problems(machine) for states in combinations]
+    return [(p, states, auto(p, states, strict=strict)) for p in call_specs(machine) for states in combinations]
 
 
 def runs(kind: BackendKind, asked: CallSpec, pass_: Pass, states: Mapping[BackendKind, str]) -> bool:
@@ -207,19 +207,19 @@ def runs(kind: BackendKind, asked: CallSpec, pass_: Pass, states: Mapping[Backen
     ),
     ids=lambda value: value if isinstance(value, str) else getattr(value, "value", ""),
 )
-def test_auto_takes_for_each_pass_the_fastest_backend_that_runs_it(machine, recipe, states, expected):
+def test_auto_chooses_the_expected_backends(machine, recipe, states, expected):
     assert choice(auto(spec(machine, recipe), states)) == expected
 
 
-def test_a_promise_of_alignment_opens_a_backend():
+def test_a_guaranteed_alignment_enables_a_backend():
     asked = spec("H100", Recipe.FP8_ROWWISE)
-    promised = asked._replace(group_alignment=48)
+    guaranteed = asked._replace(group_alignment=48)
     assert choice(auto(asked, {TRITON: "absent"})) == (EMULATED, EMULATED, EMULATED)
-    assert choice(auto(promised, {TRITON: "absent"})) == (TORCH, TORCH, TORCH)
+    assert choice(auto(guaranteed, {TRITON: "absent"})) == (TORCH, TORCH, TORCH)
 
 
 @every_machine
-def test_auto_takes_the_first_of_its_order_whatever_is_there(machine):
+def test_auto_takes_the_first_backend_in_its_order_that_runs_each_pass(machine):
     order = AUTO_ORDER.get(MACHINES[machine].vendor, AUTO_ORDER[""])
     for asked, states, decision in sweep(machine):
         expected = tuple(next((k for k in order if runs(k, asked, p, states)), None) for p in asked.passes)
@@ -227,12 +227,12 @@ def test_auto_takes_the_first_of_its_order_whatever_is_there(machine):
 
 
 @every_machine
-def test_where_a_pass_has_no_backend_every_candidate_has_a_reason_for_it(machine):
+def test_where_no_backend_runs_a_pass_every_candidate_gives_a_reason(machine):
     for asked, states, decision in sweep(machine):
         for pass_, kind in itertools.product(asked.passes, KINDS):
             if decision.backend(pass_) is None and states[kind] != "absent":
                 assert any(r.backend is kind and pass_ in r.passes for r in decision.refusals), (
-                    f"{kind.value} has no reason against {pass_.value} of {asked}: {decision.refusal_lines()}"
+                    f"{kind.value} gives no reason against {pass_.value} of {asked}: {decision.refusal_lines()}"
                 )
 
 
@@ -266,7 +266,7 @@ def test_asking_for_emulated_on_a_gpu_is_no_fallback_even_under_strict():
     assert not decision.falls_back
 
 
-def test_a_backend_that_waits_for_the_host_is_passed_over_where_nothing_may_wait():
+def test_a_backend_with_host_syncs_is_passed_over_where_they_are_not_allowed():
     asked = spec("RTX 4090", Recipe.NONE, host_sync=False)
     assert choice(auto(asked)) == (TRITON, TRITON, TRITON)
     assert not auto(asked, {TRITON: "broken"}).is_complete
@@ -278,7 +278,7 @@ def test_a_backend_that_waits_for_the_host_is_passed_over_where_nothing_may_wait
 @every_kind
 @every_machine
 def test_a_named_backend_runs_every_pass_or_none(machine, kind):
-    for asked, state in itertools.product(problems(machine), STATES):
+    for asked, state in itertools.product(call_specs(machine), STATES):
         decision = decide(asked, kind, candidates({kind: state}))
         complete = all(runs(kind, asked, p, {kind: state}) for p in asked.passes)
         assert choice(decision) == (kind if complete else None,) * len(asked.passes)
@@ -287,7 +287,7 @@ def test_a_named_backend_runs_every_pass_or_none(machine, kind):
 @every_kind
 @every_machine
 def test_a_named_backend_that_does_not_run_raises_its_reason(machine, kind):
-    for asked, state in itertools.product(problems(machine), STATES):
+    for asked, state in itertools.product(call_specs(machine), STATES):
         decision = decide(asked, kind, candidates({kind: state}))
         if not decision.is_complete:
             head, reason, *_ = message(decision)
@@ -298,7 +298,7 @@ def test_a_named_backend_that_does_not_run_raises_its_reason(machine, kind):
 @every_kind
 @every_machine
 def test_where_a_named_backend_refuses_the_alternatives_are_those_that_run_every_pass(machine, kind):
-    for asked, state in itertools.product(problems(machine), ("absent", "broken")):
+    for asked, state in itertools.product(call_specs(machine), ("absent", "broken")):
         decision = decide(asked, kind, candidates({kind: state}))
         others = {k for k in KINDS if k is not kind and all(runs(k, asked, p, EVERYTHING) for p in asked.passes)}
         assert set(decision.alternatives) == others
@@ -308,10 +308,10 @@ def test_a_complete_decision_passes_its_check():
     auto(spec("H100")).check()
 
 
-# Texts
+# Error messages
 
 
-def test_the_error_of_a_named_backend_gives_its_reasons_and_who_would_run():
+def test_the_error_of_a_named_backend_gives_its_reasons_and_the_alternatives():
     head, *lines = message(decide(spec("B200"), DEEPGEMM, candidates({}), asked_by="environment"))
     assert head == (
         "deepgemm, which the environment asks for, does not run "
@@ -323,7 +323,7 @@ def test_the_error_of_a_named_backend_gives_its_reasons_and_who_would_run():
         "  torch     requires recipe none or fp8_rowwise; found fp8_blockwise. "
         "Use one of these recipes or another backend.",
         "  torch     requires groups aligned to 16; found group_alignment=1. "
-        "Pad every group and promise group_alignment=16.",
+        "Pad every group and guarantee group_alignment=16.",
         "  emulated  would run it.",
     ):
         assert line in lines
@@ -351,29 +351,29 @@ def test_a_reason_against_some_passes_names_them():
 # Health
 
 
-def asked_in_vain() -> Health:
-    pytest.fail("health was asked for")
+def fail_if_checked() -> Health:
+    pytest.fail("health was checked")
 
 
 @every_machine
-def test_health_is_asked_only_where_every_requirement_of_a_pass_holds(machine):
-    for asked, (kind, backend) in itertools.product(problems(machine), BACKENDS.items()):
+def test_health_is_checked_only_where_every_requirement_of_a_pass_holds(machine):
+    for asked, (kind, backend) in itertools.product(call_specs(machine), BACKENDS.items()):
         if not any(runs(kind, asked, p, EVERYTHING) for p in asked.passes):
-            assert not decide(asked, kind, [Candidate(backend, asked_in_vain)]).is_complete
+            assert not decide(asked, kind, [Candidate(backend, fail_if_checked)]).is_complete
 
 
-def test_health_is_asked_where_a_requirement_fails_for_another_pass_only():
+def test_health_is_checked_where_a_requirement_fails_for_another_pass_only():
     decision = auto(spec("B200"), {TRITON: "absent", DEEPGEMM: "broken"})
     assert [r.passes for r in decision.refusals if "broken" in r.reason] == [TRAINING]
 
 
-def test_health_of_a_slower_backend_is_not_asked():
+def test_health_of_a_later_backend_is_not_checked():
     (fast,) = (candidate for candidate in candidates({}) if candidate.backend.kind is TRITON)
-    others = [Candidate(c.backend, asked_in_vain) for c in candidates({}) if c.backend.kind is not TRITON]
+    others = [Candidate(c.backend, fail_if_checked) for c in candidates({}) if c.backend.kind is not TRITON]
     assert choice(decide(spec("H100"), AUTO, [*others, fast])) == (TRITON, TRITON, TRITON)
 
 
-def test_health_is_found_out_once(monkeypatch):
+def test_health_is_checked_once(monkeypatch):
     runs_of_health = []
     monkeypatch.setattr(emulated.Backend, "health", lambda self, device: runs_of_health.append(device) or BROKEN)
     cpu = torch.device("cpu")
@@ -395,7 +395,7 @@ def test_only_the_backend_that_wrote_the_weights_reads_them():
     )
 
 
-def test_each_pass_follows_the_owner_of_its_own_layout():
+def test_each_pass_runs_on_the_backend_that_wrote_its_layout():
     asked = spec("H100", passes=(FORWARD, DGRAD), weights=(DEEPGEMM, TRITON))
     assert choice(auto(asked)) == (DEEPGEMM, TRITON)
 
@@ -436,16 +436,16 @@ def test_the_order_of_the_candidates_does_not_matter(machine):
     ("num_rows", "expected"),
     ((0, "decode"), (128, "decode"), (129, "small"), (2048, "small"), (2049, "large")),
 )
-def test_rows_are_known_by_how_many_a_group_has_on_average(num_rows, expected):
+def test_the_row_class_follows_the_average_group_size(num_rows, expected):
     assert row_class(num_rows, num_groups=8) is RowClass(expected)
 
 
-# A call of grouped_mm on a machine that is not here
+# Calls of grouped_mm as on another machine
 
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Makes calls with CPU tensors decide as on another machine; what they decide for must be Emulated."""
+    """Decides calls with CPU tensors as on another machine; the backend that they choose must be Emulated."""
     for variable in ("BACKEND", "STRICT", "LOG", "VALIDATE"):
         monkeypatch.delenv(f"GROUPED_GEMM_{variable}", raising=False)
     monkeypatch.setattr(explanation_module, "get_backend", BACKENDS.__getitem__)
@@ -459,7 +459,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     route.reset_caches()
 
 
-NOTHING_ELSE = dict.fromkeys((DEEPGEMM, TRITON, TORCH, HIPBLASLT), "broken")
+ALL_BUT_EMULATED_BROKEN = dict.fromkeys((DEEPGEMM, TRITON, TORCH, HIPBLASLT), "broken")
 
 
 def call(k: int = 32, **options) -> torch.Tensor:
@@ -476,7 +476,7 @@ def texts_of_warnings(*calls: Callable[[], object]) -> list[str]:
 
 
 def test_the_fallback_warns_once_and_names_what_was_refused(on):
-    on("H100", NOTHING_ELSE)
+    on("H100", ALL_BUT_EMULATED_BROKEN)
     (text,) = texts_of_warnings(call, call, lambda: call(k=48))
     assert "none runs on the Emulated backend" in text
     assert "triton    is installed but broken: built for another torch. Reinstall it." in text
@@ -484,18 +484,18 @@ def test_the_fallback_warns_once_and_names_what_was_refused(on):
 
 
 def test_another_set_of_reasons_warns_again(on):
-    on("H100", NOTHING_ELSE)
+    on("H100", ALL_BUT_EMULATED_BROKEN)
     assert len(texts_of_warnings(call, lambda: call(recipe="fp8_blockwise"))) == 2
 
 
 def test_quantize_weights_warns_of_the_fallback_as_well(on):
-    on("H100", NOTHING_ELSE)
+    on("H100", ALL_BUT_EMULATED_BROKEN)
     (text,) = texts_of_warnings(lambda: quantize_weights(torch.ones(1, 32, 32), "mxfp8"))
     assert "mxfp8 runs on the Emulated backend" in text
 
 
 def test_emulated_by_name_does_not_warn(on):
-    on("H100", NOTHING_ELSE)
+    on("H100", ALL_BUT_EMULATED_BROKEN)
     assert texts_of_warnings(lambda: call(kernel_preference="emulated")) == []
 
 
@@ -505,14 +505,14 @@ def test_a_cpu_does_not_warn(on):
 
 
 def test_strict_makes_the_fallback_an_error(on, monkeypatch):
-    on("H100", NOTHING_ELSE)
+    on("H100", ALL_BUT_EMULATED_BROKEN)
     monkeypatch.setenv("GROUPED_GEMM_STRICT", "1")
     with pytest.raises(NoBackendError, match="emulated  is not tried while GROUPED_GEMM_STRICT=1"):
         call()
 
 
-def test_strict_holds_from_the_call_that_follows(on, monkeypatch):
-    on("H100", NOTHING_ELSE)
+def test_strict_acts_on_the_next_call(on, monkeypatch):
+    on("H100", ALL_BUT_EMULATED_BROKEN)
     texts_of_warnings(call)
     monkeypatch.setenv("GROUPED_GEMM_STRICT", "1")
     with pytest.raises(NoBackendError):
@@ -523,16 +523,16 @@ def pretend_capture(monkeypatch: pytest.MonkeyPatch, is_capturing: bool) -> None
     monkeypatch.setattr(spec_module, "is_capturing", lambda x: is_capturing)
 
 
-def test_a_capture_that_begins_after_a_call_refuses_what_waits_for_the_host(on, monkeypatch):
-    on("H100", NOTHING_ELSE)
+def test_a_capture_that_begins_after_a_call_refuses_host_syncs(on, monkeypatch):
+    on("H100", ALL_BUT_EMULATED_BROKEN)
     texts_of_warnings(call)
     pretend_capture(monkeypatch, True)
     with pytest.raises(NoBackendError, match="emulated  requires leave to wait for the device"):
         call()
 
 
-def test_what_is_decided_in_a_capture_is_not_remembered(on, monkeypatch):
-    """There, a backend that has not been tried is taken for healthy."""
+def test_a_decision_during_capture_is_not_cached(on, monkeypatch):
+    """During capture, a backend that has not been checked counts as healthy."""
     on("CPU", {})
     pretend_capture(monkeypatch, True)
     monkeypatch.setattr(emulated.Backend, "requirements", ())
@@ -543,8 +543,8 @@ def test_what_is_decided_in_a_capture_is_not_remembered(on, monkeypatch):
     assert route._decide_once.cache_info().currsize == 1 and route._routes
 
 
-def test_what_forget_overtakes_is_decided_again(on, monkeypatch):
-    """Another thread's contest may end while a call is being decided by what was known before."""
+def test_a_decision_that_forget_overtakes_is_not_cached(on, monkeypatch):
+    """Another thread may store a new profile while a call is decided by the old one."""
     on("CPU", {})
     original, decisions = route.decide, []
 
@@ -600,7 +600,7 @@ def table(explanation: Explanation) -> list[list[str]]:
     return [re.split(r" {2,}", line.strip()) for line in str(explanation).splitlines()]
 
 
-def test_an_explanation_tells_who_runs_why_and_who_refused(explained):
+def test_an_explanation_shows_backends_reasons_and_refusals(explained):
     lines = table(explained(auto(spec("B200"), {TRITON: "absent"})))
     assert lines[0] == ["grouped_mm(E=8, K=4096, N=2048, fp8_blockwise, bfloat16, sm_100, forward+dgrad+wgrad)"]
     for line in (
@@ -619,28 +619,28 @@ def test_an_explanation_tells_who_runs_why_and_who_refused(explained):
     ("asked_by", "why"),
     (("argument", "by the argument"), ("context", "by prefer(...)"), ("environment", "by the environment")),
 )
-def test_an_explanation_tells_who_asked_for_the_backend(explained, asked_by, why):
+def test_an_explanation_shows_where_the_backend_was_asked_for(explained, asked_by, why):
     decision = decide(spec("H100"), TRITON, candidates({}), asked_by=asked_by)
     assert explained(decision).why == f"asked for {why}"
 
 
-def test_an_explanation_tells_when_a_call_waits_for_the_host(explained):
+def test_an_explanation_shows_host_syncs(explained):
     decision = decide(spec("MI300X", Recipe.NONE), HIPBLASLT, candidates({}))
     assert explained(decision).host_syncs == {"hipblaslt": "offs is read at every pass"}
     assert ["host syncs", "hipblaslt: offs is read at every pass"] in table(explained(decision))
 
 
-def test_nothing_waits_for_the_host_on_a_cpu(explained):
+def test_a_cpu_has_no_host_syncs(explained):
     assert explained(auto(spec("CPU"))).host_syncs == {}
 
 
 @pytest.mark.parametrize(("alignment", "padding"), ((1, {"deepgemm": 1016}), (16, {"deepgemm": 1016}), (256, {})))
-def test_padding_is_what_the_caller_has_not_promised(explained, alignment, padding):
+def test_padding_depends_on_the_guaranteed_alignment(explained, alignment, padding):
     asked = spec("H100", group_alignment=alignment)
     assert explained(decide(asked, DEEPGEMM, candidates({}))).padding == padding
 
 
-def test_an_explanation_of_what_no_backend_runs_says_so(explained):
+def test_an_explanation_of_a_call_that_no_backend_runs_says_so(explained):
     explanation = explained(auto(spec("RTX 4090"), {TRITON: "broken"}, strict=True))
     assert ["forward", "no backend", "every one refuses"] in table(explanation)
     assert explanation.to_dict()["runs"] is False
@@ -661,7 +661,7 @@ def test_an_explanation_survives_json(explained, machine):
     assert json.loads(json.dumps(data)) == data
 
 
-def test_an_explanation_as_data_has_the_whole_decision(explained):
+def test_an_explanation_as_data_is_complete(explained):
     data = explained(auto(spec("MI300X", Recipe.FP8_ROWWISE, group_alignment=128), {TRITON: "broken"})).to_dict()
     assert data == {
         "call": {

@@ -1,4 +1,4 @@
-"""DTensors are taken as their local shards, or refused by name, on a mesh of one process; test_fsdp.py has several."""
+"""`grouped_mm` takes the local shards of DTensors, or raises an error. One process here; test_ranks.py has several."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ REPLICAS = (Replicate(), Replicate())
 
 
 def spread(x: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...] = EXPERTS) -> DTensor:
-    """``x`` as a leaf."""
+    """``x`` as a DTensor that is a leaf."""
     return DTensor.from_local(x, mesh, placements).detach().requires_grad_(x.is_floating_point())
 
 
 def operands() -> dict[str, Tensor]:
-    """Plain ones, w (E, N, K) and not b."""
+    """Plain tensors; w (E, N, K) instead of b."""
     sizes = {"a": (M, K), "w": (E, N, K), "bias": (E, N)}
     return {name: torch.randn(size, dtype=torch.bfloat16).requires_grad_() for name, size in sizes.items()}
 
@@ -53,7 +53,7 @@ def test_shards_give_what_plain_tensors_give(names, placements, recipe, mesh):
     plain = operands()
     mixed = plain | {name: spread(plain[name], mesh, placements) for name in names}
     wanted, wanted_gradients = train(**plain, recipe=recipe)
-    for _ in range(2):  # the second one finds what was decided
+    for _ in range(2):  # the second call uses a cached route
         y, gradients = train(**mixed, recipe=recipe)
         assert type(y) is Tensor and torch.equal(y, wanted)
         for name, gradient, right in zip(plain, gradients, wanted_gradients):
@@ -63,14 +63,14 @@ def test_shards_give_what_plain_tensors_give(names, placements, recipe, mesh):
             assert torch.equal(gradient.to_local() if name in names else gradient, right), name
 
 
-def test_ends_may_be_replicated_where_nothing_is_sharded(mesh):
+def test_offs_may_be_replicated_where_nothing_is_sharded(mesh):
     plain = operands()
     b = spread(plain["w"], mesh, REPLICAS).transpose(1, 2)
     found = grouped_mm(plain["a"], b, spread(OFFS, mesh, REPLICAS))
     assert torch.equal(found, grouped_mm(plain["a"], plain["w"].transpose(1, 2), OFFS))
 
 
-def test_the_weight_gradient_form_takes_what_is_replicated(mesh):
+def test_the_weight_gradient_form_takes_replicated_operands(mesh):
     a, b = torch.randn(K, M), torch.randn(M, N)
     found = grouped_mm(spread(a, mesh, REPLICAS), spread(b, mesh, REPLICAS), OFFS)
     assert torch.equal(found, grouped_mm(a, b, OFFS))
@@ -85,8 +85,8 @@ def test_the_weight_gradient_form_takes_what_is_replicated(mesh):
             r"a DTensor that is Replicate or Shard\(0\) on each mesh dimension, or what its",
         ),
         ("a", (Partial(), Replicate()), r"a DTensor that is Replicate or Shard\(0\)"),
-        ("b", (Replicate(), Shard(1)), r"a DTensor that is Replicate or Shard\(0\)"),  # in features, the contraction
-        ("b", (Replicate(), Shard(2)), r"a DTensor that is Replicate or Shard\(0\)"),  # out features: dA is a part
+        ("b", (Replicate(), Shard(1)), r"a DTensor that is Replicate or Shard\(0\)"),  # K, the contraction
+        ("b", (Replicate(), Shard(2)), r"a DTensor that is Replicate or Shard\(0\)"),  # N: dA would be partial
         ("bias", (Replicate(), Shard(1)), r"a DTensor that is Replicate or Shard\(0\)"),
         ("offs", EXPERTS, "a plain tensor, the ends of local rows"),
     ),
@@ -102,7 +102,7 @@ def test_other_placements_are_named(name, placements, expected, mesh):
         assert str(error.value).endswith(str(placements))
 
 
-def test_shards_of_another_kind_than_the_first_are_named(mesh):
+def test_shards_whose_placements_differ_from_those_of_a_are_named(mesh):
     plain = operands()
     a, b = spread(plain["a"].detach(), mesh), spread(plain["w"].detach(), mesh, REPLICAS).transpose(1, 2)
     with pytest.raises(
@@ -117,7 +117,7 @@ def test_the_weight_gradient_form_refuses_shards(mesh):
         grouped_mm(a, b, OFFS)
 
 
-def test_weights_are_quantized_by_the_shard(mesh):
+def test_quantize_weights_takes_the_shard(mesh):
     a, b = torch.randn(M, K), torch.randn(E, K, N)
     found = quantize_weights(spread(b, mesh), "mxfp8")
     assert torch.equal(grouped_mm(a, found, OFFS), grouped_mm(a, quantize_weights(b, "mxfp8"), OFFS))
@@ -135,7 +135,7 @@ def test_a_checkpoints_scales_may_be_sharded_with_its_weights(mesh):
     assert torch.equal(grouped_mm(a, found, OFFS), grouped_mm(a, wanted, OFFS))
 
 
-def test_warmup_is_for_the_shard(mesh):
+def test_warmup_takes_the_shard(mesh):
     b = spread(operands()["w"].detach(), mesh).transpose(1, 2)
     assert [warmed.decision.spec.num_groups for warmed in warmup(b, rows="small").classes] == [E]
 
@@ -155,8 +155,8 @@ def test_a_compiled_call_takes_shards(placements, mesh):
 
 
 @pytest.mark.parametrize("form", ["foreach", "fused"])
-def test_a_step_on_a_dtensor_ends_what_is_kept_of_its_shard(form, mesh):
-    """Its counter of versions is not that of the shard, which is quantized."""
+def test_an_optimizer_step_on_a_dtensor_invalidates_the_cache_of_its_shard(form, mesh):
+    """The DTensor's version counter is not that of its shard, which is quantized."""
     w, a = torch.nn.Parameter(spread(torch.randn(E, N, K), mesh)), torch.randn(M, K)
     optimizer = torch.optim.Adam([w], lr=0.5, **{form: True})
 

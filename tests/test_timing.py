@@ -1,4 +1,4 @@
-"""Times of calls that are compared, on a GPU that is played: a queue of kernels and a host that fills it."""
+"""Timing of calls that are compared, on a simulated GPU: a queue of kernels and a host that fills it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from grouped_gemm.autotune import timing
 
 
-class Played:
-    """A GPU in the place of ``torch``, and its clocks in microseconds."""
+class SimulatedGPU:
+    """A simulated GPU that stands for ``torch`` and ``time``. Its clocks are in microseconds."""
 
     int8 = None
 
@@ -52,7 +52,7 @@ class Played:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    gpu = Played()
+    gpu = SimulatedGPU()
     monkeypatch.setattr(timing, "torch", gpu)
     monkeypatch.setattr(timing, "time", gpu)
     return gpu
@@ -63,17 +63,17 @@ def test_a_slow_host_is_not_taken_for_a_slow_device(gpu):
     assert timing.device_microseconds(calls) == pytest.approx({"slow host": 10, "slow device": 50})
 
 
-def test_what_a_call_waits_for_is_its_own(gpu):
+def test_a_sync_counts_for_the_call_that_makes_it(gpu):
     calls = {"waits": gpu.call(host_us=5, device_us=100, waits=True), "does not": gpu.call(host_us=5, device_us=10)}
     assert timing.device_microseconds(calls) == pytest.approx({"waits": 100, "does not": 10})
 
 
-def test_the_clock_on_the_wall_shows_whichever_is_slower(gpu):
+def test_wall_time_is_that_of_the_slower_of_host_and_device(gpu):
     calls = {"host": gpu.call(host_us=200, device_us=10), "device": gpu.call(host_us=5, device_us=50)}
     assert timing.wall_microseconds(calls) == pytest.approx({"host": 200 + 10 / 10, "device": 50 + 5 / 10})
 
 
-def test_an_eager_call_is_timed_where_it_is_slower(gpu):
+def test_eager_time_is_that_of_the_slower_of_host_and_device(gpu):
     long = {"long": gpu.call(host_us=200, device_us=3000), "longer": gpu.call(host_us=4000, device_us=3500)}
     assert timing.eager_microseconds(long) == pytest.approx({"long": 3000, "longer": 3500})
     short = {"host": gpu.call(host_us=200, device_us=10), "device": gpu.call(host_us=5, device_us=50)}
@@ -81,7 +81,7 @@ def test_an_eager_call_is_timed_where_it_is_slower(gpu):
 
 
 @pytest.mark.parametrize("timer", (timing.device_microseconds, timing.wall_microseconds))
-def test_a_turn_that_is_disturbed_does_not_count(gpu, timer):
+def test_a_disturbed_run_does_not_count(gpu, timer):
     turns = []
 
     def disturbed():
@@ -91,7 +91,7 @@ def test_a_turn_that_is_disturbed_does_not_count(gpu, timer):
     assert timer({"disturbed": disturbed, "other": gpu.call(5, 40)})["disturbed"] == pytest.approx(40, rel=0.02)
 
 
-def test_each_call_comes_after_each_other_one(gpu):
+def test_calls_are_interleaved_in_every_order(gpu):
     turns = []
 
     def named(name):

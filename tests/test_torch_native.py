@@ -1,7 +1,7 @@
-"""The Torch backend: what it requires on which machine, what it makes of torch's products, and, on a GPU, its fp8.
+"""The Torch backend: its requirements on each machine, its use of torch's GEMMs, and, on a GPU, fp8.
 
-Its layouts, and whole fp8 calls on a CPU, are in tests/interpreter/test_torch_native.py. Products in mxfp8 need sm_100;
-its quantizers do not.
+tests/interpreter/test_torch_native.py tests its layouts, and whole fp8 calls on a CPU. GEMMs in mxfp8 need sm_100;
+their quantizers do not.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ SHAPES = (
 
 
 def case_on(recipe: Recipe, shape: Shape, device: torch.device, b_contiguous: str = "k") -> Case:
-    """A case that the backend runs on ``device``, its K and N in whole blocks for mxfp8; skips where it runs none."""
+    """A case that the backend runs on ``device``, with K and N in whole blocks for mxfp8; skips if refused."""
     if recipe is MXFP8:
         shape = dataclasses.replace(shape, k=-(-shape.k // 32) * 32, n=-(-shape.n // 32) * 32)
     case = Case(TORCH, recipe, passes=TRAINING, shape=shape, b_contiguous=b_contiguous)
@@ -146,7 +146,7 @@ def test_the_plan(ends, num_rows):
     check_plan(ends, num_rows)
 
 
-def test_operands_of_a_product_start_at_multiples_of_16_bytes():
+def test_operands_of_a_gemm_start_at_multiples_of_16_bytes():
     wide = torch.arange(4 * 8 * 40, dtype=torch.bfloat16).view(4, 8, 40)
     for x in (wide, wide.mT, wide[0], wide[0, :, :24], wide[:1].expand(4, 8, 40)):
         assert torch_native._aligned(x) is x
@@ -158,7 +158,7 @@ def test_operands_of_a_product_start_at_multiples_of_16_bytes():
         assert lines.is_contiguous()
 
 
-def test_the_gradient_of_a_bias_is_there_for_forward_passes_of_others():
+def test_bias_grad_serves_forward_passes_of_other_backends():
     offs = torch.tensor([3, 3, 20], dtype=torch.int32)
     dy = torch.randn(24, 16)
     found = BACKEND.bias_grad(dy, BACKEND.plan(offs, 24), torch.float32)
@@ -166,7 +166,7 @@ def test_the_gradient_of_a_bias_is_there_for_forward_passes_of_others():
 
 
 @pytest.mark.parametrize("recipe", (NONE, ROWWISE, MXFP8), ids=lambda r: r.value)
-def test_compiled_once_whatever_the_number_of_rows(recipe, device):
+def test_compiles_once_for_any_number_of_rows(recipe, device):
     counter = CompileCounterWithBackend("aot_eager")
     case_on(recipe, SHAPES[0], device)
     b = torch.randn(3, 96, 64, device=device).bfloat16().requires_grad_()
@@ -252,7 +252,7 @@ def test_without_triton_the_results_are_the_same(device, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recipe", (NONE, ROWWISE, MXFP8), ids=lambda r: r.value)
-def test_a_graph_holds_a_training_step(recipe, device):
+def test_a_graph_captures_a_training_step(recipe, device):
     """Captured on the groups of one call and replayed on those of another."""
     case = case_on(recipe, SHAPES[1], device)
     inputs = testing.make_inputs(case, device)

@@ -1,4 +1,4 @@
-"""Batched gradients, vectorized Jacobians and Hessians, and `torch.func.vmap`: what they give is what a loop gives."""
+"""Batched gradients, vectorized Jacobians and Hessians, and `torch.func.vmap` give the results of a loop."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_vmap_takes_batched_offs_and_bias_and_nests():
     assert_equal(torch.autograd.grad(found.sum(), bias), torch.autograd.grad(right.sum(), bias))
 
 
-def test_vmap_takes_quantized_weights_and_finds_those_of_the_cache():
+def test_vmap_takes_quantized_weights_and_uses_the_weight_cache():
     a, b, offs = torch.randn(2, 6, 16), torch.randn(3, 16, 32), torch.tensor([1, 1, 6], dtype=torch.int32)
     weights = quantize_weights(b, "mxfp8")
     right = torch.stack([grouped_mm(sample, weights, offs) for sample in a])
@@ -125,7 +125,7 @@ def test_vmap_takes_quantized_weights_and_finds_those_of_the_cache():
         assert b in cache
 
 
-def test_vmap_over_other_tensors_leaves_the_layer_alone():
+def test_vmap_over_other_tensors_does_not_change_the_layer():
     a, b = torch.randn(6, 16, requires_grad=True), torch.randn(3, 16, 32, requires_grad=True)
     offs, factors = torch.tensor([1, 1, 6], dtype=torch.int32), torch.randn(4)
     found = vmap(lambda factor: grouped_mm(a, b, offs) * factor)(factors)

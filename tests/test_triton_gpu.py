@@ -1,7 +1,7 @@
-"""The Triton backend on a GPU, beyond what `test_backends` asks of every backend: calls of the large row class in
-graphs and on streams, the quantizers bit for bit, out-of-bounds accesses, and what `warmup` leaves to be compiled.
+"""The Triton backend on a GPU, beyond what `test_backends` tests of every backend: calls of the large row class in
+graphs and on streams, the quantizers bit for bit, out-of-bounds accesses, and compilations after `warmup`.
 
-The last two take processes of their own, which start with the first test here and are waited for by the last ones.
+The last two run in processes of their own, which start with the first test here; the last tests wait for them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from large import (
     TRITON,
     Passes,
     cases_of,
-    compile_at_once,
+    compile_in_parallel,
     layer,
-    of_module,
+    tests_of_module,
     train,
     training,
     with_sizes,
@@ -50,7 +50,7 @@ class Started:
 
     def __init__(self, script: str, folder: Path, limit: float, *before: str, **environment: str) -> None:
         variables = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        self.log = folder / f"{script}.txt"  # which never fills up, as a pipe does
+        self.log = folder / f"{script}.txt"  # unlike a pipe, it never fills up
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*before, sys.executable, str(TESTS / script)],
@@ -62,13 +62,13 @@ class Started:
         self.limit, self.deadline = limit, time.monotonic() + limit
 
     def stop(self) -> None:
-        """Ends it and what it has started, if it has not ended."""
+        """Kills the process and its children, if it still runs."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def output(self) -> str:
-        """What it printed, once it has ended, as it should."""
+        """Waits for the process to succeed, and returns what it printed."""
         state = ""
         try:
             if self.process.wait(max(1.0, self.deadline - time.monotonic())):
@@ -84,8 +84,8 @@ class Started:
 
 @pytest.fixture(scope="module", autouse=True)
 def processes(request, tmp_path_factory) -> Iterator[dict[str, Started]]:
-    """Those of the selected tests, by script."""
-    selected = {item.originalname for item in of_module(request)}
+    """The processes of the selected tests, by script."""
+    selected = {item.originalname for item in tests_of_module(request)}
     started, folder = {}, tmp_path_factory.mktemp("processes")
     if test_no_kernel_reads_or_writes_out_of_bounds.__name__ in selected and shutil.which("compute-sanitizer"):
         sanitizer = ("compute-sanitizer", "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "99")
@@ -100,17 +100,17 @@ def processes(request, tmp_path_factory) -> Iterator[dict[str, Started]]:
 @pytest.fixture(scope="module", autouse=True)
 def compiled(request, device, processes):
     """Compiles in parallel what the tests of this module would compile one after the other."""
-    items = of_module(request)
+    items = tests_of_module(request)
     quantized = [item for item in items if item.originalname.startswith("test_quantized")]
     called = cases_of([item for item in items if item.originalname.startswith(("test_a_graph", "test_two_streams"))])
     checks = [partial(check, case, device) for check, case in product(QUANTIZER_CHECKS, cases_of(quantized))]
     passes = [Passes(case, make_inputs(case, device)) for case in called]
-    compile_at_once([*checks, *(one.quantize for one in passes)])
-    compile_at_once([run for one in passes for run in one.products()])
+    compile_in_parallel([*checks, *(one.quantize for one in passes)])
+    compile_in_parallel([run for one in passes for run in one.gemms()])
     torch.cuda.synchronize()
 
 
-# 3. Nothing waits for the host: a graph holds a call with all its gradients, and serves any offs.
+# 3. There is no host sync: a graph captures a call with all its gradients, and replays it for any offs.
 REPLAYED = (
     ((434, 434, 434, 434, 434, 434), 0),
     ((2604, 0, 0, 0, 0, 0), 0),
@@ -140,12 +140,12 @@ def test_a_graph_replays_a_call_with_other_offs(case, device):
             assert_same_bits(x, truth, f"{pass_.value} of groups {sizes}")
 
 
-# A call with more groups than kernels look at in one step, and than a grid has programs along its second axis.
+# More groups than kernels handle in one step, and than a grid has programs along its second axis.
 
 
 @pytest.mark.parametrize("num_groups", (5000, 70_000))
 @pytest.mark.parametrize("case", [Case(TRITON, recipe, passes=TRAINING) for recipe in RECIPES], ids=str)
-def test_thousands_of_groups_give_the_bits_of_those_that_have_rows(case, num_groups, device):
+def test_thousands_of_groups_give_the_bits_of_the_groups_with_rows(case, num_groups, device):
     a, b = torch.randn(700, 128, device=device), torch.randn(num_groups, 64, 128, device=device)
     a, b, dy = a.bfloat16(), b.bfloat16(), torch.randn(700, 64, device=device).bfloat16()
     offs = torch.randint(0, 701, (num_groups,), dtype=torch.int32, device=device).sort().values
@@ -161,7 +161,7 @@ def test_thousands_of_groups_give_the_bits_of_those_that_have_rows(case, num_gro
 
 
 @training()
-def test_two_streams_do_not_disturb_each_other(case, device):
+def test_two_streams_do_not_affect_each_other(case, device):
     several = [make_inputs(case, device, seed) for seed in range(2)]
     alone = [train(layer(case), inputs) for inputs in several]
     torch.cuda.synchronize()
@@ -177,8 +177,7 @@ def test_two_streams_do_not_disturb_each_other(case, device):
             assert_same_bits(x, truth, f"{pass_.value} on stream {i}, call {turn // 2}")
 
 
-# The quantizers have the numbers of `reference`. In the interpreter, which rounds as torch does, they have them by
-# construction; here, by the instructions of the GPU.
+# The quantizers give the bits of `reference`. The interpreter rounds as torch does; here the GPU's instructions do it.
 
 
 def quantized(recipe: Recipe, dtype: torch.dtype, d: int) -> Case:
@@ -219,14 +218,14 @@ def test_quantized_weights_are_those_of_the_reference(case, device):
     check_matrices(case, device)
 
 
-# What takes a process of its own; last, because they have run beside the others until now.
+# Tests that wait for a process of their own. They are last, because the processes run during the other tests.
 
 
 @pytest.mark.parametrize("case", [Case(TRITON, Recipe.FP8_BLOCKWISE, passes=TRAINING)], ids=str)
 def test_a_call_after_warmup_compiles_nothing(case, processes):
     """The script counts files in Triton's cache; a name there says which kernel, `.json` what it was compiled for."""
     found = json.loads(processes["warmed_up.py"].output().splitlines()[-1])
-    assert found["known"] > 10, "warmup itself has compiled nothing: Triton's cache is elsewhere, or no longer of files"
+    assert found["known"] > 10, "warmup itself compiled nothing: Triton's cache is elsewhere, or not of files"
     assert not any(found["new"].values()), json.dumps(found, indent=1)
 
 

@@ -1,4 +1,4 @@
-"""Tiles found ahead of time: what is looked up when, the file that holds them, and the search, with made-up times."""
+"""Tuned tiles: when they are looked up, the file that keeps them, and the search, with made-up times."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def in_a_new_process() -> None:
-    """What a process knows comes from the file alone."""
+    """Forgets everything that is not in the file, as a new process does."""
     tile_search.forget()
 
 
@@ -58,12 +58,12 @@ def test_without_a_file_the_shipped_tile_is_used():
     assert tile_search.wgrad_tile(H200, "16 bit", 7168, 2048, True) == tiles.wgrad_tile("nvidia", "sm_90", "16 bit")
 
 
-def test_what_was_found_comes_before_what_is_shipped():
+def test_a_tuned_tile_comes_before_the_shipped_one():
     tile_search.store({SITE: Found(OTHER, 1.1)})
     assert tile_search.gemm_tile(*USE) == OTHER
 
 
-def test_what_was_found_serves_later_processes():
+def test_a_tuned_tile_serves_later_processes():
     tile_search.store({SITE: Found(OTHER, 1.1)})
     in_a_new_process()
     assert tile_search.gemm_tile(*USE) == OTHER
@@ -121,7 +121,7 @@ def test_the_file_is_read_once(monkeypatch):
     assert len(reads) == 1
 
 
-def test_where_files_are_kept(monkeypatch, tmp_path):
+def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
     assert cache_directory() == tmp_path / "cache"
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -135,7 +135,7 @@ def test_where_files_are_kept(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ("triton", "kernels"))
-def test_what_was_found_with_other_versions_is_kept_and_not_used(name):
+def test_tiles_tuned_with_other_versions_are_kept_and_not_used(name):
     tile_search.store({SITE: Found(OTHER, 1.1)})
     change(setting={**tile_search.versions(), name: "another"}, tile={"an": "unknown form"})
     with warnings.catch_warnings():
@@ -152,7 +152,7 @@ DAMAGE = {
     "a list": "[]",
     "another schema": json.dumps({"schema": store.SCHEMA + 1, "tiles": []}),
     "tiles that are no list": json.dumps({"schema": store.SCHEMA, "tiles": 3}),
-    "entries that are none": json.dumps({"schema": store.SCHEMA, "tiles": [3]}),
+    "entries that are no objects": json.dumps({"schema": store.SCHEMA, "tiles": [3]}),
     "an entry without a setting": json.dumps({"schema": store.SCHEMA, "tiles": [{"arch": "sm_90"}]}),
 }
 TILES = {
@@ -160,8 +160,8 @@ TILES = {
     "a negative number": {"stages": -1},
     "a text": {"warps": "8"},
     "an unknown field": {"color": 1},
-    "more rows than there are": {"rows": 2**40},
-    "more warps than there are": {"warps": 32},
+    "too many rows": {"rows": 2**40},
+    "too many warps": {"warps": 32},
     "a billion stages": {"stages": 10**9},
     "no group_m": {"group_m": 0},
     "no number": {"group_m": True},
@@ -197,7 +197,7 @@ def test_a_tile_that_no_kernel_takes_is_damage(changes):
 
 
 @pytest.mark.parametrize("changes", ({"block_k": 64}, {"block_n": 256}), ids=str)
-def test_a_tile_that_parts_a_block_of_scales_is_damage(changes):
+def test_a_tile_that_splits_a_block_of_scales_is_damage(changes):
     blockwise = tiles.gemm_tile("nvidia", "sm_90", "blockwise", RowClass.LARGE)
     tile_search.store({SITE._replace(kind="blockwise"): Found(blockwise, 1.1)})
     change()
@@ -207,7 +207,7 @@ def test_a_tile_that_parts_a_block_of_scales_is_damage(changes):
 
 
 @pytest.mark.parametrize("speedup", (0, -1.5, float("nan"), float("inf"), True, "2"))
-def test_a_speedup_that_is_none_is_damage(speedup):
+def test_an_invalid_speedup_is_damage(speedup):
     tile_search.store({SITE: Found(OTHER, 1.1)})
     change(speedup=speedup)
     assert_ignored_with_one_warning()
@@ -215,7 +215,7 @@ def test_a_speedup_that_is_none_is_damage(speedup):
 
 @pytest.mark.parametrize("kernel", ("gemm", "wgrad"))
 @pytest.mark.parametrize("kind", ("16 bit", "32 bit", "rowwise", "blockwise", "mx upcast"))
-def test_every_shipped_tile_could_have_been_found(kernel, kind):
+def test_every_shipped_tile_passes_the_check_of_tuned_tiles(kernel, kind):
     shipped = (
         [tiles.wgrad_tile("nvidia", "sm_90", kind)]
         if kernel == "wgrad"
@@ -226,7 +226,7 @@ def test_every_shipped_tile_could_have_been_found(kernel, kind):
 
 
 def assert_unusable(reason: str) -> None:
-    """Reading and storing warn, and name the remedy; calls go on, in this process with what was found."""
+    """Reading and storing warn, and name the remedy. Calls still run, and this process uses its tuned tiles."""
     with pytest.warns(UserWarning, match="Set GROUPED_GEMM_CACHE_DIR") as caught:
         assert tile_search.gemm_tile(*USE) == SHIPPED
         tile_search.store({SITE: Found(OTHER, 1.1)})
@@ -288,7 +288,7 @@ def test_a_file_that_is_a_link_is_read_and_then_replaced(folder, tmp_path):
     assert elsewhere.read_text() == before and not store.path().is_symlink()
 
 
-def test_what_is_in_the_place_of_a_temporary_file_is_left_alone(folder, monkeypatch):
+def test_a_file_in_the_place_of_the_temporary_one_is_left_alone(folder, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(os, "urandom", bytes)
     precious = folder / "precious"
@@ -319,7 +319,7 @@ def _store_many(number: int) -> None:
         tile_search.store({SITE._replace(sizes=(number, i)): Found(OTHER, 1.1)})
 
 
-def test_processes_that_write_at_a_time_lose_nothing():
+def test_processes_that_write_at_the_same_time_lose_nothing():
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_store_many, args=(number,)) for number in range(4)]
     for process in processes:
@@ -334,8 +334,8 @@ def test_processes_that_write_at_a_time_lose_nothing():
 # The search
 
 
-class Product:
-    """A product whose time depends on its tile, and whose bits do where ``differs`` says so."""
+class GEMM:
+    """A GEMM whose time depends on its tile, and whose bits differ for the tiles that ``differs`` names."""
 
     def __init__(self, milliseconds: Callable[[Tile], float], differs: Callable[[Tile], bool] = lambda tile: False):
         self.milliseconds, self.differs = milliseconds, differs
@@ -358,25 +358,25 @@ class Product:
 
 def test_the_fastest_tile_is_found_used_and_kept():
     best = SHIPPED._replace(block_m=64, block_n=128, num_warps=4, num_stages=4, group_m=1)
-    product = Product(lambda tile: 1 + sum(one != other for one, other in zip(tile, best)))
-    (done,) = product.search()
+    gemm = GEMM(lambda tile: 1 + sum(one != other for one, other in zip(tile, best)))
+    (done,) = gemm.search()
     assert (done.site, done.shipped, done.tile) == (SITE, SHIPPED, best)
     assert tile_search.gemm_tile(*USE) == best
     in_a_new_process()
     assert tile_search.known()[SITE] == Found(best, done.speedup)
 
 
-def test_what_is_known_is_not_searched_again():
-    product = Product(lambda tile: 1.0)
-    assert len(product.search()) == 1
+def test_a_tuned_tile_is_not_searched_again():
+    gemm = GEMM(lambda tile: 1.0)
+    assert len(gemm.search()) == 1
     in_a_new_process()
-    product.tiles.clear()
-    assert product.search() == []
-    assert product.tiles == [SHIPPED]
+    gemm.tiles.clear()
+    assert gemm.search() == []
+    assert gemm.tiles == [SHIPPED]
 
 
 def test_a_tile_that_is_hardly_faster_is_not_taken():
-    (done,) = Product(lambda tile: 1.0 if tile == SHIPPED else 0.99).search()
+    (done,) = GEMM(lambda tile: 1.0 if tile == SHIPPED else 0.99).search()
     assert done.tile == SHIPPED and done.speedup == 1
 
 
@@ -388,19 +388,19 @@ def test_a_tile_that_is_faster_only_once_is_not_taken():
         timed.add(tile)
         return 0.5 if first and tile.block_m == 64 else 1.0
 
-    (done,) = Product(milliseconds).search()
+    (done,) = GEMM(milliseconds).search()
     assert done.tile == SHIPPED
 
 
 def test_a_tile_that_gives_other_bits_is_not_taken():
-    product = Product(lambda tile: 1.0 if tile == SHIPPED else 0.5, differs=lambda tile: tile != SHIPPED)
-    (done,) = product.search()
+    gemm = GEMM(lambda tile: 1.0 if tile == SHIPPED else 0.5, differs=lambda tile: tile != SHIPPED)
+    (done,) = gemm.search()
     assert done.tile == SHIPPED
     assert done.different == done.tried - len(done.failed) > 0
 
 
 def test_a_tile_that_fails_is_skipped_counted_and_named():
-    (done,) = Product(lambda tile: 1 / tile.num_stages).search()
+    (done,) = GEMM(lambda tile: 1 / tile.num_stages).search()
     assert done.tile.num_stages == 4
     assert done.failed and all(tile.num_stages > 4 for tile, _ in done.failed)
     assert f"{len(done.failed)} failed" in str(done)
@@ -417,7 +417,7 @@ def test_a_shipped_tile_that_fails_is_an_error():
     assert tile_search.gemm_tile(*USE) == SHIPPED
 
 
-def test_a_product_that_does_not_repeat_is_an_error():
+def test_a_gemm_that_does_not_repeat_is_an_error():
     numbers = iter(range(1000))
 
     def run() -> torch.Tensor:
@@ -429,7 +429,7 @@ def test_a_product_that_does_not_repeat_is_an_error():
     assert not store.path().exists()
 
 
-def test_what_uses_no_tile_is_not_searched():
+def test_a_function_that_uses_no_tile_is_not_searched():
     assert tile_search.search(lambda: torch.ones(3), pytest.fail) == []
     assert not store.path().exists()
 

@@ -1,4 +1,4 @@
-"""`cache_weights`: each weight is quantized once, results are the same bit for bit, and nothing outlives its values."""
+"""`cache_weights`: a weight is quantized once, results are the same bit for bit, and no entry outlives its values."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ A_RECIPE = pytest.mark.parametrize(
 
 @pytest.fixture
 def quantized(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], list[tuple[bool, bool]]]:
-    """Starts to list what the backend of a case writes of weights: whether for forward, and for dgrad."""
+    """Records the layouts of weights that the backend of a case writes, as (forward, dgrad)."""
 
     def spy(case: Case) -> list[tuple[bool, bool]]:
         backend, written = get_backend(case.backend), []
@@ -53,7 +53,7 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], list[tuple[bo
 
 
 class Layer:
-    """Two projections, up and down again, with weights (E, N, K) and (E, K, N)."""
+    """An up and a down projection, with weights (E, N, K) and (E, K, N)."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         self.case, inputs = case, make_inputs(case, device)
@@ -104,11 +104,11 @@ def test_each_weight_is_quantized_once_and_every_result_is_the_same(case, device
         assert_equal(layer.accumulate(), wanted)
         assert written == [(True, True)] * 2
     layer.accumulate(micro_batches=1)
-    assert written == [(True, True)] * 4  # outside, nothing is kept
+    assert written == [(True, True)] * 4  # outside of the block, nothing is kept
 
 
 @A_RECIPE
-def test_a_layout_is_added_when_it_is_wanted(case, device, quantized):
+def test_a_layout_is_added_when_it_is_needed(case, device, quantized):
     layer = Layer(case, device)
     wanted = layer.accumulate()
     written = quantized(case)
@@ -121,7 +121,7 @@ def test_a_layout_is_added_when_it_is_wanted(case, device, quantized):
         assert written == [(True, False)] * 2 + [(False, True)] * 2
 
 
-def test_what_forward_alone_needs_is_taken_from_both(device, quantized):
+def test_forward_alone_uses_a_layout_that_was_written_with_the_other(device, quantized):
     layer, written = Layer(EMULATED, device), quantized(EMULATED)
     with cache_weights():
         layer.accumulate()
@@ -130,8 +130,8 @@ def test_what_forward_alone_needs_is_taken_from_both(device, quantized):
     assert written == [(True, True)] * 2
 
 
-def test_views_of_one_parameter_are_told_apart(quantized):
-    """Gate and up in one parameter; and two views of the same values are one."""
+def test_views_of_one_parameter_are_distinguished(quantized):
+    """Gate and up are in one parameter. Two views of the same values share an entry."""
     layer = Layer(EMULATED, torch.device("cpu"))
     half = layer.up.shape[1] // 2
     gate, up = (w.clone() for w in (layer.up[:, :half], layer.up[:, half:]))
@@ -144,7 +144,7 @@ def test_views_of_one_parameter_are_told_apart(quantized):
     assert len(written) == 2
 
 
-def test_recipes_are_told_apart(quantized):
+def test_recipes_are_distinguished(quantized):
     layer = Layer(EMULATED, torch.device("cpu"))
 
     def call(recipe: Recipe) -> Tensor:
@@ -171,7 +171,7 @@ class Named:
         )
 
 
-def test_backends_are_told_apart():
+def test_backends_are_distinguished():
     cache, b = WeightCache(), torch.ones(2, 3, 4)
     first, second = (Named(kind) for kind in (BackendKind.TRITON, BackendKind.DEEPGEMM))
     for _ in range(2):
@@ -200,7 +200,7 @@ def test_micro_batches_share_memory(case, device):
     assert sizes[0] == 0 and sizes[1] == sizes[2] >= 2 * layer.up.numel()
 
 
-# What ends it
+# What invalidates an entry
 
 
 def doubled(w: Tensor) -> None:
@@ -240,7 +240,7 @@ def test_weights_that_changed_are_quantized_again(change, device):
     assert not torch.equal(before[0], after[0])
 
 
-def test_other_storage_at_the_same_address_is_seen():
+def test_other_storage_at_the_same_address_is_noticed():
     layer = Layer(dataclasses.replace(EMULATED, dtype=torch.float32), torch.device("cpu"))
     addresses, shape = set(), layer.up.shape
 
@@ -256,7 +256,7 @@ def test_other_storage_at_the_same_address_is_seen():
     assert len(addresses) < 20
 
 
-def test_a_change_without_a_trace_needs_clear():
+def test_a_change_that_moves_no_counter_needs_clear():
     layer = Layer(EMULATED, torch.device("cpu"))
     with torch.no_grad(), cache_weights() as cache:
         before = layer(layer.a)
@@ -308,7 +308,7 @@ UNSEEN = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("change", UNSEEN.values(), ids=UNSEEN)
-def test_a_change_that_moves_no_counter_is_found(change, dtype, validate):
+def test_validation_finds_a_change_that_moves_no_counter(change, dtype, validate):
     layer = Layer(dataclasses.replace(EMULATED, dtype=dtype), torch.device("cpu"))
     with torch.no_grad(), cache_weights() as cache:
         for w in layer.weights:
@@ -332,7 +332,7 @@ COLLECTIVES = {
 @pytest.mark.filterwarnings("ignore:.*all_gather_into_tensor.*:FutureWarning")
 @pytest.mark.parametrize("into", [lambda w: w, lambda w: w.data], ids=["parameter", "data"])
 @pytest.mark.parametrize("collective", COLLECTIVES.values(), ids=COLLECTIVES)
-def test_a_collective_into_weights_is_seen_or_found(collective, into, ranks, validate):
+def test_a_collective_into_weights_is_noticed_or_found_by_validation(collective, into, ranks, validate):
     layer = Layer(EMULATED, torch.device("cpu"))
     with torch.no_grad(), cache_weights():
         before, version = layer(layer.a), layer.up._version
@@ -375,8 +375,8 @@ def test_weights_in_a_flat_buffer_are_kept_and_its_changes_found(flatten, valida
     assert_equal(found, layer.accumulate(1))
 
 
-def test_a_change_of_another_part_of_the_memory_is_none(validate):
-    """Gate and up in one parameter: only what a call reads is compared."""
+def test_a_change_in_another_part_of_the_memory_is_ignored(validate):
+    """Gate and up are in one parameter: only the part that a call reads is compared."""
     layer = Layer(EMULATED, torch.device("cpu"))
     half = layer.up.shape[1] // 2
 
@@ -401,7 +401,7 @@ def test_validation_changes_nothing_else(case, device, quantized, validate):
     assert written == [(True, True)] * 2
 
 
-def test_what_was_kept_before_validation_is_not_trusted(monkeypatch):
+def test_entries_from_before_validation_are_not_used(monkeypatch):
     layer = Layer(EMULATED, torch.device("cpu"))
     with torch.no_grad(), cache_weights():
         before = layer(layer.a)
@@ -412,8 +412,8 @@ def test_what_was_kept_before_validation_is_not_trusted(monkeypatch):
     assert torch.equal(after, layer(layer.a))
 
 
-def test_weights_that_a_graph_steps_are_not_kept(monkeypatch, quantized):
-    """A replay runs no Python: nothing tells that it has changed the weights."""
+def test_weights_that_a_captured_step_updates_are_not_kept(monkeypatch, quantized):
+    """A replay runs no Python, so nothing shows that it has changed the weights."""
     layer, other = Layer(EMULATED, torch.device("cpu")), Layer(EMULATED, torch.device("cpu"))
     layer.accumulate(1)
     with monkeypatch.context() as capture:
@@ -430,7 +430,7 @@ def test_weights_that_a_graph_steps_are_not_kept(monkeypatch, quantized):
     assert len(written) == 2
 
 
-def test_a_dtensor_that_a_graph_steps_is_not_kept(monkeypatch, ranks):
+def test_a_dtensor_that_a_captured_step_updates_is_not_kept(monkeypatch, ranks):
     """Calls see its local tensor."""
     layer, mesh = Layer(EMULATED, torch.device("cpu")), dist.init_device_mesh("cpu", (1,))
     w = torch.nn.Parameter(distribute_tensor(layer.up.detach(), mesh, [Shard(0)]))
@@ -444,7 +444,7 @@ def test_a_dtensor_that_a_graph_steps_is_not_kept(monkeypatch, ranks):
         assert cache.nbytes == 0
 
 
-def test_data_of_a_parameter_is_never_taken_for_an_earlier_one():
+def test_data_of_a_parameter_is_never_mistaken_for_earlier_data():
     """Each ``p.data`` is a new tensor with a counter of its own, and may have the id of one that is gone."""
     layer = Layer(EMULATED, torch.device("cpu"))
 
@@ -459,8 +459,8 @@ def test_data_of_a_parameter_is_never_taken_for_an_earlier_one():
                 layer.up.neg_()
 
 
-def test_what_is_kept_goes_with_a_parameter_whose_memory_stays(quantized):
-    """The next one of the same memory may have its id and its version. A view and a graph still hold a parameter."""
+def test_an_entry_ends_with_its_parameter_even_if_the_memory_stays(quantized):
+    """A new parameter on the same memory may have its id and version. A view or a graph keeps a parameter alive."""
     layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
     with cache_weights() as cache:
         w = torch.nn.Parameter(layer.down.data)
@@ -477,7 +477,7 @@ def test_what_is_kept_goes_with_a_parameter_whose_memory_stays(quantized):
         assert cache.nbytes == 0
 
 
-def test_a_parameter_is_saved_as_before():
+def test_a_cached_parameter_can_be_saved():
     layer, file = Layer(EMULATED, torch.device("cpu")), io.BytesIO()
     with cache_weights():
         layer.accumulate(1)
@@ -514,7 +514,7 @@ def test_a_module_may_swap_its_parameters(swapping, quantized):
 
 
 @A_RECIPE
-def test_what_is_kept_goes_with_its_parameter(case, device):
+def test_an_entry_ends_with_its_parameter(case, device):
     layer = Layer(case, device)
     with cache_weights() as cache:
         layer.accumulate()
@@ -526,7 +526,7 @@ def test_what_is_kept_goes_with_its_parameter(case, device):
     assert cache.nbytes == 0
 
 
-def test_a_block_inside_another_changes_nothing(quantized):
+def test_a_nested_block_uses_the_outer_cache(quantized):
     layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
     with cache_weights() as outer:
         for _ in range(2):
@@ -537,7 +537,7 @@ def test_a_block_inside_another_changes_nothing(quantized):
     assert len(written) == 2
 
 
-def test_a_block_that_raises_leaves_nothing(quantized):
+def test_a_block_that_raises_drops_its_cache(quantized):
     layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
     with pytest.raises(ZeroDivisionError), cache_weights() as cache:
         layer.accumulate(1)
@@ -556,7 +556,7 @@ def in_a_thread(job: Callable[[], object]) -> None:
     thread.join()
 
 
-def test_the_block_holds_in_its_thread(quantized):
+def test_another_thread_adds_nothing_to_the_cache(quantized):
     layer, other, written = *(Layer(EMULATED, torch.device("cpu")) for _ in range(2)), quantized(EMULATED)
     with cache_weights():
         layer.accumulate()
@@ -565,8 +565,8 @@ def test_the_block_holds_in_its_thread(quantized):
         assert len(written) == 6
 
 
-def test_another_thread_finds_what_the_block_keeps(quantized):
-    """Autograd has a thread of its own for each GPU, and checkpointed layers are computed again there."""
+def test_another_thread_uses_the_entries_of_the_block(quantized):
+    """Autograd has a thread of its own for each GPU, and checkpointed layers are recomputed there."""
     layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
     with cache_weights():
         layer.accumulate()
@@ -597,7 +597,7 @@ def test_blocks_of_several_threads_do_not_mix():
 
 @pytest.mark.gpu
 @A_RECIPE
-def test_a_stream_does_not_use_what_another_one_writes(case, device, quantized):
+def test_a_stream_does_not_use_the_entries_of_another(case, device, quantized):
     layer = Layer(case, device)
     wanted, written = layer.accumulate(), quantized(case)
     with cache_weights():
@@ -615,12 +615,12 @@ def test_a_stream_does_not_use_what_another_one_writes(case, device, quantized):
 
 @EACH
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
-def test_a_layer_that_is_computed_again_finds_what_forward_has_kept(case, use_reentrant, device, quantized):
+def test_a_recomputed_layer_uses_the_entries_of_forward(case, use_reentrant, device, quantized):
     layer = Layer(case, device)
     wanted, written = layer.accumulate(), quantized(case)
     with cache_weights():
         assert_equal(layer.accumulate(call=lambda a: checkpoint(layer, a, use_reentrant=use_reentrant)), wanted)
-    # A reentrant one runs forward without gradients, which wants one layout only.
+    # A reentrant checkpoint runs forward without gradients, which needs only one layout.
     assert sorted(written) == ([(False, True)] * 2 + [(True, False)] * 2 if use_reentrant else [(True, True)] * 2)
 
 
@@ -638,8 +638,8 @@ def test_backward_may_come_after_the_block():
 
 @EACH
 @pytest.mark.parametrize("saved", ["grouped_mm", "quantize_weights", ""])
-def test_selective_checkpointing_gets_the_ops_that_it_pairs(case, saved, device):
-    """What is kept may differ between forward and backward: then one op's result would be taken for another's."""
+def test_selective_checkpointing_sees_the_same_ops_in_forward_and_recomputation(case, saved, device):
+    """If forward and recomputation found different entries, the result of one op would be taken for that of another."""
     layer = Layer(case, device)
     wanted = layer.accumulate(1)
 
@@ -660,7 +660,7 @@ def test_selective_checkpointing_gets_the_ops_that_it_pairs(case, saved, device)
 
 
 @A_RECIPE
-def test_a_compiled_layer_quantizes_for_itself_and_is_compiled_once(case, device):
+def test_a_compiled_layer_does_not_use_the_cache_and_compiles_once(case, device):
     layer = Layer(case, device)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
@@ -676,7 +676,7 @@ def test_a_compiled_layer_quantizes_for_itself_and_is_compiled_once(case, device
 
 
 @pytest.mark.parametrize("form", ["foreach", "fused"])
-def test_a_compiled_step_is_seen(form):
+def test_a_compiled_step_is_noticed(form):
     layer = Layer(dataclasses.replace(EMULATED, dtype=torch.float32), torch.device("cpu"))
     optimizer = torch.optim.Adam(layer.weights, lr=0.1, **{form: True})
     torch._dynamo.reset()
@@ -689,7 +689,7 @@ def test_a_compiled_step_is_seen(form):
         assert_equal(found, layer.accumulate(1))
 
 
-def test_a_cuda_graph_neither_keeps_nor_finds_anything(monkeypatch, quantized):
+def test_a_capture_neither_adds_nor_uses_entries(monkeypatch, quantized):
     layer = Layer(EMULATED, torch.device("cpu"))
     with cache_weights() as cache:
         monkeypatch.setattr(weight_cache, "is_capturing", lambda x: True)
@@ -707,10 +707,10 @@ def test_a_cuda_graph_neither_keeps_nor_finds_anything(monkeypatch, quantized):
 @pytest.mark.parametrize(
     "case", cases(backends=[BackendKind.TRITON], recipes=(Recipe.FP8_BLOCKWISE,), shapes=[SHAPE]), ids=str
 )
-def test_a_replayed_graph_reads_the_weights_of_now(case, device):
+def test_a_replayed_graph_reads_the_current_weights(case, device):
     layer = Layer(case, device)
     with cache_weights(), torch.no_grad():
-        layer(layer.a)  # compiles kernels, and keeps the weights of before
+        layer(layer.a)  # compiles kernels, and caches the weights before they change
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

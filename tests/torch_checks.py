@@ -1,4 +1,4 @@
-"""What is checked of the Torch backend's layouts both interpreted and on a GPU, and torch's fp8 products for a CPU."""
+"""Checks of the Torch backend's layouts, which run interpreted and on a GPU, and torch's fp8 GEMMs on a CPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from grouped_gemm.core.quantized import Quantized
 
 FP8 = torch.float8_e4m3fn
 BACKEND = get_backend(BackendKind.TORCH)
-# ends of groups, M: ragged, with empty groups and rows past the last one; ends out of order and range; none of them;
-# one row; many groups; multiples of 32
+# ends of groups, M: ragged, with empty groups and rows past the last one; ends out of order and out of range; empty
+# groups only, with and without rows; one row; many groups; multiples of 32
 GROUPS = (
     ([0, 130, 130, 131, 300], 310),
     ([-5, 200, 40, 999], 263),
@@ -29,7 +29,7 @@ GROUPS = (
 
 
 def tokens_of(ends: list[int]) -> list[slice]:
-    """Where each group's tokens lie: from a multiple of 32 on, in multiples of 32, and never none."""
+    """Each group's tokens: they start at a multiple of 32, and number a multiple of 32, at least 32."""
     found, first = [], 0
     for rows in reference.group_slices(ends):
         size = max(-(-(rows.stop - rows.start) // 32), 1) * 32
@@ -39,7 +39,7 @@ def tokens_of(ends: list[int]) -> list[slice]:
 
 
 def check_plan(ends: list[int], num_rows: int, device: torch.device | str = "cpu") -> None:
-    """Ends in order and range, and those of the tokens, for which there is room."""
+    """The ends are in order and in range, and so are the ends of the tokens, for which there is room."""
     offs = torch.tensor(ends, dtype=torch.int32, device=device)
     with testing.poisoned_memory():
         found, tokens = BACKEND.plan(offs, num_rows).derived
@@ -52,7 +52,7 @@ def check_plan(ends: list[int], num_rows: int, device: torch.device | str = "cpu
 def make_operand(
     ends: list[int], num_rows: int, features: int, recipe: Recipe, device: torch.device | str
 ) -> tuple[list[int], Tensor, tuple[Quantized, Quantized], tuple[Quantized, Quantized]]:
-    """Ends in order, an operand, and its layouts by rows and by columns, each made with the other and alone.
+    """Ends in order, an operand, and its layouts by rows and by columns, made together and alone.
 
     The rows are a slice of wider ones; past the last group they are NaN.
     """
@@ -73,7 +73,7 @@ def make_operand(
 
 
 def check_activations(ends: list[int], num_rows: int, recipe: Recipe, device: torch.device | str = "cpu") -> None:
-    """Both rowwise layouts, padding included, are what `reference` makes of each group."""
+    """Both rowwise layouts, with padding, equal those of `reference` for each group."""
     ends, x, by_row, by_column = make_operand(ends, num_rows, 144, recipe, device)
     inside = slice(0, ends[-1])
     if ends[-1]:
@@ -87,7 +87,7 @@ def check_activations(ends: list[int], num_rows: int, recipe: Recipe, device: to
             data, scale = torch.zeros(32, 144, device=device), torch.ones(1, 144, device=device)
             if group.start < group.stop:
                 quantized, scale = reference.quantize(x[group], reference.column_blocks(recipe), recipe, FP8)
-                # what is past the end of a group is 0 times the inverse scale, NaN where that is
+                # values past the end of a group are 0 times the inverse scale: NaN where the scale is NaN
                 past = scale.reciprocal() * torch.zeros(tokens.stop - tokens.start - len(quantized), 1, device=device)
                 data = torch.cat([quantized.float(), past])
             assert_equal(found.data[:, tokens].float(), data.t())
@@ -103,14 +103,14 @@ def unswizzled(scale: Tensor, lines: int, count: int) -> Tensor:
 
 
 def assert_scales(found: Tensor, scale: Tensor) -> None:
-    """Swizzled scales are (lines, count) E8M0 ones, and 1 where an atom has no such line or scale."""
+    """Swizzled scales equal the (lines, count) E8M0 ones; the padding of atoms is 1."""
     lines, count = scale.shape
     padded = F.pad(scale.view(torch.uint8), (0, -count % 4, 0, -lines % 128), value=127)
     assert_equal(unswizzled(found, lines, count), padded)
 
 
 def check_mx_activations(ends: list[int], num_rows: int, device: torch.device | str = "cpu") -> None:
-    """Both MX layouts, padding included, are what `reference` makes of each group."""
+    """Both MX layouts, with padding, equal those of `reference` for each group."""
     mxfp8, features = Recipe.MXFP8, 160
     ends, x, by_row, by_column = make_operand(ends, num_rows, features, mxfp8, device)
     blocks = num_rows // 128 + len(ends)
@@ -139,7 +139,7 @@ def check_mx_activations(ends: list[int], num_rows: int, device: torch.device | 
 
 
 def check_mx_weights(b_contiguous: str, device: torch.device | str = "cpu") -> None:
-    """Both layouts are what `reference` makes of each matrix, and each alone is the same."""
+    """Both layouts equal those of `reference` for each matrix, whether made together or alone."""
     torch.manual_seed(0)
     b = torch.randn(2, 160, 288, device=device).bfloat16()
     b = b.transpose(1, 2).contiguous().transpose(1, 2) if b_contiguous == "k" else b
@@ -179,9 +179,9 @@ def scaled_grouped_mm(
     mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, recipe_a: object, scale_b: Tensor, recipe_b: object,
     swizzle_a: object, swizzle_b: object, offs: Tensor, output_dtype: torch.dtype, use_fast_accum: bool,
 ) -> Tensor:  # fmt: skip
-    """`torch.nn.functional.scaled_grouped_mm` on a CPU: what torch checks on a GPU, and plain products.
+    """`torch.nn.functional.scaled_grouped_mm` on a CPU: the checks that torch makes on a GPU, and plain matmuls.
 
-    As there, what belongs to no group keeps what is in memory: NaN.
+    As on a GPU, rows of no group are not written: they are NaN.
     """
     assert recipe_a == recipe_b and swizzle_a == swizzle_b and output_dtype == torch.bfloat16
     assert mat_a.dtype == mat_b.dtype == FP8
@@ -194,7 +194,7 @@ def scaled_grouped_mm(
     ends = offs.tolist()
     if recipe_a == F.ScalingType.BlockWise1x32:
         assert swizzle_a == F.SwizzleType.SWIZZLE_32_4_4
-        return _mx_product(mat_a, mat_b, scale_a, scale_b, ends)
+        return _mx_gemm(mat_a, mat_b, scale_a, scale_b, ends)
     assert recipe_a == F.ScalingType.RowWise and swizzle_a is None and use_fast_accum
     assert scale_a.dtype == scale_b.dtype == torch.float32
     sizes = [end - start for start, end in zip([0, *ends], ends)]
@@ -204,9 +204,9 @@ def scaled_grouped_mm(
         assert all(size > 0 for size in sizes) and all(size % 16 == 0 for size in sizes[:-1])
         assert scale_a.shape == (len(ends) * mat_a.shape[0],) and scale_a.is_contiguous()
         assert scale_b.shape == (len(ends) * mat_b.shape[1],) and scale_b.is_contiguous()
-        products = [a[:, group] @ b[group] for group in reference.group_slices(ends)]
+        per_group = [a[:, group] @ b[group] for group in reference.group_slices(ends)]
         scales = scale_a.view(len(ends), -1, 1) * scale_b.view(len(ends), 1, -1)
-        return (torch.stack(products) * scales).to(output_dtype)
+        return (torch.stack(per_group) * scales).to(output_dtype)
     assert mat_b.shape[:2] == (len(ends), mat_a.shape[1]) and 0 <= ends[-1] <= mat_a.shape[0]
     assert all(size >= 0 for size in sizes)
     assert scale_a.shape == (mat_a.shape[0],) and scale_a.is_contiguous()
@@ -217,19 +217,19 @@ def scaled_grouped_mm(
     return out
 
 
-def _mx_product(mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Sequence[int]) -> Tensor:
-    """What torch 2.11 and the kernels of MSLK in it check of MX operands and take for granted, and plain products."""
+def _mx_gemm(mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, scale_b: Tensor, ends: Sequence[int]) -> Tensor:
+    """MX operands: what torch 2.11 and its MSLK kernels check and assume, and plain matmuls."""
     assert scale_a.dtype == scale_b.dtype == torch.float8_e8m0fnu
     assert mat_a.is_contiguous() and mat_b.mT.is_contiguous()
     assert scale_a.is_contiguous() and scale_b.is_contiguous()
-    (lines_a, depth), lines_b = mat_a.shape, mat_b.shape[-1]
+    (lines_a, contraction), lines_b = mat_a.shape, mat_b.shape[-1]
     groups = reference.group_slices(ends)
     assert all(group.start <= group.stop for group in groups)
     assert scale_a.dim() == scale_b.dim() == 2 and scale_a.shape[0] >= lines_a
     assert scale_a.numel() < 2**31
     scales_a, scales_b = scale_a.flatten(), scale_b.flatten()
     if mat_b.dim() == 2:
-        assert depth == mat_b.shape[0] and ends[-1] <= depth and scale_b.shape[0] >= lines_b
+        assert contraction == mat_b.shape[0] and ends[-1] <= contraction and scale_b.shape[0] >= lines_b
         out = torch.full((len(ends), lines_a, lines_b), torch.nan, dtype=torch.bfloat16)
         first = 0
         for e, group in enumerate(groups):
@@ -242,8 +242,8 @@ def _mx_product(mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, scale_b: Tensor, 
                 out[e] = (lhs @ rhs.t()).to(out.dtype)
             first = last
         return out
-    assert mat_b.shape[:2] == (len(ends), depth) and ends[-1] <= lines_a
-    count = -(-(depth // 32) // 4) * 4
+    assert mat_b.shape[:2] == (len(ends), contraction) and ends[-1] <= lines_a
+    count = -(-(contraction // 32) // 4) * 4
     scales_of_group = count * -(-lines_b // 128) * 128
     assert scale_b.shape == (len(ends), scales_of_group)
     out, first = torch.full((lines_a, lines_b), torch.nan, dtype=torch.bfloat16), 0
@@ -256,11 +256,11 @@ def _mx_product(mat_a: Tensor, mat_b: Tensor, scale_a: Tensor, scale_b: Tensor, 
 
 
 def _mx_values(data: Tensor, scales: Tensor, first: int) -> Tensor:
-    """Values of (lines, depth) data whose scales begin at ``first``; zeros past the depth are multiplied, too."""
-    lines, depth = data.shape
-    assert depth % 32 == 0
-    end = first + -(-lines // 128) * 128 * -(-depth // 128) * 4
+    """Values of (lines, contraction) data whose scales begin at ``first``, padded to whole atoms of scales."""
+    lines, contraction = data.shape
+    assert contraction % 32 == 0
+    end = first + -(-lines // 128) * 128 * -(-contraction // 128) * 4
     assert end <= len(scales)
-    codes = unswizzled(scales[first:end], lines, depth // 32)[:lines]
-    padded = F.pad(data.double(), (0, -depth % 128))
+    codes = unswizzled(scales[first:end], lines, contraction // 32)[:lines]
+    padded = F.pad(data.double(), (0, -contraction % 128))
     return padded * codes.view(torch.float8_e8m0fnu).double().repeat_interleave(32, 1)

@@ -1,8 +1,8 @@
-"""`warmup` in a process of its own, then a call of each row class: prints what these still had to compile, as JSON.
+"""Runs `warmup`, then calls of each row class, and prints what the calls still compiled, as JSON.
 
     TRITON_CACHE_DIR=<empty> python tests/warmed_up.py
 
-`test_triton_gpu` starts it.
+`test_triton_gpu` starts it in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from grouped_gemm import grouped_mm, warmup
 
 NUM_GROUPS = 6
-# M of calls, none of them warmup's. The scales of rows are (K/128, S), with S = M + 18 rounded up to a multiple of 4
-# (`kernels.layouts`): for the first M of each class S is a multiple of 16, for the second not, and not for warmup's. So
-# a kernel that Triton specializes on that stride, which none may be, is compiled once more.
+# M of the calls; warmup uses none of them. The scales of rows are (K/128, S), with S = M + 18 rounded up to a multiple
+# of 4 (`kernels.quantize.layouts`). S is a multiple of 16 for the first M of each class, but not for the second or for
+# warmup's. So a kernel that Triton specializes on that stride is compiled again; no kernel may be specialized on it.
 ROWS: dict[str, tuple[int, ...]] = {"decode": (46, 49), "small": (462, 463), "large": (1806, 2584)}
 
 

@@ -1,4 +1,4 @@
-"""DeepGEMM's layouts bit for bit against torch twins, and whole calls on a package that checks what it is given."""
+"""DeepGEMM's layouts, bit for bit against torch twins, and whole calls on a fake package that checks its operands."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ groups = pytest.mark.parametrize("ends, num_rows, alignment", GROUPS, ids=str)
 
 @pytest.fixture(autouse=True)
 def package(monkeypatch):
-    """The fake in place of the package, and a backend that asks for nothing."""
+    """The fake package in place of the real one, and a backend without requirements."""
     monkeypatch.setitem(sys.modules, "deep_gemm", fake_deep_gemm)
     monkeypatch.setattr(deepgemm.Backend, "requirements", ())
     monkeypatch.setattr(deepgemm.Backend, "health", lambda self, device: Health())
@@ -105,7 +105,7 @@ def test_groups_of_whole_blocks_are_not_copied():
     assert len(out) == len(inputs.a)
 
 
-def test_what_was_saved_may_have_been_offloaded():
+def test_saved_tensors_may_be_offloaded():
     case = Case(BackendKind.DEEPGEMM, Recipe.FP8_BLOCKWISE, passes=TRAINING, shape=SHAPES[1])
     inputs = testing.make_inputs(case, torch.device("cpu"))
     expected = testing.run(case, inputs)
@@ -113,7 +113,7 @@ def test_what_was_saved_may_have_been_offloaded():
         found = testing.run(case, inputs)
     assert torch.equal(found.da, expected.da) and torch.equal(found.db, expected.db)
     for _, arguments in fake_deep_gemm.calls:
-        if len(arguments) == 6:  # a product of forward or dgrad; kernels look at the block past the last one
+        if len(arguments) == 6:  # a GEMM of forward or dgrad; kernels read the block past the last one
             row_map = arguments[5]
             beyond = torch.as_strided(row_map, (128,), (1,), row_map.storage_offset() + len(row_map))
             assert (beyond == -1).all()
@@ -134,7 +134,7 @@ def test_weights_of_a_checkpoint():
 
 
 def test_each_pass_may_run_on_a_backend_of_its_own(monkeypatch):
-    """Forward and dgrad here, wgrad on this package's own kernels, as AUTO has it for groups of whole blocks."""
+    """Forward and dgrad run on DeepGEMM and wgrad on Triton, as in one of AUTO's plans."""
     route_of = functional.route_of
 
     def with_wgrad_of_triton(spec: CallSpec) -> Route:
@@ -179,13 +179,13 @@ def test_ops():
         found.add(name)
         tests = ("test_schema", "test_faketensor")
         if any(isinstance(x, torch.Tensor) and x.dtype.itemsize == 1 for x in arguments):
-            tests = ("test_faketensor",)  # the other compares arguments with torch.allclose, which has no fp8
+            tests = ("test_faketensor",)  # test_schema compares arguments with torch.allclose, which has no fp8
         torch.library.opcheck(getattr(torch.ops.grouped_gemm, name).default, arguments, test_utils=tests)
     assert found == {name for name in NAMES if name.startswith("deepgemm_")}
 
 
-def test_compiled_once_whatever_the_number_of_rows():
-    """The plan's sizes follow M, and are no reason to compile again."""
+def test_compiles_once_for_any_number_of_rows():
+    """The sizes of the plan depend on M, and must not cause another compilation."""
     counter = CompileCounterWithBackend("eager")
     b = torch.randn(3, 128, 128, dtype=torch.bfloat16, requires_grad=True)
 

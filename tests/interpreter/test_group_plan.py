@@ -1,4 +1,4 @@
-"""How often the Triton backend finds the blocks of tokens, and that nothing depends on who has found them."""
+"""The Triton backend finds the blocks of tokens once per plan; results do not depend on who shares the plan."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def train(groups, recipe, needs_grad=True):
 
 @pytest.mark.parametrize("recipe, plain", (("fp8_rowwise", 2), ("fp8_blockwise", 2), ("mxfp8", 0), (None, 0)))
 def test_blocks_are_found_once_by_a_call_and_once_by_a_plan(recipe, plain, found):
-    """A call found them twice, for ``a`` and for dY, before they were part of its plan."""
+    """``plain``: how often two calls find them without a shared plan. ``a`` and dY of a call share the blocks."""
     expected = train(OFFS, recipe)
     assert len(found) == plain
     found.clear()
@@ -50,6 +50,6 @@ def test_blocks_are_found_once_by_a_call_and_once_by_a_plan(recipe, plain, found
 
 
 @pytest.mark.parametrize("recipe, count", (("fp8_rowwise", 0), ("fp8_blockwise", 1)))
-def test_without_gradients_only_blockwise_needs_them(recipe, count, found):
+def test_without_gradients_only_blockwise_needs_the_blocks(recipe, count, found):
     train(GroupPlan(OFFS, M), recipe, needs_grad=False)
     assert len(found) == count

@@ -1,4 +1,4 @@
-"""Groups that are too many for one step of a kernel: with steps of two groups, a few are many."""
+"""More groups than a kernel handles in one step. Here a step handles two groups, so that few groups suffice."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from grouped_gemm.core import machine
 from grouped_gemm.kernels.common import groups, launch
 from grouped_gemm.kernels.gemm import k_grouped
 
-# ends of groups, M: empty groups, blocks that are short, rows past the last group; out of order and range
+# ends of groups, M: empty groups, short blocks, rows past the last group; ends out of order and out of range
 GROUPS = (([0, 130, 130, 131, 262], 270), ([-5, 200, 40, 999, 7], 263))
 
 
 @pytest.fixture(autouse=True)
-def two_at_once(monkeypatch):
+def two_groups_per_step(monkeypatch):
     for module in (groups, deepgemm_quantize):
         monkeypatch.setattr(module, "MOST_AT_ONCE", tl.constexpr(2))
     monkeypatch.setattr(k_grouped, "_gemms", {})

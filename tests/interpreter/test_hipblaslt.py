@@ -1,4 +1,4 @@
-"""The quantizers for hipBLASLt, bit for bit against their torch twins, in the fp8 type of either architecture."""
+"""The quantizers for hipBLASLt, bit for bit against their torch twins, with the fp8 type of each architecture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hipblaslt_checks import GROUPS, check_activations, check_weights
 from grouped_gemm import Recipe
 from grouped_gemm.core import machine as machine_module
 
-# every recipe in either type; POW2 is a constant of the kernels that differs from rowwise in one place
+# every recipe with the fp8 types that it has; POW2 differs from rowwise only in a constant of the kernels
 ROWWISE, POW2, MX = Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.MXFP8
 EACH = (("gfx942", ROWWISE), ("gfx950", ROWWISE), ("gfx950", MX))
 

@@ -1,4 +1,4 @@
-"""``torch.library.opcheck`` on the Triton backend's ops: schemas, fakes, nothing returned or changed that is passed."""
+"""``torch.library.opcheck`` on the Triton backend's ops: schemas, fakes, and no argument is changed or returned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interpreter rounds as the hardware does: without this, no comparison in this folder means anything."""
+"""The interpreter rounds as the hardware does; the other tests in this folder rely on it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _cast(x, y, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _product(x, y, out, SIZE: tl.constexpr):
+def _dot(x, y, out, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     tl.store(out + index, tl.dot(tl.load(x + index), tl.load(y + index)))
 
@@ -40,10 +40,10 @@ def test_casts_round_to_nearest_even(dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float8_e4m3fn, torch.bfloat16), ids=str)
-def test_products_are_of_values_and_not_of_bits(dtype):
+def test_dot_multiplies_values_and_not_bits(dtype):
     x, y = torch.randn(2, 32, 32).to(dtype)
     out = torch.empty(32, 32)
-    launch(_product, (1,), x, y, out, constants={"SIZE": 32})
+    launch(_dot, (1,), x, y, out, constants={"SIZE": 32})
     torch.testing.assert_close(out, x.float() @ y.float(), rtol=1e-6, atol=1e-5)
 
 
@@ -53,7 +53,7 @@ def _cast_by_triton_alone(x):
     return y
 
 
-def test_kernels_of_others_run_as_they_do_without_this_package():
+def test_other_kernels_run_as_they_do_without_this_package():
     x = torch.randn(64)
     before = _cast_by_triton_alone(x)
     launch(_cast, (1,), x, torch.empty_like(before), constants={"SIZE": 64})
@@ -61,7 +61,7 @@ def test_kernels_of_others_run_as_they_do_without_this_package():
     with pytest.raises(interpreter.InterpreterError):
         launch(_cast, (1,), x, torch.empty_like(before), constants={"SIZE": 63})
     assert torch.equal(_cast_by_triton_alone(x), before)
-    assert not torch.equal(before, x.bfloat16()), "Triton rounds right by itself: kernels/interpreter.py may do less"
+    assert not torch.equal(before, x.bfloat16()), "Triton rounds correctly now: simplify kernels/common/interpreter.py"
 
 
 def test_several_threads_may_launch():

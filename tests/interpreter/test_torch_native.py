@@ -1,4 +1,4 @@
-"""The Torch backend's layouts bit for bit against torch twins, and whole fp8 calls on a product that checks them."""
+"""The Torch backend's layouts, bit for bit against torch twins, and whole fp8 calls on a fake GEMM that checks them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ groups = pytest.mark.parametrize("ends, num_rows", GROUPS, ids=str)
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    """Kernels of ours are used, nothing is required, and the fp8 product is the one of `torch_checks`."""
+    """Our kernels are used, nothing is required, and the fp8 GEMM is that of `torch_checks`."""
     monkeypatch.setattr(torch_native, "_has_triton", lambda device: True)
     monkeypatch.setattr(torch_native.F, "scaled_grouped_mm", scaled_grouped_mm)
     monkeypatch.setattr(torch_native.Backend, "requirements", ())
@@ -61,7 +61,7 @@ def test_mx_weights(b_contiguous):
 
 
 def test_scales_are_swizzled_as_torch_does_it():
-    pytest.importorskip("expecttest", reason="what torch's own tests have for it imports expecttest")
+    pytest.importorskip("expecttest", reason="torch's own helper for it imports expecttest")
     from torch.testing._internal.common_quantized import to_blocked
 
     torch.manual_seed(0)
@@ -144,13 +144,13 @@ def test_ops():
         found.add(name)
         tests = ("test_schema", "test_faketensor")
         if name in ("torch_grouped_mm", "torch_scaled_wgrad") or "quantize" in name:
-            tests = ("test_faketensor",)  # the other compares with torch.allclose, which has no fp8
+            tests = ("test_faketensor",)  # test_schema compares with torch.allclose, which has no fp8
         torch.library.opcheck(getattr(torch.ops.grouped_gemm, name).default, arguments, test_utils=tests)
     assert found == {name for name in NAMES if name.startswith("torch_")}
 
 
 @pytest.mark.parametrize("arch, recipe", (("sm_90", "fp8_rowwise"), ("sm_100", "mxfp8")))
-def test_health_tries_the_kind_of_fp8_that_runs_there(arch, recipe, monkeypatch):
+def test_health_tries_the_fp8_recipe_of_the_architecture(arch, recipe, monkeypatch):
     machine = Machine("nvidia", arch, arch, (("mslk", "2.11.0"),))
     monkeypatch.setattr(torch_native, "machine_of", lambda device: machine)
     device = torch.device("cpu")
@@ -166,8 +166,8 @@ def test_health_tries_the_kind_of_fp8_that_runs_there(arch, recipe, monkeypatch)
 def test_health_compares_with_the_reference(monkeypatch):
     device = torch.device("cpu")
     assert HEALTH(BACKEND, device).is_good
-    product = torch_native.F.grouped_mm
-    monkeypatch.setattr(torch_native.F, "grouped_mm", lambda *operands, offs: 2 * product(*operands, offs=offs))
+    gemm = torch_native.F.grouped_mm
+    monkeypatch.setattr(torch_native.F, "grouped_mm", lambda *operands, offs: 2 * gemm(*operands, offs=offs))
     assert HEALTH(BACKEND, device).problem == "a tiny product of none is wrong"
 
 

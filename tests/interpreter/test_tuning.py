@@ -1,4 +1,4 @@
-"""`warmup` with GROUPED_GEMM_AUTOTUNE=1 on the Triton backend: every product is tuned, no result changes."""
+"""`warmup` with GROUPED_GEMM_AUTOTUNE=1 on the Triton backend: every GEMM is tuned, and no result changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from grouped_gemm.kernels.gemm import k_grouped, m_grouped, tile_search
 
 
 @pytest.mark.parametrize("recipe", ("none", "fp8_blockwise"))
-def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, recipe):
+def test_every_gemm_is_tuned_and_no_result_changes(monkeypatch, tmp_path, recipe):
     times = []
 
     def milliseconds(run):
@@ -18,7 +18,7 @@ def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, rec
         times.append(tile_search._watch.trial[1])
         return 1.0 if times[-1].group_m == 4 else 2.0
 
-    # Two variants in all: an interpreted one takes seconds, and one that cannot be is skipped
+    # Two variants, since an interpreted one takes seconds. The second cannot run, and is skipped.
     monkeypatch.setattr(tile_search, "_sides", lambda site, tile: [tile._replace(group_m=4), tile._replace(block_k=7)])
     for name in ("_block_ks", "_stages", "_group_ms"):
         monkeypatch.setattr(tile_search, name, lambda site, tile: [])
@@ -42,6 +42,6 @@ def test_every_product_is_tuned_and_no_result_changes(monkeypatch, tmp_path, rec
     assert len(done.tuned) == 3 and all(search.tile.group_m == 4 for search in done.tuned)
     assert all(len(search.failed) == 1 for search in done.searches)
     assert all(map(torch.equal, call(), shipped))
-    for module in (m_grouped, k_grouped):  # nothing found outlives the switch
-        assert module._gemms and not any(product.tile.group_m == 4 for product in module._gemms.values())
+    for module in (m_grouped, k_grouped):  # tuned tiles are not cached beyond the switch
+        assert module._gemms and not any(gemm.tile.group_m == 4 for gemm in module._gemms.values())
     tile_search.forget()

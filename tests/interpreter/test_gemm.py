@@ -21,12 +21,12 @@ def tma(request, monkeypatch):
     if not request.param:
         for module in (m_grouped, k_grouped):
             monkeypatch.setattr(module, "can_use_tma", lambda *operands: False)
-            monkeypatch.setattr(module, "_gemms", {})  # what it remembers of calls with descriptors
+            monkeypatch.setattr(module, "_gemms", {})  # cached launches with descriptors
     return request.param
 
 
 def case(ends, num_rows, k, n, dtype, contiguous):
-    """a, b, bias, dy and offs; what lies past the last group is NaN."""
+    """a, b, bias, dy and offs; rows past the last group are NaN."""
     torch.manual_seed(0)
     offs = torch.tensor(ends, dtype=torch.int32)
     last = reference.group_ends(offs, num_rows)[-1]
@@ -85,7 +85,7 @@ LAYOUTS = [
 @pytest.mark.parametrize(
     "recipe, layout", [pytest.param(recipe, *layout.values, id=f"{recipe}-{layout.id}") for recipe, layout in LAYOUTS]
 )
-def test_the_gradient_of_an_output_in_another_dtype_may_lie_anyhow(recipe, layout):
+def test_the_gradient_of_an_output_in_another_dtype_may_have_any_layout(recipe, layout):
     a, b, bias, dy, offs = case([1, 1, 5], 5, 32, 31, torch.bfloat16, "k")
     dy, options = layout(dy.float()), {"recipe": recipe, "out_dtype": torch.float32}
     for ours, right in zip(
@@ -94,7 +94,7 @@ def test_the_gradient_of_an_output_in_another_dtype_may_lie_anyhow(recipe, layou
         assert_near(ours, right, BOUNDS[torch.bfloat16])
 
 
-def test_such_a_gradient_may_need_a_graph():
+def test_a_gradient_with_any_layout_may_need_a_graph():
     a, b, bias, dy, offs = case([1, 1, 5], 5, 32, 31, torch.bfloat16, "k")
     dy = OVERLAPPING.values[0](dy)
 
@@ -107,7 +107,7 @@ def test_such_a_gradient_may_need_a_graph():
 
 
 @pytest.mark.parametrize("create_graph", (False, True), ids=("plain", "with a graph"))
-def test_the_gradient_of_a_weight_gradient_may_lie_anyhow(create_graph):
+def test_the_gradient_of_a_weight_gradient_may_have_any_layout(create_graph):
     x, _, _, g, offs = case([1, 1, 5], 5, 32, 31, torch.bfloat16, "k")
     dc = torch.randn(3 + 32 + 31 - 2).as_strided((3, 32, 31), (1, 1, 1))  # a cast makes its first axis contiguous
 
@@ -120,7 +120,7 @@ def test_the_gradient_of_a_weight_gradient_may_lie_anyhow(create_graph):
 
 
 @pytest.mark.parametrize("operand", range(3), ids=("a", "b", "bias"))
-def test_a_pending_negation_of_an_operand_is_carried_out(operand):
+def test_a_pending_negation_of_an_operand_is_resolved(operand):
     *operands, dy, offs = case([1, 1, 5], 5, 32, 31, torch.bfloat16, "k")
     right = passes("triton", *operands, dy, offs)
     operands[operand] = torch._neg_view(-operands[operand].detach()).requires_grad_()
@@ -131,11 +131,11 @@ def test_a_pending_negation_of_an_operand_is_carried_out(operand):
 
 @pytest.fixture(params=("mx", "mx upcast"))
 def mx(request, monkeypatch):
-    """How MX operands are multiplied: by `tl.dot_scaled`, or widened."""
+    """How MX operands are multiplied: by `tl.dot_scaled`, or converted to bf16 first."""
     if request.param == "mx" and Version(triton.__version__) < Version("3.8"):
         pytest.skip("Triton's interpreter has no tl.dot_scaled before 3.8")
     for module in (m_grouped, k_grouped):
-        monkeypatch.setattr(module, "_gemms", {})  # what it remembers of the other kind
+        monkeypatch.setattr(module, "_gemms", {})  # cached launches of the other kind
         monkeypatch.setattr(
             module, "kind_of", lambda x, recipe: request.param if recipe is Recipe.MXFP8 else kind_of(x, recipe)
         )
@@ -177,7 +177,7 @@ def test_a_nan_stays_in_its_row_and_its_group(tma):
 
 
 def test_mx_scales_of_any_size(mx, tma):
-    """Also those that no quantizer of ours writes: the smallest, huge ones, NaN. Each is for its own block alone."""
+    """Also those that our quantizers never write: the smallest, huge ones, NaN. Each affects only its own block."""
     torch.manual_seed(0)
     data = torch.randn(1, 160, 48).to(torch.float8_e4m3fn)
     codes = torch.full((1, 5, 48), 127, dtype=torch.uint8)
@@ -198,7 +198,7 @@ def test_mx_scales_of_any_size(mx, tma):
     torch.testing.assert_close(y, truth, rtol=1e-4, atol=3e-40, equal_nan=True)
 
 
-def test_a_nan_reaches_the_mx_products_of_its_blocks(mx):
+def test_a_nan_reaches_the_mx_results_of_its_blocks(mx):
     a, b, bias, dy, offs = case([5, 5, 40, 60], 64, 48, 80, torch.bfloat16, "k")
     a.data[20, 3] = torch.inf
     y, _, db, _ = passes("triton", a, b, bias, dy, offs, recipe="mxfp8")
@@ -216,14 +216,14 @@ def test_a_checkpoints_weights(recipe):
         y = grouped_mm(a, weights, offs, kernel_preference=backend)
         results += (y, torch.autograd.grad(y, a, dy)[0])
     assert_near(found[0], expected[0], 3e-3)
-    # rowwise and MX scales run along K: for dgrad the Triton backend quantizes once more, Emulated need not
+    # rowwise and MX scales run along K: for dgrad the Triton backend quantizes again, which Emulated need not
     assert_near(found[1], expected[1], 3e-3 if recipe.weight_lines > 1 else 5e-2)
 
 
-# What is remembered of a product holds for another M of its row class, and for nothing else.
+# A cached launch serves other M of its row class, and no other calls.
 
 
-def off_a_16_byte_start(x):
+def not_at_16_bytes(x):
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
@@ -232,7 +232,7 @@ def in_wider_rows(x):
 
 
 @pytest.fixture
-def products(monkeypatch):
+def num_cached(monkeypatch):
     for module in (m_grouped, k_grouped):
         monkeypatch.setattr(module, "_gemms", {})
     return lambda: len(m_grouped._gemms) + len(k_grouped._gemms)
@@ -245,14 +245,14 @@ def products(monkeypatch):
         ({"rows": 33}, 1),  # another row class
         ({"dtype": torch.float16}, 1),
         ({"out_dtype": torch.float32}, 1),
-        ({"a": off_a_16_byte_start}, 1),
+        ({"a": not_at_16_bytes}, 1),
         ({"a": in_wider_rows}, 1),
-        ({"b": off_a_16_byte_start}, 1),
+        ({"b": not_at_16_bytes}, 1),
         ({"b": in_wider_rows}, 1),
         ({"b": lambda b: b.transpose(1, 2).contiguous().transpose(1, 2)}, 1),
     ),
 )
-def test_a_product_is_remembered_for_equal_calls(products, changed, more):
+def test_a_gemm_launch_is_cached_for_equal_calls(num_cached, changed, more):
     def run(rows=8, dtype=torch.bfloat16, out_dtype=torch.bfloat16, a=lambda a: a, b=lambda b: b):
         torch.manual_seed(0)
         offs = torch.tensor([3, rows], dtype=torch.int32)
@@ -263,9 +263,9 @@ def test_a_product_is_remembered_for_equal_calls(products, changed, more):
 
     run()
     run(**changed)
-    assert products() == 1 + more
+    assert num_cached() == 1 + more
     run(**changed)
-    assert products() == 1 + more
+    assert num_cached() == 1 + more
 
 
 @pytest.mark.parametrize(
@@ -274,12 +274,12 @@ def test_a_product_is_remembered_for_equal_calls(products, changed, more):
         ({"rows": 33}, 0),
         ({"dtype": torch.float16}, 1),
         ({"out_dtype": torch.bfloat16}, 1),
-        ({"x": off_a_16_byte_start}, 1),
+        ({"x": not_at_16_bytes}, 1),
         ({"x": in_wider_rows}, 1),
         ({"most_rows": 1}, 1),  # more than a ragged descriptor addresses
     ),
 )
-def test_a_weight_gradient_is_remembered_for_equal_calls(products, monkeypatch, changed, more):
+def test_a_wgrad_launch_is_cached_for_equal_calls(num_cached, monkeypatch, changed, more):
     def run(rows=8, dtype=torch.bfloat16, out_dtype=torch.float32, x=lambda x: x, most_rows=1 << 30):
         monkeypatch.setattr(k_grouped, "_MOST_RAGGED_ROWS", most_rows)
         torch.manual_seed(0)
@@ -291,6 +291,6 @@ def test_a_weight_gradient_is_remembered_for_equal_calls(products, monkeypatch, 
 
     run()
     run(**changed)
-    assert products() == 1 + more
+    assert num_cached() == 1 + more
     run(**changed)
-    assert products() == 1 + more
+    assert num_cached() == 1 + more
