@@ -9,26 +9,26 @@ from _report import CEILINGS, PASSES, Row, rate, share, sizes
 
 NEEDED = "--plot needs matplotlib: pip install grouped-gemm-dispatch[bench]"
 _INK = "#3b3f46"
-_BARS = {"balanced": "#0072b2", "ragged": "#8ec1e0"}  # told apart by the colour-blind, too (Okabe, Ito)
+_BARS = {"balanced": "#0072b2", "ragged": "#8ec1e0"}  # distinguishable for the colour-blind (Okabe, Ito)
 _PEERS = {"torch": ("torch", "D", "#d55e00"), "deep_gemm": ("DeepGEMM", "^", "#009e73")}
 _RECIPES = {"none": "bf16", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8_blockwise"}
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
-    """Writes a bar chart as a PNG: a panel for each recipe, by shape and pass, and one of the quantizers.
+    """Writes a bar chart as a PNG: a panel for each recipe, by shape and pass, and one for the quantizers.
 
     Raises:
-        ImportError: there is no matplotlib.
+        ImportError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure  # of its own: no display, no state that others share
+    from matplotlib.figure import Figure  # used directly: no display, no global state
 
-    products, quantizers = [r for r in run["rows"] if "pass" in r], [r for r in run["rows"] if "quantizer" in r]
+    gemms, quantizers = [r for r in run["rows"] if "pass" in r], [r for r in run["rows"] if "quantizer" in r]
     panels: list[tuple[str, str, list[Row], str]] = []
     for recipe, label in _RECIPES.items():
         ceiling = run["ceilings"].get(CEILINGS[recipe])
         title = f"{label} GEMMs, TFLOP/s in the bars; ceiling: one large {CEILINGS[recipe]} matmul"
         title += f", {ceiling:.0f} TFLOP/s" if ceiling else ", which failed"
-        panels.append((title, "share of the matmul", [r for r in products if r["recipe"] == recipe], "pass"))
+        panels.append((title, "share of the matmul", [r for r in gemms if r["recipe"] == recipe], "pass"))
     copies = sorted({r["copy"] for r in quantizers if r["copy"]})
     title = "quantizers, GB/s in the bars; ceiling: a copy" + (
         f", {copies[0]:.0f} to {copies[-1]:.0f} GB/s" if copies else ", which failed"
@@ -52,7 +52,7 @@ def draw(run: dict[str, Any], path: Path) -> None:
 
 
 def _panel(axis: Any, title: str, rows: list[Row], what: str, ceilings: dict[str, float | None]) -> None:
-    """Bars by shape (``what``: and by recipe, for quantizers), and within it by pass or by what is written."""
+    """Bars by shape, for quantizers by shape and recipe, and within these by ``what``: the pass or the quantizer."""
     by_recipe = what == "quantizer"
     outer = list(dict.fromkeys((r["shape"], r["recipe"] if by_recipe else "") for r in rows))
     inner = [p for p in PASSES if any(r[what] == p for r in rows)] if not by_recipe else []

@@ -1,4 +1,4 @@
-"""Right before fast: everything against `reference`, on small ragged cases and on some groups of the timed shapes."""
+"""Checks before timing: results against `reference`, on small ragged cases and on some groups of the timed shapes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_case(name: str, recipe: Recipe, num_rows: int, k: int, n: int, k_conti
 
 
 def check_quantizers(recipe: Recipe) -> None:
-    """Bit for bit what `reference` computes on the CPU."""
+    """The quantizers give the bits of `reference` on the CPU."""
     ends = [130, 130, 263, 700]
     x = torch.randn(777, 1000, dtype=torch.bfloat16) * torch.randn(777, 1).exp().bfloat16()
     x[5, 7], x[300, 9], x[400] = float("nan"), float("inf"), 0
@@ -88,7 +88,7 @@ def is_same(x: torch.Tensor, truth: torch.Tensor) -> bool:
 def sampled_error(
     recipe: Recipe, pass_: str, function: Callable[[], torch.Tensor], a: Any, w: Any, dy: Any, offs: Any
 ) -> float:
-    """The error of three groups, the quantization included in the truth, with NaN in the memory of the output."""
+    """The error of three groups, relative to quantized operands, with NaN in the memory of the output."""
     (num_rows, k), n = a.shape, w.shape[1]
     poison(*((w.shape[0], n, k) if pass_ == "wgrad" else (num_rows, n if pass_ == "forward" else k)), torch.bfloat16)
     out = function()
@@ -102,7 +102,7 @@ def sampled_error(
             found, truth = out[e].t(), left.t() @ right
         else:
             x, b, axis = (a, w[e].t(), 1) if pass_ == "forward" else (dy, w[e], 2)
-            # dgrad multiplies by the transpose: along N of b is along its own first axis
+            # dgrad multiplies by the transpose of b, whose first axis is N
             sides = reference.weight_blocks(recipe, axis)[1:]
             sides = sides if axis == 1 else sides[::-1]
             left, right = rounded(x[rows], reference.row_blocks(recipe), recipe), rounded(b, sides, recipe)
@@ -115,7 +115,7 @@ def sampled_error(
 
 
 def rounded(x: torch.Tensor, blocks: Any, recipe: Recipe) -> torch.Tensor:
-    """``x`` as its quantized form has it, in fp32."""
+    """``x`` quantized and dequantized, in fp32."""
     if not recipe.is_scaled or x.shape[0] == 0:
         return x.float()
     return reference.dequantize(*reference.quantize(x, blocks, recipe, FP8), blocks)

@@ -1,4 +1,4 @@
-"""What the parts of grouped_mm.py share: the backend, its shapes, how a failure is kept, how a time is taken."""
+"""What the GPU benchmarks share: the device, the Triton backend, records of failures, timing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ failures: list[str] = []
 
 
 def attempt(what: str, function: Callable[[], Any]) -> Any:
-    """What ``function`` returns; None where it fails, which is printed and does not stop the rest."""
+    """What ``function`` returns, or None if it fails. A failure is printed and recorded, and the run goes on."""
     try:
         return function()
     except Exception as error:
@@ -33,16 +33,16 @@ def attempt(what: str, function: Callable[[], Any]) -> Any:
 
 
 def milliseconds(what: str, function: Callable[[], Any]) -> float | None:
-    """The median of CUDA events with a cold L2; None where it fails."""
+    """The median time by CUDA events with a cold L2; None if ``function`` fails."""
     from triton.testing import do_bench
 
     return attempt(what, lambda: do_bench(function, warmup=20, rep=80, return_mode="median"))
 
 
-def milliseconds_by_turns(what: str, functions: dict[str, Callable[[], Any]]) -> dict[str, float | None]:
-    """The medians of all, taken by turns: a GPU that warms up, and slows down, does so for all. None where it fails.
+def interleaved_milliseconds(what: str, functions: dict[str, Callable[[], Any]]) -> dict[str, float | None]:
+    """The median times of all, interleaved, so that changes of the GPU's clocks affect all. None for one that fails.
 
-    The first is ours; a peer that fails is printed, and no failure of the run.
+    The first function is ours. A peer that fails is printed, but is no failure of the run.
     """
     from triton.testing import do_bench
 
@@ -61,7 +61,7 @@ def milliseconds_by_turns(what: str, functions: dict[str, Callable[[], Any]]) ->
 
 
 def ends_of(num_rows: int, num_groups: int, kind: str) -> torch.Tensor:
-    """End rows, (E,) int32: equal groups; or skewed ones, one empty, in multiples of 16, as torch's fp8 wants."""
+    """End rows, (E,) int32: equal groups; or skewed ones, one empty, in multiples of 16, as torch's fp8 needs."""
     if kind == "balanced":
         sizes = torch.full((num_groups,), num_rows // num_groups)
     else:
@@ -73,11 +73,11 @@ def ends_of(num_rows: int, num_groups: int, kind: str) -> torch.Tensor:
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:
-    """Of all elements together; NaN or Inf in ``x`` gives NaN or Inf."""
+    """The relative error over all elements; NaN or Inf in ``x`` gives NaN or Inf."""
     return ((x.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30)).item()
 
 
 def poison(*shapes_and_dtype: Any) -> None:
-    """Leaves NaN in the memory that the allocator will hand out next for such a tensor."""
+    """Fills with NaN the memory that the allocator will return next for such a tensor."""
     *shape, dtype = shapes_and_dtype
     torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)

@@ -14,7 +14,7 @@ from grouped_gemm.backends.base import OffsetPlan
 
 
 def make_peers(recipe: Recipe, a: Any, w: Any, dy: Any, offs: Any) -> dict[str, dict[str, Callable[[], Any]]]:
-    """By pass and name, what a user would call instead. Values do not matter to a peer's time; scales are random."""
+    """By pass and name, what a user would call instead. Values do not affect a peer's time, so scales are random."""
     (num_rows, k), (num_groups, n, _) = a.shape, w.shape
     if recipe is Recipe.NONE:
         peers = {
@@ -63,7 +63,7 @@ def add_deep_gemm(peers: Any, recipe: Recipe, a: Any, w: Any, dy: Any, offs: Any
         return
     whole = OffsetPlan(torch.tensor([num_rows], dtype=torch.int32, device=DEVICE), num_rows)
 
-    def quantized(x: Any) -> Any:  # DeepGEMM reads these scales, too: contiguous along rows
+    def quantized(x: Any) -> Any:  # DeepGEMM can read these scales: contiguous along rows
         rows, _ = TRITON.quantize_activations(x, whole, recipe, rows=True, columns=False)
         return rows.data, rows.scale[:, :num_rows].contiguous().t()
 
@@ -71,9 +71,9 @@ def add_deep_gemm(peers: Any, recipe: Recipe, a: Any, w: Any, dy: Any, offs: Any
     qa, qdy = quantized(a), quantized(dy)
     qw = forward.data.transpose(1, 2), forward.scale.transpose(1, 2).contiguous()
     qwt = dgrad.data, dgrad.scale.contiguous()
-    product = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
-    peers["forward"]["deep_gemm"] = lambda: product(qa, qw, y, layout, recipe=(1, 128, 128))
-    peers["dgrad"]["deep_gemm"] = lambda: product(qdy, qwt, da, layout, recipe=(1, 128, 128))
+    gemm = deep_gemm.m_grouped_fp8_gemm_nt_contiguous
+    peers["forward"]["deep_gemm"] = lambda: gemm(qa, qw, y, layout, recipe=(1, 128, 128))
+    peers["dgrad"]["deep_gemm"] = lambda: gemm(qdy, qwt, da, layout, recipe=(1, 128, 128))
     dw = torch.zeros(num_groups, n, k, device=DEVICE)
     ks = torch.tensor(sizes, device=DEVICE, dtype=torch.int32)
     flat_dy, flat_a = dy.t().contiguous().to(FP8).flatten(), a.t().contiguous().to(FP8).flatten()

@@ -1,8 +1,8 @@
-"""The figures of one run as text, and whether they reach the goals. Reads what grouped_mm.py writes as JSON; no GPU.
+"""The figures of one run as text, and whether they reach the goals. It reads the JSON of grouped_mm.py, without a GPU.
 
 A run is a dict: device, versions, seconds, ceilings (TFLOP/s of one large matmul, by name), failures, rows. A row is a
-product (shape, kind, recipe, pass, flops, error, ms, peers: ms by name), a quantizer (shape, kind, recipe, quantizer,
-bytes, ms, copy: GB/s) or a host time (host, us). What failed is None.
+GEMM (shape, kind, recipe, pass, flops, error, ms, peers: ms by name), a quantizer (shape, kind, recipe, quantizer,
+bytes, ms, copy: GB/s) or a host time (host, us). A figure that failed is None.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
-# name: (M tokens, E experts, N out features, K in features); "seed" is the shape that was measured first
+# name: (M tokens, E experts, N out features, K in features); "seed" is the shape of the first measurements
 SHAPES = {
     "seed": (32768, 8, 2048, 7168),
     "dsv3_gateup": (32768, 32, 4096, 7168),
@@ -20,17 +20,17 @@ SHAPES = {
     "qwen3_down": (131072, 128, 2048, 768),
 }
 PASSES = ("forward", "dgrad", "wgrad")
-CEILINGS = {"none": "bf16", "fp8_rowwise": "fp8", "fp8_blockwise": "fp8"}  # the matmul that a recipe is held against
+CEILINGS = {"none": "bf16", "fp8_rowwise": "fp8", "fp8_blockwise": "fp8"}  # the matmul that a recipe is compared with
 
 
 _KEYS = {"device", "versions", "seconds", "ceilings", "failures", "rows"}
 
 
 def check_form(run: Any) -> dict[str, Any]:
-    """``run``, which has the keys of one.
+    """``run``, after a check of its keys.
 
     Raises:
-        ValueError: it has not.
+        ValueError: a key is missing.
     """
     missing = sorted(_KEYS - run.keys()) if isinstance(run, dict) else sorted(_KEYS)
     if missing:
@@ -39,7 +39,7 @@ def check_form(run: Any) -> dict[str, Any]:
 
 
 def name(row: Row) -> str:
-    """What was measured: "seed ragged none forward"."""
+    """The name of a row: "seed ragged none forward"."""
     if "host" in row:
         return f"host time of {row['host']}"
     return f"{row['shape']} {row['kind']} {row['recipe']} {row.get('pass') or 'quantizer, ' + row['quantizer']}"
@@ -58,24 +58,24 @@ def legend(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]] = SHAPES)
 
 
 def rate(row: Row, ms: float | None) -> float | None:
-    """TFLOP/s of a product, GB/s of a quantizer, that takes ``ms`` milliseconds."""
+    """TFLOP/s of a GEMM, or GB/s of a quantizer, that takes ``ms`` milliseconds."""
     return (row["flops"] / ms / 1e9 if "flops" in row else row["bytes"] / ms / 1e6) if ms else None
 
 
 def ratio(row: Row, peer: str) -> float | None:
-    """How many times as fast as the peer; None where one of them failed."""
+    """How many times as fast as the peer; None if one of them failed."""
     return row["peers"][peer] / row["ms"] if row["ms"] and row["peers"].get(peer) else None
 
 
 def share(row: Row, ceilings: dict[str, float | None], ms: float | None) -> float | None:
-    """The share of the ceiling: of a matmul in the same run, or of a copy; None where one of them failed."""
+    """The share of the ceiling, which is a matmul or a copy in the same run; None if one of them failed."""
     ceiling = ceilings.get(CEILINGS[row["recipe"]]) if "flops" in row else row["copy"]
     found = rate(row, ms)
     return found / ceiling if found and ceiling else None
 
 
 def describe(row: Row, ceilings: dict[str, float | None]) -> str:
-    """One line: the project, each peer, the ratio."""
+    """One line: our rate, each peer's rate, and the ratio."""
     if "host" in row:
         return f"{name(row):40s}{_number(row['us'], '8.1f')} us"
     mine = f"{_number(rate(row, row['ms']), '7.0f')} {'TFLOP/s' if 'flops' in row else 'GB/s   '}"
@@ -91,21 +91,21 @@ def _number(value: float | None, form: str) -> str:
 
 
 class Goal(NamedTuple):
-    """What is to be reached by every case: at least ``limit``, or at most where ``is_time``."""
+    """A bound for every case: at least ``limit``, or at most if ``is_time``."""
 
     what: str
     limit: float
-    cases: list[tuple[str, float | None]]  # None: it failed, and does not reach anything
+    cases: list[tuple[str, float | None]]  # None: it failed, which misses the goal
     is_time: bool = False
 
     @property
     def reached(self) -> int:
-        """How many cases reach it."""
+        """How many cases reach the goal."""
         return sum(self._reaches(value) for _, value in self.cases)
 
     @property
     def worst(self) -> tuple[str, float | None]:
-        """The case that is farthest from it; one that failed is farther than all others."""
+        """The case that is farthest from the goal; one that failed is the farthest."""
         sign = -1 if self.is_time else 1
         return min(self.cases, key=lambda case: float("-inf") if case[1] is None else sign * case[1])
 

@@ -3,11 +3,11 @@
     python -m grouped_gemm bench auto --json regret.json
 
 Whole calls: a forward call without gradients, and forward with backward, for the shapes of the profile and for
-`UNTUNED` ones, which are in no profile and which no tile was chosen for. Groups are balanced (in whole blocks of 128
+the `UNTUNED` ones, which no profile has and no tile was chosen for. Groups are balanced (in whole blocks of 128
 rows, which is guaranteed), ragged, or few rows: 64 in all. The backends' calls are interleaved: those of more than two
-milliseconds are timed on the device, with a cold L2, others by the wall clock, ten in a row. A call that AUTO gives to
-one backend alone is that very call, so any difference of their ratio from 1 is noise. Where the regret is over 1.03,
-all are timed again, four times, and the least of each counts; where it stays over, the exit code is 1.
+milliseconds are timed on the device, with a cold L2, others by the wall clock, ten in a row. Where AUTO
+chooses one backend for all passes, both make the same call, so any difference of their ratio from 1 is noise. If the
+regret is over 1.03, all are timed four more times, and the least of each counts. If it stays over, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CASES = {  # recipe and dtype
 }
 KINDS = ("balanced", "ragged", "tiny")
 TINY = 64  # rows
-CONTESTANTS = tuple(kind for kind in BackendKind if kind is not BackendKind.EMULATED)
+BACKENDS = tuple(kind for kind in BackendKind if kind is not BackendKind.EMULATED)
 results: list[dict[str, Any]] = []
 
 
@@ -63,7 +63,7 @@ def measure(shape: str, kind: str, name: str) -> None:
     dy = torch.randn(num_rows, n, device=DEVICE, dtype=dtype)
     if kind == "tiny":
         offs = torch.arange(1, num_groups + 1, device=DEVICE).mul(num_rows).div(num_groups).int()
-    elif kind == "ragged":  # any sizes, up to about twice the average, as a router makes them
+    elif kind == "ragged":  # any sizes up to about twice the average, as a router gives them
         shares = torch.rand(num_groups, generator=torch.Generator().manual_seed(0)).cumsum(0)
         offs = (shares / shares[-1] * num_rows).int().to(DEVICE)
     else:
@@ -87,7 +87,7 @@ def measure(shape: str, kind: str, name: str) -> None:
     timer = partial(eager_microseconds, budget_ms=250)
     for what, make, grad in (("forward", forward, False), ("step", step, True)):
         calls = {}
-        for backend in ("auto", *(contestant.value for contestant in CONTESTANTS)):
+        for backend in ("auto", *(candidate.value for candidate in BACKENDS)):
             try:
                 make(backend)()  # compiles
                 calls[backend] = make(backend)

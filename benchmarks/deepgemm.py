@@ -1,11 +1,11 @@
-"""The DeepGEMM backend on one CUDA GPU, beside DeepGEMM called by hand, a copy, and in a training step.
+"""The DeepGEMM backend on one CUDA GPU: its GEMMs, its quantizers, and whole calls.
 
     python -m grouped_gemm bench deepgemm --shapes seed qwen3_gateup --json run.json
 
-Products: the backend's against the same functions of the package on the same operands, so that what differs is the
-backend's own work. Quantizer: GB/s of what must be moved, x read once, padded rows written once, beside a copy. Forward
-and training step: whole calls, on every backend and on torchao where it is installed. Times are medians of CUDA events
-with a cold L2, by turns; only ratios within a run are to be trusted. A goal that is missed makes the exit code 1.
+GEMMs: the backend against direct calls of the package on the same operands; the difference is the backend's overhead.
+Quantizers: GB/s of the memory traffic that is needed, x read once, padded rows written once, compared with a copy.
+Forward and training step: whole calls, on each backend, and on torchao if it is installed. Times are medians of CUDA
+events with a cold L2, interleaved; only ratios within a run are reliable. If a goal is missed, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import DEVICE, attempt, ends_of, failures, milliseconds, milliseconds_by_turns
+from _common import DEVICE, attempt, ends_of, failures, interleaved_milliseconds, milliseconds
 from _report import SHAPES, legend
 
 from grouped_gemm import CallSpec, Pass, Recipe, grouped_mm
@@ -42,7 +42,7 @@ results: list[dict[str, Any]] = []
 
 
 def record(what: str, goal: str | None = None, value: float | None = None, **more: Any) -> None:
-    """Keeps a row and prints it; a goal that is missed is a failure."""
+    """Records a row and prints it; a missed goal is a failure."""
     results.append({"what": what, "goal": goal, "value": value} | more)
     shown = ", ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{name} {x}" for name, x in more.items())
     print(f"{what:44}{shown}" + ("" if value is None else f", {goal} {value:.3f}"), flush=True)
@@ -67,8 +67,8 @@ def operands(shape: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def time_products(shape: str) -> None:
-    """Groups of whole blocks: the backend adds nothing to the package's own kernels but their launch."""
+def time_gemms(shape: str) -> None:
+    """Groups of whole blocks: the backend only adds its launch to the package's own kernels."""
     a, w, dy = operands(shape)
     num_rows, num_groups, n, k = SHAPES[shape]
     plan = BACKEND.plan(ends_of(num_rows, num_groups, "balanced"), num_rows, 128)
@@ -80,7 +80,7 @@ def time_products(shape: str) -> None:
     package, on_host, tokens = deepgemm_package.functions(), sizes.tolist(), int(sizes.sum())
 
     def by_hand(lhs: Any, rhs: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-        # contiguous scales, as an example of DeepGEMM's has them
+        # contiguous scales, as in DeepGEMM's own examples
         package.scaled_grouped_mm((lhs.data, lhs.scale), (rhs, scale), out, row_map, recipe=(1, 128, 128))
 
     def wgrad_by_hand() -> torch.Tensor:
@@ -106,8 +106,8 @@ def time_products(shape: str) -> None:
         ),
     }
     for pass_, (ours, theirs) in pairs.items():
-        times = milliseconds_by_turns(f"{shape} {pass_}", {"ours": ours, "by hand": theirs})
-        # wgrad waits for the sizes, which a call by hand has at hand: shown, and no goal
+        times = interleaved_milliseconds(f"{shape} {pass_}", {"ours": ours, "by hand": theirs})
+        # wgrad reads the sizes with a host sync, which a call by hand does not need: it has no goal
         goal = "over a call by hand" if pass_ in ("forward", "dgrad") else "with the read of the sizes, over by hand"
         record(f"{shape} {pass_}", goal, ratio(times["ours"], times["by hand"]), ms=times["ours"])
 
@@ -182,7 +182,7 @@ def time_calls(shape: str, kind: str) -> None:
         return run
 
     for what, wrap in (("forward", without_gradients), ("training step", step)):
-        times = milliseconds_by_turns(f"{shape} {kind} {what}", {name: wrap(call) for name, call in calls.items()})
+        times = interleaved_milliseconds(f"{shape} {kind} {what}", {name: wrap(call) for name, call in calls.items()})
         goal = "torchao's padded forward over ours" if what == "forward" and kind == "ragged" else "torchao over ours"
         shown = {name: ms and 1e3 * ms for name, ms in times.items()}
         record(f"{shape} {kind} {what}, us", goal, ratio(times.get("torchao"), times["deepgemm"]), **shown)
@@ -196,14 +196,14 @@ def main() -> None:
 
     device = torch.device(DEVICE)
     if not torch.cuda.is_available():
-        sys.exit("needs a CUDA GPU")
+        sys.exit("This benchmark needs a CUDA GPU, which torch does not see here.")
     spec = CallSpec(machine_of(device), 8, 4096, 4096, RowClass.LARGE, RECIPE, passes=tuple(Pass))
     decide(spec, BackendKind.DEEPGEMM, candidates(device)).check()
     machine = machine_of(device)
     print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions))
     print(legend(args.shapes))
     for shape in args.shapes:
-        attempt(f"{shape} products", lambda shape=shape: time_products(shape))
+        attempt(f"{shape} GEMMs", lambda shape=shape: time_gemms(shape))
         torch.cuda.empty_cache()
         attempt(f"{shape} quantizers", lambda shape=shape: time_quantizers(shape))
         for kind in ("balanced", "ragged"):

@@ -1,7 +1,8 @@
 """Emulated on the CPU against a loop of torch.matmul over the same operands, dequantized beforehand.
 
-Both get ready operands and write bfloat16: the backend dequantizes and multiplies, the loop only multiplies, in fp32.
-The goal is a ratio of at most 2. Times are medians of repeats in turns, so that a busy machine slows both.
+Both get quantized or dequantized operands and write bfloat16. The backend dequantizes and multiplies, the loop only
+multiplies, in fp32. The goal is a ratio of at most 2. Times are medians of interleaved repeats, so that a busy machine
+slows both.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -39,7 +40,7 @@ class Shape:
         return f"{self.m}x{self.e}x{self.k}x{self.n}{' ragged' if self.ragged else ''}"
 
     def offs(self) -> Tensor:
-        """End rows: of equal groups; or of ragged ones, sized as 1, 1/2, 1/3, ... with an empty one in the middle."""
+        """End rows of equal groups, or of ragged ones, sized as 1, 1/2, 1/3, ... with an empty one in the middle."""
         shares = torch.ones(self.e)
         if self.ragged:
             shares = 1 / torch.arange(1, self.e + 1)
@@ -127,7 +128,7 @@ def dequantize_columns(operand: Quantized, groups: list[slice]) -> Tensor:
 
 
 def medians(functions: tuple[Run, ...], repeats: int) -> list[float]:
-    """Milliseconds of each function, run in turns."""
+    """The median milliseconds of each function; their runs are interleaved."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for function, taken in zip(functions, times):
@@ -140,7 +141,7 @@ def medians(functions: tuple[Run, ...], repeats: int) -> list[float]:
 def measure(shape: Shape, recipe: Recipe, repeats: int) -> list[Result]:
     results = []
     for pass_, (emulated, loop) in runs(shape, recipe).items():
-        torch.testing.assert_close(emulated(), loop())  # the same product; and a run to warm up
+        torch.testing.assert_close(emulated(), loop())  # the same results; this run also warms up
         results.append(Result(str(shape), recipe.value, pass_, *medians((emulated, loop), repeats)))
     return results
 

@@ -1,15 +1,15 @@
-"""Triton products and quantizers on one CUDA GPU, beside torch, DeepGEMM and the ceilings of the GPU.
+"""Triton GEMMs and quantizers on one CUDA GPU, compared with torch, DeepGEMM and the ceilings of the GPU.
 
     python -m grouped_gemm bench
     python -m grouped_gemm bench grouped_mm --shapes seed --json run.json --plot run.png
     python -m grouped_gemm bench grouped_mm --from-json run.json --plot run.png       # again, without a GPU
 
-First everything is compared with `reference` on small ragged cases, then each product of the timed shapes on some of
-its groups, in memory poisoned with NaN; what is wrong makes the exit code 1. Times are medians of CUDA events with a
-cold L2, ours and the peers' by turns; only ratios within a run are to be trusted. Peers: torch's grouped GEMMs, and
-DeepGEMM where it is installed (ragged: on groups padded to 128 beforehand, which it needs and which is not timed).
-Ceilings: one matmul of 8192^3 in bf16 and in fp8 with rowwise scales, and a copy. The end says which goals this run has
-reached.
+First, results are compared with `reference` on small ragged cases, and each GEMM of the timed shapes on some of its
+groups, in memory poisoned with NaN; a wrong result makes the exit code 1. Times are medians of CUDA events with a cold
+L2, where ours and the peers' are interleaved; only ratios within a run are reliable. Peers: torch's grouped GEMMs, and
+DeepGEMM if it is installed (for ragged groups, on groups padded to 128, which it needs; the padding is not timed).
+Ceilings: one matmul of 8192^3 in bf16 and in fp8 with rowwise scales, and a copy. The last lines say which goals the
+run has reached.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from _common import (
     attempt,
     ends_of,
     failures,
+    interleaved_milliseconds,
     milliseconds,
-    milliseconds_by_turns,
 )
 from _peers import make_peers
 from _report import SHAPES, check_form, describe, print_run
@@ -45,7 +45,7 @@ from grouped_gemm.backends.base import OffsetPlan
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.quantized import Quantized
 
-ERROR = 1e-2  # of a product, with its quantization in the truth: Hopper sums up fp8 products with 13 bits
+ERROR = 1e-2  # of a GEMM, relative to quantized operands: Hopper's tensor cores sum fp8 with 13 bits
 SIDE = 8192  # of the matmuls that are ceilings
 results: list[dict[str, Any]] = []
 ceilings: dict[str, float | None] = {}
@@ -57,7 +57,7 @@ def record(row: dict[str, Any]) -> None:
 
 
 def measure_ceilings() -> None:
-    """TFLOP/s of one large matmul, in bf16 and fp8: what products are held against."""
+    """TFLOP/s of one large matmul, in bf16 and fp8: the ceilings of the GEMMs."""
     x, y = (torch.randn(SIDE, SIDE, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     x8, y8, ones = x.to(FP8), y.to(FP8), torch.ones(SIDE, device=DEVICE)
 
@@ -72,7 +72,7 @@ def measure_ceilings() -> None:
         print(f"matmul of {SIDE}^3 in {name}: {ceilings[name] or float('nan'):.0f} TFLOP/s", flush=True)
 
 
-def time_products(shape: str, kind: str, recipe: Recipe) -> None:
+def time_gemms(shape: str, kind: str, recipe: Recipe) -> None:
     num_rows, num_groups, n, k = SHAPES[shape]
     flops = 2 * num_rows * n * k
     offs = ends_of(num_rows, num_groups, kind)
@@ -94,13 +94,13 @@ def time_products(shape: str, kind: str, recipe: Recipe) -> None:
         error = attempt(name, lambda: sampled_error(recipe, pass_, function, a, w, dy, offs))  # noqa: B023
         if error is not None and not error < ERROR:
             failures.append(f"{name}: error {error}")
-        times = milliseconds_by_turns(name, ({} if error is None else {"": function}) | peers.get(pass_, {}))
+        times = interleaved_milliseconds(name, ({} if error is None else {"": function}) | peers.get(pass_, {}))
         row = {"shape": shape, "kind": kind, "recipe": recipe.value, "pass": pass_, "flops": flops}
         record(row | {"error": error, "ms": times.pop("", None), "peers": times})
 
 
 def time_quantizers(shape: str, kind: str) -> None:
-    """GB/s of what must be moved, each input read once and each output written once, beside a copy."""
+    """GB/s of the memory traffic that is needed, each input read once and each output written once, and of a copy."""
     num_rows, num_groups, n, k = SHAPES[shape]
     x = torch.randn(num_rows, k, device=DEVICE, dtype=torch.bfloat16)
     w = torch.randn(num_groups, n, k, device=DEVICE, dtype=torch.bfloat16)
@@ -130,7 +130,7 @@ def time_quantizers(shape: str, kind: str) -> None:
 
 
 def time_host() -> None:
-    """Microseconds that the host spends on an eager call without gradients, in a queue that never fills."""
+    """Host time of an eager call without gradients, in microseconds; the GPU's queue never fills."""
     offs = torch.tensor([64, 128], dtype=torch.int32, device=DEVICE)
     a = torch.randn(128, 256, device=DEVICE, dtype=torch.bfloat16)
     b = torch.randn(2, 256, 256, device=DEVICE, dtype=torch.bfloat16).transpose(1, 2)
@@ -179,13 +179,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if shape in args.shapes:
                 attempt(f"quantizers {shape}", lambda: time_quantizers(shape, "ragged"))  # noqa: B023
                 torch.cuda.empty_cache()
-    if "products" not in args.skip:
+    if "gemms" not in args.skip:
         attempt("ceilings", measure_ceilings)
         torch.cuda.empty_cache()
         for shape in args.shapes:
             for recipe in map(Recipe, args.recipes):
                 for kind in ("balanced", "ragged"):
-                    attempt(f"{shape} {recipe.value}", lambda: time_products(shape, kind, recipe))  # noqa: B023
+                    attempt(f"{shape} {recipe.value}", lambda: time_gemms(shape, kind, recipe))  # noqa: B023
                     torch.cuda.empty_cache()
     return {
         "device": machine.name,
@@ -205,10 +205,10 @@ def main() -> int:
     )
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--recipes", nargs="*", choices=[r.value for r in RECIPES], default=[r.value for r in RECIPES])
-    parser.add_argument("--skip", nargs="*", choices=("check", "products", "quantizers", "host"), default=[])
+    parser.add_argument("--skip", nargs="*", choices=("check", "gemms", "quantizers", "host"), default=[])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the run to this file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw it: shares of the measured ceilings")
-    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, show this run again")
+    parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, report this run again")
     args = parser.parse_args()
     if args.plot and find_spec("matplotlib") is None:
         return _fail(_chart.NEEDED)
@@ -229,7 +229,7 @@ def main() -> int:
         args.json.write_text(json.dumps(run, indent=1) + "\n")
     if args.plot:
         _chart.draw(run, args.plot)
-        print(f"The picture is in {args.plot}.")
+        print(f"The chart is in {args.plot}.")
     return 1 if run["failures"] else 0
 
 

@@ -1,8 +1,8 @@
 """Host time of an eager call: microseconds of Python between the caller and the kernels, on a CPU.
 
-The Triton backend runs with ops that compute nothing, so what is left is checks, decision, wrappers and autograd. What
-the ops take by themselves, dispatch and allocations, is measured apart and subtracted. Times are the best of several
-repeats, since other work on the machine only ever adds to them.
+The Triton backend runs with ops that compute nothing, which leaves checks, selection, wrappers and autograd. The time
+of the ops alone, for torch's dispatcher and allocations, is measured separately and subtracted. Times are the best of
+several repeats, since other work on the machine only ever adds to them.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -31,8 +31,8 @@ M, E, K, N = 64, 4, 32, 48
 Run = Callable[[], Any]
 
 
-class Anywhere(triton.Backend):
-    """The Triton backend on a machine without its GPU."""
+class TritonWithoutGPU(triton.Backend):
+    """The Triton backend, on a machine without a GPU."""
 
     requirements: Any = ()
     health = _GroupedMMBackend.health
@@ -57,25 +57,25 @@ def once(allocate: Callable[..., tuple[Tensor, ...]], shape: torch.Size, *args: 
 _allocated: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
 
-def product(lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, *rest: Any) -> Tensor:
+def gemm(lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, *rest: Any) -> Tensor:
     return lhs.new_empty(lhs.shape[0], rhs.shape[2], dtype=rest[-1])
 
 
-def contraction(lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: Any, offs: Tensor, *rest: Any) -> Tensor:
+def wgrad(lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: Any, offs: Tensor, *rest: Any) -> Tensor:
     return lhs.new_empty(offs.shape[0], lhs.shape[1], rhs.shape[1], dtype=rest[-1])
 
 
-# The products' outputs are new at each call, since autograd marks them as its own.
-NOTHING: dict[str, Any] = {
-    "triton_grouped_mm": product,
-    "triton_wgrad": contraction,
+# GEMMs return a new tensor at each call, since autograd attaches its history to the output.
+EMPTY_OPS: dict[str, Any] = {
+    "triton_grouped_mm": gemm,
+    "triton_wgrad": wgrad,
     "triton_quantize_activations": quantized_activations,
     "triton_quantize_weights": quantized_weights,
 }
 
 
 def best_of_ops(run: Run, repeats: int) -> float:
-    """Microseconds of nothing but the ops that ``run`` calls."""
+    """Microseconds of the ops that ``run`` calls, alone."""
     calls: list[tuple[Any, tuple[Any, ...]]] = []
 
     def recorder(op: Any) -> Any:
@@ -85,7 +85,7 @@ def best_of_ops(run: Run, repeats: int) -> float:
 
         return record
 
-    with mock.patch.multiple(ops, **{name: recorder(op) for name, op in NOTHING.items()}):
+    with mock.patch.multiple(ops, **{name: recorder(op) for name, op in EMPTY_OPS.items()}):
         run()
 
     def replay() -> None:
@@ -102,8 +102,8 @@ def best(run: Run, repeats: int, number: int = 50) -> float:
     return min(timeit.repeat(run, number=number, repeat=repeats)) / number * 1e6
 
 
-class Bare(torch.autograd.Function):
-    """What autograd takes for two operands by itself."""
+class BareFunction(torch.autograd.Function):
+    """A function without work: the time of autograd alone for two operands."""
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, y: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def measure_forward(recipe: Recipe, repeats: int, prequantized: bool = False) ->
     whole, run = best(call, repeats), best(lambda: autograd.run_forward(*passed), repeats)
     ops = best_of_ops(call, repeats)
     return {
-        "checks and decision": whole - run,
+        "checks and selection": whole - run,
         "backend's wrappers": run - ops,
         "before the ops": whole - ops,
         "ops": ops,
@@ -152,14 +152,14 @@ def measure_training(recipe: Recipe, repeats: int) -> tuple[dict[str, float], di
         return torch.autograd.grad(y, (a, b), dy, retain_graph=True)
 
     bare_y = y.detach()
-    z = Bare.apply(a, b, bare_y.clone())
+    z = BareFunction.apply(a, b, bare_y.clone())
     found = []
     for run, bare in (
-        (forward, lambda: Bare.apply(a, b, bare_y.detach())),
+        (forward, lambda: BareFunction.apply(a, b, bare_y.detach())),
         (backward, lambda: torch.autograd.grad(z, (a, b), dy, retain_graph=True)),
     ):
         whole, ops, floor = best(run, repeats), best_of_ops(run, repeats), best(bare, repeats)
-        found.append({"around the ops": whole - ops, "of it autograd's": floor, "ops": ops})
+        found.append({"around the ops": whole - ops, "of which autograd": floor, "ops": ops})
     return found[0], found[1]
 
 
@@ -177,8 +177,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     with (
-        mock.patch.multiple(ops, **NOTHING),
-        mock.patch.dict(backends._instances, {BackendKind.TRITON: Anywhere()}),
+        mock.patch.multiple(ops, **EMPTY_OPS),
+        mock.patch.dict(backends._instances, {BackendKind.TRITON: TritonWithoutGPU()}),
         mock.patch.dict(rules.AUTO_ORDER, {"": (BackendKind.TRITON,)}),
     ):
         results = {}

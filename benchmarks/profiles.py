@@ -3,9 +3,9 @@
     python -m grouped_gemm bench profiles --write grouped_gemm/autotune/profiles
 
 Large groups, ragged and in whole blocks of 128 rows, then small and decode ones; forward alone, and forward with
-backward. The file is named after the GPU. Backends that are not installed are left out, so a profile is only as good as
-the machine is equipped. Measuring is alone on the GPU; compiling need not be: `--compile` compiles only, so that
-several processes can share the shapes before one measures.
+backward. The file is named after the GPU. Backends that are not installed are left out, so install all of them first.
+A measurement needs the GPU for itself, but compilation does not: with `--compile`, several processes can compile the
+kernels of different shapes before one process measures.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ PROFILED = SHAPES | {
     "dbrx": (16384, 16, 21504, 6144),
     "jamba": (16384, 16, 28672, 4096),
     "gpt_oss": (32768, 32, 5760, 2880),
-    "little": (8192, 16, 1024, 1024),  # where the host takes longer than the device
+    "little": (8192, 16, 1024, 1024),  # host time exceeds device time
 }
-RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)  # which several backends run
-ROWS = {RowClass.SMALL: 128, RowClass.DECODE: 2}  # of a group
+RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)  # that several backends run
+ROWS = {RowClass.SMALL: 128, RowClass.DECODE: 2}  # per group
 # Row class and guaranteed alignment.
 SETTINGS = ((RowClass.LARGE, 1), (RowClass.LARGE, 128), (RowClass.SMALL, 1), (RowClass.DECODE, 1))
 
@@ -50,7 +50,7 @@ def profile(shape: str, recipe: Recipe, rows: RowClass, alignment: int, compile_
     device = torch.device(DEVICE, torch.cuda.current_device())
     num_rows, num_groups, n, k = PROFILED[shape]
     num_rows = num_groups * ROWS[rows] if rows in ROWS else num_rows
-    # A shipped profile does not speak for plans with a host sync.
+    # A shipped profile has no plans with a host sync.
     facts: dict[str, Any] = {"passes": tuple(Pass), "group_alignment": alignment, "host_sync": False}
     spec = CallSpec(device, num_groups, k, n, rows, recipe, **facts)
     timers: list[Callable[..., Any]] = [partial(eager_microseconds, budget_ms=250), captured_microseconds]
@@ -93,7 +93,7 @@ def main() -> int:
         found = profile(shape, recipe, rows, alignment, compile_only=args.compile)
         entries += [{"setting": setting, **entry} for entry in found]
         torch.cuda.empty_cache()
-        if args.write and not args.compile:  # as far as it has come
+        if args.write and not args.compile:  # after each setting, so that an interrupted run leaves its results
             lines = ",\n".join(map(json.dumps, entries))
             file = args.write / f"{machine.name.lower().replace(' ', '_')}.json"
             file.write_text(f'{{"schema": {SCHEMA}, "profiles": [\n{lines}\n]}}\n', encoding="utf-8")
