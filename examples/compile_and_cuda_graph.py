@@ -28,7 +28,7 @@ def ends(*sizes: int, device: str) -> Tensor:
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
-    """Of all elements together."""
+    """The relative error over all elements."""
     return ((x.float() - truth.float()).norm() / truth.float().norm()).item()
 
 
@@ -46,7 +46,7 @@ def compiled(w: Tensor, recipe: str, device: str, backend: str) -> None:
 
 
 def captured(w: Tensor, recipe: str) -> None:
-    """One capture for one M. A replay reads `rows` and `offs` anew, so routing may change; addresses may not."""
+    """One capture for one M. A replay reads `rows` and `offs` again, so routing may change; addresses may not."""
     rows = torch.randn(128, K, device="cuda", dtype=torch.bfloat16)
     offs = ends(40, 0, 50, 38, device="cuda")
     with torch.no_grad():
@@ -61,10 +61,10 @@ def captured(w: Tensor, recipe: str) -> None:
 
 
 def main() -> None:
-    """Compiles the layer, then captures it where there is a GPU. Prints relative differences."""
+    """Compiles the layer, and captures it if there is a GPU. Prints relative differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="fp8_blockwise")
-    parser.add_argument("--backend", default="inductor", help="that of torch.compile")
+    parser.add_argument("--backend", default="inductor", help="the backend of torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""A small MoE layer written on `grouped_mm`, trained in bf16 and in FP8 from the same start.
+"""A small MoE layer on `grouped_mm`, trained in bf16 and in FP8 from the same initial weights.
 
     python examples/moe_layer.py --steps 60 --recipe fp8_blockwise
 
@@ -28,7 +28,7 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.randn(num_experts, hidden, intermediate) / intermediate**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, H) to (T, H). Nothing here makes the host wait for a GPU."""
+        """(T, H) to (T, H), without a host sync."""
         weights, experts = self.router(x).softmax(-1).topk(self.top_k)  # both (T, k)
         weights = weights / weights.sum(-1, keepdim=True)
 
@@ -71,7 +71,7 @@ def main() -> None:
     """Trains in bf16 and in FP8, and prints the losses side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--recipe", default="fp8_blockwise", help="the FP8 recipe, also fp8_rowwise or mxfp8")
+    parser.add_argument("--recipe", default="fp8_blockwise", help="the FP8 recipe: fp8_blockwise, fp8_rowwise or mxfp8")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 

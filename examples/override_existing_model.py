@@ -1,4 +1,4 @@
-"""`override_torch` runs a model's own calls of torch's `grouped_mm` in FP8, without a change to the model.
+"""`override_torch` runs a model's own calls of torch's `grouped_mm` in FP8, without changes to the model.
 
 python examples/override_existing_model.py --recipe fp8_rowwise
 """
@@ -15,7 +15,7 @@ from grouped_gemm import explain, override_torch
 
 
 class Experts(nn.Module):
-    """Code that knows nothing of this package, as in the models of transformers."""
+    """Code that does not know this package, as in the models of transformers."""
 
     def __init__(self, num_experts: int, hidden: int, intermediate: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Experts(nn.Module):
 
 
 def relative_error(x: Tensor, truth: Tensor) -> float:
-    """Of all elements together."""
+    """The relative error over all elements."""
     return ((x.float() - truth.float()).norm() / truth.float().norm()).item()
 
 
@@ -48,16 +48,16 @@ def main() -> None:
     on_torch = model(rows, offs)
     (grad_on_torch,) = torch.autograd.grad(on_torch.float().square().sum(), rows)
 
-    # Around the forward pass. Backward follows, wherever it is called.
+    # A block around the forward pass. Backward runs in FP8 as well, wherever it is called.
     with override_torch(args.recipe):
         y = model(rows, offs)
     (grad,) = torch.autograd.grad(y.float().square().sum(), rows)
     print(
-        f"{args.recipe} beside torch's bf16: output {relative_error(y, on_torch):.3f}, "
+        f"{args.recipe} against torch's bf16: output {relative_error(y, on_torch):.3f}, "
         f"gradient {relative_error(grad, grad_on_torch):.3f}"
     )
 
-    # As a decorator it goes with the function, so it also holds where other code calls or recomputes the layer.
+    # A decorator stays with the function, so it also applies where other code calls or recomputes the layer.
     decorated = override_torch(args.recipe)(model.forward)
     print(f"the decorated layer gives the same: {torch.equal(decorated(rows, offs), y)}")
 

@@ -2,7 +2,7 @@
 
     python examples/quantized_weights.py
 
-The checkpoint is made here, in the form of DeepSeek-V3's: e4m3fn weights (E, N, K), one fp32 scale per 128x128 block.
+It makes a checkpoint in the format of DeepSeek-V3: e4m3fn weights (E, N, K), one fp32 scale per 128x128 block.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ E, K, N = 4, 256, 384  # experts, in features, out features
 
 
 def make_checkpoint(path: Path) -> Tensor:
-    """Saves quantized weights and returns them as they were before, (E, N, K)."""
+    """Saves quantized weights, and returns the original ones, (E, N, K)."""
     w = torch.randn(E, N, K) / K**0.5
     blocks = w.view(E, N // 128, 128, K // 128, 128)
     scale = blocks.abs().amax((2, 4), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
@@ -47,20 +47,20 @@ def main() -> None:
             "fp8_blockwise",
             scale=checkpoint["weight_scale_inv"].transpose(1, 2),
         )
-        # In the layout that the chosen backend reads; saved like this, they load without conversion.
+        # They are now in the layout of the chosen backend. Saved like this, they load without conversion.
         torch.save(weights, path)
         weights = torch.load(path)
 
     rows = torch.randn(300, K, device=args.device, dtype=torch.bfloat16)  # sorted by expert
     offs = torch.tensor([100, 100, 180, 300], device=args.device, dtype=torch.int32)  # the second expert has no rows
     with torch.no_grad():
-        y = grouped_mm(rows, weights, offs)  # rows are quantized by the call, weights are not quantized again
+        y = grouped_mm(rows, weights, offs)  # quantizes the rows, but not the weights again
         expected = grouped_mm(rows, original.transpose(1, 2), offs)
 
     error = (y.float() - expected.float()).norm() / expected.float().norm()
     print(weights)
     print(f"bytes of weights: {weights.nbytes:,}; in bf16: {original.nbytes:,}")
-    print(f"relative error beside bf16: {error.item():.3f}")
+    print(f"relative error against bf16: {error.item():.3f}")
 
 
 if __name__ == "__main__":
