@@ -1,7 +1,7 @@
 """The rows of the CI matrix: `python -m grouped_gemm doctor --json | python .ci/matrix.py [MACHINE ...]`.
 
-Rows of backends that doctor does not list are left out, and so are those of self-hosted machines that are not named
-as arguments: without a runner they would wait in vain. `row.py` installs and tests a row.
+Rows of backends that doctor does not list are left out, and so are rows of self-hosted machines that are not among the
+arguments: without a runner, their jobs would never start. `row.py` installs and tests a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ OLDEST_TRITON = "triton==3.6.0"  # the floors in pyproject.toml
 OLDEST_TORCH = "torch==2.10.0"
 NEWEST_TRITON = "triton==3.9.0"
 NEWEST_TORCH = "torch==2.15.0"
-EXTRAS = {"deepgemm": "deepgemm"}  # what a backend needs installed on its machine, as an extra of pyproject.toml
+EXTRAS = {"deepgemm": "deepgemm"}  # the extras of pyproject.toml that backends need on their machines
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,17 @@ class Row:
     """One job.
 
     Attributes:
-        name: of the job.
-        backends: which it is for; empty: all of them. A row is made where this version has one of them.
+        name: the name of the job.
+        backends: those that the row is for; empty: all. The row exists if this version has one of them.
         pytest: arguments; empty: all tests.
-        min_passed: how many tests have to pass at least: fewer are a row that has come to skip or deselect its tests.
+        min_passed: the least number of tests that must pass; with fewer, the row has lost tests to skips or selection.
         env: environment variables.
-        python: version.
-        pins: requirements that take the place of those in constraints.txt.
-        without: distributions that are uninstalled again.
+        python: its version.
+        pins: requirements that replace those in constraints.txt.
+        without: distributions that are uninstalled after the installation.
         has_fake_deep_gemm: whether `import deep_gemm` gets tests/fake_deep_gemm.py.
-        must_be_ready: those of the backends that doctor has to find ready.
-        machine: label of a self-hosted runner, whose own pip configuration finds the torch of its GPU; empty: hosted.
+        must_be_ready: backends that doctor must find ready, if it lists them.
+        machine: label of a self-hosted runner, whose pip configuration finds the torch for its GPU; empty: GitHub's.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Row:
     machine: str = ""
 
     def arguments(self) -> list[str]:
-        """Those of pytest."""
+        """The arguments of pytest."""
         return [*shlex.split(self.pytest), "--min-passed", str(self.min_passed)]
 
     def job(self) -> dict[str, object]:
@@ -82,7 +82,7 @@ ROWS = (
     Row(
         "triton, interpreted",
         ("triton",),
-        # What is small: an interpreted tile takes milliseconds.
+        # Small shapes: an interpreted tile takes milliseconds.
         pytest="--backend triton -k 'one_row or no_rows or empty_middle or odd'",
         min_passed=130,
         env=INTERPRETED,
@@ -119,10 +119,10 @@ ROWS = (
 
 
 def matrix(listed: Collection[str], machines: Collection[str]) -> dict[str, list[dict[str, object]]]:
-    """The matrix of a version with the backends ``listed``, where the self-hosted ``machines`` are there.
+    """The matrix of a version that lists these backends, with these self-hosted ``machines``.
 
     Raises:
-        ValueError: a backend has no row of its own, or no row is for a machine of this name.
+        ValueError: no row names one of the backends, or one of the machines.
     """
     if unknown := set(listed) - {name for row in ROWS for name in row.backends}:
         raise ValueError(f"no row of .ci/matrix.py is for backend {', '.join(sorted(unknown))}")

@@ -1,7 +1,7 @@
 """Installs and tests one row of the CI matrix, on CI or by hand: `python .ci/row.py "without triton" DIRECTORY`.
 
-DIRECTORY gets the environment of the row, in venv, and what doctor found, in doctor.json. An environment that is newer
-than constraints.txt and pyproject.toml is used as it is.
+DIRECTORY gets the environment of the row, in venv, and the output of doctor, in doctor.json. An existing environment
+that is newer than constraints.txt and pyproject.toml is reused.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
 def run(*command: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs ``command`` in the root of the repository, after saying so."""
+    """Prints ``command``, and runs it in the root of the repository."""
     print("+", shlex.join(map(str, command)), flush=True)
     return subprocess.run(command, cwd=ROOT, check=True, text=True, **options)
 
 
 def constraints(row: Row) -> str:
-    """constraints.txt with the row's pins in place of its own."""
+    """constraints.txt, with the row's pins in place of its own."""
     pinned = {pin.partition("==")[0] for pin in row.pins}
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return "\n".join([*(line for line in lines if line.partition("==")[0] not in pinned), *row.pins, ""])
@@ -38,7 +38,7 @@ def install(row: Row, directory: Path) -> Path:
     """Makes the row's environment, and returns its Python."""
     venv, pins = directory / "venv", directory / "constraints.txt"
     python = venv / "bin" / "python"
-    if not pins.exists() or pins.read_text() != constraints(row):  # make looks at when it was written
+    if not pins.exists() or pins.read_text() != constraints(row):  # make compares its modification time
         pins.write_text(constraints(row))
     run("make", "venv", f"VENV={venv}", f"CONSTRAINTS={pins}", f"PYTHON=python{row.python}")
     extras = [EXTRAS[name] for name in row.backends if name in EXTRAS and row.machine]
@@ -54,7 +54,7 @@ def install(row: Row, directory: Path) -> Path:
 
 
 def check_ready(row: Row, python: Path, directory: Path) -> None:
-    """Ends the process where doctor does not find the row's backends ready."""
+    """Ends the process if doctor does not find the row's backends ready."""
     found = run(python, "-m", "grouped_gemm", "doctor", "--json", stdout=subprocess.PIPE).stdout
     (directory / "doctor.json").write_text(found)
     print(found)
@@ -65,7 +65,7 @@ def check_ready(row: Row, python: Path, directory: Path) -> None:
 
 
 def main(name: str, directory: str) -> int:
-    """The exit code of the row's tests."""
+    """Installs and tests the row; returns the exit code of its tests."""
     row = next((row for row in ROWS if row.name == name), None)
     if row is None:
         sys.exit(f"NAME: expected one of {', '.join(row.name for row in ROWS)}; found {name}")
