@@ -1,4 +1,4 @@
-# Every target works in VENV, which is made from constraints.txt when it is missing or older than its inputs.
+# Every target uses VENV, which is made from constraints.txt if it is missing or older than its inputs.
 
 PYTHON ?= python3
 ARGS ?=
@@ -11,7 +11,7 @@ INSTALLED := $(VENV)/.installed
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test gpu lint format docs clean
 
-help: ## show this
+help: ## show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo 'ARGS="..." is passed on to demo or pytest; PYTHON=python3.12 makes .venv with another Python.'
@@ -25,7 +25,7 @@ demo: $(INSTALLED) ## train a small mixture-of-experts model in bf16 and FP8
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
-gpu: $(INSTALLED) ## run the tests on a GPU, on 12 workers at once
+gpu: $(INSTALLED) ## run the tests on a GPU, on 12 workers in parallel
 	.ci/gpu
 
 lint: $(INSTALLED) ## check style, format and types
@@ -44,7 +44,7 @@ clean: ## remove .venv, caches and build outputs
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo.png
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Without build isolation the build uses the pinned setuptools, and nothing is fetched beside constraints.txt.
+# Without build isolation, the build uses the pinned setuptools, and pip fetches only what constraints.txt pins.
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) setuptools
