@@ -1,7 +1,7 @@
 """Calls of the large row class on the Triton backend, for tests on a GPU: few shapes, so that tests share kernels.
 
-Kernels are specialized on dtypes, on whether sizes and strides are multiples of 16, and on E rounded up. So all cases
-have the same K and N and 6 groups. `compile_in_parallel` compiles beforehand, on many cores.
+Kernels are specialized on dtypes, on whether sizes and strides are multiples of 16, and on E rounded up. So
+there are few K and N, and always 6 groups. `compile_in_parallel` compiles beforehand, on many cores.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def layer(case: Case) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 
 def train(call: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
-    """The output, dA and dB of a `layer`, as from `testing.run`, without poisoned memory, which is not per thread."""
+    """The output, dA and dB of a `layer`, as from `testing.run`, without poisoned memory, which all threads share."""
     a, b = inputs.a.detach().requires_grad_(), inputs.b.detach().requires_grad_()
     y = call(a, b, inputs.offs)
     return (y.detach(), *torch.autograd.grad(y, (a, b), inputs.dy))

@@ -101,7 +101,7 @@ def of_a_common_shape(case: Case) -> Case:
 def tolerance(dtype: torch.dtype, case: Case, device: torch.device) -> float:
     """`rounding_tolerance`, and more for rowwise scales: there the tensor cores sum the whole contraction with 13 bits.
 
-    Each of its thousands of terms is truncated at the last bit of the sum; blockwise, only 128 terms are added so."""
+    Each of its thousands of terms is truncated at the last bit of the sum. Blockwise, a sum has only 128 terms."""
     return rounding_tolerance(dtype, case, device) + (2.0**-8 if case.recipe is ROWWISE else 0)
 
 
@@ -159,7 +159,7 @@ def test_a_large_call_agrees_with_the_reference(case, device):
             worst_row_error(found, expected(pass_, inputs, case.recipe)),
             tolerance(found.dtype, case, device),
         )
-        assert error <= allowed, f"{pass_.value}: {error:.3g} of {allowed:.3g}; infinite if a row should be zero"
+        assert error <= allowed, f"{pass_.value}: {error:.3g} of {allowed:.3g}; infinite where zeros are expected"
         if pass_ is not Pass.WGRAD:
             assert torch.count_nonzero(found[end:]) == 0, f"{pass_.value}: rows past the last group"
 

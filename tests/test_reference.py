@@ -94,7 +94,7 @@ def naive_scale(amax: float, recipe: Recipe, limit: float) -> float:
 
 
 def naive_quantize(x: Tensor, sides: Sequence[int | None], recipe: Recipe, fp8: Format) -> tuple[Tensor, Tensor]:
-    """Codes and scales of ``x`` in blocks of ``sides``; None: the integers axis."""
+    """Codes and scales of ``x`` in blocks of ``sides``; None: the whole axis."""
     sides = [size if side is None else side for size, side in zip(x.shape, sides)]
     counts = [math.ceil(size / side) for size, side in zip(x.shape, sides)]
     values = x.double().flatten().tolist()
