@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TypeAlias
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan
 from grouped_gemm.core.dense import materialized
+from grouped_gemm.core.library import is_intercepted
 from grouped_gemm.core.machine import is_capturing
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.tracing import holds
@@ -34,12 +36,14 @@ class GroupPlan:
     ``offs``: row maps, token blocks, ends on the host. The first call that needs it derives it, on the stream of that
     call; all later calls and their backward reuse it. Results are bit for bit those with a plain ``offs``.
 
-    A plan is for one routing: make a new one in each step. If ``offs`` is changed in place, eager calls plan again.
-    Compiled code does not notice such a change. No call notices a change that does not bump the version counter:
-    through ``offs.data``, to an inference tensor, by a raw kernel or by a CUDA graph replay. While a CUDA graph is
-    captured, only a plan that was made during a capture is used; with any other plan, the call plans for itself, as
-    with a plain ``offs``. Under GROUPED_GEMM_VALIDATE=1, each call checks the values of ``offs``, and also plans for
-    itself.
+    A plan is for one routing: make a new one in each step. If ``offs`` is changed in place, calls plan again. No call
+    notices a change that does not bump the version counter: through ``offs.data``, to an inference tensor, by a raw
+    kernel or by a CUDA graph replay. Strided ``offs`` are copied, so later changes to them are not noticed either.
+
+    A call plans for itself, as with a plain ``offs``, where a shared plan would be wrong: under a tracer or a dispatch
+    mode (selective checkpointing, fake tensors), under `torch.func` transforms, under GROUPED_GEMM_VALIDATE=1, and
+    during CUDA graph capture unless the plan was made in a capture. Under `torch.compile` it does too; the compiler
+    merges equal planning ops of a graph into one.
 
     Args:
         offs: (E,) int32, the end row of each group, as in `grouped_mm`.
@@ -75,6 +79,7 @@ class GroupPlan:
         Raises:
             ValueError: ``argument`` differs from the plan's alignment and is not 1, the default.
         """
+        checks.check_options(None, argument)
         if argument not in (1, self.group_alignment):
             checks.fail("group_alignment", f"{self.group_alignment}, the alignment of the GroupPlan in offs", argument)
         return self.group_alignment
@@ -96,7 +101,7 @@ class GroupPlan:
             route: the route of the call.
             offs: ``offs`` after the checks of the call, which may have copied it.
         """
-        if offs is not self.offs or is_capturing(offs) != self._captured:
+        if is_intercepted() or offs is not self.offs or is_capturing(offs) != self._captured:
             return offs
         version = _version(offs)
         if version != self._version:
@@ -107,7 +112,10 @@ class GroupPlan:
         for kind, blocks in zip(route.backends, route.blocks):
             known = self._plans_with_blocks if blocks else self._plans
             if kind not in known:
-                known[kind] = get_backend(kind).plan(offs, self.num_rows, route.group_alignment, blocks=blocks)
+                with (
+                    nullcontext() if offs.is_inference() else torch.inference_mode(False)
+                ):  # backward may save it later
+                    known[kind] = get_backend(kind).plan(offs, self.num_rows, route.group_alignment, blocks=blocks)
             found[kind] = known[kind]
         return found
 

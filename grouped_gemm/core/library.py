@@ -107,6 +107,15 @@ _transform = torch._C._functorch.peek_interpreter_stack
 _jit_trace = torch._C._get_tracing_state
 
 
+def is_intercepted() -> bool:
+    """Whether a compiler, a tracer, a transform or a dispatch mode sees the ops that are called now.
+
+    Selective checkpointing replays the ops that it saw, and a tracer's tensors mean nothing outside of it. So nothing
+    that an op returns now may be kept for later calls.
+    """
+    return bool(_is_compiling() or _modes() or _transform() is not None or _jit_trace() is not None)
+
+
 def _shortcut(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """``op``, which skips the dispatcher where all it would do is call ``implementation``."""
 
