@@ -210,7 +210,7 @@ def tiled(monkeypatch, tmp_path):
 
     monkeypatch.setitem(backends._instances, BackendKind.EMULATED, backend)
     monkeypatch.setattr(tile_search, "_milliseconds", milliseconds)
-    monkeypatch.setattr(warmup_module, "_USUAL", {RowClass.DECODE: 2, RowClass.SMALL: 20, RowClass.LARGE: 260})
+    monkeypatch.setattr(warmup_module, "_TYPICAL_ROWS", {RowClass.DECODE: 2, RowClass.SMALL: 20, RowClass.LARGE: 260})
     monkeypatch.setenv("GROUPED_GEMM_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("GROUPED_GEMM_AUTOTUNE", "1")
     tile_search.forget()

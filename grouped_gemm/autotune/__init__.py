@@ -1,1 +1,1 @@
-"""What is measured ahead of calls: profile, timing, warmup."""
+"""Measurements ahead of calls: profiles, timing, warmup."""

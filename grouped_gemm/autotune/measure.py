@@ -1,4 +1,4 @@
-"""Measures whole calls on each plan that could run them, for a profile.
+"""Measures whole calls on each plan that can run them, for a profile.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -32,21 +32,21 @@ def measure(
     eager: Timer = eager_microseconds,
     captured: Timer = captured_microseconds,
 ) -> tuple[dict[Call, Times], dict[str, str]]:
-    """Times whole calls on random operands, on each plan that AUTO may take: forward, and where there are gradients,
-    forward and backward.
+    """Times whole calls on random operands, on each plan that AUTO may take.
 
-    Takes about a second for each plan, beside compiling, and as much memory as a training step. Synchronizes the host.
+    It times forward alone and, if ``spec`` has gradients, forward with backward. It takes about a second per plan, plus
+    compilation, and as much memory as a training step. Synchronizes the host.
 
     Args:
-        spec: what kind of call.
+        spec: the call.
         num_rows: M.
-        device: where.
+        device: the device to measure on.
         candidates: the backends on that device.
-        eager: microseconds of eager calls that are compared.
-        captured: likewise of calls that are replayed in a CUDA graph.
+        eager: times eager calls, in microseconds.
+        captured: times calls that are replayed in a CUDA graph, in microseconds.
 
     Returns:
-        The times by kind of call, and by plan the error of those that failed.
+        The times by kind of call, and the errors by plan that failed.
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -86,7 +86,7 @@ def measure(
 
 
 def _runs(name: str, run: Callable[[], Any], failures: dict[str, str]) -> bool:
-    """Whether a call runs, which compiles it; what it raises goes into ``failures``."""
+    """Runs a call once, which compiles it, and says whether that worked. An error goes into ``failures``."""
     try:
         run()
         return True
@@ -96,7 +96,7 @@ def _runs(name: str, run: Callable[[], Any], failures: dict[str, str]) -> bool:
 
 
 def _timed(calls: dict[str, Callable[[], Any]], timer: Timer, failures: dict[str, str]) -> dict[str, float]:
-    """Interleaved; where that fails, each plan alone, which tells the ones that fail."""
+    """Times the plans interleaved. If that fails, times each plan alone, to find those that fail."""
     try:
         return timer(calls) if calls else {}
     except Exception:
@@ -107,9 +107,9 @@ def _timed(calls: dict[str, Callable[[], Any]], timer: Timer, failures: dict[str
 
 
 def uneven_ends(num_rows: int, num_groups: int, alignment: int, device: torch.device) -> Tensor:
-    """End rows (E,) int32, multiples of ``alignment``, of groups of half to one and a half of the average size.
+    """End rows (E,) int32, multiples of ``alignment``, of groups of 0.5 to 1.5 times the average size.
 
-    Large and small groups come in a random order, which is the same each time.
+    Sizes are shuffled, in the same order each time.
     """
     shares = 0.5 + torch.randperm(num_groups, generator=torch.Generator().manual_seed(0)) / num_groups
     ends = shares.cumsum(0) * (num_rows / float(shares.sum()))

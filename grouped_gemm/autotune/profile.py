@@ -1,7 +1,7 @@
-"""Profiles: what whole calls took on each plan. Those that this package ships, and the user's own file of them.
+"""Profiles, the measured times of whole calls on each plan: those that this package ships, and the user's own.
 
-Both were measured by `measure`. With GROUPED_GEMM_AUTOTUNE=1, `warmup` measures a model's own calls on the user's GPU,
-and AUTO believes these first. No call measures anything.
+`measure` measures both. With GROUPED_GEMM_AUTOTUNE=1, `warmup` measures a model's own calls on the user's GPU, and
+these times take precedence. A call itself measures nothing.
 """
 
 from __future__ import annotations
@@ -20,54 +20,54 @@ _SHIPPED = Path(__file__).parent / "profiles"
 
 
 def profiles(machine: Machine, tunes: bool) -> tuple[Profile, ...]:
-    """The profiles that decisions on ``machine`` rest on, the one that counts most first.
+    """The profiles for decisions on ``machine``, in order of precedence.
 
     Args:
-        machine: where.
-        tunes: whether the file of this GPU's own measurements is one of them.
+        machine: the machine of the call.
+        tunes: whether to include the user's own measurements on this GPU.
     """
     found = (known(machine) if tunes and machine.is_gpu else None, shipped(machine.name))
     return tuple(profile for profile in found if profile is not None)
 
 
 def shipped_gpus() -> tuple[str, ...]:
-    """The names of the GPUs that this package ships a profile for."""
+    """The names of the GPUs for which this package ships a profile."""
     return tuple(read(file)["profiles"][0]["setting"]["gpu"] for file in sorted(_SHIPPED.glob("*.json")))
 
 
 @functools.cache
 def shipped(gpu: str) -> Profile | None:
-    """The profile that this package ships for a GPU of exactly this name; None: there is none."""
+    """The profile that this package ships for a GPU of exactly this name; None if there is none."""
     entries = read(_SHIPPED / f"{gpu.lower().replace(' ', '_')}.json").get("profiles", [])
     return Profile(gpu, dict(map(of_entry, entries))) if entries else None
 
 
 def known(machine: Machine) -> Profile:
-    """What was measured on this GPU with these versions, here or in an earlier process."""
+    """The user's own measurements on this GPU with these versions, from this process and earlier ones."""
     return Profile(machine.name, _section.known(_setting(machine)), is_exact=True)
 
 
 def store(machine: Machine, found: dict[Call, Times]) -> None:
-    """Uses ``found`` from now on, in this process, and adds it to the file."""
+    """Adds ``found`` to the file. This process uses it from now on."""
     _section.store(_setting(machine), found)
 
 
 def forget() -> None:
-    """Reads the file again at the next look: another process may have measured the same."""
+    """Makes the next access read the file again, since another process may have measured the same."""
     _section.forget()
 
 
 def _setting(machine: Machine) -> dict[str, str]:
-    """What a measurement holds for: the GPU, and all software that runs on it."""
+    """What a measurement is valid for: the GPU and the versions of the software that runs on it."""
     versions = {package: version for package, version in machine.versions if package in ("torch", "deep_gemm")}
     return {"gpu": machine.name, **tile_search.versions(), **versions}
 
 
 def as_entry(call: Call, times: Times) -> Entry:
-    """One measurement as `core.store` keeps it."""
+    """One measurement in the form that `core.store` keeps."""
     entry: Entry = {**call._asdict(), **times._asdict()}
-    for clock in ("eager", "captured"):
-        entry[clock] = {plan: None if math.isinf(us) else round(us, 1) for plan, us in entry[clock].items()}
+    for mode in ("eager", "captured"):
+        entry[mode] = {plan: None if math.isinf(us) else round(us, 1) for plan, us in entry[mode].items()}
     return entry
 
 
@@ -75,10 +75,10 @@ def of_entry(entry: Entry) -> tuple[Call, Times]:
     """The measurement that `as_entry` wrote.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not one.
+        KeyError, TypeError, ValueError: ``entry`` is not a measurement.
     """
     call = Call(**{name: entry[name] for name in Call._fields})
-    times = Times(entry["num_rows"], _clock(entry["eager"]), _clock(entry["captured"]), entry["date"])
+    times = Times(entry["num_rows"], _by_plan(entry["eager"]), _by_plan(entry["captured"]), entry["date"])
     sizes = (*call[-3:], times.num_rows)
     if not (
         all(type(size) is int and 1 <= size < 2**63 for size in sizes)
@@ -90,7 +90,7 @@ def of_entry(entry: Entry) -> tuple[Call, Times]:
     return call, times
 
 
-def _clock(found: Any) -> dict[str, float]:
+def _by_plan(found: Any) -> dict[str, float]:
     times = {plan: math.inf if us is None else float(us) for plan, us in found.items()}
     if not all(plan in PLANS and us >= 0 for plan, us in times.items()):
         raise ValueError(f"expected microseconds by plan; found {found!r}")

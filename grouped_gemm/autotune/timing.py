@@ -1,4 +1,4 @@
-"""Times of calls that are compared: interleaved, since a GPU that heats up or slows down does so for all of them."""
+"""Timing of calls that are compared. They are interleaved, so that a GPU that heats up slows all of them down alike."""
 
 from __future__ import annotations
 
@@ -16,32 +16,35 @@ import torch
 T = TypeVar("T")
 Calls = Mapping[T, Callable[[], Any]]
 _CACHE_BYTES = 256 * 2**20  # more than any L2 holds
-_ROUNDS = (7, 40)  # of all calls
-# Enough for any part of a call. A call whose host takes longer before its first long kernel counts what is over.
-_MOST_AHEAD_US = 500.0
-_CYCLES_PER_US = 2000  # of a fast GPU's clock
-_DEVICE_BOUND_US = 2000  # a call that takes the device longer does not wait for the host
-# Shuffles rounds: what comes after a call that heats the device is slower, and must not always be the same one.
+_ROUNDS = (7, 40)  # the fewest and the most rounds; each round times all calls
+# The longest that the device is kept busy before a call, enough for any part of a call. If the host takes longer before
+# the first long kernel, the excess counts as time of the call.
+_MAX_DELAY_US = 500.0
+_CYCLES_PER_US = 2000  # the clock of a fast GPU
+_DEVICE_BOUND_US = 2000  # a call that takes longer than this on the device is bound by the device
+# Shuffles the order in each round: a call runs slower after one that heats the device, and that must not always be the
+# same call.
 _order = random.Random(0)
 
 
 def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float]:
-    """What the device takes for a call with a cold L2: medians between events, in rounds whose order is shuffled.
+    """Device time of each call with a cold L2: the median time between two events, over rounds in shuffled order.
 
-    Before each call the device is kept busy for about as long as the host takes, lest it waits between the events.
+    Before each call, the device is kept busy for about as long as the host needs, so that it does not wait for the host
+    between the events.
 
     Args:
-        calls: what is compared; each has run before, so that nothing is compiled.
-        budget_ms: about how long to measure, if that is enough for seven rounds.
+        calls: the calls to compare. Each has run before, so nothing compiles.
+        budget_ms: about how long to measure, provided that this is enough for seven rounds.
     """
     cache = torch.empty(_CACHE_BYTES, dtype=torch.int8, device="cuda")
     names = list(calls)
-    ahead_us = _MOST_AHEAD_US
+    delay_us = _MAX_DELAY_US
 
     def timed(name: T) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         cache.zero_()
-        torch.cuda._sleep(int(ahead_us * _CYCLES_PER_US))
+        torch.cuda._sleep(int(delay_us * _CYCLES_PER_US))
         start.record()
         calls[name]()
         end.record()
@@ -55,9 +58,9 @@ def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float
     torch.cuda.synchronize()
     begin = time.perf_counter()
     first = [timed(name) for name in names]
-    ahead_us = min(1e6 * (time.perf_counter() - begin), _MOST_AHEAD_US)  # of all: enough for each
+    delay_us = min(1e6 * (time.perf_counter() - begin), _MAX_DELAY_US)  # of all calls: enough for each
     torch.cuda.synchronize()
-    round_ms = sum(map(milliseconds, first)) + (0.15 + ahead_us / 1e3) * len(calls)
+    round_ms = sum(map(milliseconds, first)) + (0.15 + delay_us / 1e3) * len(calls)
     rounds = max(_ROUNDS[0], min(_ROUNDS[1], int(budget_ms / round_ms)))
     pairs: dict[T, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for _ in range(rounds):
@@ -68,20 +71,25 @@ def device_microseconds(calls: Calls[T], budget_ms: float = 40) -> dict[T, float
 
 
 def eager_microseconds(calls: Calls[T], budget_ms: float = 100) -> dict[T, float]:
-    """What eager calls take in a row: on the device, where the fastest takes it milliseconds; else by the wall clock,
-    since the host may take longer than the device.
+    """Time of each eager call in a series of calls.
+
+    It is device time if even the fastest call takes at least 2 ms on the device. Otherwise it is wall time, since the
+    host may take longer than the device.
     """
     times = device_microseconds(calls, budget_ms)
     return times if min(times.values()) >= _DEVICE_BOUND_US else wall_microseconds(calls)
 
 
 def wall_microseconds(calls: Calls[T]) -> dict[T, float]:
-    """What one of ten calls in a row takes in all, whether host or device is slower: the median of 30 turns."""
-    turns, in_a_row = 30, 10
+    """Wall time of each call, which host or device may bound.
+
+    It is the mean of ten calls in a row, and the median of 30 rounds.
+    """
+    rounds, in_a_row = 30, 10
     times: dict[T, list[float]] = {name: [] for name in calls}
     names = list(calls)
     with _no_garbage_collection():
-        for _ in range(turns):
+        for _ in range(rounds):
             for name in _order.sample(names, len(names)):
                 call = calls[name]
                 torch.cuda.synchronize()
@@ -94,7 +102,7 @@ def wall_microseconds(calls: Calls[T]) -> dict[T, float]:
 
 
 def captured_microseconds(calls: Calls[T], budget_ms: float = 20) -> dict[T, float]:
-    """What the device takes for a call that is replayed as a part of a CUDA graph: of four, one with a cold L2."""
+    """Device time of each call in a replayed CUDA graph of four equal calls, the first of them with a cold L2."""
     in_a_graph = 4
     graphs = {name: _capture(call, in_a_graph) for name, call in calls.items()}
     times = device_microseconds({name: graph.replay for name, graph in graphs.items()}, budget_ms)
@@ -104,7 +112,7 @@ def captured_microseconds(calls: Calls[T], budget_ms: float = 20) -> dict[T, flo
 def _capture(call: Callable[[], Any], count: int) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # some parts launch nothing
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")  # some calls launch nothing
         with torch.cuda.graph(graph):
             for _ in range(count):
                 call()
@@ -113,7 +121,7 @@ def _capture(call: Callable[[], Any], count: int) -> torch.cuda.CUDAGraph:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A collection would be taken for the time of the call that it happens to fall into."""
+    """Turns off garbage collection, which would count as time of the call that it interrupts."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

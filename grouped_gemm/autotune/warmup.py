@@ -1,8 +1,8 @@
-"""`warmup`: compiles, and where GROUPED_GEMM_AUTOTUNE=1 tunes, what a model's calls need, ahead of its first step.
+"""`warmup`: compiles what a model's calls need before its first step, and tunes it under GROUPED_GEMM_AUTOTUNE=1.
 
-It makes real calls, small ones, so that it reaches the very code that the model's calls reach. One size for each row
-class is enough for this package's kernels: they are specialized on E, K, N, strides and dtypes, and not on M. DeepGEMM
-chooses its tile by M as well, so a call with another M may still compile there.
+It makes small but real calls, so that it reaches exactly the code that the model's calls reach. One size per row class
+is enough for this package's kernels, because they are specialized on E, K, N, strides and dtypes, but not on M.
+DeepGEMM also chooses its tile by M, so a call with another M may still compile there.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -36,20 +36,20 @@ from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.route import forget, route_on
 from grouped_gemm.selection.rules import Decision, able_plans, decide
 
-# Rows of a group: the fewest of each class; and for times, what is usual. The latter of LARGE depend on E.
-_FEWEST = {RowClass.DECODE: 1, RowClass.SMALL: 17, RowClass.LARGE: 257}
-_USUAL = {RowClass.DECODE: 2, RowClass.SMALL: 128}
+# Rows per group: the fewest of each row class, and a typical number for timing. `_typical_rows` has that of LARGE.
+_MIN_ROWS = {RowClass.DECODE: 1, RowClass.SMALL: 17, RowClass.LARGE: 257}
+_TYPICAL_ROWS = {RowClass.DECODE: 2, RowClass.SMALL: 128}
 
 
 @dataclass(frozen=True)
 class WarmedUp:
-    """One row class.
+    """The warmup of one row class.
 
     Attributes:
-        decision: who runs each pass.
+        decision: which backend runs each pass.
         num_rows: M of the calls.
-        calls: how many `grouped_mm` were made, with and without gradients; 0 where nothing has to be compiled.
-        seconds: what they took.
+        calls: the number of calls of `grouped_mm`, with and without gradients; 0 if nothing has to be compiled.
+        seconds: how long they took.
     """
 
     decision: Decision
@@ -68,8 +68,8 @@ class Profiled:
     """One measurement of the plans that can run a kind of call.
 
     Attributes:
-        decision: what AUTO takes from now on; `Decision.expected` has the times.
-        failed: plans that failed, and why.
+        decision: what AUTO chooses from now on; `Decision.expected` has the times.
+        failed: the plans that failed, and why.
     """
 
     decision: Decision
@@ -84,12 +84,12 @@ class Profiled:
 
 @dataclass(frozen=True)
 class Warmup:
-    """What `warmup` did. ``print`` it, or take `to_dict`.
+    """What `warmup` did. ``print`` it, or use `to_dict`.
 
     Attributes:
-        classes: the row classes, in the order that was asked for.
-        profiled: measurements of kinds of calls that several plans can run and of which nothing was known.
-        searches: searches of tiles, one for each use of a kernel of which nothing was known.
+        classes: the row classes, in the order of the argument.
+        profiled: measurements, one for each kind of call that several plans can run and that had no measurement.
+        searches: tile searches, one for each use of a kernel that had no result of an earlier search.
         seconds: how long all of it took.
         tunes: whether GROUPED_GEMM_AUTOTUNE is on.
     """
@@ -102,7 +102,7 @@ class Warmup:
 
     @property
     def calls(self) -> int:
-        """How many calls were made, beside those of the searches."""
+        """The number of calls, without those of measurements and searches."""
         return sum(warmed.calls for warmed in self.classes)
 
     @property
@@ -141,7 +141,7 @@ class Warmup:
         lines += [f"  {'plans':12}{profiled}" for profiled in self.profiled]
         lines += [f"  {'tiles':12}{search}" for search in self.searches]
         if self.tunes and not self.searches:
-            lines.append(f"  {'tiles':12}nothing to search: known from earlier, or no kernel has tiles")
+            lines.append(f"  {'tiles':12}nothing to search: known from an earlier run, or no kernel has tiles")
         counts = [_count(self.calls, "call")]
         if self.searches:
             counts.append(
@@ -173,33 +173,33 @@ def warmup(
 ) -> Warmup:
     """Compiles what `grouped_mm` with these weights needs, so that no step of a model waits for a compiler.
 
-    The exception is DeepGEMM, which chooses its tile by M as well: a new M may still compile there.
+    The exception is DeepGEMM, which also chooses its tile by M: a new M may still compile there.
 
-    Call it once for each kind of expert weights, with the arguments that the model's calls have, under the same
-    `prefer` and autocast. It makes a few small calls for each row class, on random rows, and waits for the device.
-    Weights and their ``grad`` stay as they are. Where GROUPED_GEMM_AUTOTUNE=1, it first times the plans that AUTO
-    could take, and then searches a tile for each kernel, unless the files of earlier runs know (docs/env.md). That
-    takes minutes, and as much memory as a training step of up to 65536 rows, or 512 for each group, does with random
-    weights beside yours.
+    Call it once for each kind of expert weights, with the arguments of the model's calls, under the same `prefer` and
+    autocast. It makes a few small calls with random rows for each row class, and synchronizes the host. It does not
+    change the weights or their ``grad``. With GROUPED_GEMM_AUTOTUNE=1, it also times the plans that AUTO could choose,
+    and searches a tile for each kernel, unless the file of earlier runs has the results (docs/env.md). That takes
+    minutes. It needs as much memory as a training step of up to 65536 rows, or 512 rows per group if that is more, with
+    random weights beside yours.
 
     Args:
-        b: (E, K, N), as `grouped_mm` takes it: only shape, strides, dtype and device matter; or weights from
+        b: (E, K, N), as in `grouped_mm`; only shape, strides, dtype and device matter. Or weights from
             `quantize_weights`.
         recipe: as in `grouped_mm`.
-        rows: the row classes that calls will have, or their names, or one of them: on average, at most 16 rows of a
-            group ("decode"), at most 256 ("small"), more ("large").
-        training: whether there will be gradients, too: of ``a``, ``b`` and ``bias``, or of ``a`` only where ``b`` was
+        rows: one or several row classes of the model's calls, or their names. By the average number of rows per group:
+            at most 16 ("decode"), at most 256 ("small"), more ("large").
+        training: whether calls will have gradients: of ``a``, ``b`` and ``bias``; or of ``a`` only, if ``b`` was
             quantized beforehand with ``dgrad=True``.
-        bias: (E, N), where calls have one.
+        bias: (E, N), if the calls have one.
         out_dtype: as in `grouped_mm`.
         group_alignment: as in `grouped_mm`.
         kernel_preference: as in `grouped_mm`.
 
     Returns:
-        A `Warmup`: print it, or take its ``to_dict()``.
+        A `Warmup`: print it, or use its ``to_dict()``.
 
     Raises:
-        TypeError, ValueError, NoBackendError: as `grouped_mm`; ValueError also where ``rows`` names no row class.
+        TypeError, ValueError, NoBackendError: as in `grouped_mm`. ValueError also if ``rows`` names no row class.
         RuntimeError: a CUDA graph is being captured.
     """
     b, bias = dtensor.local(b=b, bias=bias)
@@ -216,7 +216,7 @@ def warmup(
     }
     tunes = AUTOTUNE.is_on()
     begin = time.perf_counter()
-    with torch.inference_mode(False), _current(b.device):
+    with torch.inference_mode(False), _on_device(b.device):
         profiled = [
             found
             for row_class in (row_classes if tunes else ())
@@ -225,21 +225,21 @@ def warmup(
         classes = tuple(_warm_up(b, bias, row_class, training, options) for row_class in row_classes)
         searches: list[tile_search.Search] = []
         if tunes:
-            # The most rows first: wgrad has one tile for all classes.
+            # Most rows first: wgrad has one tile for all row classes.
             for warmed in sorted(classes, key=lambda warmed: -warmed.num_rows):
                 searches += _tune(b, bias, warmed.decision)
     return Warmup(classes, tuple(profiled), tuple(searches), time.perf_counter() - begin, tunes)
 
 
 @contextmanager
-def _current(device: torch.device) -> Iterator[None]:
-    """On ``device``, whose stream is the one that is timed and waited for, and not while it is captured."""
+def _on_device(device: torch.device) -> Iterator[None]:
+    """Makes ``device`` current, since timing and synchronization act on the current one. Raises during a capture."""
     if device.type != "cuda":
         yield
         return
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("warmup: expected a call before CUDA graph capture; found one under way")
+            raise RuntimeError("warmup: expected a call outside of CUDA graph capture; found a capture in progress")
         yield
 
 
@@ -247,18 +247,18 @@ def _row_class(value: RowClass | str) -> RowClass:
     try:
         return RowClass(value.lower() if isinstance(value, str) else value)
     except ValueError:
-        checks.fail("rows", f"row classes, of {', '.join(c.value for c in RowClass)}", repr(value))
+        checks.fail("rows", f"row classes among {', '.join(c.value for c in RowClass)}", repr(value))
 
 
 def _groups(b: Tensor | QuantizedWeights, rows: int, alignment: int) -> tuple[Tensor, Tensor]:
-    """Memory of (E * ``rows``, K) activations, and the ends of uneven groups: half of ``rows`` to one and a half."""
+    """Uninitialized (E * ``rows``, K) activations, and the ends of uneven groups: 0.5 to 1.5 times ``rows``."""
     num_groups, k, _ = b.shape
     a = torch.empty(num_groups * rows, k, dtype=b.dtype, device=b.device)
     return a, uneven_ends(len(a), num_groups, alignment, b.device)
 
 
 def _fill(*tensors: Tensor) -> None:
-    """Normal values; the caller's random numbers stay what they are."""
+    """Fills with normal values, without advancing the caller's random number generator."""
     for tensor in tensors:
         tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
 
@@ -266,9 +266,9 @@ def _fill(*tensors: Tensor) -> None:
 def _warm_up(
     b: Tensor | QuantizedWeights, bias: Tensor | None, rows: RowClass, training: bool, options: dict[str, Any]
 ) -> WarmedUp:
-    """The calls of one row class: without gradients, as in evaluation and under activation checkpointing, and with."""
+    """The calls of one row class: without gradients, as in evaluation and activation checkpointing, and with them."""
     begin = time.perf_counter()
-    a, offs = _groups(b, _FEWEST[rows], options["group_alignment"])
+    a, offs = _groups(b, _MIN_ROWS[rows], options["group_alignment"])
     b = b if isinstance(b, QuantizedWeights) else b.detach().requires_grad_(training)
     bias = bias.detach().requires_grad_(training) if isinstance(bias, Tensor) else bias
     a.requires_grad_(training and (isinstance(b, Tensor) or b.dgrad is not None))
@@ -295,22 +295,22 @@ def _warm_up(
 def _profile(
     b: Tensor | QuantizedWeights, bias: Tensor | None, rows: RowClass, training: bool, options: dict[str, Any]
 ) -> Iterator[Profiled]:
-    """Measures the plans that AUTO could take for one row class, if there are several and nothing is known of them.
+    """Measures the plans that AUTO could choose for one row class, if there are several and no measurement exists.
 
-    Quantized weights have a backend already; and a guaranteed alignment may leave no rows in the class.
+    Quantized weights already have a backend. A guaranteed alignment may leave no rows in the row class.
     """
     if isinstance(b, QuantizedWeights):
         return
-    a = torch.empty(b.shape[0] * _FEWEST[rows], b.shape[1], dtype=b.dtype, device=b.device).requires_grad_(training)
+    a = torch.empty(b.shape[0] * _MIN_ROWS[rows], b.shape[1], dtype=b.dtype, device=b.device).requires_grad_(training)
     offs = torch.zeros(b.shape[0], dtype=torch.int32, device=b.device)
     with torch.set_grad_enabled(training):
         eager = explain(a, b.detach().requires_grad_(training), offs, bias=bias, **options).decision
     machine = eager.spec.machine
     if eager.preference is not KernelPreference.AUTO or not machine.is_gpu or eager.spec.dtype != torch.bfloat16:
         return
-    # A profile does not tell calls with a bias, another out_dtype or no leave to sync apart: measure every plan.
+    # A profile does not distinguish calls by bias, out_dtype or host_sync. So measure every plan, without restrictions.
     spec = eager.spec._replace(out_dtype=eager.spec.dtype, has_bias=False, host_sync=True)
-    here, num_rows = candidates(b.device), b.shape[0] * _usual(spec)
+    here, num_rows = candidates(b.device), b.shape[0] * _typical_rows(spec)
     has_rows = uneven_ends(num_rows, b.shape[0], spec.group_alignment, torch.device("cpu"))[-1] > 0
     profile.forget()
     if len(able_plans(spec, here)) < 2 or not has_rows or Call.of(spec) in profile.known(machine).times:
@@ -322,16 +322,16 @@ def _profile(
     yield Profiled(decision, tuple(failed.items()))
 
 
-def _usual(spec: CallSpec) -> int:
-    """Rows of a group in what is timed."""
-    return _USUAL.get(spec.rows, max(512, min(4096, 65536 // spec.num_groups)))
+def _typical_rows(spec: CallSpec) -> int:
+    """Rows per group of the calls that are timed. For LARGE they depend on E."""
+    return _TYPICAL_ROWS.get(spec.rows, max(512, min(4096, 65536 // spec.num_groups)))
 
 
 def _tune(b: Tensor | QuantizedWeights, bias: Tensor | None, decision: Decision) -> list[tile_search.Search]:
-    """Searches tiles for the passes of one row class, each pass alone, with what it quantizes."""
+    """Searches tiles for the passes of one row class. Each pass runs alone, with its quantizers."""
     spec = decision.spec
-    a, offs = _groups(b, _usual(spec), spec.group_alignment)
-    if offs[-1] == 0:  # the guaranteed alignment leaves no rows in this class
+    a, offs = _groups(b, _typical_rows(spec), spec.group_alignment)
+    if offs[-1] == 0:  # the guaranteed alignment leaves no rows in this row class
         return []
     weights = dense_weights(torch.empty_like(b.detach()))[0].to(spec.dtype) if isinstance(b, Tensor) else b
     a, dy = a.to(spec.dtype), torch.empty(len(a), spec.n, dtype=spec.out_dtype, device=a.device)
