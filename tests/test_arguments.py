@@ -60,7 +60,11 @@ BAD_CALLS = {
         ("a.dtype", "bfloat16, float16, float32", "float64"),
     ),
     "a is int8": ({"a": ones(M, K, dtype=torch.int8)}, ValueError, ("a.dtype", "bfloat16", "int8")),
-    "a is on another device": ({"a": ones(M, K, device="meta")}, ValueError, ("b.device", "meta, where a is", "cpu")),
+    "a is on another device": (
+        {"a": ones(M, K, device="meta")},
+        ValueError,
+        ("b.device", "meta, the device of a", "cpu"),
+    ),
     "b is a list": ({"b": [[[1.0]]]}, TypeError, ("b", "torch.Tensor", "list")),
     "b is None": ({"b": None}, TypeError, ("b", "torch.Tensor", "NoneType")),
     "b has 1 dimension": ({"b": ones(K)}, ValueError, ("b", "rank 2 or 3", "1, shape (48,)")),
@@ -173,8 +177,12 @@ def test_a_bad_argument_is_named_after_a_good_call(change, error, words):
 
 GOOD_CONTRACTION = {"a": ones(K, M), "b": ones(M, N), "offs": ends(4, 4, 12)}
 BAD_CONTRACTIONS = {
-    "the contraction differs": ({"b": ones(M + 1, N)}, ValueError, ("b.shape[0]", "12, the columns of a", "13")),
-    "a is not transposed": ({"a": ones(M, K)}, ValueError, ("b.shape[0]", "48, the columns of a", "12")),
+    "the contraction differs": (
+        {"b": ones(M + 1, N)},
+        ValueError,
+        ("b.shape[0]", "12, the number of columns of a", "13"),
+    ),
+    "a is not transposed": ({"a": ones(M, K)}, ValueError, ("b.shape[0]", "48, the number of columns of a", "12")),
     "a has no rows": ({"a": ones(0, M)}, ValueError, ("a and b", "at least one row of a", "((0, 12), (12, 32))")),
     "b has no columns": ({"b": ones(M, 0)}, ValueError, ("a and b", "one column of b", "((48, 12), (12, 0))")),
     "b is of another dtype": ({"b": ones(M, N, dtype=torch.float32)}, ValueError, ("b.dtype", "bfloat16", "float32")),
@@ -183,7 +191,7 @@ BAD_CONTRACTIONS = {
     "offs is empty": ({"offs": ends()}, ValueError, ("offs", "at least one group", "none")),
     "offs is int64": ({"offs": ends(12, dtype=torch.int64)}, ValueError, ("offs.dtype", "int32", "int64")),
     "offs is on another device": ({"offs": ends(12, device="meta")}, ValueError, ("offs.device", "cpu", "meta")),
-    "there is a bias": ({"bias": ones(E, N)}, ValueError, ("bias", "None where b has 2 dimensions", "Tensor")),
+    "there is a bias": ({"bias": ones(E, N)}, ValueError, ("bias", "None if b has 2 dimensions", "Tensor")),
 }
 
 
@@ -210,7 +218,11 @@ BAD_WEIGHTS = {
     "dtype is a name": (WEIGHTS | {"dtype": "bf16"}, ValueError, ("dtype", "bfloat16", "bf16")),
     "b has no groups": (WEIGHTS | {"b": ones(0, K, N)}, ValueError, ("b", "at least 1", "(0, 48, 32)")),
     "b is int8": (WEIGHTS | {"b": ones(E, K, N, dtype=torch.int8)}, ValueError, ("b.dtype", "bfloat16", "int8")),
-    "b is fp8 without scale": (CHECKPOINT | {"scale": None}, ValueError, ("scale", "weights that are fp8", "None")),
+    "b is fp8 without scale": (
+        CHECKPOINT | {"scale": None},
+        ValueError,
+        ("scale", "the scales of the fp8 weights", "None"),
+    ),
     "recipe is none": (WEIGHTS | {"recipe": "none"}, ValueError, ("recipe", "a recipe that quantizes", "none")),
     "recipe is unknown": (WEIGHTS | {"recipe": "mxfp4"}, ValueError, ("recipe", "mxfp8", "'mxfp4'")),
     "kernel_preference is unknown": (
@@ -253,7 +265,7 @@ BAD_WEIGHTS = {
     "scale is uint8": (
         CHECKPOINT | {"scale": torch.full((E, 2, 2), 127, dtype=torch.uint8)},
         ValueError,
-        ("scale.dtype", "bfloat16", "uint8; use scale.float() if these are numbers, or scale.view"),
+        ("scale.dtype", "bfloat16", "uint8; use scale.float() if these are values, or scale.view"),
     ),
     "scale is on another device": (
         CHECKPOINT | {"scale": torch.ones(E, 2, 2, device="meta")},
@@ -273,7 +285,7 @@ BAD_WEIGHTS = {
     "scale is that of gate and up, quantized separately": (
         CHECKPOINT | {"b": ones(E, 160, 384).to(torch.float8_e4m3fn), "scale": torch.ones(E, 2, 4)},
         ValueError,
-        ("scale", "shape (3, 2, 3)", "quantized apart"),
+        ("scale", "shape (3, 2, 3)", "quantized separately"),
     ),
 }
 
@@ -377,7 +389,7 @@ def test_validation_finds_a_scale_that_is_nan(recipe, monkeypatch):
     quantize_weights(data, recipe, scale=scale.to(torch.float8_e8m0fnu))
     scale[2, 0, 1] = math.nan
     arguments = {"b": data, "recipe": recipe, "scale": scale.to(torch.float8_e8m0fnu)}
-    words = "scale[2, 0, 1]", "a power of two", "nan; a NaN makes every value of its block NaN"
+    words = "scale[2, 0, 1]", "a power of two", "nan; it makes every value of its block NaN"
     assert_named(ValueError, quantize_weights, arguments, words)
 
 

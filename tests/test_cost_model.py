@@ -234,12 +234,13 @@ def test_an_explanation_gives_the_times_of_the_plans():
 
 def test_an_explanation_without_measurements_says_so():
     found = decision(spec(recipe=Recipe.MXFP8), of_plans(triton=1.0))
-    assert "AUTO: the first in its order that can run it; nothing like it was measured on NVIDIA H200" in str(
-        Explanation(found, 8192)
+    assert (
+        "AUTO: the first backend in the vendor's order that can run it; no such call was measured on NVIDIA H200"
+        in str(Explanation(found, 8192))
     )
     assert Explanation(found, 8192).to_dict()["expected"] is None
 
 
 def test_an_explanation_on_a_cpu_does_not_mention_profiles():
     found = decision(spec(Machine("cpu", "cpu", "cpu")))
-    assert Explanation(found).why == "AUTO: the first in its order that can run it"
+    assert Explanation(found).why == "AUTO: the first backend in the vendor's order that can run it"

@@ -70,12 +70,12 @@ def refused(asked: CallSpec) -> dict[Pass, str]:
     (
         ({}, (), ""),
         ({"recipe": POW2}, (), ""),
-        ({"recipe": Recipe.NONE}, (WGRAD,), "a recipe that scales"),
+        ({"recipe": Recipe.NONE}, (WGRAD,), "a recipe with scales"),
         ({"recipe": Recipe.MXFP8}, TRAINING, "mxfp8"),
         ({"recipe": Recipe.FP8_ROWWISE}, TRAINING, "fp8_rowwise"),
         ({"machine": B200}, TRAINING, "Use fp8_blockwise_pow2"),
         ({"machine": B200, "recipe": POW2}, (WGRAD,), "requires sm_90; found sm_100"),
-        ({"machine": B200, "recipe": Recipe.NONE}, TRAINING, "sm_90 without scales"),
+        ({"machine": B200, "recipe": Recipe.NONE}, TRAINING, "sm_90 for a recipe without scales"),
         ({"machine": B300, "recipe": POW2}, TRAINING, "sm_103"),
         ({"machine": BARE}, TRAINING, "sgl-deep-gemm==0.1.5"),
         ({"host_sync": False}, (WGRAD,), "CUDA graph capture"),
@@ -136,7 +136,7 @@ ALL = ("m_grouped_fp8_gemm_nt_contiguous", *OTHERS)
 @pytest.mark.parametrize("name", ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_fp4_gemm_nt_contiguous"))
 def test_either_name_of_a_function_will_do(package, name):
     package(name, *OTHERS)
-    assert deepgemm_package.look(H200).is_good
+    assert deepgemm_package.check(H200).is_good
 
 
 @pytest.mark.parametrize(
@@ -146,14 +146,14 @@ def test_either_name_of_a_function_will_do(package, name):
         (OTHERS, {}, H200, "m_grouped_fp8_gemm_nt_contiguous or m_grouped_fp8_fp4_gemm_nt_contiguous", "pip install"),
         (ALL, {"release": "12.2"}, H200, "nvcc is 12.2", "nvcc 12.3 or later"),
         (ALL, {"release": "12.8"}, B200, "nvcc is 12.8", "nvcc 12.9 or later"),
-        (ALL, {"release": ""}, H200, "of which there is none", "set CUDA_HOME"),
-        (ALL, {"alignment": 256}, H200, "in 256 rows", "set_mk_alignment_for_contiguous_layout(128)"),
+        (ALL, {"release": ""}, H200, "nvcc, which was not found", "set CUDA_HOME"),
+        (ALL, {"alignment": 256}, H200, "multiples of 256 rows", "set_mk_alignment_for_contiguous_layout(128)"),
     ),
     ids=str,
 )
 def test_a_problem_of_the_package_is_named_with_its_remedy(package, names, options, machine, problem, fix):
     package(*names, **options)
-    found = deepgemm_package.look(machine)
+    found = deepgemm_package.check(machine)
     assert problem in found.problem
     assert fix in found.fix
 
@@ -161,7 +161,7 @@ def test_a_problem_of_the_package_is_named_with_its_remedy(package, names, optio
 def test_nvrtc_needs_no_nvcc(package, monkeypatch):
     package(*ALL, release="")
     monkeypatch.setenv("DG_JIT_USE_NVRTC", "1")
-    assert deepgemm_package.look(H200).is_good
+    assert deepgemm_package.check(H200).is_good
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_nvrtc_needs_no_nvcc(package, monkeypatch):
         (RuntimeError("Assertion error (csrc/utils/layout.hpp:18): dim == 2 or dim == 3"), "0.1.5.post3 to 0.2.1"),
         (OSError("/deep_gemm/_C.so: undefined symbol: _ZN3c104impl"), "0.2.3 and later"),
         (RuntimeError("CUDA driver error: CUDA_ERROR_INVALID_HANDLE"), "another device"),
-        (AssertionError(), "no CUDA toolkit"),
+        (AssertionError(), "a CUDA toolkit, and finds none"),
         (RuntimeError("something else"), "RuntimeError: something else"),
     ),
     ids=str,
@@ -184,7 +184,7 @@ def test_broken_builds_are_named(error, text):
 def test_a_package_that_cannot_be_imported_is_no_error(package, monkeypatch):
     package(*ALL)
     monkeypatch.setitem(sys.modules, "deep_gemm", None)
-    assert not deepgemm_package.look(H200).is_good
+    assert not deepgemm_package.check(H200).is_good
 
 
 def test_the_kernel_cache_directory_is_private_and_can_be_set(package, monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grouped_gemm import grouped_mm
-from grouped_gemm.backends import _Checkup, emulated
+from grouped_gemm.backends import _HealthCheck, emulated
 from grouped_gemm.backends.base import Health
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -53,13 +53,13 @@ def autocast() -> torch.autocast:
 def test_a_health_check_runs_outside_of_all_modes(modes):
     backend = Backend()
     with modes():
-        assert _Checkup(backend, CPU)() == BROKEN
+        assert _HealthCheck(backend, CPU)() == BROKEN
     assert backend.modes == [(0, False, False, False, torch.Tensor)]
 
 
 def test_no_health_check_runs_while_a_graph_is_captured(monkeypatch):
     backend = Backend()
-    checkup = _Checkup(backend, GPU)
+    checkup = _HealthCheck(backend, GPU)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert checkup() == Health() and backend.modes == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -62,7 +62,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Build]]:
         monkeypatch.setattr(torch, "mm", build.mm)
         monkeypatch.setattr(torch, "_scaled_mm", build.scaled_mm)
         monkeypatch.setattr(torch.nn.functional, "scaled_grouped_mm", build.scaled_grouped_mm, raising=False)
-        monkeypatch.setattr(hipblaslt, "_wait_for", build.wait_for)
+        monkeypatch.setattr(hipblaslt, "_to_host", build.wait_for)
         forget()
         (mine,) = (candidate for candidate in candidates(CPU) if candidate.backend is BACKEND)
         assert mine.health() == Health()
@@ -71,7 +71,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Build]]:
         return build
 
     def forget() -> None:
-        hipblaslt._multiplies_all_groups_at_once.cache_clear()
+        hipblaslt._has_grouped_gemm.cache_clear()
         candidates.cache_clear()
 
     yield put
@@ -104,7 +104,7 @@ def decision(asked: CallSpec, preference: BackendKind | KernelPreference = HIPBL
         ({"recipe": MX}, (), ""),
         ({"recipe": POW2, "machine": MI300X, "group_alignment": 16}, (), ""),
         ({"machine": dataclasses.replace(MI300X, arch="gfx90a")}, TRAINING, "gfx942 or gfx950; found gfx90a"),
-        ({"recipe": Recipe.FP8_BLOCKWISE}, TRAINING, "has none for 128 or 128x128; found fp8_blockwise"),
+        ({"recipe": Recipe.FP8_BLOCKWISE}, TRAINING, "no blocks of 128 or 128x128); found fp8_blockwise"),
         ({"recipe": Recipe.FP8_BLOCKWISE_POW2}, TRAINING, "found fp8_blockwise_pow2. Use fp8_rowwise"),
         ({"recipe": MX, "machine": MI300X}, TRAINING, "gfx950 for mxfp8; found gfx942"),
         ({"recipe": MX, "machine": on("MI355X", "6.9")}, TRAINING, "ROCm 7.0 to 7.13 for mxfp8"),
@@ -119,14 +119,14 @@ def decision(asked: CallSpec, preference: BackendKind | KernelPreference = HIPBL
         ({"n": 712}, TRAINING, "N = 712"),
         ({"recipe": MX, "k": 2880}, (FORWARD,), "K in multiples of 128 for mxfp8; found K = 2880"),
         ({"recipe": MX, "n": 704}, (BACKWARD,), "N in multiples of 128 for mxfp8; found N = 704"),
-        ({"group_alignment": 8}, (WGRAD,), "multiples of 16 rows with scales, of 128 for mxfp8; found group_alignment"),
+        ({"group_alignment": 8}, (WGRAD,), "group_alignment a multiple of 16 with scales, of 128 for mxfp8; found"),
         ({"recipe": MX, "group_alignment": 64}, (WGRAD,), "found group_alignment = 64"),
         ({"dtype": torch.float16, "out_dtype": torch.float16}, TRAINING, "bfloat16 with scales; found float16"),
         ({"out_dtype": torch.float32}, TRAINING, "bfloat16 with scales; found bfloat16 to float32"),
         ({"recipe": NONE, "dtype": torch.float16, "out_dtype": torch.float16}, (), ""),
         ({"recipe": NONE, "out_dtype": torch.float32}, TRAINING, "output in the dtype of the operands"),
         ({"has_bias": True}, (FORWARD,), "no bias"),
-        ({"host_sync": False}, TRAINING, "leave to wait for the device; found CUDA graph capture"),
+        ({"host_sync": False}, TRAINING, "host syncs to be allowed; found CUDA graph capture"),
     ),
     ids=str,
 )
@@ -164,7 +164,7 @@ def test_a_wrong_tiny_run_makes_it_unhealthy(install, monkeypatch):
         return right(a, b, torch.ones_like(scale_a), scale_b, out_dtype=out_dtype, out=out)
 
     monkeypatch.setattr(torch, "_scaled_mm", without_scales)
-    assert BACKEND.health(CPU).problem == "a tiny product is wrong, fp8_rowwise"
+    assert BACKEND.health(CPU).problem == "a tiny fp8_rowwise GEMM gives wrong results"
 
 
 # Whole calls
@@ -472,7 +472,7 @@ def test_a_wrong_grouped_gemm_is_not_used(install, monkeypatch):
         return torch.zeros(40, 48, dtype=torch.bfloat16)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_grouped_mm", wrong)
-    hipblaslt._multiplies_all_groups_at_once.cache_clear()
+    hipblaslt._has_grouped_gemm.cache_clear()
     case = case_of(SHAPES[1], ROWWISE)
     testing.run(case, testing.make_inputs(case, CPU))
     assert {name for name, _ in build.calls} == {"scaled_mm"}
@@ -515,7 +515,7 @@ def test_data_at_odd_addresses_are_refused(install):
     data = weights.forward.data.transpose(1, 2)
     moved = torch.empty(data.numel() + 1, dtype=data.dtype)[1:].view(data.shape).copy_(data).transpose(1, 2)
     weights = dataclasses.replace(weights, forward=dataclasses.replace(weights.forward, data=moved))
-    with pytest.raises(ValueError, match="b: expected data at a multiple of 16 bytes"):
+    with pytest.raises(ValueError, match="b: expected an address that is a multiple of 16 bytes"):
         grouped_mm(a, weights, offs, kernel_preference=HIPBLASLT)
 
 
@@ -641,11 +641,11 @@ def test_real_gemms_against_the_reference(recipe, shape, b_contiguous, amd):
 
 @pytest.mark.rocm
 def test_gemms_by_group_and_a_grouped_gemm_agree(amd, monkeypatch):
-    if not hipblaslt._multiplies_all_groups_at_once(amd):
+    if not hipblaslt._has_grouped_gemm(amd):
         pytest.skip("this build of torch has no grouped rowwise GEMM")
     inputs = testing.make_inputs(case := Case(HIPBLASLT, ROWWISE, shape=SHAPES[1]), amd)
     at_once = testing.run(case, inputs).y
-    monkeypatch.setattr(hipblaslt, "_multiplies_all_groups_at_once", lambda device: False)
+    monkeypatch.setattr(hipblaslt, "_has_grouped_gemm", lambda device: False)
     assert testing.relative_error(at_once, testing.run(case, inputs).y) <= 2 * testing.rounding_tolerance(at_once.dtype)
 
 

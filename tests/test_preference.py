@@ -61,9 +61,9 @@ def test_a_call_without_the_argument_asks_for_auto():
 
 def test_quantize_weights_follows_the_same_precedence(monkeypatch):
     monkeypatch.setenv("GROUPED_GEMM_BACKEND", "deepgemm")
-    with pytest.raises(RuntimeError, match=r"^deepgemm, which the environment asks for"):
+    with pytest.raises(RuntimeError, match=r"^deepgemm, requested by the environment"):
         quantize_weights(B, "mxfp8")
-    with prefer("triton"), pytest.raises(RuntimeError, match=r"^triton, which the context asks for"):
+    with prefer("triton"), pytest.raises(RuntimeError, match=r"^triton, requested by the context"):
         quantize_weights(B, "mxfp8")
     with prefer("triton"):
         weights = quantize_weights(B, "mxfp8", kernel_preference="emulated")

@@ -291,7 +291,7 @@ def test_a_named_backend_that_does_not_run_raises_its_reason(machine, kind):
         decision = decide(asked, kind, candidates({kind: state}))
         if not decision.is_complete:
             head, reason, *_ = message(decision)
-            assert head.startswith(f"{kind.value}, which the argument asks for, does not run grouped_mm(")
+            assert head.startswith(f"{kind.value}, requested by the argument, does not run grouped_mm(")
             assert reason.startswith(f"  {kind.value} ")
 
 
@@ -314,14 +314,14 @@ def test_a_complete_decision_passes_its_check():
 def test_the_error_of_a_named_backend_gives_its_reasons_and_the_alternatives():
     head, *lines = message(decide(spec("B200"), DEEPGEMM, candidates({}), asked_by="environment"))
     assert head == (
-        "deepgemm, which the environment asks for, does not run "
+        "deepgemm, requested by the environment, does not run "
         "grouped_mm(E=8, K=4096, N=2048, fp8_blockwise, bfloat16, sm_100, forward+dgrad+wgrad)"
     )
     for line in (
         "  deepgemm  wgrad requires sm_90; found sm_100. Use another backend.",
         "  triton    would run it.",
         "  torch     requires recipe none or fp8_rowwise; found fp8_blockwise. "
-        "Use one of these recipes or another backend.",
+        "Use one of these recipes, or another backend.",
         "  torch     requires groups aligned to 16; found group_alignment=1. "
         "Pad every group and guarantee group_alignment=16.",
         "  emulated  would run it.",
@@ -390,8 +390,8 @@ def test_only_the_backend_that_wrote_the_weights_reads_them():
     decision = auto(asked)
     assert choice(decision) == (DEEPGEMM, DEEPGEMM)
     assert decision.refusal_lines()[0] == (
-        "triton    forward requires quantized weights in its layout for forward; found deepgemm's. "
-        "Quantize them with the kernel_preference that the call has."
+        "triton    forward requires quantized weights in its layout for forward; found the layout of deepgemm. "
+        "Quantize them with the kernel_preference of the call."
     )
 
 
@@ -403,7 +403,7 @@ def test_each_pass_runs_on_the_backend_that_wrote_its_layout():
 def test_weights_without_a_layout_for_dgrad_say_how_to_get_one():
     decision = auto(spec("H100", passes=(FORWARD, DGRAD), weights=(TRITON, None)))
     assert choice(decision) == (TRITON, None)
-    assert "found none. Quantize them with dgrad=True" in "\n".join(message(decision))
+    assert "found no such layout. Quantize them with dgrad=True" in "\n".join(message(decision))
 
 
 def test_a_named_backend_does_not_read_the_weights_of_another():
@@ -411,8 +411,8 @@ def test_a_named_backend_does_not_read_the_weights_of_another():
     assert choice(decision) == (None,)
     assert decision.alternatives == (TRITON,)
     assert decision.refusal_lines()[0] == (
-        "deepgemm  requires quantized weights in its layout for forward; found triton's. "
-        "Quantize them with the kernel_preference that the call has."
+        "deepgemm  requires quantized weights in its layout for forward; found the layout of triton. "
+        "Quantize them with the kernel_preference of the call."
     )
 
 
@@ -478,7 +478,7 @@ def texts_of_warnings(*calls: Callable[[], object]) -> list[str]:
 def test_the_fallback_warns_once_and_names_what_was_refused(on):
     on("H100", ALL_BUT_EMULATED_BROKEN)
     (text,) = texts_of_warnings(call, call, lambda: call(k=48))
-    assert "none runs on the Emulated backend" in text
+    assert "none falls back to the Emulated backend" in text
     assert "triton    is installed but broken: built for another torch. Reinstall it." in text
     assert "GROUPED_GEMM_STRICT=1" in text and "KernelPreference.EMULATED" in text
 
@@ -491,7 +491,7 @@ def test_another_set_of_reasons_warns_again(on):
 def test_quantize_weights_warns_of_the_fallback_as_well(on):
     on("H100", ALL_BUT_EMULATED_BROKEN)
     (text,) = texts_of_warnings(lambda: quantize_weights(torch.ones(1, 32, 32), "mxfp8"))
-    assert "mxfp8 runs on the Emulated backend" in text
+    assert "mxfp8 falls back to the Emulated backend" in text
 
 
 def test_emulated_by_name_does_not_warn(on):
@@ -527,7 +527,7 @@ def test_a_capture_that_begins_after_a_call_refuses_host_syncs(on, monkeypatch):
     on("H100", ALL_BUT_EMULATED_BROKEN)
     texts_of_warnings(call)
     pretend_capture(monkeypatch, True)
-    with pytest.raises(NoBackendError, match="emulated  requires leave to wait for the device"):
+    with pytest.raises(NoBackendError, match="emulated  requires host syncs to be allowed"):
         call()
 
 
@@ -607,8 +607,11 @@ def test_an_explanation_shows_backends_reasons_and_refusals(explained):
         ["forward", "deepgemm"],
         ["dgrad", "deepgemm"],
         ["wgrad", "emulated"],
-        ["why", "AUTO: the first in its order that can run it; nothing like it was measured on NVIDIA B200"],
-        ["quantized", "453 MB, read and written"],
+        [
+            "why",
+            "AUTO: the first backend in the vendor's order that can run it; no such call was measured on NVIDIA B200",
+        ],
+        ["quantized", "453 MB read and written"],
         ["padding", "deepgemm: at most 1016 rows (20%)"],
         ["refused", "deepgemm", "wgrad requires sm_90; found sm_100. Use another backend."],
     ):
@@ -642,7 +645,7 @@ def test_padding_depends_on_the_guaranteed_alignment(explained, alignment, paddi
 
 def test_an_explanation_of_a_call_that_no_backend_runs_says_so(explained):
     explanation = explained(auto(spec("RTX 4090"), {TRITON: "broken"}, strict=True))
-    assert ["forward", "no backend", "every one refuses"] in table(explanation)
+    assert ["forward", "no backend", "all refuse"] in table(explanation)
     assert explanation.to_dict()["runs"] is False
 
 

@@ -1,6 +1,7 @@
-"""The backends, one file or folder each, imported when they are first looked at.
+"""The backends: one file or folder each, imported at first use.
 
-A new backend is a member of `BackendKind` and a file or folder here of the same name; CONTRIBUTING.md walks through it.
+To add a backend, add a member to `BackendKind` and a file or folder of the same name here. CONTRIBUTING.md has the
+steps.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from grouped_gemm.backends.base import Health, _GroupedMMBackend
 from grouped_gemm.core.library import NAMES
 from grouped_gemm.core.preference import BackendKind
 
-_OTHER_NAMES = {BackendKind.TORCH: "torch_native"}  # which imports the package that it is named after
+_OTHER_NAMES = {BackendKind.TORCH: "torch_native"}  # a module named torch would hide the package torch
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Candidate:
 
     Attributes:
         backend: the backend.
-        health: finds out whether it works there; asked only when every requirement of a call holds.
+        health: checks whether it works there. Called only when every requirement of a call holds.
     """
 
     backend: _GroupedMMBackend
@@ -38,7 +39,7 @@ _instances: dict[BackendKind, _GroupedMMBackend] = {}
 
 
 def get_backend(kind: BackendKind) -> _GroupedMMBackend:
-    """The one instance of a backend, in a plain dict that Dynamo can look into.
+    """The one instance of a backend. It is kept in a plain dict, which Dynamo can trace.
 
     Raises:
         KeyError: this version has no such backend.
@@ -49,7 +50,7 @@ def get_backend(kind: BackendKind) -> _GroupedMMBackend:
 
 
 def _backend_of(name: str) -> _GroupedMMBackend:
-    """The ``Backend`` of a file of this name, or of ``backend.py`` in a folder of this name."""
+    """The ``Backend`` in the file of this name, or in ``backend.py`` in the folder of this name."""
     module = importlib.import_module(name)
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{name}.backend")
@@ -58,7 +59,8 @@ def _backend_of(name: str) -> _GroupedMMBackend:
 
 
 def register_ops() -> None:
-    """Defines every op of this version under ``torch.ops.grouped_gemm``: a backend's are there once it is looked at.
+    """Defines every op of this version under ``torch.ops.grouped_gemm``. Otherwise a backend defines its ops at first
+    use.
 
     Call it before `torch.export.load` of a program that calls `grouped_mm`.
     """
@@ -67,10 +69,9 @@ def register_ops() -> None:
 
 
 def gemm_ops() -> list[torch._ops.OpOverload]:
-    """The ops that multiply, of every backend: what a policy of selective activation checkpointing would save.
+    """The GEMM ops of every backend, which a policy of selective activation checkpointing would save.
 
-    They are those that `grouped_mm` calls in forward: ``<backend>_grouped_mm``, and ``<backend>_wgrad`` where both
-    operands have 2 dimensions.
+    In forward, `grouped_mm` calls ``<backend>_grouped_mm``, or ``<backend>_wgrad`` if both operands have 2 dimensions.
 
     >>> create_selective_checkpoint_contexts([*gemm_ops(), torch.ops.aten.mm.default])
     """
@@ -81,15 +82,15 @@ def gemm_ops() -> list[torch._ops.OpOverload]:
 
 @functools.cache
 def candidates(device: torch.device) -> tuple[Candidate, ...]:
-    """Every backend of this version, on ``device``. Their health is found out once per process and device."""
-    return tuple(Candidate(backend, _Checkup(backend, device)) for backend in map(get_backend, BackendKind))
+    """Every backend of this version, on ``device``. Their health is checked once per process and device."""
+    return tuple(Candidate(backend, _HealthCheck(backend, device)) for backend in map(get_backend, BackendKind))
 
 
-class _Checkup:
-    """The health of a backend on a device, found out when it is first asked for.
+class _HealthCheck:
+    """The health of a backend on a device, checked at first use.
 
-    While a CUDA graph is captured nothing can be tried: the backend is taken for healthy, and tried another time. What
-    was decided on that ground must not be remembered.
+    Nothing can be run while a CUDA graph is captured. Then the backend is assumed to be healthy, and checked at the
+    next call outside of a capture. A decision that rests on this assumption must not be cached.
     """
 
     def __init__(self, backend: _GroupedMMBackend, device: torch.device) -> None:
@@ -106,13 +107,13 @@ class _Checkup:
 
 
 def _health(backend: _GroupedMMBackend, device: torch.device) -> Health:
-    """What the backend's own check says; what it raises is an answer as well.
+    """The result of the backend's own check. An exception counts as a bad health.
 
-    It may be asked for inside of anything: while a model is traced, under modes that watch or replace ops, in autocast,
-    where host syncs are errors.
+    The first call may come from anywhere: while a model is traced, under modes that watch or replace ops, in autocast,
+    or where host syncs are errors.
     """
-    casts = device.type != "meta" and torch.is_autocast_enabled(device.type)  # which raises for meta
-    # To set the mode warns once a process, even where it is none; before CUDA is initialized there is none.
+    casts = device.type != "meta" and torch.is_autocast_enabled(device.type)  # is_autocast_enabled raises for meta
+    # Setting the sync debug mode warns once per process, even if it stays off. It is off until CUDA is initialized.
     is_watched = device.type == "cuda" and torch.cuda.is_initialized() and torch.cuda.get_sync_debug_mode() != 0
     with (
         _disable_current_modes(),
@@ -130,7 +131,7 @@ def _health(backend: _GroupedMMBackend, device: torch.device) -> Health:
 
 @contextmanager
 def _host_syncs_allowed() -> Iterator[None]:
-    """Without `torch.cuda.set_sync_debug_mode`, under which the comparison of a tiny run would fail."""
+    """Turns off `torch.cuda.set_sync_debug_mode`, under which a health check could not compare its results."""
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode(0)
     try:

@@ -1,4 +1,4 @@
-"""What a backend is, and how it says what it can do."""
+"""The base class of backends, and the requirements that they declare."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _OLDEST_TRITON = "3.6"
 
 @dataclass(frozen=True)
 class Requirement:
-    """One thing that must hold, declared once and read by selection, error texts, docs/backends.md and test skips.
+    """A condition for running a pass. Selection, error messages, docs/backends.md and test skips all read it.
 
     Attributes:
-        what: what is required, as a phrase that completes "<pass> requires ...".
-        holds: whether a call meets it.
-        found: what the call has instead, as a phrase.
-        fix: what the user can do, as a sentence.
-        passes: the passes that need it.
+        what: a phrase that completes "<pass> requires ...".
+        holds: whether a call meets the requirement.
+        found: a phrase for what the call has instead.
+        fix: a sentence that says what the user can do.
+        passes: the passes that it applies to.
     """
 
     what: str
@@ -41,19 +41,19 @@ class Requirement:
 
 
 def requires_recipe(recipes: Iterable[Recipe], passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
-    """The recipe is one of ``recipes``."""
+    """Requires one of ``recipes``."""
     recipes = tuple(recipes)
     return Requirement(
         what="recipe " + " or ".join(r.value for r in recipes),
         holds=lambda p: p.recipe in recipes,
         found=lambda p: p.recipe.value,
-        fix="Use one of these recipes or another backend.",
+        fix="Use one of these recipes, or another backend.",
         passes=passes,
     )
 
 
 def requires_arch(archs: Iterable[str], fix: str, passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
-    """The device has exactly one of these architectures: a newer one is another machine, not a better one."""
+    """Requires exactly one of these architectures. A newer architecture does not run the kernels of an older one."""
     archs = tuple(archs)
     return Requirement(
         what=" or ".join(archs),
@@ -65,19 +65,19 @@ def requires_arch(archs: Iterable[str], fix: str, passes: tuple[Pass, ...] = ALL
 
 
 def requires_dtype(dtypes: Iterable[torch.dtype], passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
-    """Operands are of one of ``dtypes``."""
+    """Requires operands in one of ``dtypes``."""
     dtypes = tuple(dtypes)
     return Requirement(
         what="operands in " + " or ".join(map(dtype_name, dtypes)),
         holds=lambda p: p.dtype in dtypes,
         found=lambda p: dtype_name(p.dtype),
-        fix="Cast the operands or use another backend.",
+        fix="Cast the operands, or use another backend.",
         passes=passes,
     )
 
 
 def requires_triton(purpose: str = "", concerns: Callable[[CallSpec], bool] = lambda p: True) -> Requirement:
-    """A Triton that this package's kernels run on is there, where the call is one that this ``concerns``."""
+    """Requires a Triton that can run this package's kernels, for the calls that it ``concerns``."""
 
     def holds(spec: CallSpec) -> bool:
         version = spec.machine.version("triton")
@@ -92,7 +92,7 @@ def requires_triton(purpose: str = "", concerns: Callable[[CallSpec], bool] = la
 
 
 def requires_no_bias(passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
-    """No bias is added."""
+    """Requires a call without a bias."""
     return Requirement(
         what="no bias",
         holds=lambda p: not p.has_bias,
@@ -102,13 +102,13 @@ def requires_no_bias(passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
     )
 
 
-def requires_leave_to_wait(passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
-    """Passes may wait for the device, if it is one: of a backend with host syncs."""
+def requires_host_sync(passes: tuple[Pass, ...] = ALL_PASSES) -> Requirement:
+    """Requires, on a GPU, that the call may synchronize the host. A backend with host syncs declares it."""
     return Requirement(
-        what="leave to wait for the device",
+        what="host syncs to be allowed",
         holds=lambda p: p.host_sync or not p.machine.is_gpu,
         found=lambda p: "CUDA graph capture or prefer(host_sync=False)",
-        fix="Call it elsewhere or use another backend.",
+        fix="Call it outside of captures and prefer(host_sync=False), or use another backend.",
         passes=passes,
     )
 
@@ -123,11 +123,11 @@ REQUIRES_EQUAL_DTYPES = Requirement(
 
 @dataclass(frozen=True)
 class Health:
-    """Whether a backend works on a device: what a tiny run showed, which no import can show.
+    """Whether a backend works on a device. Only a tiny run can show that; an import cannot.
 
     Attributes:
-        problem: why it does not work; empty where it does.
-        fix: what the user can do about it, as a sentence.
+        problem: why it does not work; empty if it does.
+        fix: a sentence that says what the user can do about it.
     """
 
     problem: str = ""
@@ -139,14 +139,14 @@ class Health:
         return not self.problem
 
 
-@dataclass(eq=False)  # not frozen, which costs half a microsecond for each
+@dataclass(eq=False)  # not frozen: that costs half a microsecond per plan
 class OffsetPlan:
     """What a backend derives from ``offs``, once for all passes of a call, or of all calls with one `GroupPlan`.
 
     Attributes:
-        offs: (E,) int32, as the caller gave it.
+        offs: (E,) int32, as the caller passed it.
         num_rows: M.
-        derived: tensors of the backend's own making, such as a row map. They are saved for backward with ``offs``.
+        derived: tensors that the backend computed, such as a row map. They are saved for backward with ``offs``.
     """
 
     offs: Tensor
@@ -155,7 +155,7 @@ class OffsetPlan:
 
 
 class TinyRun(NamedTuple):
-    """The operands that `_GroupedMMBackend.health` tries a backend with: ends of groups, M, K and N."""
+    """The operands of a health check: the ends of the groups, M, K and N."""
 
     ends: list[int]
     num_rows: int
@@ -171,8 +171,11 @@ class TinyRun(NamedTuple):
 
 
 def is_near(result: Tensor, truth: Tensor) -> bool:
-    """Whether a tiny product is right: quantization alone is 0.04 off; a wrong layout, scale or fp8 type, or a group
-    that was left out, by far more."""
+    """Whether the result of a tiny GEMM is right.
+
+    Quantization causes a relative error of 0.04. A wrong layout, scale or fp8 type, or a missing group, causes a far
+    larger one.
+    """
     return bool((result.double() - truth).norm() <= 0.1 * truth.norm())
 
 
@@ -184,14 +187,14 @@ def as_activations(
     rows: bool,
     columns: bool,
 ) -> Layouts:
-    """What `_GroupedMMBackend.quantize_activations` returns, from what its op has written.
+    """Wraps the outputs of a quantizer op as the result of `_GroupedMMBackend.quantize_activations`.
 
     Args:
-        written: data and scales by rows, data and scales by columns.
-        recipe: how it was quantized.
-        layouts: names of the two layouts.
-        rows: whether the first is wanted.
-        columns: whether the second is wanted.
+        written: data and scales of the row layout, then of the column layout.
+        recipe: the recipe of the quantizer.
+        layouts: the names of the two layouts.
+        rows: whether to return the row layout.
+        columns: whether to return the column layout.
     """
     by_row, row_scale, by_column, column_scale = written
     return (
@@ -208,14 +211,14 @@ def as_weights(
     forward: bool,
     dgrad: bool,
 ) -> Layouts:
-    """What `_GroupedMMBackend.quantize_weights` returns, from what its op has written.
+    """Wraps the outputs of a quantizer op as the result of `_GroupedMMBackend.quantize_weights`.
 
     Args:
         written: data (E, N, K) and (E, K, N), both contiguous, then the scales of each.
-        recipe: how they were quantized.
-        layout: its name.
-        forward: whether the first is wanted.
-        dgrad: whether the second is wanted.
+        recipe: the recipe of the quantizer.
+        layout: the name of the layout.
+        forward: whether to return the operand of forward.
+        dgrad: whether to return the operand of dgrad.
     """
     by_n, by_k, forward_scale, dgrad_scale = written
     return (
@@ -225,7 +228,7 @@ def as_weights(
 
 
 def unscaled_weights(b_EKN: Tensor, layout: str, *, forward: bool, dgrad: bool) -> Layouts:
-    """Likewise of Recipe.NONE: ``b`` as it is, for both."""
+    """The same for Recipe.NONE: ``b`` itself serves both passes."""
     return (
         Quantized(b_EKN, None, Recipe.NONE, 1, layout) if forward else None,
         Quantized(b_EKN, None, Recipe.NONE, 2, layout) if dgrad else None,
@@ -235,27 +238,27 @@ def unscaled_weights(b_EKN: Tensor, layout: str, *, forward: bool, dgrad: bool) 
 class _GroupedMMBackend(ABC):
     """One way to run every pass of a grouped GEMM. A backend is stateless; one instance serves all threads and devices.
 
-    Methods are traced by torch.compile: what cannot be traced (a kernel launch, a look at the groups) goes
-    behind an op of ``torch.library`` with a fake. Nothing may look at tensor values outside such an op, and no
-    op returns its own argument.
+    torch.compile traces the methods. Code that cannot be traced, such as a kernel launch or a read of group sizes,
+    belongs in an op of ``torch.library`` with a fake. Only such an op may read tensor values. No op returns one of
+    its arguments.
     """
 
     kind: ClassVar[BackendKind]
     summary: ClassVar[str]  # one sentence for doctor and docs/backends.md
     requirements: ClassVar[tuple[Requirement, ...]]
-    host_syncs: ClassVar[str] = ""  # when a call waits for the host, as a phrase; empty: never
-    host_sync_passes: ClassVar[tuple[Pass, ...]] = ALL_PASSES  # the passes that do, where any does
-    compiles: ClassVar[bool] = True  # whether kernels are compiled or loaded at first use, which `warmup` does ahead
+    host_syncs: ClassVar[str] = ""  # a phrase that says when a call synchronizes the host; empty: never
+    host_sync_passes: ClassVar[tuple[Pass, ...]] = ALL_PASSES  # the passes that do so, if any does
+    compiles: ClassVar[bool] = True  # whether kernels are compiled or loaded at first use; if so, `warmup` runs them
 
     def padded_to(self, spec: CallSpec) -> int:
-        """The multiple of rows that this backend pads every group to, where the caller has not; 1: it does not pad."""
+        """This backend pads every group to a multiple of this many rows, unless the caller did; 1: it does not pad."""
         return 1
 
     def health(self, device: torch.device) -> Health:
         """Runs something tiny on ``device``. Called once per process and device, after all requirements hold."""
         return Health()
 
-    def _gets_right(
+    def _computes_correctly(
         self,
         run: TinyRun,
         recipe: Recipe,
@@ -263,78 +266,79 @@ class _GroupedMMBackend(ABC):
         group_alignment: int = 1,
         wgrad_dtype: torch.dtype | None = torch.bfloat16,
     ) -> bool:
-        """Whether a small product, and its wgrad unless its dtype is None, are near `reference`, for `health`."""
+        """Whether a small GEMM, and its wgrad unless ``wgrad_dtype`` is None, are close to `reference`."""
         a_MK, b_EKN, offs = run.operands(device)
         plan = self.plan(offs, run.num_rows, group_alignment)
         lhs, a_columns = self.quantize_activations(a_MK, plan, recipe, rows=True, columns=wgrad_dtype is not None)
         rhs, _ = self.quantize_weights(b_EKN, recipe, forward=True, dgrad=False)
-        assert lhs is not None and rhs is not None, "they are asked for"
+        assert lhs is not None and rhs is not None, "both were requested"
         y = self.grouped_mm(lhs, rhs, plan, torch.bfloat16)
         if not is_near(y, reference.grouped_mm(a_MK, b_EKN, run.ends)):
             return False
         if wgrad_dtype is None:
             return True
         _, y_columns = self.quantize_activations(y, plan, recipe, rows=False, columns=True)
-        assert a_columns is not None and y_columns is not None, "they are asked for"
+        assert a_columns is not None and y_columns is not None, "both were requested"
         db = self.wgrad(a_columns, y_columns, plan, wgrad_dtype, contiguous="n")
         return is_near(db, reference.wgrad(a_MK, y, run.ends))
 
     def needs_blocks(self, recipe: Recipe, columns: bool) -> bool:
-        """Whether `quantize_activations` looks for the blocks of tokens: then they are found once, in the plan.
+        """Whether `quantize_activations` needs the token blocks. If so, the plan computes them once.
 
         Args:
-            recipe: of the call.
+            recipe: the recipe of the call.
             columns: whether the backend quantizes operands of wgrad.
         """
         return False
 
     @abstractmethod
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1, *, blocks: bool = False) -> OffsetPlan:
-        """The plan of groups that end at rows ``offs``, (E,) int32, in multiples of ``group_alignment``.
+        """The plan for groups that end at rows ``offs``, (E,) int32, with sizes that are multiples of
+        ``group_alignment``.
 
-        With ``blocks`` it has those that `needs_blocks` speaks of. Without them, each quantizer finds its own.
+        With ``blocks``, the plan has the token blocks of `needs_blocks`. Without, each quantizer computes its own.
         """
 
     @abstractmethod
     def quantize_activations(
         self, x_MD: Tensor, plan: OffsetPlan, recipe: Recipe, *, rows: bool, columns: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        """``a`` or dY in the layouts that this backend's kernels read, both from one read of ``x_MD``.
+        """Quantizes ``a`` or dY into the layouts that this backend's kernels read, with one read of ``x_MD``.
 
         Args:
-            x_MD: (M, D), rows contiguous. Rows at and past ``offs[-1]`` may hold anything.
-            plan: from `plan` of this backend.
-            recipe: the recipe; where it is NONE the operand itself is the layout.
-            rows: whether the operand of forward and dgrad is wanted, contraction along D.
-            columns: whether the operand of wgrad is wanted, contraction along each group's rows.
+            x_MD: (M, D), contiguous rows. Rows at and past ``offs[-1]`` may hold anything.
+            plan: from this backend's `plan`.
+            recipe: the recipe. With NONE, the operand itself is the layout.
+            rows: whether to write the operand of forward and dgrad, for a contraction along D.
+            columns: whether to write the operand of wgrad, for a contraction along each group's rows.
 
         Returns:
-            The two layouts; None for one that is not wanted.
+            The two layouts; None for a layout that was not requested.
         """
 
     @abstractmethod
     def quantize_weights(
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        """``b`` (E, K, N), K or N contiguous, in the layouts for forward (contraction along K) and dgrad (along N)."""
+        """Quantizes ``b`` (E, K, N), K or N contiguous, for forward (contraction along K) and dgrad (along N)."""
 
     @abstractmethod
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        """A checkpoint's fp8 weights in the layouts for forward and dgrad: the same values where the recipe lets them.
+        """Puts a checkpoint's fp8 weights into the layouts for forward and dgrad. Values are kept if the recipe allows.
 
         Args:
             data_EKN: (E, K, N) in the device's fp8 type, K or N contiguous.
             scale: dequantization factors: rowwise (E, 1, N), blockwise (E, ceil(K/128), ceil(N/128)), both fp32;
                 MXFP8 (E, ceil(K/32), N) in float8_e8m0fnu.
-            recipe: the recipe that data and scale follow.
-            forward: whether the operand of forward is wanted.
-            dgrad: whether the operand of dgrad is wanted.
+            recipe: the recipe of the checkpoint.
+            forward: whether to return the operand of forward.
+            dgrad: whether to return the operand of dgrad.
         """
 
     def _requantized_for_dgrad(self, data_EKN: Tensor, scale: Tensor, recipe: Recipe) -> Quantized | None:
-        """A checkpoint's weights, whose scales run along K, for dgrad, which sums over N and needs others."""
+        """Quantizes a checkpoint's weights again for dgrad, which sums over N. The checkpoint's scales run along K."""
         values = reference.dequantize(data_EKN, scale, reference.weight_blocks(recipe, 1))
         return self.quantize_weights(values, recipe, forward=False, dgrad=True)[1]
 
@@ -342,19 +346,19 @@ class _GroupedMMBackend(ABC):
     def grouped_mm(
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, bias_EN: Tensor | None = None
     ) -> Tensor:
-        """Forward, or dgrad on dY and the weights' dgrad layout: (M, N or K), zero at and past ``offs[-1]``."""
+        """Forward; or dgrad, given dY and the weights' dgrad layout. (M, N or K), zero at and past ``offs[-1]``."""
 
     def wgrad(
         self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, out_dtype: torch.dtype, *, contiguous: str
     ) -> Tensor:
-        """dB (E, K, N), exactly zero where a group is empty; its fastest axis is ``contiguous``, "k" or "n"."""
+        """dB (E, K, N), exactly zero for an empty group. Its contiguous axis is ``contiguous``, "k" or "n"."""
         if contiguous == "k":
             return self._wgrad(rhs, lhs, plan, out_dtype).transpose(1, 2)
         return self._wgrad(lhs, rhs, plan, out_dtype)
 
     @abstractmethod
     def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
-        """Per group, the transpose of ``first`` times ``second``: (E, P, Q), contiguous, their features being P, Q."""
+        """``first[rows].T @ second[rows]`` for each group: (E, P, Q), contiguous. P, Q: features of the operands."""
 
     @abstractmethod
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:

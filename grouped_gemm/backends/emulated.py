@@ -1,7 +1,7 @@
-"""Emulated: dequantizes, multiplies and accumulates in fp32, group by group. Right everywhere, fast nowhere.
+"""Emulated: dequantizes, multiplies and accumulates in fp32, group by group. It runs everywhere and is slow.
 
-Its layouts are those of `reference`: data as the operand lies, one scale per block. The groups' ends are read to
-the host once per forward and shared by all passes. On a GPU "in fp32" is torch's own fp32 product, which is TF32 where
+Layouts are those of `reference`: data in the operand's own strides, one scale per block. The ends of the groups are
+read to the host once per forward call and shared by all passes. On a GPU, torch's fp32 GEMM uses TF32 where
 `torch.set_float32_matmul_precision` allows it.
 
 M, E, K, N: rows, groups, in and out features. D: K or N.
@@ -21,7 +21,7 @@ from grouped_gemm.backends.base import (
     OffsetPlan,
     _GroupedMMBackend,
     requires_dtype,
-    requires_leave_to_wait,
+    requires_host_sync,
     requires_recipe,
 )
 from grouped_gemm.core.library import Steps, define_op, ops
@@ -30,7 +30,7 @@ from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.core.recipes import Recipe
 
-# How scales lie on an operand, whatever is summed over: the layout names.
+# The layout names. They say along which axis an operand is scaled; the contraction may run along another one.
 _ROWS = "reference rows"  # activations, scaled along D
 _COLUMNS = "reference columns"  # activations, scaled along the rows of each group
 _ALONG_K = "reference weights along K"
@@ -41,13 +41,13 @@ class Backend(_GroupedMMBackend):
     """Plain torch, in fp32."""
 
     kind = BackendKind.EMULATED
-    summary = "Dequantizes and multiplies in fp32 with plain torch, group by group: right everywhere, fast nowhere."
+    summary = "Plain torch in fp32, group by group, after dequantizing: runs everywhere, and is slow."
     requirements = (
         requires_recipe(Recipe),
         requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
-        requires_leave_to_wait(),
+        requires_host_sync(),
     )
-    host_syncs = "offs is read once per forward"
+    host_syncs = "offs is read once per forward call"
     compiles = False
 
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1, *, blocks: bool = False) -> OffsetPlan:
@@ -73,10 +73,10 @@ class Backend(_GroupedMMBackend):
         self, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
         if not recipe.is_scaled:
-            return self._lay(b_EKN, None, recipe, forward=forward, dgrad=dgrad)
-        if recipe.block == recipe.weight_lines:  # square blocks serve both
+            return self._for_both(b_EKN, None, recipe, forward=forward, dgrad=dgrad)
+        if recipe.block == recipe.weight_lines:  # square blocks serve both passes
             data, scale = ops.emulated_quantize_weights(b_EKN, recipe.value, 1)
-            return self._lay(data, scale, recipe, forward=forward, dgrad=dgrad)
+            return self._for_both(data, scale, recipe, forward=forward, dgrad=dgrad)
         along_k = along_n = None
         if forward:
             data, scale = ops.emulated_quantize_weights(b_EKN, recipe.value, 1)
@@ -89,13 +89,13 @@ class Backend(_GroupedMMBackend):
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        return self._lay(data_EKN, scale, recipe, forward=forward, dgrad=dgrad)
+        return self._for_both(data_EKN, scale, recipe, forward=forward, dgrad=dgrad)
 
     @staticmethod
-    def _lay(
+    def _for_both(
         data_EKN: Tensor, scale: Tensor | None, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        """One set of data and scales for both passes: what is dequantized may be summed along either axis."""
+        """The same data and scales for both passes. Dequantized values can be summed along either axis."""
         return (
             Quantized(data_EKN, scale, recipe, 1, _ALONG_K) if forward else None,
             Quantized(data_EKN, scale, recipe, 2, _ALONG_K) if dgrad else None,
@@ -129,7 +129,7 @@ class Backend(_GroupedMMBackend):
 
 
 def _op(op: Callable[..., Steps[Any]]) -> None:
-    """Defines an op that computes in the dtypes it names, also under autocast, and that no CUDA graph may hold."""
+    """Defines an op that ignores autocast, and that a CUDA graph must not contain."""
 
     @functools.wraps(op)
     def in_named_dtypes(first: Tensor, *rest: Any) -> Steps[Any]:
@@ -146,15 +146,16 @@ def _part(scale: Tensor | None, index: int | slice) -> Tensor | None:
 
 
 def _dequantize(data: Tensor, scale: Tensor | None, blocks: reference.Blocks) -> Tensor:
-    """`reference.dequantize` of a matrix, bit for bit, in memory of its own, without writing scales out along blocks.
+    """`reference.dequantize` of a matrix, bit for bit, without expanding the scales. Returns a new tensor.
 
-    Of its own, since MKL rounds a product by how its operands are aligned, and a group's rows may start anywhere.
+    A new tensor always starts at the same alignment, and a group's rows may start anywhere. The rounding of MKL's GEMM
+    depends on the alignment of its operands.
     """
     if scale is None:
         return data.to(torch.float32, copy=True)
     values, power = _to_fp32(data)
     scale = scale.float()
-    if power != 1 and (scale.abs() >= 2.0**120).any():  # the scale times 256 would be Inf
+    if power != 1 and (scale.abs() >= 2.0**120).any():  # scale * 256 would be Inf
         values *= power
     else:
         scale = scale * power
@@ -174,8 +175,8 @@ def _dequantize(data: Tensor, scale: Tensor | None, blocks: reference.Blocks) ->
 def _to_fp32(data: Tensor) -> tuple[Tensor, float]:
     """fp32 values and a power of two whose product is ``data.float()``, for fp8 data.
 
-    On a CPU torch converts fp8 value by value; this is eight times as fast. The bits of an e4m3fn, moved to those of an
-    fp16, are its value times 2^-8, but for its NaN, which would be 480.
+    On a CPU, torch converts fp8 one value at a time; this is eight times as fast. The bits of an e4m3fn, shifted into
+    an fp16, represent its value times 2^-8. The exception is NaN, which would become 480.
     """
     is_e4m3fn_on_cpu = data.dtype == torch.float8_e4m3fn and data.device.type == "cpu"
     if not is_e4m3fn_on_cpu or (data.view(torch.uint8) & 0x7F).amax() == 0x7F:
@@ -237,15 +238,15 @@ def _emulated_grouped_mm(
     lhs_blocks = reference.row_blocks(Recipe(recipe))
     rhs_blocks = reference.weight_blocks(Recipe(recipe), scaled_along)[1:]
     ends = reference.group_ends(host_offs, lhs.shape[0])
-    # All rows at once: for small groups, the many short ops of _dequantize cost more than their work.
+    # All rows in one call: for small groups, the overhead of the ops of _dequantize exceeds their work.
     lhs_values = lhs if lhs_scale is None or lhs.numel() == 0 else _dequantize(lhs, lhs_scale, lhs_blocks)
     for e, rows in enumerate(reference.group_slices(ends)):
         if rows.start == rows.stop:
             continue
-        left = lhs_values[rows].to(torch.float32, copy=True)  # in memory of its own, as _dequantize says
+        left = lhs_values[rows].to(torch.float32, copy=True)  # copied for its alignment: see _dequantize
         right = _dequantize(rhs[e], _part(rhs_scale, e), rhs_blocks)
-        product = left @ (right if axis == 1 else right.t())
-        out[rows] = product if bias is None else product + bias[e].float()
+        result = left @ (right if axis == 1 else right.t())
+        out[rows] = result if bias is None else result + bias[e].float()
     out[ends[-1] :] = 0
 
 

@@ -1,6 +1,6 @@
-"""Triton: this package's own kernels, which need no vendor library, no padded groups, and no wait for the device.
+"""Triton: this package's own kernels. They need no vendor library, no padded groups and no host sync.
 
-Kernels and quantizers are in `grouped_gemm.kernels`, imported at the first launch. Layouts: docs/layouts.md.
+Kernels and quantizers are in `grouped_gemm.kernels`, which is imported at the first launch. Layouts: docs/layouts.md.
 
 M, E, K, N: rows, groups, in and out features. D: K or N.
 """
@@ -42,12 +42,12 @@ _WEIGHTS = "triton weights"
 
 
 def _requires_gpu_in(archs: tuple[str, ...], purpose: str, concerns: Callable[[CallSpec], bool]) -> Requirement:
-    """The GPU is one of ``archs``, where the call is one that this ``concerns``."""
+    """Requires a GPU of one of ``archs``, for the calls that it ``concerns``."""
     return Requirement(
         what=" or ".join(archs) + purpose,
         holds=lambda p: not p.machine.is_gpu or p.machine.arch in archs or not concerns(p),
         found=lambda p: p.machine.arch,
-        fix="Use another recipe or another backend." if purpose else "Use another backend.",
+        fix="Use another recipe, or another backend." if purpose else "Use another backend.",
     )
 
 
@@ -55,19 +55,19 @@ class Backend(_GroupedMMBackend):
     """Kernels of this package, in Triton."""
 
     kind = BackendKind.TRITON
-    summary = "This package's own kernels: no padding, no vendor library, no wait for the device."
+    summary = "This package's own kernels: no padding, no vendor library, no host sync."
     requirements = (
         Requirement(
             what="a GPU",
             holds=lambda p: p.machine.is_gpu or (p.machine.vendor == "cpu" and p.machine.interprets),
             found=lambda p: p.machine.vendor,
-            fix="Use another backend; for tests, set TRITON_INTERPRET=1 when the process starts.",
+            fix="Use another backend; for tests, start the process with TRITON_INTERPRET=1.",
         ),
         Requirement(
-            what="compiled kernels on a GPU",  # interpreted ones would copy everything to the host
+            what="compiled kernels on a GPU",  # the interpreter would copy everything to the host
             holds=lambda p: not (p.machine.is_gpu and p.machine.interprets),
             found=lambda p: "TRITON_INTERPRET=1",
-            fix="Unset it when the process starts.",
+            fix="Start the process without TRITON_INTERPRET.",
         ),
         _requires_gpu_in(GPU_ARCHS, "", lambda p: True),
         requires_triton(),
@@ -79,7 +79,7 @@ class Backend(_GroupedMMBackend):
     )
 
     def health(self, device: torch.device) -> Health:
-        """A small ragged product and its wgrad, beside `reference`."""
+        """Compares a small ragged GEMM and its wgrad with `reference`."""
         fix = "Install the triton that this torch was built with."
         if device.type == "cpu":
             fix = "Triton's interpreter needs numpy, and Triton 3.6 needs numpy<2.4."
@@ -87,7 +87,7 @@ class Backend(_GroupedMMBackend):
         a, b, offs = run.operands(device)
         try:
             if device.type == "cpu":
-                # All at once: Triton reads TRITON_INTERPRET at each of these imports, and it may change in between.
+                # Import them together: each import makes Triton read TRITON_INTERPRET, which may change in between.
                 from grouped_gemm.kernels.gemm import k_grouped, m_grouped  # noqa: F401
                 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8  # noqa: F401
             y = ops.triton_grouped_mm(a, None, b, None, None, offs, "none", torch.float32)
@@ -98,11 +98,11 @@ class Backend(_GroupedMMBackend):
         right_db = reference.wgrad(a, y.bfloat16(), run.ends, dtype=torch.float32)
         if torch.allclose(y, right_y, rtol=1e-3, atol=1e-3) and torch.allclose(db, right_db, rtol=1e-3, atol=1e-3):
             return Health()
-        return Health("a tiny product is wrong", fix)
+        return Health("a tiny GEMM gives wrong results", fix)
 
     def needs_blocks(self, recipe: Recipe, columns: bool) -> bool:
         if recipe is Recipe.MXFP8:
-            return False  # each program finds its group
+            return False  # each program finds its own group
         return recipe.is_scaled and (columns or recipe.block is not None)
 
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1, *, blocks: bool = False) -> OffsetPlan:
@@ -128,7 +128,7 @@ class Backend(_GroupedMMBackend):
     def adopt_weights(
         self, data_EKN: Tensor, scale: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
     ) -> tuple[Quantized | None, Quantized | None]:
-        if recipe.weight_lines > 1:  # square blocks serve both
+        if recipe.weight_lines > 1:  # square blocks serve both passes
             return (
                 Quantized(_contiguous(data_EKN, 1), scale, recipe, 1, _WEIGHTS) if forward else None,
                 Quantized(_contiguous(data_EKN, 2), scale, recipe, 2, _WEIGHTS) if dgrad else None,
@@ -159,7 +159,7 @@ class Backend(_GroupedMMBackend):
 
 
 def _contiguous(data_EKN: Tensor, axis: int) -> Tensor:
-    """``data_EKN`` with ``axis``, 1 or 2, contiguous: itself where it is."""
+    """``data_EKN`` with ``axis``, 1 or 2, contiguous; copied only if it is not."""
     if data_EKN.stride(axis) == 1:
         return data_EKN
     return data_EKN.transpose(axis, 2).contiguous().transpose(axis, 2)

@@ -207,7 +207,7 @@ def backends_markdown() -> str:
             "",
             "## Which backend AUTO takes",
             "",
-            "For each pass, the first backend in the vendor's order that does not refuse it:",
+            "For each pass, AUTO takes the first backend in the vendor's order that does not refuse it:",
             "",
             *_table(("vendor", "order"), order),
             "",

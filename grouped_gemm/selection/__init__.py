@@ -1,1 +1,1 @@
-"""From a call to a decision: checks, rules, cost model, explanation."""
+"""Backend selection: checks, call spec, rules, cost model, route, explanation."""

@@ -1,9 +1,9 @@
-"""What whole calls take on each plan, as measured on one GPU: what AUTO compares.
+"""The cost model: measured times of whole calls on each plan. AUTO compares them.
 
-A plan names the backend of each pass. A profile holds the times of whole calls, with everything that a call does (group
-plan, quantizers, GEMMs, host time), by kind of call and plan. Nothing is added up or scaled: for sizes that nobody
-measured, the nearest profiled sizes tell which plan is the fastest. A profile speaks for exactly one name of a GPU: on
-any other, AUTO follows its vendor's order.
+A plan names the backend of each pass. A profile has the measured times of whole calls on one GPU, by kind of call and
+plan. A time includes all that a call does: group plan, quantizers, GEMMs, host time. Times are never added or scaled.
+For sizes that were not measured, the times of the nearest profiled sizes are used. A profile applies only to GPUs of
+exactly its name. On other GPUs, AUTO follows the vendor's order.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -33,13 +33,13 @@ PLANS: dict[str, dict[Pass, BackendKind]] = {
 
 
 class Call(NamedTuple):
-    """A kind of call, and its sizes.
+    """A kind of call, with its sizes.
 
     Attributes:
-        recipe: name of the recipe, without "_pow2", which takes the same time.
+        recipe: name of the recipe, without "_pow2", since both take the same time.
         rows: name of the row class.
-        whole_blocks: whether every group is guaranteed to be a multiple of 128 rows.
-        training: whether the call runs forward and backward, or forward alone.
+        whole_blocks: whether the caller guarantees that every group is a multiple of 128 rows.
+        training: whether the call runs forward and backward, or forward only.
         num_groups: E.
         k: K.
         n: N.
@@ -62,22 +62,22 @@ class Call(NamedTuple):
         return cls(recipe, spec.rows.value, spec.group_alignment % 128 == 0, training, *sizes)
 
     def distance(self, other: Call) -> float:
-        """How far the sizes of two calls are apart: the sum of the logarithms of their ratios.
+        """The distance between the sizes of two calls: the sum of the absolute logarithms of their ratios.
 
-        E counts half: it says how often a kernel does its work, K and N say what work that is.
+        E counts half. It says how often a kernel repeats its work; K and N say what the work is.
         """
         groups, k, n = (abs(math.log(max(x, 1) / max(y, 1))) for x, y in zip(self[-3:], other[-3:]))
         return 0.5 * groups + k + n
 
 
 class Times(NamedTuple):
-    """What one kind of call took, in microseconds by plan; infinite where the plan failed.
+    """The times of one kind of call, in microseconds by plan; infinite if the plan failed.
 
     Attributes:
-        num_rows: M of the calls that were timed.
-        eager: of an eager call: the time of the host or of the device, whichever is longer.
-        captured: of a call that is replayed in a CUDA graph.
-        date: when, as "2026-11-26".
+        num_rows: M of the timed calls.
+        eager: time of an eager call, on the host or on the device, whichever is longer.
+        captured: time of a call that is replayed in a CUDA graph.
+        date: the date of the measurement, as "2026-11-26".
     """
 
     num_rows: int
@@ -88,12 +88,12 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured on one GPU.
+    """The measurements of one GPU.
 
     Attributes:
-        gpu: its name.
+        gpu: the name of the GPU.
         times: by kind of call.
-        is_exact: whether an entry speaks for its own sizes only.
+        is_exact: whether an entry applies to its own sizes only.
     """
 
     gpu: str
@@ -103,12 +103,12 @@ class Profile:
 
 @dataclass(frozen=True)
 class Expected:
-    """The measurement that a decision rests on.
+    """The measurement behind a decision.
 
     Attributes:
-        source: where, when and at which sizes it was taken, as a phrase.
-        plans: microseconds of a whole call by plan, the fastest first; infinite where the plan failed.
-        is_exact: whether it is the user's own measurement of this very call.
+        source: a phrase that says where, when and at which sizes it was taken.
+        plans: microseconds of a whole call by plan, the fastest first; infinite if the plan failed.
+        is_exact: whether the user measured exactly this call.
     """
 
     source: str
@@ -117,9 +117,9 @@ class Expected:
 
 
 def expected(spec: CallSpec, profiles: Sequence[Profile]) -> Expected | None:
-    """The times of the nearest call in the first of ``profiles`` that knows calls of this kind; None: none does.
+    """The times of the nearest call in the first of ``profiles`` that has calls of this kind; None: no profile has.
 
-    Float16 follows bfloat16, which runs through the same kernels. Float32 was not measured.
+    float16 takes the times of bfloat16, which runs the same kernels. float32 was not measured.
     """
     if spec.dtype not in (torch.bfloat16, torch.float16):
         return None

@@ -1,4 +1,4 @@
-"""Decisions as text and as data: what `explain`, GROUPED_GEMM_LOG and the command line show."""
+"""Decisions as text and as data, for `explain`, GROUPED_GEMM_LOG and the command line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _WHY = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a call runs where it runs. ``print`` it, or take `to_dict`.
+    """Which backends run a call, and why. ``print`` it, or use `to_dict`.
 
     Attributes:
-        decision: the decision with its trace; incomplete where no backend runs the call.
-        num_rows: M, where it is known.
+        decision: the decision with its refusals; incomplete if no backend runs the call.
+        num_rows: M, if it is known.
     """
 
     decision: Decision
@@ -32,25 +32,25 @@ class Explanation:
 
     @property
     def host_syncs(self) -> dict[str, str]:
-        """By backend, when a call waits for the host; empty where it never does, as always on a CPU."""
+        """By backend, when a call synchronizes the host. Empty if it never does, and always on a CPU."""
         if not self.decision.spec.machine.is_gpu:
             return {}
-        waiting = (b for p, b in self.decision.chosen if p in get_backend(b).host_sync_passes)
-        return {b.value: get_backend(b).host_syncs for b in waiting if get_backend(b).host_syncs}
+        syncing = (b for p, b in self.decision.chosen if p in get_backend(b).host_sync_passes)
+        return {b.value: get_backend(b).host_syncs for b in syncing if get_backend(b).host_syncs}
 
     @property
     def padding(self) -> dict[str, int]:
-        """By backend that pads groups, how many rows it adds at most."""
+        """For each backend that pads groups, the most rows that it adds."""
         spec = self.decision.spec
         multiples = {b: get_backend(b).padded_to(spec) for b in self.decision.backends}
         return {b.value: spec.num_groups * (m - 1) for b, m in multiples.items() if spec.group_alignment % m}
 
     @property
     def quantized_bytes(self) -> int | None:
-        """Bytes of data that quantizers read and write for a call; None where M is not known.
+        """Bytes of data that the quantizers of a call read and write; None if M is not known.
 
-        An operand is read once by each backend that quantizes it, weights that were quantized beforehand not at all.
-        Scales, up to 4% more, are not counted.
+        Each backend that quantizes an operand reads it once. Weights that were quantized beforehand are not read.
+        Scales are not counted; they add at most 4%.
         """
         spec = self.decision.spec
         if self.num_rows is None:
@@ -71,15 +71,15 @@ class Explanation:
 
     @property
     def why(self) -> str:
-        """What made the preference, as a phrase."""
+        """A phrase that says what the choice rests on."""
         decision = self.decision
         if decision.preference is not KernelPreference.AUTO:
             return _WHY[decision.asked_by]
         if decision.expected is not None:
             return f"AUTO: {decision.expected.source}"
         machine = decision.spec.machine
-        unknown = f"; nothing like it was measured on {machine.name}" if machine.is_gpu else ""
-        return f"AUTO: the first in its order that can run it{unknown}"
+        unknown = f"; no such call was measured on {machine.name}" if machine.is_gpu else ""
+        return f"AUTO: the first backend in the vendor's order that can run it{unknown}"
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain strings, numbers, lists and dicts, ready for JSON."""
@@ -136,13 +136,13 @@ class Explanation:
                 lines.append(f"  {pass_.value:12}{chosen[pass_].value}")
             else:
                 is_auto = decision.preference is KernelPreference.AUTO
-                who = "every one refuses" if is_auto else f"{decision.preference.value} refuses"
+                who = "all refuse" if is_auto else f"{decision.preference.value} refuses"
                 lines.append(f"  {pass_.value:12}{'no backend':12}{who}")
         lines.append(f"  {'why':12}{self.why}")
         if decision.expected is not None:
             lines.append(f"  {'measured':12}{'; '.join(_timed(*plan) for plan in decision.expected.plans)}")
         if self.quantized_bytes:
-            lines.append(f"  {'quantized':12}{_bytes(self.quantized_bytes)}, read and written")
+            lines.append(f"  {'quantized':12}{_bytes(self.quantized_bytes)} read and written")
         syncs = [f"{backend}: {when}" for backend, when in self.host_syncs.items()]
         lines.append(f"  {'host syncs':12}{'; '.join(syncs) or 'none'}")
         lines.append(f"  {'padding':12}{'; '.join(self._paddings()) or 'none'}")
@@ -152,7 +152,7 @@ class Explanation:
         return "\n".join(lines)
 
     def _paddings(self) -> list[str]:
-        """By backend, rows at most, and in percent of M where it is known."""
+        """For each backend, the most rows that it adds, also in percent of M if M is known."""
         percent = {
             b: f" ({100 * rows / self.num_rows:.2g}%)" if self.num_rows else "" for b, rows in self.padding.items()
         }

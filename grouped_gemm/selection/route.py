@@ -1,4 +1,4 @@
-"""From a `CallSpec` to its `Route`, decided once; from the arguments of an eager call to the route of one like it."""
+"""The route of a call: decided once per `CallSpec`, and looked up for later eager calls with equal arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from grouped_gemm.selection.spec import key_of
 
 
 class Route(NamedTuple):
-    """Who runs which pass, None where nobody has to, and what the passes need to know."""
+    """The backend of each pass, None for a pass that is not needed, and what the passes need to know."""
 
     forward: BackendKind | None
     dgrad: BackendKind | None
@@ -39,30 +39,30 @@ class Route(NamedTuple):
     dtype: torch.dtype
     out_dtype: torch.dtype
     b_contiguous: str
-    backends: tuple[BackendKind, ...]  # every one that runs a pass, once
-    blocks: tuple[bool, ...]  # of each of them, whether its quantizers need token blocks in their plan
-    group_alignment: int = 1  # what every group's size is a multiple of
+    backends: tuple[BackendKind, ...]  # each backend that runs a pass, once
+    blocks: tuple[bool, ...]  # for each of them, whether its quantizers need token blocks in the plan
+    group_alignment: int = 1  # every group's size is a multiple of this
 
     @property
     def unscaled_dgrad(self) -> Route:
-        """The route of dA = dY B^T as a call of its own, whose dgrad is forward. For `Recipe.NONE`."""
+        """The route of dA = dY B^T as a separate call, whose own dgrad is forward. For `Recipe.NONE`."""
         b_contiguous = "n" if self.b_contiguous == "k" else "k"
         return self._replace(forward=self.dgrad, dgrad=self.forward, out_dtype=self.dtype, b_contiguous=b_contiguous)
 
     @property
     def unscaled_wgrad(self) -> Route:
-        """The route of dB as a call of its own, or of forward in the dtype of a gradient. For `Recipe.NONE`."""
+        """The route of dB as a separate call, or of forward with the dtype of a gradient. For `Recipe.NONE`."""
         return self._replace(out_dtype=self.dtype)
 
 
 def route_of(spec: CallSpec) -> Route:
-    """The route of a call, decided once for equal specs.
+    """The route of a call. Equal specs are decided once.
 
     Raises:
         NoBackendError: a pass has no backend.
-        ValueError: a switch in the environment has an unknown value.
+        ValueError: an environment switch has an unknown value.
     """
-    found = _decided(tuple(spec))  # Dynamo of torch 2.13 hands on an empty NamedTuple
+    found = _decided(tuple(spec))  # a plain tuple: Dynamo of torch 2.13 passes a NamedTuple on empty
     if len(found) == 2:
         kind, text = found
         raise _ERRORS[kind](text)
@@ -71,7 +71,7 @@ def route_of(spec: CallSpec) -> Route:
 
 
 def route_on(spec: CallSpec, plan: Mapping[Pass, BackendKind]) -> Route:
-    """The route of a call whose passes run on the backends of ``plan``, whatever a decision would say."""
+    """The route of a call that runs on the backends of ``plan``, without a decision."""
     return _route(spec, plan.get(Pass.FORWARD), plan.get(Pass.DGRAD), plan.get(Pass.WGRAD))
 
 
@@ -89,10 +89,11 @@ _ERRORS: dict[str, type[Exception]] = {"NoBackendError": NoBackendError, "ValueE
 
 
 def _decided(fields: tuple[Any, ...]) -> tuple[str, ...]:
-    """The backends of forward, dgrad and wgrad for a `CallSpec` of ``fields``, "" for none; or an error, kind and text.
+    """The backends of forward, dgrad and wgrad for a `CallSpec` of ``fields``, "" for none. Or two strings: the type
+    and text of an error.
 
-    Dynamo evaluates this while tracing, takes the result for a constant, and would take an exception for an internal
-    error of its own. `route_of`, which Dynamo traces, raises it.
+    Dynamo evaluates this while tracing, and treats the result as a constant. It would report an exception as an
+    internal error. So `route_of`, which Dynamo traces, raises the error.
     """
     spec = CallSpec(*fields)
     try:
@@ -105,24 +106,24 @@ def _decided(fields: tuple[Any, ...]) -> tuple[str, ...]:
             _warn_once(decision)
     except NoBackendError as error:
         return "NoBackendError", str(error)
-    except ValueError as error:  # of a switch in the environment
+    except ValueError as error:  # an environment switch has an unknown value
         return "ValueError", str(error)
     kinds = (decision.backend(pass_) for pass_ in (Pass.FORWARD, Pass.DGRAD, Pass.WGRAD))
     return tuple("" if kind is None else kind.value for kind in kinds)
 
 
-# What torch.compiler.assume_constant_result does, which would import all of Dynamo with this package.
+# The same as torch.compiler.assume_constant_result, which would import all of Dynamo together with this package.
 _decided._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def decision_of(spec: CallSpec) -> Decision:
-    """The decision, complete or not, under the switches of now.
+    """The decision under the current switches, complete or not.
 
     Raises:
-        ValueError: a switch in the environment has an unknown value.
+        ValueError: an environment switch has an unknown value.
     """
     preference, asked_by = resolve(spec.preference, spec.context)
-    # In a capture, health may be taken for granted: what is decided then holds for then.
+    # A capture may assume that a backend is healthy. A decision that rests on this must not be cached.
     decide_now = _decide_once.__wrapped__ if spec.captured else _decide_once
     return decide_now(_epoch, spec, preference, asked_by, STRICT.is_on(), AUTOTUNE.is_on())
 
@@ -131,7 +132,7 @@ def decision_of(spec: CallSpec) -> Decision:
 def _decide_once(
     epoch: int, spec: CallSpec, preference: KernelPreference, asked_by: str, strict: bool, tunes: bool
 ) -> Decision:
-    from grouped_gemm.autotune import profile  # what is needed to decide, importing this package need not wait for
+    from grouped_gemm.autotune import profile  # only decisions need it; importing it here keeps our import fast
 
     assert isinstance(spec.where, torch.device), "a call runs on a device"
     profiles = profile.profiles(spec.machine, tunes)
@@ -143,37 +144,43 @@ _warned: set[str] = set()
 
 
 def _warn_once(decision: Decision) -> None:
-    """Warns that AUTO fell back to Emulated, once for each set of reasons."""
-    head = f"{decision.spec.recipe.value} runs on the Emulated backend, which is slow; no other one runs it:"
-    tail = f"{STRICT.name}=1 makes this an error, KernelPreference.EMULATED silences it."
+    """Warns that AUTO fell back to Emulated. Warns once for each set of reasons."""
+    head = f"{decision.spec.recipe.value} falls back to the Emulated backend, which is slow; no other backend runs it:"
+    tail = f"{STRICT.name}=1 makes this an error; KernelPreference.EMULATED silences it."
     text = "\n".join([head, *(f"  {line}" for line in decision.refusal_lines()), tail])
     if text not in _warned:
         _warned.add(text)
         frame, level = sys._getframe(), 1
         while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("grouped_gemm."):
             frame, level = frame.f_back, level + 1
-        warnings.warn(text, stacklevel=level)  # the line that calls this package
+        warnings.warn(text, stacklevel=level)  # shows the line that calls this package
 
 
 # -- eager calls
 
 Key = tuple[Any, ...]
-_routes: dict[Key, Route] = {}  # of eager calls, by what `recall` looks at
+_routes: dict[Key, Route] = {}  # of eager calls
 _MAX_ROUTES = 4096
-_epoch = 0  # how often `forget` was called: what it overtakes is kept for an epoch that is over
+# How often `forget` was called. It is part of the keys: a decision that was under way during a `forget` is never found.
+_epoch = 0
 
 
 def recall(
     a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None, options: tuple[Any, ...]
 ) -> tuple[Key | None, Route | None]:
-    """The key of a call, and the route of an earlier one with an equal key: it passed every check, this one would.
+    """The key of a call, and the route of an earlier call with the same key.
+
+    The earlier call passed every check, so this one would pass them too.
 
     Args:
         a: as in `grouped_mm`.
-        b: likewise.
-        offs: likewise.
-        bias: likewise.
-        options: its other arguments; the third is ``group_alignment``.
+        b: as in `grouped_mm`.
+        offs: as in `grouped_mm`.
+        bias: as in `grouped_mm`.
+        options: recipe, out_dtype, group_alignment and kernel_preference.
+
+    Returns:
+        The key; None: such a call has to be described each time. The route; None: no earlier call.
     """
     key = key_of(a, b, offs, bias, options)
     if key is None:
@@ -181,12 +188,12 @@ def recall(
     key = (*key, _epoch, environment())
     try:
         return key, _routes.get(key)
-    except TypeError:  # an option that has no hash: the checks will name it
+    except TypeError:  # an option cannot be hashed; the checks will name it
         return None, None
 
 
 def remember(key: Key, route: Route) -> None:
-    """Keeps the route that was found for ``key``, unless another thread has changed the environment meanwhile."""
+    """Caches the route for ``key``, unless another thread has changed the environment in the meantime."""
     if key[-1] == environment():
         if len(_routes) >= _MAX_ROUTES:
             _routes.clear()
@@ -194,7 +201,7 @@ def remember(key: Key, route: Route) -> None:
 
 
 def forget() -> None:
-    """Forgets what was decided, and what other threads are just deciding: what decisions rest on has changed."""
+    """Drops all decisions, including those that other threads are making, because their inputs have changed."""
     global _epoch
     _epoch += 1
     _routes.clear()
@@ -202,7 +209,7 @@ def forget() -> None:
 
 
 def reset_caches() -> None:
-    """As if nothing had been decided, logged or warned of in this process."""
+    """Clears all decisions, logged decisions and issued warnings of this process."""
     forget()
     _logged.clear()
     _warned.clear()

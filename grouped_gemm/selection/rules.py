@@ -1,15 +1,16 @@
-"""Which backend runs which pass: every rule of selection is in this file.
+"""The rules of backend selection, all in this file.
 
-`decide` is a pure function of a call, a preference and candidates, so that any machine can be simulated:
+`decide` is a pure function of a call, a preference and candidates, so tests can simulate any machine:
 
-1. A backend refuses a pass when one of its requirements for it does not hold, or when its tiny run fails.
-2. A preference that names a backend gets that backend for every pass, or an error; nothing takes its place.
-3. AUTO takes, for each pass, the first backend of the vendor's `AUTO_ORDER` that does not refuse it,
-4. unless another plan for the whole call was measured to be faster by `MARGIN`, on a GPU of exactly this name
-   (`cost_model`). A host sync also delays what comes after the call, which no profile counts: a plan with one is taken
-   for its speed only where the user's own profile has measured this very call.
-5. On a GPU, AUTO takes Emulated only where nothing else runs a pass and `strict` is off; `Decision.falls_back` says so.
-6. Weights that were quantized beforehand are read by the backend that wrote them, and by no other.
+1. A backend refuses a pass if one of its requirements for the pass does not hold, or if its health check fails.
+2. A preference that names a backend gets that backend for every pass, or an error. There is no fallback.
+3. For each pass, AUTO takes the first backend of the vendor's `AUTO_ORDER` that does not refuse it.
+4. AUTO takes another plan instead if the whole call was measured to be faster by `MARGIN`, on a GPU of exactly this
+   name (`cost_model`). A host sync also delays work after the call, which no profile counts. So AUTO takes a plan with
+   a host sync for its speed only if the user's own profile has measured exactly this call.
+5. On a GPU, AUTO falls back to Emulated only if no other backend runs a pass and `strict` is off. `Decision.falls_back`
+   then is true.
+6. Only the backend that quantized weights beforehand reads them.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from grouped_gemm.core.preference import STRICT, BackendKind, KernelPreference, 
 from grouped_gemm.selection.cost_model import PLANS, Expected, Profile, expected
 
 _EMULATED, _TORCH, _TRITON, _DEEPGEMM, _HIPBLASLT = BackendKind
-# The order in which AUTO tries, by vendor; "" is every other device. Each backend has a place, so that each is asked.
+# The order in which AUTO tries the backends, by vendor; "" is every other device. Every backend must be in each list.
 AUTO_ORDER: dict[str, tuple[BackendKind, ...]] = {
     "nvidia": (_TRITON, _DEEPGEMM, _TORCH, _HIPBLASLT, _EMULATED),
     "amd": (_TRITON, _HIPBLASLT, _TORCH, _DEEPGEMM, _EMULATED),
     "": (_EMULATED, _TORCH, _TRITON, _DEEPGEMM, _HIPBLASLT),
 }
-MARGIN = 1.01  # how many times as fast another plan must be: medians of one call differ by almost 1% between runs
+MARGIN = 1.01  # how many times as fast another plan must be; medians of one call vary by almost 1% between runs
 Chosen = dict[Pass, BackendKind]
 
 
 class NoBackendError(RuntimeError):
-    """No backend runs the call as it was asked for. The message has every reason of every backend, with its remedy."""
+    """No backend runs the call as requested. The message lists every refusal of every backend, with its remedy."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Refusal:
     """Why a backend does not run some passes of a call.
 
     Attributes:
-        backend: who refuses.
-        passes: the passes it refuses for this reason.
-        reason: what is required and what was found, as a phrase; or why it was not tried.
-        fix: what the user can do, as a sentence.
+        backend: the backend that refuses.
+        passes: the passes that it refuses for this reason.
+        reason: a phrase that says what is required and what was found, or why the backend was not tried.
+        fix: a sentence that says what the user can do.
     """
 
     backend: BackendKind
@@ -57,16 +58,16 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Decision:
-    """Who runs which pass of a call, and the whole trace of why.
+    """The backend of each pass of a call, and the reasons for the choice.
 
     Attributes:
-        spec: what was asked.
-        preference: who should run it, and
-        asked_by: where that was said: "argument", "context", "environment" or "default".
+        spec: the call.
+        preference: the backend that was asked for, or AUTO.
+        asked_by: where the preference comes from: "argument", "context", "environment" or "default".
         chosen: the backend of each pass that has one.
-        refusals: every reason of every candidate that refused a pass, in the order of trying.
-        alternatives: where the backend that was asked for refuses, those that would run every pass.
-        expected: the measurement that AUTO looked at, if there is one; only plans that nobody refuses.
+        refusals: every refusal of every candidate that was tried, in the order in which they were tried.
+        alternatives: if the requested backend refuses, the backends that would run every pass.
+        expected: the measurement that AUTO used, if there is one, without the plans that are refused.
     """
 
     spec: CallSpec
@@ -78,7 +79,7 @@ class Decision:
     expected: Expected | None = None
 
     def backend(self, pass_: Pass) -> BackendKind | None:
-        """The backend of a pass; None where the pass is not part of the call or no backend runs it."""
+        """The backend of a pass; None if the pass is not part of the call, or no backend runs it."""
         for chosen, backend in self.chosen:
             if chosen is pass_:
                 return backend
@@ -86,7 +87,7 @@ class Decision:
 
     @property
     def backends(self) -> tuple[BackendKind, ...]:
-        """Every backend that runs a pass, once."""
+        """Each backend that runs a pass, once."""
         return tuple(dict.fromkeys(backend for _, backend in self.chosen))
 
     @property
@@ -101,7 +102,7 @@ class Decision:
 
     @property
     def falls_back(self) -> bool:
-        """Whether AUTO ended at Emulated on a GPU."""
+        """Whether AUTO fell back to Emulated on a GPU."""
         return (
             self.preference is KernelPreference.AUTO
             and self.spec.machine.is_gpu
@@ -109,7 +110,7 @@ class Decision:
         )
 
     def refusal_lines(self) -> list[str]:
-        """One line for each refusal: backend, passes where it does not concern all, reason, remedy."""
+        """One line for each refusal: backend, passes (unless it is all of them), reason, remedy."""
         lines = []
         for refusal in self.refusals:
             everything = refusal.passes == self.spec.passes
@@ -118,7 +119,7 @@ class Decision:
         return lines
 
     def check(self) -> None:
-        """Returns where every pass has a backend.
+        """Checks that every pass has a backend.
 
         Raises:
             NoBackendError: a pass has none.
@@ -128,7 +129,7 @@ class Decision:
         if self.preference is KernelPreference.AUTO:
             head = f"no backend runs {self.spec}"
         else:
-            head = f"{self.preference.value}, which the {self.asked_by} asks for, does not run {self.spec}"
+            head = f"{self.preference.value}, requested by the {self.asked_by}, does not run {self.spec}"
         others = [f"{kind.value:10}would run it." for kind in self.alternatives]
         raise NoBackendError("\n".join([head, *(f"  {line}" for line in (*self.refusal_lines(), *others))]))
 
@@ -145,67 +146,67 @@ def decide(
     """Picks a backend for each pass of ``spec``.
 
     Args:
-        spec: the facts of the call.
+        spec: the call.
         preference: a backend, or AUTO.
         candidates: the backends of this version, in any order.
-        asked_by: where the preference comes from, for the trace.
-        strict: whether AUTO may not fall back to Emulated on a GPU.
-        profiles: measurements on a GPU of this name, those that count most first.
+        asked_by: where the preference comes from, for `Decision.asked_by`.
+        strict: whether to forbid the fallback of AUTO to Emulated on a GPU.
+        profiles: measurements on a GPU of this name, in order of precedence.
 
     Returns:
-        A decision, complete or not; `Decision.check` raises where it is not. If a named backend refuses, the
-        trace has the others' reasons as well, or names them as alternatives.
+        A decision, complete or not; `Decision.check` raises if it is not. If a named backend refuses, the decision also
+        has the refusals of the other backends, or names them as alternatives.
     """
     preference = KernelPreference.parse(preference)
     candidates_by_kind = {candidate.backend.kind: candidate for candidate in candidates}
     order = AUTO_ORDER.get(spec.machine.vendor, AUTO_ORDER[""])
-    trial = _Trial(spec, candidates_by_kind, strict and preference is KernelPreference.AUTO)
+    selection = _Selection(spec, candidates_by_kind, strict and preference is KernelPreference.AUTO)
     if (named := preference.kind) is not None:
-        if len(trial.healthy(named)) == len(spec.passes):
-            return trial.decision(preference, asked_by, dict.fromkeys(spec.passes, named))
+        if len(selection.healthy(named)) == len(spec.passes):
+            return selection.decision(preference, asked_by, dict.fromkeys(spec.passes, named))
         others = (kind for kind in order if kind is not named)
-        alternatives = tuple(kind for kind in others if len(trial.healthy(kind)) == len(spec.passes))
-        return trial.decision(preference, asked_by, {}, alternatives=alternatives)
+        alternatives = tuple(kind for kind in others if len(selection.healthy(kind)) == len(spec.passes))
+        return selection.decision(preference, asked_by, {}, alternatives=alternatives)
     measured = expected(spec, profiles)
-    # A tiny run may compile for seconds, so only those are looked at that would be chosen.
+    # A health check may compile for seconds, so only backends that would be chosen are checked.
     while True:
-        found = trial.able(measured)
-        chosen = _fastest(_first(spec, order, trial), found)
-        if all(trial.healthy(kind) for kind in dict.fromkeys(chosen.values())):
-            return trial.decision(preference, asked_by, chosen, found)
+        found = selection.able(measured)
+        chosen = _fastest(_first(spec, order, selection), found)
+        if all(selection.healthy(kind) for kind in dict.fromkeys(chosen.values())):
+            return selection.decision(preference, asked_by, chosen, found)
 
 
 def able_plans(spec: CallSpec, candidates: Sequence[Candidate]) -> dict[str, Chosen]:
-    """The plans that run every pass of ``spec`` on healthy backends; once where two agree in these passes."""
-    trial = _Trial(spec, {candidate.backend.kind: candidate for candidate in candidates}, strict=True)
+    """The plans that run every pass of ``spec`` on healthy backends. Of plans that agree in these passes, the first."""
+    selection = _Selection(spec, {candidate.backend.kind: candidate for candidate in candidates}, strict=True)
     able: dict[str, Chosen] = {}
     for name in PLANS:
-        plan = trial.plan(name)
-        if plan and plan not in able.values() and all(trial.healthy(kind) for kind in plan.values()):
+        plan = selection.plan(name)
+        if plan and plan not in able.values() and all(selection.healthy(kind) for kind in plan.values()):
             able[name] = plan
     return able
 
 
-class _Trial:
-    """What the backends say to a call, each asked once, and only where it matters."""
+class _Selection:
+    """The refusals of each backend for one call. A backend is tried once, when it is first needed."""
 
     def __init__(self, spec: CallSpec, candidates: Mapping[BackendKind, Candidate], strict: bool) -> None:
         self._spec = spec
         self._candidates = candidates
         self._strict = strict
         self._refusals: dict[BackendKind, list[Refusal]] = {}
-        self._looked_at: set[BackendKind] = set()
+        self._health_checked: set[BackendKind] = set()
 
     def runs(self, kind: BackendKind) -> list[Pass]:
-        """Which passes ``kind`` runs, as far as is known; its reasons for the others go into the trace."""
+        """The passes that ``kind`` runs as far as is known. Records its refusals of the others."""
         if kind not in self._refusals:
-            self._refusals[kind] = self._say(kind)
+            self._refusals[kind] = self._refusals_of(kind)
         return [p for p in self._spec.passes if not any(p in refusal.passes for refusal in self._refusals[kind])]
 
     def healthy(self, kind: BackendKind) -> list[Pass]:
-        """Likewise, after its tiny run, if it has a pass to run at all."""
-        if self.runs(kind) and kind not in self._looked_at:
-            self._looked_at.add(kind)
+        """The passes that ``kind`` runs after its health check. A backend that runs no pass is not checked."""
+        if self.runs(kind) and kind not in self._health_checked:
+            self._health_checked.add(kind)
             health = self._candidates[kind].health()
             if not health.is_good:
                 reason = f"is installed but broken: {health.problem}"
@@ -213,13 +214,15 @@ class _Trial:
         return self.runs(kind)
 
     def plan(self, name: str, syncs: bool = True) -> Chosen:
-        """The plan of this name for the passes of the call; empty where one is refused or syncs and may not."""
+        """The plan of this name for the passes of the call. Empty if a pass is refused, or has a host sync although
+        ``syncs`` is False.
+        """
         plan = {pass_: PLANS[name][pass_] for pass_ in self._spec.passes}
         runs = all(kind in self._candidates and pass_ in self.runs(kind) for pass_, kind in plan.items())
         return plan if runs and (syncs or not any(self._syncs(*item) for item in plan.items())) else {}
 
     def able(self, measured: Expected | None) -> Expected | None:
-        """``measured`` without the plans that AUTO may not take; None where none is left."""
+        """``measured`` without the plans that AUTO must not take; None if no plan is left."""
         if measured is None:
             return None
         plans = tuple(item for item in measured.plans if self.plan(item[0], syncs=measured.is_exact))
@@ -229,14 +232,14 @@ class _Trial:
         backend = self._candidates[kind].backend
         return bool(backend.host_syncs and pass_ in backend.host_sync_passes)
 
-    def _say(self, kind: BackendKind) -> list[Refusal]:
+    def _refusals_of(self, kind: BackendKind) -> list[Refusal]:
         passes = self._spec.passes
         if kind not in self._candidates:
             return [Refusal(kind, passes, "is not part of this version", "Use another backend.")]
         if kind is BackendKind.EMULATED and self._spec.machine.is_gpu and self._strict:
             fix = "Ask for it with KernelPreference.EMULATED."
             return [Refusal(kind, passes, f"is not tried while {STRICT.name}=1", fix)]
-        return _refusals(self._candidates[kind], self._spec)
+        return _unmet_requirements(self._candidates[kind], self._spec)
 
     def decision(
         self,
@@ -251,19 +254,19 @@ class _Trial:
         return Decision(self._spec, preference, asked_by, in_order, refusals, alternatives, expected)
 
 
-def _first(spec: CallSpec, order: Sequence[BackendKind], trial: _Trial) -> Chosen:
-    """For each pass, the first of ``order`` that runs it and, where it is broken, will say so."""
+def _first(spec: CallSpec, order: Sequence[BackendKind], selection: _Selection) -> Chosen:
+    """For each pass, the first backend of ``order`` that runs it. Its health may still be unchecked."""
     chosen: Chosen = {}
     for pass_ in spec.passes:
         for kind in order:
-            if pass_ in trial.runs(kind):
+            if pass_ in selection.runs(kind):
                 chosen[pass_] = kind
                 break
     return chosen
 
 
 def _fastest(first: Chosen, measured: Expected | None) -> Chosen:
-    """``first``, unless a measured plan makes the whole call `MARGIN` times as fast."""
+    """The fastest measured plan if it is at least `MARGIN` times as fast as ``first``; else ``first``."""
     if measured is None:
         return first
     plans = [({pass_: PLANS[name][pass_] for pass_ in first}, us) for name, us in measured.plans]
@@ -272,11 +275,11 @@ def _fastest(first: Chosen, measured: Expected | None) -> Chosen:
     return best if own and own[0] > MARGIN * least else first
 
 
-def _refusals(candidate: Candidate, spec: CallSpec) -> list[Refusal]:
-    """Every requirement of one backend that does not hold."""
+def _unmet_requirements(candidate: Candidate, spec: CallSpec) -> list[Refusal]:
+    """A refusal for each requirement of one backend that does not hold."""
     kind = candidate.backend.kind
     found = []
-    for requirement in (*candidate.backend.requirements, *_reads_weights(kind)):
+    for requirement in (*candidate.backend.requirements, *_requires_own_weights(kind)):
         passes = tuple(p for p in spec.passes if p in requirement.passes)
         if passes and not requirement.holds(spec):
             reason = f"requires {requirement.what}; found {requirement.found(spec)}"
@@ -284,13 +287,13 @@ def _refusals(candidate: Candidate, spec: CallSpec) -> list[Refusal]:
     return found
 
 
-def _reads_weights(kind: BackendKind) -> tuple[Requirement, Requirement]:
-    """Weights that were quantized beforehand are in the layouts of ``kind``."""
+def _requires_own_weights(kind: BackendKind) -> tuple[Requirement, Requirement]:
+    """Requires that weights quantized beforehand are in the layouts of ``kind``."""
 
     def requirement(pass_: Pass, index: int, fix: str) -> Requirement:
         def found(spec: CallSpec) -> str:
             owner = spec.weights[index] if spec.weights else None
-            return "none" if owner is None else f"{owner.value}'s"
+            return "no such layout" if owner is None else f"the layout of {owner.value}"
 
         return Requirement(
             what=f"quantized weights in its layout for {pass_.value}",
@@ -301,6 +304,6 @@ def _reads_weights(kind: BackendKind) -> tuple[Requirement, Requirement]:
         )
 
     return (
-        requirement(Pass.FORWARD, 0, "Quantize them with the kernel_preference that the call has."),
-        requirement(Pass.DGRAD, 1, "Quantize them with dgrad=True and the kernel_preference that the call has."),
+        requirement(Pass.FORWARD, 0, "Quantize them with the kernel_preference of the call."),
+        requirement(Pass.DGRAD, 1, "Quantize them with dgrad=True and the kernel_preference of the call."),
     )

@@ -1,4 +1,4 @@
-"""From the arguments of a call to its `CallSpec`: autocast, checks, and operands as the passes take them.
+"""From the arguments of a call to its `CallSpec`: autocast, checks, and operands in the form that the passes take.
 
 M, E, K, N: rows, groups, in and out features.
 """
@@ -21,17 +21,17 @@ from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.selection import checks
 
-_MANY_GROUPS = 1024  # what selection takes E for where only the device knows it: a backend with a limit on E refuses
+_MANY_GROUPS = 1024  # stands for a data-dependent E, so that a backend with a limit on E refuses the call
 
 
 def autocast(
     a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | QuantizedWeights, Tensor | None]:
-    """Operands in autocast's dtype, where it is on for the device of ``a``."""
+    """Casts operands to autocast's dtype, if autocast is on for the device of ``a``."""
     if not isinstance(a, Tensor):
-        return a, b, bias  # the checks name it
-    device = "cuda" if a.is_cuda else a.device.type  # which takes five times as long
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which raises for meta
+        return a, b, bias  # the checks report it
+    device = "cuda" if a.is_cuda else a.device.type  # is_cuda is five times as fast as device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # is_autocast_enabled raises for meta
         return a, b, bias
     checks.check_tensor("a", a, (2,), checks.DTYPES)
     dtype = torch.get_autocast_dtype(device)
@@ -52,11 +52,11 @@ def describe(
     group_alignment: int,
     kernel_preference: Preference,
 ) -> tuple[Tensor, Tensor | QuantizedWeights, Tensor, Tensor | None, CallSpec]:
-    """Checks the arguments of `grouped_mm`, and says what decides how the call runs.
+    """Checks the arguments of `grouped_mm`, and describes the call.
 
     Returns:
-        ``a`` (M, K) with contiguous rows; ``b`` (E, K, N) with K or N contiguous, or (M, N) with contiguous rows where
-        ``offs`` splits the contraction; ``offs`` and ``bias``; the spec. Operands that lie so already are not copied.
+        ``a`` (M, K) with contiguous rows; ``b`` (E, K, N) with K or N contiguous, or (M, N) with contiguous rows if
+        ``offs`` splits the contraction; ``offs`` and ``bias``; the spec. Operands that have this form are not copied.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
@@ -65,11 +65,11 @@ def describe(
         checks.check_tangents(a=a, b=b, bias=bias)
     preference = KernelPreference.parse(kernel_preference)
     checks.check_options(out_dtype, group_alignment)
-    group_alignment = operator.index(group_alignment)  # under Dynamo, a constant of the graph
+    group_alignment = operator.index(group_alignment)  # makes it a constant of a Dynamo graph
     weights = None
     if isinstance(b, Tensor) and b.dim() == 2:
         checks.check_contraction(a, b, offs, bias)
-        a, b = dense_rows(a.t()), dense_rows(b)  # columns of a become rows: what is summed over comes first
+        a, b = dense_rows(a.t()), dense_rows(b)  # the contraction becomes the first axis of both
         if tracing.is_data_dependent(a.shape[0]) or tracing.is_data_dependent(b.shape[0]):
             torch._check(a.shape[0] == b.shape[0])
         num_groups, k, n = offs.shape[0], a.shape[1], b.shape[1]
@@ -95,14 +95,14 @@ def describe(
     bias = None if bias is None else materialized(bias)
     recipe = Recipe.NONE if recipe is None else Recipe.parse(recipe)
     if isinstance(b, QuantizedWeights) and recipe is not b.recipe:
-        checks.fail("recipe", f"{b.recipe.value}, as the weights were quantized", recipe.value)
+        checks.fail("recipe", f"{b.recipe.value}, the recipe of the quantized weights", recipe.value)
     if VALIDATE.is_on():
         offs = torch.ops.grouped_gemm.checked_offs(offs, a.shape[0], group_alignment)
     captured = is_capturing(a)
     spec = CallSpec(
         a.device,
         num_groups=_MANY_GROUPS if tracing.is_data_dependent(num_groups) else operator.index(num_groups),
-        k=operator.index(k),  # under Dynamo, a constant of the graph; M stays symbolic
+        k=operator.index(k),  # a constant of a Dynamo graph; M stays symbolic
         n=operator.index(n),
         rows=tracing.row_class_of(a.shape[0], num_groups),
         recipe=recipe,
@@ -125,21 +125,21 @@ def describe(
 def key_of(
     a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None, options: tuple[Any, ...]
 ) -> tuple[Any, ...] | None:
-    """All that `describe` looks at, as an eager caller gave it: equal keys pass the same checks and get equal specs.
+    """Everything that `describe` reads of an eager call. Equal keys pass the same checks and give equal specs.
 
-    To hash it takes a fifth of the time that the checks take. It has the row class of M, and no check of operands that
-    are remembered looks at more. Whatever `describe` reads beside must go in here as well.
+    Hashing the key takes a fifth of the time of the checks. The key has only the row class of M, and the checks of
+    cached calls read no more of M. Anything else that `describe` comes to read must be added here.
 
     Args:
         a: as in `grouped_mm`.
-        b: likewise.
-        offs: likewise.
-        bias: likewise.
-        options: its other arguments; the third is ``group_alignment``.
+        b: as in `grouped_mm`.
+        offs: as in `grouped_mm`.
+        bias: as in `grouped_mm`.
+        options: recipe, out_dtype, group_alignment and kernel_preference.
 
     Returns:
-        The key; None for what has to be described each time: calls that Dynamo traces (it guards them itself), two
-        2-dimensional operands, whose checks look at M, and arguments that the checks will refuse.
+        The key. None for calls that have to be described each time: calls that Dynamo traces and guards itself, calls
+        with two 2-dimensional operands, whose checks read M, and arguments that the checks will refuse.
     """
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return None
@@ -157,7 +157,7 @@ def key_of(
             _facts(offs),
             None if bias is None else _facts(bias),
             options,
-            type(options[2]),  # group_alignment=True equals 1, and is an error
+            type(options[2]),  # group_alignment=True equals 1, but is an error
             torch.is_grad_enabled(),
             surrounding.kernel_preference,
             surrounding.host_sync,
@@ -174,7 +174,7 @@ def _facts(x: Tensor) -> tuple[Any, ...]:
 def describe_weights(
     b_EKN: Tensor, b_contiguous: str, recipe: Recipe, dtype: torch.dtype, dgrad: bool, kernel_preference: Preference
 ) -> CallSpec:
-    """What decides who quantizes weights for many calls: a call of large groups with activations of ``dtype``."""
+    """The spec that selects the backend of `quantize_weights`: a call with large groups, activations of ``dtype``."""
     return CallSpec(
         b_EKN.device,
         num_groups=b_EKN.shape[0],
@@ -192,10 +192,10 @@ def describe_weights(
 
 
 def needs_gradient(x: Tensor) -> bool:
-    """Whether autograd will ask for the gradient of ``x``."""
+    """Whether autograd will need the gradient of ``x``."""
     return torch.is_grad_enabled() and x.requires_grad
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Whether all strides but that of the contiguous axis are multiples of 16 bytes."""
+    """Whether all strides, except the one of the contiguous axis, are multiples of 16 bytes."""
     return all(stride == 1 or stride * x.element_size() % 16 == 0 for stride in x.stride())

@@ -209,4 +209,4 @@ def test_health_compares_with_the_reference(monkeypatch):
     assert BACKEND._tiny_run(device).is_good
     monkeypatch.setattr(fake_deep_gemm, "m_grouped_fp8_fp4_gemm_nt_contiguous", lambda *args, **rest: args[2].zero_())
     deepgemm_package.functions.cache_clear()
-    assert BACKEND._tiny_run(device).problem == "a tiny product is wrong"
+    assert BACKEND._tiny_run(device).problem == "a tiny GEMM gives wrong results"

@@ -160,7 +160,7 @@ def test_health_tries_the_fp8_recipe_of_the_architecture(arch, recipe, monkeypat
         return 2 * scaled_grouped_mm(*operands, **options)
 
     monkeypatch.setattr(torch_native.F, "scaled_grouped_mm", wrong)
-    assert HEALTH(BACKEND, device).problem == f"a tiny product of {recipe} is wrong"
+    assert HEALTH(BACKEND, device).problem == f"a tiny {recipe} GEMM gives wrong results"
 
 
 def test_health_compares_with_the_reference(monkeypatch):
@@ -168,7 +168,7 @@ def test_health_compares_with_the_reference(monkeypatch):
     assert HEALTH(BACKEND, device).is_good
     gemm = torch_native.F.grouped_mm
     monkeypatch.setattr(torch_native.F, "grouped_mm", lambda *operands, offs: 2 * gemm(*operands, offs=offs))
-    assert HEALTH(BACKEND, device).problem == "a tiny product of none is wrong"
+    assert HEALTH(BACKEND, device).problem == "a tiny none GEMM gives wrong results"
 
 
 HEALTH = torch_native.Backend.health

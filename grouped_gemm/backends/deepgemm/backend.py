@@ -1,9 +1,9 @@
-"""DeepGEMM: the vendor's kernels, fed by quantizers that write their exact layout.
+"""DeepGEMM: the vendor's kernels, with quantizers that write exactly the layouts that they read.
 
-Any package that provides `deep_gemm` will do. What it wants, and what of it is refused and why: docs/deepgemm.md.
+Any package that provides `deep_gemm` works. docs/deepgemm.md says what it needs, and what this backend refuses and why.
 
-M, E, K, N: rows, groups, in and out features. D: K or N. O, C: the weights' output axis and the one summed over.
-R: rows as DeepGEMM sees them, each group padded to a multiple of 128.
+M, E, K, N: rows, groups, in and out features. D: K or N. O, C: the weights' output axis and their contraction axis.
+R: rows after each group is padded to a multiple of 128.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from grouped_gemm.backends.base import (
     as_weights,
     requires_arch,
     requires_dtype,
-    requires_leave_to_wait,
+    requires_host_sync,
     requires_no_bias,
     requires_recipe,
     unscaled_weights,
@@ -48,12 +48,12 @@ _WEIGHTS = "deepgemm weights"
 
 
 def _multiple(spec: CallSpec) -> int:
-    """What K and N are multiples of: whole blocks of scales; a swizzled line of shared memory without scales."""
+    """K and N must be multiples of this: a block with scales, a swizzled line of shared memory without."""
     return BLOCK if spec.recipe.is_scaled else 64
 
 
 class Backend(_GroupedMMBackend):
-    """Kernels of the package deep_gemm."""
+    """The kernels of the package deep_gemm."""
 
     kind = BackendKind.DEEPGEMM
     summary = "The vendor's kernels from the package deep_gemm, on groups padded to multiples of 128 rows."
@@ -67,7 +67,7 @@ class Backend(_GroupedMMBackend):
         ),
         requires_recipe((*_SCALED, Recipe.NONE)),
         Requirement(
-            what="a recipe that scales",
+            what="a recipe with scales",
             holds=lambda p: p.recipe.is_scaled,
             found=lambda p: p.recipe.value,
             fix="Use fp8_blockwise or another backend.",
@@ -76,12 +76,12 @@ class Backend(_GroupedMMBackend):
         Requirement(
             what="power-of-two scales on sm_100",
             holds=lambda p: p.machine.arch != "sm_100" or p.recipe is not Recipe.FP8_BLOCKWISE,
-            found=lambda p: f"any fp32 scales of {p.recipe.value}",
-            fix="Use fp8_blockwise_pow2, whose data are quantized with such scales, or another backend.",
+            found=lambda p: f"the fp32 scales of {p.recipe.value}",
+            fix="Use fp8_blockwise_pow2, which has such scales, or another backend.",
         ),
         requires_arch(("sm_90",), fix="Use another backend.", passes=(Pass.WGRAD,)),
         Requirement(
-            what="sm_90 without scales",
+            what="sm_90 for a recipe without scales",
             holds=lambda p: p.recipe.is_scaled or p.machine.arch == "sm_90",
             found=lambda p: p.machine.arch,
             fix="Use another backend.",
@@ -99,19 +99,19 @@ class Backend(_GroupedMMBackend):
             what="K and N in multiples of 128, or of 64 without scales",
             holds=lambda p: p.k % _multiple(p) == 0 and p.n % _multiple(p) == 0 and p.k > 0 and p.n > 0,
             found=lambda p: f"K = {p.k}, N = {p.n}",
-            fix="Pad the weights or use another backend.",
+            fix="Pad the weights, or use another backend.",
         ),
-        requires_leave_to_wait((Pass.WGRAD,)),
+        requires_host_sync((Pass.WGRAD,)),
     )
-    host_syncs = "the padded sizes of the groups are read at wgrad"
+    host_syncs = "wgrad reads the padded group sizes"
     host_sync_passes = (Pass.WGRAD,)
 
     def padded_to(self, spec: CallSpec) -> int:
         return BLOCK
 
     def health(self, device: torch.device) -> Health:
-        """Package, compiler and symbols, then a small padded product, and its wgrad, beside `reference`."""
-        health = deepgemm_package.look(machine_of(device))
+        """Checks package, compiler and symbols, then compares a small padded GEMM and its wgrad with `reference`."""
+        health = deepgemm_package.check(machine_of(device))
         if not health.is_good:
             return health
         try:
@@ -122,9 +122,9 @@ class Backend(_GroupedMMBackend):
     def _tiny_run(self, device: torch.device) -> Health:
         run = TinyRun([130, 130, 200], 210, k=256, n=128)
         wgrad_dtype = torch.float32 if machine_of(device).arch == "sm_90" else None
-        if self._gets_right(run, Recipe.FP8_BLOCKWISE_POW2, device, wgrad_dtype=wgrad_dtype):
+        if self._computes_correctly(run, Recipe.FP8_BLOCKWISE_POW2, device, wgrad_dtype=wgrad_dtype):
             return Health()
-        return Health("a tiny product is wrong", f"{deepgemm_package.INSTALL}.")
+        return Health("a tiny GEMM gives wrong results", f"{deepgemm_package.INSTALL}.")
 
     def plan(self, offs: Tensor, num_rows: int, group_alignment: int = 1, *, blocks: bool = False) -> OffsetPlan:
         is_aligned = group_alignment % BLOCK == 0
@@ -177,19 +177,19 @@ class Backend(_GroupedMMBackend):
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x`` with one of its last two axes contiguous and nothing between its matrices: itself where it is so."""
+    """``x`` with one of its last two axes contiguous, and matrices without gaps; copied only if it is not so."""
     is_dense = x.is_contiguous() or x.transpose(-2, -1).is_contiguous()
     return x if is_dense else x.contiguous()
 
 
 def _for_tma(x: Tensor) -> Tensor:
-    """``x`` with rows that start at multiples of 16 bytes: itself where they do."""
+    """``x`` with rows that start at multiples of 16 bytes; copied only if they do not."""
     is_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     return x if is_aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _with_next_block(row_map: Tensor) -> Tensor:
-    """``row_map`` as `layouts.plan` has it, with a block of -1 behind it: offloading has cut that off."""
+    """``row_map``, followed in memory by a block of -1 as in `layouts.plan`. Offloading of saved tensors drops it."""
     end = row_map.storage_offset() + row_map.shape[0] + BLOCK
     if row_map.untyped_storage().nbytes() >= end * row_map.element_size():
         return row_map
@@ -252,7 +252,7 @@ def _deepgemm_grouped_mm(
             package.scaled_grouped_mm((lhs, lhs_scale), (rhs_EOC, rhs_scale), out_RO, row_map, recipe=(1, BLOCK, BLOCK))
         if is_padded:
             deepgemm_quantize.unpad(out_RO, blocks, out_MO)
-        # Hopper's scaled kernel skips blocks of no group and stores zeros; the others multiply them by some group's b.
+        # For blocks that belong to no group, Hopper's scaled kernel stores zeros. The others multiply them by some b.
         elif lhs_scale is None or machine_of(lhs.device).arch != "sm_90":
             deepgemm_quantize.zero_tail(out_MO, blocks)
 
@@ -265,12 +265,12 @@ def _deepgemm_wgrad(
     yield lambda: lhs_scale.new_empty(sizes.shape[0], p, q, dtype=out_dtype)
     from grouped_gemm.kernels.common.launch import on_device
 
-    out_EPQ = lhs_scale.new_zeros(sizes.shape[0], p, q)  # to which the kernel adds
+    out_EPQ = lhs_scale.new_zeros(sizes.shape[0], p, q)  # the kernel adds to it
     on_host: list[int] = sizes.tolist()
     tokens = sum(on_host)
     if tokens:
-        # Scales with D contiguous are what DeepGEMM's own transform would make. That one needs shared memory for all
-        # blocks of 64 lines at once, and cannot be launched from 908 blocks on: CUDA_ERROR_INVALID_VALUE.
+        # Scales are passed with D contiguous, as DeepGEMM's own transform would make them. That transform needs shared
+        # memory for all blocks of 64 lines at once. From 908 blocks on its launch fails: CUDA_ERROR_INVALID_VALUE.
         operands: list[Any] = [
             (data[: tokens * scale.shape[1]], scale[: tokens // BLOCK].t())
             for data, scale in ((lhs, lhs_scale), (rhs, rhs_scale))

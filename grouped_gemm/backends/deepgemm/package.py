@@ -1,8 +1,8 @@
-"""The package deep_gemm: its functions under whichever names they have, and what can be wrong with it.
+"""The package deep_gemm: its functions, whose names differ between versions, and checks of the installation.
 
-It compiles its kernels at their first use, with the CUDA toolkit's nvcc, and keeps them in a directory. Where
-DG_JIT_CACHE_DIR names none, that is one of this node and user here: the package's own choice is the home directory,
-which nodes often share, and where ranks that start at the same time wait for each other.
+The package compiles its kernels at first use with the CUDA toolkit's nvcc, and caches them in a directory. If
+DG_JIT_CACHE_DIR is not set, we set it to a local directory of this node and user. The package's default is in the home
+directory, which nodes often share, and where ranks that start together wait for each other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from grouped_gemm.backends.deepgemm.layouts import BLOCK
 from grouped_gemm.core.machine import Machine
 
 INSTALL = "pip install sgl-deep-gemm==0.1.5 apache-tvm-ffi==0.1.11, which work with torch 2.11"
-# By function of `Functions`, the names that packages have for it; the first that is there counts.
+# For each function of `Functions`, the names that versions of the package have for it. The first one found is used.
 _NAMES = {
     "scaled_grouped_mm": ("m_grouped_fp8_gemm_nt_contiguous", "m_grouped_fp8_fp4_gemm_nt_contiguous"),
     "grouped_mm": ("m_grouped_bf16_gemm_nt_contiguous",),
@@ -33,27 +33,27 @@ _NAMES = {
     "alignment": ("get_mk_alignment_for_contiguous_layout",),
 }
 _OLDEST_NVCC = {"sm_90": "12.3", "sm_100": "12.9"}
-# What broken builds say, and what it means. Seen with torch 2.11, 2026-11.
+# Error texts of broken builds, and what they mean. Seen with torch 2.11, 2026-11.
 _BROKEN_BUILDS = (
     (
         "dim == 2 or dim == 3",
-        "a build for another torch, which imports and then fails every call (sgl-deep-gemm 0.1.5.post3 to 0.2.1 do so "
-        "with torch 2.11)",
+        "a build for another torch: it imports, but every call fails (as sgl-deep-gemm 0.1.5.post3 to 0.2.1 do with "
+        "torch 2.11)",
     ),
     (
         "undefined symbol",
-        "a build for another torch, which cannot be imported (sgl-deep-gemm 0.2.3 and later cannot with torch 2.11)",
+        "a build for another torch: it cannot be imported (like sgl-deep-gemm 0.2.3 and later with torch 2.11)",
     ),
 )
 
 
 class Functions(NamedTuple):
-    """What of the package is called."""
+    """The functions of the package that this backend calls."""
 
     scaled_grouped_mm: Callable[..., None]  # (a, scales), (b, scales), out, group of each row, recipe
     grouped_mm: Callable[..., None]  # a, b, out, group of each row
-    scaled_wgrad: Callable[..., None]  # (a, scales), (b, scales), out, sizes on the host, sizes, what is added to
-    alignment: Callable[[], int]  # the rows in which it steps through groups
+    scaled_wgrad: Callable[..., None]  # (a, scales), (b, scales), out, sizes on the host, sizes, what to add to
+    alignment: Callable[[], int]  # how many rows of a group one block of the kernel covers
 
 
 @functools.cache
@@ -61,8 +61,8 @@ def functions() -> Functions:
     """The package's functions. Imports it.
 
     Raises:
-        AttributeError: it lacks one of them; the message names it.
-        Exception: whatever the import of a broken build raises.
+        AttributeError: a function is missing; the message names it.
+        Exception: anything that the import of a broken build raises.
     """
     directory = _cache_directory()
     if directory is not None:
@@ -78,10 +78,10 @@ def functions() -> Functions:
     return Functions(**found)
 
 
-def look(machine: Machine) -> Health:
-    """Compiler, import, symbols and alignment: all that is known of the package before a kernel runs."""
+def check(machine: Machine) -> Health:
+    """Checks all that can be checked before a kernel runs: compiler, import, symbols and alignment."""
     if os.environ.get("DG_JIT_USE_NVRTC", "0") != "1":
-        health = _look_at_nvcc(machine)
+        health = _check_nvcc(machine)
         if not health.is_good:
             return health
     try:
@@ -90,48 +90,46 @@ def look(machine: Machine) -> Health:
         return explain(error, machine)
     if BLOCK % alignment:
         return Health(
-            f"it steps through groups in {alignment} rows",
+            f"it needs groups in multiples of {alignment} rows",
             f"Call deep_gemm.set_mk_alignment_for_contiguous_layout({BLOCK}).",
         )
     return Health()
 
 
 def explain(error: Exception, machine: Machine) -> Health:
-    """What an error of the package, at its import or in a call, says of it."""
+    """The problem and remedy behind an error that the package raised, at its import or in a call."""
     text = " ".join(str(error).split())[:300]
     version = dict(machine.versions).get("deep_gemm", "")
     for sign, meaning in _BROKEN_BUILDS:
         if sign in text:
             return Health(f"deep_gemm {version} is {meaning}: {text}", f"{INSTALL}.")
-    if isinstance(error, AssertionError) and not text:  # its own search for one
-        return Health("deep_gemm finds no CUDA toolkit, whose headers it needs", "Set CUDA_HOME to one.")
+    if isinstance(error, AssertionError) and not text:  # raised by its own search for a toolkit
+        return Health("deep_gemm needs the headers of a CUDA toolkit, and finds none", "Set CUDA_HOME to a toolkit.")
     if isinstance(error, AttributeError):
         return Health(f"{text} (version {version})", f"{INSTALL}, or an upstream build that has it.")
     if "INVALID_HANDLE" in text or "INVALID_CONTEXT" in text or "invalid resource handle" in text:
-        return Health(
-            f"its kernels belong to another device of this process: {text}", "Use one process for each device."
-        )
+        return Health(f"its kernels belong to another device of this process: {text}", "Use one process per device.")
     return Health(f"{type(error).__name__}: {text}", f"{INSTALL}.")
 
 
-def _look_at_nvcc(machine: Machine) -> Health:
+def _check_nvcc(machine: Machine) -> Health:
     oldest = _OLDEST_NVCC.get(machine.arch, "12.3")
     fix = f"Install nvcc {oldest} or later and set CUDA_HOME, or set DG_JIT_USE_NVRTC=1."
     nvcc = _find_nvcc()
     if nvcc is None:
-        return Health("it compiles its kernels with nvcc, of which there is none", fix)
+        return Health("it compiles its kernels with nvcc, which was not found", fix)
     try:
         said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return Health(f"{nvcc} does not run: {error}", fix)
     found = re.search(r"release (\d+\.\d+)", said)
     if found is None or Version(found[1]) < Version(oldest):
-        return Health(f"{nvcc} is {found[1] if found else 'of no known version'}", fix)
+        return Health(f"{nvcc} is {found[1] if found else 'of unknown version'}", fix)
     return Health()
 
 
 def _find_nvcc() -> str | None:
-    """Where the package looks for it."""
+    """The nvcc that the package would use."""
     named = os.environ.get("DG_JIT_NVCC_COMPILER")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if not (named or home):
@@ -140,9 +138,9 @@ def _find_nvcc() -> str | None:
 
 
 def _cache_directory() -> Path | None:
-    """A directory of this node that nobody else writes to; None where there is none: kernels are loaded from it.
+    """A directory on this node that only this user can write to, since kernels are loaded from it; None: there is none.
 
-    Nor may anybody else put another one in its place, or in that of a directory above it. The path has no links.
+    Nobody else can replace it, or a directory above it. The path contains no links.
     """
     if not hasattr(os, "getuid"):
         return None
@@ -156,11 +154,11 @@ def _cache_directory() -> Path | None:
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """Whether this is a directory, and no link to one, that nobody else writes to."""
+    """Whether this is a directory, not a link to one, that only this user can write to."""
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o022
 
 
 def _keeps(parent: os.stat_result) -> bool:
-    """Whether what is in a directory can be replaced by its owner and by root only."""
+    """Whether nobody but their owners and root can replace the entries of a directory."""
     others_write, is_sticky = parent.st_mode & 0o022, parent.st_mode & stat.S_ISVTX
     return parent.st_uid in (0, os.getuid()) and (not others_write or bool(is_sticky))

@@ -1,11 +1,11 @@
-"""hipBLASLt: AMD's library, reached through torch, one product for each group of rows.
+"""hipBLASLt: AMD's library, called through torch, with one GEMM per group of rows.
 
-The ends of the groups are on the host, read once for all plans of an unchanged `offs`. Quantizers write what
-`torch._scaled_mm` takes, so that each product reads views of their storage. What of it is refused, and why:
-docs/rocm.md.
+The host needs the ends of the groups. They are read once for all plans of an unchanged `offs`. Quantizers write what
+`torch._scaled_mm` takes, so each GEMM reads views of their outputs. docs/rocm.md says what this backend refuses, and
+why.
 
 M, E, K, N: rows, groups, in and out features. D: K or N. T: M, rounded up to a multiple of 16. O, C: the weights'
-output axis and the one summed over.
+output axis and their contraction axis.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from grouped_gemm.backends.base import (
     is_near,
     requires_arch,
     requires_dtype,
-    requires_leave_to_wait,
+    requires_host_sync,
     requires_no_bias,
     unscaled_weights,
 )
@@ -49,7 +49,7 @@ _ARCHS = ("gfx942", "gfx950")
 _ROWS = "hipblaslt rows"
 _COLUMNS = "hipblaslt columns"
 _WEIGHTS = "hipblaslt weights"
-_TAGS = (torch.Tag.cudagraph_unsafe,)  # of each op that looks at the ends of groups
+_TAGS = (torch.Tag.cudagraph_unsafe,)  # of every op that reads the ends of the groups
 
 
 def _is_mx(spec: CallSpec) -> bool:
@@ -57,7 +57,7 @@ def _is_mx(spec: CallSpec) -> bool:
 
 
 def _rocm(spec: CallSpec) -> tuple[int, ...]:
-    """Major and minor version of the ROCm that torch was built with, also of one before its release; (0,): none."""
+    """Major and minor version of the ROCm that torch was built with, pre-releases included; (0,): no ROCm."""
     version = spec.machine.version("rocm")
     return (0,) if version is None else version.release[:2]
 
@@ -68,7 +68,7 @@ def _found_rocm(spec: CallSpec) -> str:
 
 
 def _token_multiple(spec: CallSpec) -> int:
-    """What the rows of a group, the contraction of wgrad, are a multiple of."""
+    """The rows of a group, the contraction of wgrad, must be a multiple of this."""
     if not spec.recipe.is_scaled:
         return 1
     return MX_DEPTH if _is_mx(spec) else ALIGNMENT
@@ -79,41 +79,41 @@ def _requires_mx_depth(axis: str, pass_: Pass) -> Requirement:
         what=f"{axis.upper()} in multiples of {MX_DEPTH} for mxfp8",
         holds=lambda p: not _is_mx(p) or getattr(p, axis) % MX_DEPTH == 0,
         found=lambda p: f"{axis.upper()} = {getattr(p, axis)}",
-        fix="Pad the weights or use another recipe.",
+        fix="Pad the weights, or use another recipe.",
         passes=(pass_,),
     )
 
 
 class Backend(_GroupedMMBackend):
-    """Products of hipBLASLt, group by group."""
+    """The GEMMs of hipBLASLt, group by group."""
 
     kind = BackendKind.HIPBLASLT
-    summary = "AMD's library through torch, group by group: checked against its contract, not run on AMD hardware yet."
+    summary = "AMD's library through torch, group by group: checked against its contract, not yet run on AMD hardware."
     requirements = (
         requires_arch(_ARCHS, fix="Use another backend."),
         Requirement(
-            what="a scale for a row or for 32 values, as hipBLASLt has none for 128 or 128x128",
+            what="scales per row or per 32 values (hipBLASLt has no blocks of 128 or 128x128)",
             holds=lambda p: p.recipe not in (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2),
             found=lambda p: p.recipe.value,
-            fix="Use fp8_rowwise, on gfx950 mxfp8, or another backend.",
+            fix="Use fp8_rowwise, or mxfp8 on gfx950, or another backend.",
         ),
         Requirement(
             what="ROCm 6.5 or later for fp8 on gfx950",
             holds=lambda p: not p.recipe.is_scaled or p.machine.arch != "gfx950" or _rocm(p) >= (6, 5),
             found=_found_rocm,
-            fix="Install torch for a later ROCm or use another backend.",
+            fix="Install torch for a later ROCm, or use another backend.",
         ),
         Requirement(
             what="gfx950 for mxfp8",
             holds=lambda p: not _is_mx(p) or p.machine.arch == "gfx950",
             found=lambda p: p.machine.arch,
-            fix="Use fp8_rowwise or another backend.",
+            fix="Use fp8_rowwise, or another backend.",
         ),
         Requirement(
-            what="ROCm 7.0 to 7.13 for mxfp8, whose scales other versions do not take or want swizzled",
+            what="ROCm 7.0 to 7.13 for mxfp8 (older versions have no MX scales, later ones want them swizzled)",
             holds=lambda p: not _is_mx(p) or (7, 0) <= _rocm(p) < (7, 14),
             found=_found_rocm,
-            fix="Install torch for one of these, or use fp8_rowwise or another backend.",
+            fix="Install torch for one of these versions, or use fp8_rowwise, or another backend.",
         ),
         requires_dtype((torch.bfloat16, torch.float16, torch.float32)),
         Requirement(
@@ -128,31 +128,31 @@ class Backend(_GroupedMMBackend):
             what=f"K and N in multiples of {ALIGNMENT} with scales",
             holds=lambda p: not p.recipe.is_scaled or p.k % ALIGNMENT == p.n % ALIGNMENT == 0,
             found=lambda p: f"K = {p.k}, N = {p.n}",
-            fix="Pad the weights or use another backend.",
+            fix="Pad the weights, or use another backend.",
         ),
         _requires_mx_depth("k", Pass.FORWARD),
         _requires_mx_depth("n", Pass.DGRAD),
         Requirement(
-            what=f"groups in multiples of {ALIGNMENT} rows with scales, of {MX_DEPTH} for mxfp8",
+            what=f"group_alignment a multiple of {ALIGNMENT} with scales, of {MX_DEPTH} for mxfp8",
             holds=lambda p: p.group_alignment % _token_multiple(p) == 0,
             found=lambda p: f"group_alignment = {p.group_alignment}",
-            fix="Pad the groups and promise it by group_alignment, or use another backend.",
+            fix="Pad the groups and pass group_alignment, or use another backend.",
             passes=(Pass.WGRAD,),
         ),
-        requires_leave_to_wait(),
+        requires_host_sync(),
     )
-    host_syncs = "offs is read once per forward, and not again while the same tensor is unchanged"
+    host_syncs = "offs is read once per forward call, and not again while the same tensor is unchanged"
 
     def health(self, device: torch.device) -> Health:
-        """A small product and its wgrad beside `reference`, under each recipe that the device has."""
-        run = TinyRun([128, 128, 384], 400, k=128, n=256)  # a group is empty, sixteen rows are of none
+        """Compares a small GEMM and its wgrad with `reference`, for each recipe that the device supports."""
+        run = TinyRun([128, 128, 384], 400, k=128, n=256)  # one group is empty, and 16 rows belong to no group
         machine = machine_of(device)
         for recipe in (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.MXFP8):
-            facts = CallSpec(machine, len(run.ends), run.k, run.n, RowClass.LARGE, recipe, group_alignment=MX_DEPTH)
-            if not all(requirement.holds(facts) for requirement in self.requirements):
+            spec = CallSpec(machine, len(run.ends), run.k, run.n, RowClass.LARGE, recipe, group_alignment=MX_DEPTH)
+            if not all(requirement.holds(spec) for requirement in self.requirements):
                 continue
-            if not self._gets_right(run, recipe, device, MX_DEPTH):
-                return Health(f"a tiny product is wrong, {recipe.value}", "Install torch for another ROCm.")
+            if not self._computes_correctly(run, recipe, device, MX_DEPTH):
+                return Health(f"a tiny {recipe.value} GEMM gives wrong results", "Install torch for another ROCm.")
         return Health()
 
     def needs_blocks(self, recipe: Recipe, columns: bool) -> bool:
@@ -208,7 +208,7 @@ class Backend(_GroupedMMBackend):
 
 
 def _aligned(data: Tensor) -> Tensor:
-    """``data``, copied where it starts inside another tensor's storage at no multiple of 16 bytes."""
+    """``data``; a copy if it is a view that does not start at a multiple of 16 bytes."""
     return data if data.storage_offset() * data.element_size() % 16 == 0 else data.clone()
 
 
@@ -216,21 +216,21 @@ _host_values: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _read(offs: Tensor) -> list[int]:
-    """The values of ``offs`` on the host. Waits for the device, unless they are those that were read before.
+    """The values of ``offs`` on the host. Synchronizes the host, unless they were read before.
 
-    That the tensor, its memory and its version are the same is the sign of it. Inference tensors have no version.
+    They were if the tensor, its memory and its version are the same. Inference tensors have no version.
     """
     if offs.is_inference():
-        return _wait_for(offs)
+        return _to_host(offs)
     version = offs._version, offs.data_ptr(), offs.shape
     known = _host_values.get(offs)
     if known is None or known[0] != version:
-        known = version, _wait_for(offs)
+        known = version, _to_host(offs)
         _host_values[offs] = known
     return known[1]
 
 
-def _wait_for(offs: Tensor) -> list[int]:
+def _to_host(offs: Tensor) -> list[int]:
     return offs.tolist()
 
 
@@ -252,7 +252,7 @@ def _hipblaslt_quantize_activations(
     yield out
     ends = reference.group_ends(host_offs, x_MD.shape[0])
     if columns:
-        _check_promise(ends, MX_DEPTH if Recipe(recipe) is Recipe.MXFP8 else ALIGNMENT)
+        _check_group_sizes(ends, MX_DEPTH if Recipe(recipe) is Recipe.MXFP8 else ALIGNMENT)
     if _uses_triton(x_MD):
         from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
 
@@ -261,13 +261,13 @@ def _hipblaslt_quantize_activations(
         _fill_activations(x_MD, ends, Recipe(recipe), out)
 
 
-def _check_promise(ends: list[int], multiple: int) -> None:
-    """Every group is a multiple of ``multiple`` rows, as ``group_alignment`` has promised: else its slices are not."""
+def _check_group_sizes(ends: list[int], multiple: int) -> None:
+    """Checks that group sizes are multiples of ``multiple``, as ``group_alignment`` guarantees and GEMMs need."""
     for e, rows in enumerate(reference.group_slices(ends)):
         size = rows.stop - rows.start
         if size % multiple:
             raise ValueError(
-                f"offs[{e}]: expected a group size that is a multiple of {multiple}, as group_alignment promises; "
+                f"offs[{e}]: expected a group size that is a multiple of {multiple}, as group_alignment guarantees; "
                 f"found {size}"
             )
 
@@ -314,7 +314,7 @@ def _fill_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
             continue
         data, scale = reference.quantize(b_EKN, reference.weight_blocks(recipe, axis), recipe, by_line.dtype)
         by_line.copy_(data.transpose(1, 2) if axis == 1 else data)
-        # (E, lines, blocks) of what lies along `axis`; one block for each line, rowwise, is stored as one line
+        # (E, lines, blocks), blocks along `axis`. Rowwise scales, one block per line, are stored as one line.
         scale = scale.transpose(1, 2) if axis == 1 else scale
         if recipe.block is None:
             line_scale.copy_(scale.transpose(1, 2))
@@ -323,7 +323,7 @@ def _fill_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
 
 
 def _check_operand(name: str, data: Tensor) -> None:
-    """``data`` is in the fp8 type of its device, and where hipBLASLt can read it."""
+    """Checks that ``data`` has the fp8 type of its device, and an address that hipBLASLt can read."""
     machine = machine_of(data.device)
     if data.dtype != machine.fp8_dtype:
         raise ValueError(
@@ -331,17 +331,17 @@ def _check_operand(name: str, data: Tensor) -> None:
             f"found {dtype_name(data.dtype)}"
         )
     if data.data_ptr() % 16:
-        raise ValueError(f"{name}: expected data at a multiple of 16 bytes; found {data.data_ptr():#x}")
+        raise ValueError(f"{name}: expected an address that is a multiple of 16 bytes; found {data.data_ptr():#x}")
 
 
 def _separate_rows(x_MD: Tensor) -> Tensor:
-    """``x_MD``, copied where its rows share memory, as an expanded gradient's do: else each product would copy."""
+    """``x_MD``; a copy if its rows share memory, as in an expanded gradient. Otherwise every GEMM would copy it."""
     return x_MD if x_MD.stride(0) >= x_MD.shape[1] else x_MD.contiguous()
 
 
 @functools.cache
-def _multiplies_all_groups_at_once(device: torch.device) -> bool:
-    """Whether this build of torch has a grouped rowwise product for ``device``, found out by a tiny one."""
+def _has_grouped_gemm(device: torch.device) -> bool:
+    """Whether this build of torch has a rowwise grouped GEMM for ``device``. Tries a tiny one."""
     if not hasattr(F, "scaled_grouped_mm"):
         return False
     run = TinyRun([1, 1, 34], 40, k=32, n=48)
@@ -350,13 +350,13 @@ def _multiplies_all_groups_at_once(device: torch.device) -> bool:
     by_n, _, rhs_scale, _ = _hipblaslt_quantize_weights(b, "fp8_rowwise", True, False)
     truth = reference.grouped_mm(a, b, run.ends)[: run.ends[-1]]
     try:
-        found = _all_groups_at_once(lhs, lhs_scale, by_n.transpose(1, 2), rhs_scale, offs)[: run.ends[-1]]
+        found = _grouped_gemm(lhs, lhs_scale, by_n.transpose(1, 2), rhs_scale, offs)[: run.ends[-1]]
         return is_near(found, truth)
-    except Exception:  # not built in, or not for this architecture: products of one group each will do
+    except Exception:  # not in this build, or not for this architecture: one GEMM per group takes its place
         return False
 
 
-def _all_groups_at_once(lhs: Tensor, lhs_scale: Tensor, rhs_ECO: Tensor, rhs_scale: Tensor, offs: Tensor) -> Tensor:
+def _grouped_gemm(lhs: Tensor, lhs_scale: Tensor, rhs_ECO: Tensor, rhs_scale: Tensor, offs: Tensor) -> Tensor:
     rowwise = F.ScalingType.RowWise
     return F.scaled_grouped_mm(  # type: ignore[attr-defined]
         lhs, rhs_ECO, lhs_scale.squeeze(1), rowwise, rhs_scale.squeeze(1), rowwise, offs=offs,
@@ -384,9 +384,9 @@ def _hipblaslt_grouped_mm(
         _check_operand("a", lhs)
         _check_operand("b", rhs_ECO)
         if Recipe(recipe) is Recipe.MXFP8:
-            out = _mx_products(lhs, lhs_scale, rhs_ECO, rhs_scale, groups)[:num_rows]
-        elif groups and ends == host_offs.tolist() and _multiplies_all_groups_at_once(lhs.device):
-            out = _all_groups_at_once(lhs, lhs_scale, rhs_ECO, rhs_scale, offs)
+            out = _mx_gemms(lhs, lhs_scale, rhs_ECO, rhs_scale, groups)[:num_rows]
+        elif groups and ends == host_offs.tolist() and _has_grouped_gemm(lhs.device):
+            out = _grouped_gemm(lhs, lhs_scale, rhs_ECO, rhs_scale, offs)
         else:
             out = empty()
             for e, rows in groups:
@@ -395,10 +395,10 @@ def _hipblaslt_grouped_mm(
     yield out
 
 
-def _mx_products(
+def _mx_gemms(
     lhs: Tensor, lhs_scale: Tensor, rhs_ECO: Tensor, rhs_scale: Tensor, groups: list[tuple[int, slice]]
 ) -> Tensor:
-    """The products of ``groups``, in multiples of 16 rows: what is too much of one, the next ones write once more."""
+    """One GEMM per group, on a multiple of 16 rows. The next groups overwrite the extra rows."""
     out = lhs.new_empty(lhs.shape[0], rhs_ECO.shape[2], dtype=torch.bfloat16)
     for e, rows in groups:
         size = round_up(rows.stop - rows.start, ALIGNMENT)

@@ -1,10 +1,11 @@
-"""Torch: the grouped products that come with torch, and what they leave to the caller.
+"""Torch: the grouped GEMMs of torch itself, and the work that they leave to the caller.
 
-Rows past the last group, and the weight gradient of an empty one, are what was in memory before: they are made zero
-here. Groups out of order would be read where they are not: ends are put in order first. fp8 operands of wgrad need
-contiguous tokens in groups of multiples of 16 or 32: the quantizers pad them. Layouts: docs/layouts.md.
+Torch does not write rows past the last group, nor the weight gradient of an empty group: this backend sets them to
+zero. With ends that are out of order or out of range, torch would read out of bounds: the plan clamps them and makes
+them ascend. fp8 wgrad needs contiguous tokens, and group sizes that are multiples of 16 or 32: the quantizers pad.
+Layouts: docs/layouts.md.
 
-M, E, K, N: rows, groups, in and out features. D: K or N. O, C: the weights' output axis and the one summed over.
+M, E, K, N: rows, groups, in and out features. D: K or N. O, C: the weights' output axis and their contraction axis.
 T: tokens, the rows of groups that are padded to multiples of 32.
 """
 
@@ -49,70 +50,68 @@ _WEIGHTS = "torch weights"
 
 
 def _dtypes(spec: CallSpec) -> tuple[torch.dtype, ...]:
-    """What operands may be: on a GPU, torch multiplies others in a loop that waits for the device."""
+    """The dtypes that operands may have. On a GPU, torch multiplies others in a loop that synchronizes the host."""
     if spec.recipe.is_scaled or spec.machine.is_gpu:
         return (torch.bfloat16,)
     return (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _multiple(spec: CallSpec) -> int:
-    """What K and N are multiples of: 16 bytes of what is multiplied, and whole MX blocks, whose scales torch counts."""
+    """K and N must be multiples of this: 16 bytes of data; for MX a whole block, since torch checks the scales."""
     if spec.recipe is _MXFP8:
         return 32
     return ALIGNMENT if spec.recipe.is_scaled else ALIGNMENT // spec.dtype.itemsize
 
 
 class Backend(_GroupedMMBackend):
-    """torch's own grouped products."""
+    """The grouped GEMMs of torch itself."""
 
     kind = BackendKind.TORCH
-    summary = (
-        "The products of torch itself, `grouped_mm` and `scaled_grouped_mm`, where they do not wait for the device."
-    )
+    summary = "Torch's own `grouped_mm` and `scaled_grouped_mm`, where they run without a host sync."
     requirements = (
         requires_recipe((Recipe.NONE, *_ROWWISE, _MXFP8)),
         requires_arch(
             ("sm_90", "sm_100", "cpu"),
-            fix="Use another backend: torch has kernels for few GPUs, and for others a loop that waits for the device.",
+            fix="Use another backend: on other GPUs torch loops over the groups, with a host sync.",
         ),
         Requirement(
             what="sm_90 for rowwise scales",
             holds=lambda p: p.recipe not in _ROWWISE or p.machine.arch == "sm_90",
             found=lambda p: p.machine.arch,
-            fix="Use Recipe.NONE, on sm_100 Recipe.MXFP8, or another backend.",
+            fix="Use Recipe.NONE, or Recipe.MXFP8 on sm_100, or another backend.",
         ),
         Requirement(
             what="sm_100 for mxfp8",
             holds=lambda p: p.recipe is not _MXFP8 or p.machine.arch == "sm_100",
             found=lambda p: p.machine.arch,
-            fix="Use Recipe.NONE, on sm_90 a rowwise recipe, or another backend.",
+            fix="Use Recipe.NONE, or a rowwise recipe on sm_90, or another backend.",
         ),
         Requirement(
             what="a torch that was built with MSLK for mxfp8",
             holds=lambda p: p.recipe is not _MXFP8 or p.machine.version("mslk") is not None,
-            found=lambda p: f"torch {p.machine.version('torch')}, which was not",
+            found=lambda p: f"torch {p.machine.version('torch')} without MSLK",
             fix="Install torch 2.11 or later from its own wheels for CUDA, or use another backend.",
         ),
-        requires_triton(" for fp8, which quantizes", lambda p: p.recipe.is_scaled),
+        requires_triton(" to quantize to fp8", lambda p: p.recipe.is_scaled),
         Requirement(
-            what="operands in bfloat16, on a CPU also float16 or float32",
+            what="operands in bfloat16, or on a CPU also in float16 or float32",
             holds=lambda p: p.dtype in _dtypes(p),
             found=lambda p: dtype_name(p.dtype),
-            fix="Cast the operands or use another backend.",
+            fix="Cast the operands, or use another backend.",
         ),
         REQUIRES_EQUAL_DTYPES,
         requires_no_bias(),
         Requirement(
-            what="K and N in multiples of 16 bytes, which are 16 values in fp8, and of 32 values in mxfp8",
+            what="K and N in multiples of 16 bytes (16 values in fp8), and of 32 values in mxfp8",
             holds=lambda p: p.k % _multiple(p) == 0 and p.n % _multiple(p) == 0,
             found=lambda p: f"K = {p.k}, N = {p.n}",
-            fix="Pad the weights or use another backend.",
+            fix="Pad the weights, or use another backend.",
         ),
         Requirement(
             what="strides in multiples of 16 bytes without scales",
             holds=lambda p: p.recipe.is_scaled or p.is_aligned,
-            found=lambda p: "others",
-            fix="Pass contiguous operands or use another backend.",
+            found=lambda p: "other strides",
+            fix="Pass contiguous operands, or use another backend.",
         ),
         Requirement(
             what="fewer than 1024 groups on a GPU",
@@ -123,15 +122,15 @@ class Backend(_GroupedMMBackend):
     )
 
     def health(self, device: torch.device) -> Health:
-        """A small ragged product and its wgrad, beside `reference`; the same in the kind of fp8 that runs here."""
+        """Compares a small ragged GEMM and its wgrad with `reference`, in bfloat16 and in the fp8 that runs here."""
         machine = machine_of(device)
         recipes = [Recipe.NONE]
         if _has_triton(device):
             recipes += [Recipe.FP8_ROWWISE] if machine.arch == "sm_90" else []
             recipes += [_MXFP8] if machine.arch == "sm_100" and machine.version("mslk") else []
         for recipe in recipes:
-            if not self._gets_right(TinyRun([3, 3, 20], 24, k=32, n=64), recipe, device):
-                return Health(f"a tiny product of {recipe.value} is wrong", "Use another torch.")
+            if not self._computes_correctly(TinyRun([3, 3, 20], 24, k=32, n=64), recipe, device):
+                return Health(f"a tiny {recipe.value} GEMM gives wrong results", "Use another torch.")
         return Health()
 
     def needs_blocks(self, recipe: Recipe, columns: bool) -> bool:
@@ -182,21 +181,21 @@ class Backend(_GroupedMMBackend):
         return ops.torch_scaled_wgrad(first.data, first.scale, second.data, second.scale, token_ends)
 
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
-        # Not asked for, since a bias is refused. As wgrad of ones; as many as make 16 bytes.
+        # A wgrad with 16 bytes of ones per row as the left operand. No call gets here: a bias is refused.
         ones = dy_MN.new_ones(dy_MN.shape[0], ALIGNMENT // dy_MN.element_size())
         return ops.torch_wgrad(ones, dy_MN, plan.derived[0])[:, 0].to(out_dtype)
 
 
 @functools.cache
 def _has_triton(device: torch.device) -> bool:
-    """Whether there are kernels of ours on ``device``; without them, torch's own take more passes over memory."""
+    """Whether our own kernels run on ``device``. If not, torch's ops do the same with more passes over memory."""
     return device.type == "cuda" and machine_of(device).version("triton") is not None
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """A matrix or several, one of the last two axes contiguous, with lines that start at multiples of 16 bytes.
+    """``x``, one of its last two axes contiguous, with lines that start at multiples of 16 bytes; else a copy.
 
-    Itself where they do, as `CallSpec.is_aligned` says of strides; a slice of something may start anywhere.
+    `CallSpec.is_aligned` covers the strides, but a slice of a tensor may start anywhere.
     """
     lines = x if x.stride(-1) == 1 else x.mT
     starts = x.data_ptr(), *(stride * x.element_size() for stride in lines.stride()[:-1])
@@ -207,9 +206,9 @@ def _aligned(x: Tensor) -> Tensor:
 
 
 def _scaled_grouped_mm(lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: Tensor, ends: Tensor) -> Tensor:
-    """torch's fp8 grouped GEMM, rowwise or MX as the scales are.
+    """torch's fp8 grouped GEMM, rowwise or MX according to the dtype of the scales.
 
-    Rowwise, it adds up in tensor cores, as this package's own kernels do (docs/numerics.md).
+    Rowwise, it accumulates in the tensor cores, as this package's own kernels do (docs/numerics.md).
     """
     if lhs_scale.dtype == torch.float8_e8m0fnu:
         kind, swizzle, fast = F.ScalingType.BlockWise1x32, F.SwizzleType.SWIZZLE_32_4_4, False
