@@ -10,14 +10,14 @@ import torch
 from deepgemm_checks import GROUPS, check_activations, check_plan
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from grouped_gemm import CallSpec, Pass, Recipe, functional, grouped_mm, quantize_weights, reference, testing
+from grouped_gemm import Pass, Recipe, functional, grouped_mm, quantize_weights, reference, testing
 from grouped_gemm.backends import candidates, get_backend
 from grouped_gemm.backends.base import Health
 from grouped_gemm.backends.deepgemm import backend as deepgemm
 from grouped_gemm.backends.deepgemm import package as deepgemm_package
 from grouped_gemm.core.library import NAMES
 from grouped_gemm.core.preference import BackendKind
-from grouped_gemm.selection.route import Route
+from grouped_gemm.selection.route import route_on
 from grouped_gemm.testing import DGRAD, TRAINING, Case, Shape
 
 FP8 = torch.float8_e4m3fn
@@ -135,13 +135,8 @@ def test_weights_of_a_checkpoint():
 
 def test_each_pass_may_run_on_a_backend_of_its_own(monkeypatch):
     """Forward and dgrad run on DeepGEMM and wgrad on Triton, as in one of AUTO's plans."""
-    route_of = functional.route_of
-
-    def with_wgrad_of_triton(spec: CallSpec) -> Route:
-        backends = (BackendKind.DEEPGEMM, BackendKind.TRITON)
-        return route_of(spec)._replace(wgrad=BackendKind.TRITON, backends=backends)
-
-    monkeypatch.setattr(functional, "route_of", with_wgrad_of_triton)
+    plan = dict.fromkeys(TRAINING, BackendKind.DEEPGEMM) | {Pass.WGRAD: BackendKind.TRITON}
+    monkeypatch.setattr(functional, "route_of", lambda spec: route_on(spec, plan))
     case = Case(BackendKind.DEEPGEMM, Recipe.FP8_BLOCKWISE_POW2, passes=TRAINING, shape=SHAPES[1])
     inputs = testing.make_inputs(case, torch.device("cpu"))
     found = testing.run(case, inputs)
