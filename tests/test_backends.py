@@ -613,7 +613,9 @@ def test_a_refused_pass_that_is_not_needed_does_not_raise(case, pass_, device, m
 def test_weights_quantized_without_dgrad_refuse_a_gradient_at_the_forward_call(case, device):
     inputs = make_inputs(case, device)
     weights = quantize_weights(inputs.b, case.recipe, kernel_preference=case.backend)
-    with pytest.raises(NoBackendError, match="dgrad requires quantized weights in its layout for dgrad; found none"):
+    with pytest.raises(
+        NoBackendError, match="dgrad requires quantized weights in its layout for dgrad; found no such layout"
+    ):
         call(case, inputs, a=inputs.a.requires_grad_(), b=weights)
 
 

@@ -82,13 +82,13 @@ def test_the_weight_gradient_form_takes_replicated_operands(mesh):
         (
             "a",
             (Replicate(), Shard(1)),
-            r"a DTensor that is Replicate or Shard\(0\) on each mesh dimension, or what its",
+            r"a DTensor that is Replicate or Shard\(0\) on each mesh dimension, or its",
         ),
         ("a", (Partial(), Replicate()), r"a DTensor that is Replicate or Shard\(0\)"),
         ("b", (Replicate(), Shard(1)), r"a DTensor that is Replicate or Shard\(0\)"),  # K, the contraction
         ("b", (Replicate(), Shard(2)), r"a DTensor that is Replicate or Shard\(0\)"),  # N: dA would be partial
         ("bias", (Replicate(), Shard(1)), r"a DTensor that is Replicate or Shard\(0\)"),
-        ("offs", EXPERTS, "a plain tensor, the ends of local rows"),
+        ("offs", EXPERTS, "a plain tensor with the ends of the local rows"),
     ),
     ids=lambda value: str(value) if isinstance(value, tuple) else None,
 )
@@ -106,7 +106,7 @@ def test_shards_whose_placements_differ_from_those_of_a_are_named(mesh):
     plain = operands()
     a, b = spread(plain["a"].detach(), mesh), spread(plain["w"].detach(), mesh, REPLICAS).transpose(1, 2)
     with pytest.raises(
-        ValueError, match=r"^b: expected mesh and placements of a, .*Shard\(dim=0\)\); found .*Replicate"
+        ValueError, match=r"^b: expected the mesh and placements of a, .*Shard\(dim=0\)\); found .*Replicate"
     ):
         grouped_mm(a, b, OFFS)
 
