@@ -153,7 +153,7 @@ def test_a_refusal_is_raised(weights):
     (
         ({"b": torch.ones(3, 4)}, ValueError, "^b: expected a tensor of rank 3"),
         ({"b": "weights"}, TypeError, "^b: expected a torch.Tensor"),
-        ({"rows": ("huge",)}, ValueError, "^rows: expected row classes among decode, small, large; found 'huge'$"),
+        ({"rows": ("huge",)}, ValueError, "^rows: expected row classes out of decode, small, large; found 'huge'$"),
         ({"recipe": "fp4"}, ValueError, "^recipe: expected"),
         ({"bias": torch.ones(1)}, ValueError, "^bias: expected"),
         ({"group_alignment": 0}, ValueError, "^group_alignment: expected at least 1"),

@@ -247,7 +247,7 @@ def _row_class(value: RowClass | str) -> RowClass:
     try:
         return RowClass(value.lower() if isinstance(value, str) else value)
     except ValueError:
-        checks.fail("rows", f"row classes among {', '.join(c.value for c in RowClass)}", repr(value))
+        checks.fail("rows", f"row classes out of {', '.join(c.value for c in RowClass)}", repr(value))
 
 
 def _groups(b: Tensor | QuantizedWeights, rows: int, alignment: int) -> tuple[Tensor, Tensor]:
