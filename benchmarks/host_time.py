@@ -38,7 +38,9 @@ class TritonWithoutGPU(triton.Backend):
     health = _GroupedMMBackend.health
 
 
-def quantized_activations(x: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool) -> tuple[Tensor, ...]:
+def quantized_activations(
+    x: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool, *blocks: Any
+) -> tuple[Tensor, ...]:
     return once(layouts.activations, x.shape, offs.shape[0], Recipe(recipe), rows=rows, columns=columns)
 
 
@@ -71,6 +73,7 @@ EMPTY_OPS: dict[str, Any] = {
     "triton_wgrad": wgrad,
     "triton_quantize_activations": quantized_activations,
     "triton_quantize_weights": quantized_weights,
+    "triton_token_blocks": lambda offs, num_rows: offs,
 }
 
 
@@ -179,7 +182,7 @@ def main() -> None:
     with (
         mock.patch.multiple(ops, **EMPTY_OPS),
         mock.patch.dict(backends._instances, {BackendKind.TRITON: TritonWithoutGPU()}),
-        mock.patch.dict(rules.AUTO_ORDER, {"": (BackendKind.TRITON,)}),
+        mock.patch.dict(rules.FIRST, {"": (BackendKind.TRITON,)}),
     ):
         results = {}
         for recipe in (Recipe.NONE, Recipe.FP8_BLOCKWISE):

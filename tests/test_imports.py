@@ -38,14 +38,8 @@ LAYERS = (
     ("backends",),
     ("backends.*",),
     ("selection.cost_model",),
-    ("backends.deepgemm.package",),
-    (
-        "backends.deepgemm.quantize",
-        "backends.hipblaslt.quantize",
-        "backends.torch_native.quantize",
-        "backends.torch_native.quantize_mx",
-        "kernels.quantize.blocks",
-    ),
+    ("backends.*.package",),
+    ("backends.*.quantize*", "kernels.quantize.blocks"),
     ("backends.base",),
     ("kernels.gemm.k_grouped", "kernels.gemm.m_grouped", "kernels.quantize.fp8", "kernels.quantize.mx"),
     ("kernels.gemm.tile_search",),
@@ -57,12 +51,7 @@ LAYERS = (
         "kernels.quantize.rowwise",
     ),
     ("kernels.quantize.primitives",),
-    (
-        "backends.deepgemm.layouts",
-        "backends.hipblaslt.layouts",
-        "backends.torch_native.layouts",
-        "kernels.common.hopper",
-    ),
+    ("backends.*.layouts", "kernels.common.hopper"),
     ("kernels", "kernels.*"),
     ("core.library", "core.call_spec", "core.quantized", "core.store", "reference"),
     ("core.machine", "core.preference", "core.recipes", "kernels.common.interpreter"),
@@ -119,10 +108,9 @@ def _imports(node: ast.AST, module: str, *, is_at_once: bool) -> Iterator[Import
 
 
 def depth(module: str) -> int | None:
-    """The layer of a module, counted from the top: where its own name is, else where its folder's is."""
-    by_name = [i for i, names in enumerate(LAYERS) if module in names]
-    by_folder = [i for i, names in enumerate(LAYERS) if any(fnmatchcase(module, name) for name in names)]
-    return next(iter(by_name + by_folder), None)
+    """The layer of a module, counted from the top: that of the longest name or pattern that matches."""
+    matches = [(len(name), i) for i, names in enumerate(LAYERS) for name in names if fnmatchcase(module, name)]
+    return max(matches)[1] if matches else None
 
 
 def allowed(table: dict[str, set[str]], module: str) -> set[str]:

@@ -98,7 +98,7 @@ STEP = FORWARD._replace(training=True)
 def test_forward_and_step_are_measured_on_every_plan_that_runs_them(measured):
     found, failed = measured(spec(), First, Rival, ForwardOnly)
     assert not failed and set(found) == {FORWARD, STEP}
-    assert list(found[FORWARD].eager) == ["triton", "torch", "deepgemm"], "plans that differ in wgrad are one here"
+    assert list(found[FORWARD].eager) == ["torch", "triton", "deepgemm"], "plans that differ in wgrad are one here"
     assert found[STEP].eager == {"triton": 1.0, "deepgemm": 2.0, "deepgemm, wgrad triton": 3.0}
     assert found[STEP].captured == {"triton": 0.5, "deepgemm": 1.0, "deepgemm, wgrad triton": 1.5}
     assert found[STEP].num_rows == 60
@@ -242,7 +242,6 @@ def damaged(**changes: object) -> str:
         lambda: damaged(whole_blocks="no"),
         lambda: damaged(training=1),
         lambda: damaged(setting=None),
-        lambda: damaged(eager={"mill": 1.0}),
         lambda: damaged(eager={"triton": math.nan}),
         lambda: damaged(captured={"triton": -1.0}),
         lambda: damaged(eager={"triton": 10**400}),
@@ -250,14 +249,14 @@ def damaged(**changes: object) -> str:
         lambda: damaged(k=True),
         lambda: damaged(num_rows=10**30),
     ),
-    ids=range(17),
+    ids=range(16),
 )
 def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(folder, text):
     folder.mkdir()
     content = text()
     store.path().write_text(content)
     profile.forget()
-    with pytest.warns(UserWarning, match="The file is ignored"):
+    with pytest.warns(UserWarning, match="ignored. Delete the file"):
         assert known() == {}
     profile.store(H200, {STEP: TIMES})
     with warnings.catch_warnings():
@@ -267,6 +266,30 @@ def test_a_damaged_file_is_ignored_with_a_warning_and_replaced(folder, text):
 
 
 # The profiles that are shipped
+
+
+def test_one_damaged_entry_costs_no_other():
+    profile.store(H200, {STEP: TIMES, FORWARD: TIMES})
+    content = json.loads(store.path().read_text())
+    content["profiles"][0]["k"] = "4096"
+    content["tiles"] = [{"of": "another section"}, 3]
+    store.path().write_text(json.dumps(content))
+    profile.forget()
+    with pytest.warns(UserWarning, match="Damaged entries are ignored"):
+        assert known() == {FORWARD: TIMES}
+    profile.store(H200, {STEP: TIMES})
+    assert json.loads(store.path().read_text())["tiles"] == content["tiles"]
+    profile.forget()
+    assert known() == {STEP: TIMES, FORWARD: TIMES}
+
+
+def test_a_plan_of_another_version_is_passed_over():
+    profile.store(H200, {STEP: TIMES})
+    content = json.loads(store.path().read_text())
+    content["profiles"][0]["eager"]["mill"] = 1.0
+    store.path().write_text(json.dumps(content))
+    profile.forget()
+    assert known() == {STEP: TIMES}
 
 
 @pytest.mark.parametrize("gpu", ("NVIDIA H100 80GB HBM3", "NVIDIA H200"))

@@ -42,7 +42,7 @@ from grouped_gemm.core.call_spec import RowClass, row_class
 from grouped_gemm.selection import explanation as explanation_module
 from grouped_gemm.selection import route
 from grouped_gemm.selection import spec as spec_module
-from grouped_gemm.selection.rules import AUTO_ORDER, Decision, decide
+from grouped_gemm.selection.rules import Decision, auto_order, decide
 
 AUTO = KernelPreference.AUTO
 EMULATED, TORCH, TRITON = BackendKind.EMULATED, BackendKind.TORCH, BackendKind.TRITON
@@ -220,7 +220,7 @@ def test_a_guaranteed_alignment_enables_a_backend():
 
 @every_machine
 def test_auto_takes_the_first_backend_in_its_order_that_runs_each_pass(machine):
-    order = AUTO_ORDER.get(MACHINES[machine].vendor, AUTO_ORDER[""])
+    order = auto_order(MACHINES[machine].vendor)
     for asked, states, decision in sweep(machine):
         expected = tuple(next((k for k in order if runs(k, asked, p, states)), None) for p in asked.passes)
         assert choice(decision) == expected

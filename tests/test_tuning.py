@@ -156,13 +156,13 @@ DAMAGE = {
     "an entry without a setting": json.dumps({"schema": store.SCHEMA, "tiles": [{"arch": "sm_90"}]}),
 }
 TILES = {
-    "no power of two": {"rows": 96},
-    "a negative number": {"stages": -1},
-    "a text": {"warps": "8"},
+    "no power of two": {"block_m": 96},
+    "a negative number": {"num_stages": -1},
+    "a text": {"num_warps": "8"},
     "an unknown field": {"color": 1},
-    "too many rows": {"rows": 2**40},
-    "too many warps": {"warps": 32},
-    "a billion stages": {"stages": 10**9},
+    "too many rows": {"block_m": 2**40},
+    "too many warps": {"num_warps": 32},
+    "a billion stages": {"num_stages": 10**9},
     "no group_m": {"group_m": 0},
     "no number": {"group_m": True},
     "less than a matrix instruction": {"block_k": 8},
@@ -170,7 +170,7 @@ TILES = {
 
 
 def assert_ignored_with_one_warning():
-    with pytest.warns(UserWarning, match="Delete it") as caught:
+    with pytest.warns(UserWarning, match="Delete the file") as caught:
         assert tile_search.gemm_tile(*USE) == SHIPPED
         assert tile_search.gemm_tile(*USE) == SHIPPED
     assert len(caught) == 1

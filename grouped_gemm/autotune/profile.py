@@ -39,6 +39,7 @@ def shipped_gpus() -> tuple[str, ...]:
 def shipped(gpu: str) -> Profile | None:
     """The profile that this package ships for a GPU of exactly this name; None if there is none."""
     entries = read(_SHIPPED / f"{gpu.lower().replace(' ', '_')}.json").get("profiles", [])
+    entries = [entry for entry in entries if entry["setting"]["gpu"] == gpu]  # names that differ may share a file name
     return Profile(gpu, dict(map(of_entry, entries))) if entries else None
 
 
@@ -91,8 +92,9 @@ def of_entry(entry: Entry) -> tuple[Call, Times]:
 
 
 def _by_plan(found: Any) -> dict[str, float]:
-    times = {plan: math.inf if us is None else float(us) for plan, us in found.items()}
-    if not all(plan in PLANS and us >= 0 for plan, us in times.items()):
+    # Another version may have measured plans that this one does not know.
+    times = {plan: math.inf if us is None else float(us) for plan, us in found.items() if plan in PLANS}
+    if not all(us >= 0 for us in times.values()):
         raise ValueError(f"expected microseconds by plan; found {found!r}")
     return times
 

@@ -34,7 +34,7 @@ from grouped_gemm.core.preference import (
 )
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.selection.cost_model import PLANS
-from grouped_gemm.selection.rules import AUTO_ORDER, MARGIN, decide
+from grouped_gemm.selection.rules import FIRST, MARGIN, auto_order, decide
 
 
 def gather(machine: Machine | None = None, backends: Sequence[Candidate] | None = None) -> dict[str, Any]:
@@ -190,8 +190,8 @@ def backends_markdown() -> str:
     backends = [candidate.backend for candidate in candidates(torch.device("cpu"))]
     here = {backend.kind for backend in backends}
     order = [
-        (vendor or "any other", ", ".join(kind.value for kind in kinds if kind in here))
-        for vendor, kinds in AUTO_ORDER.items()
+        (vendor or "any other", ", ".join(kind.value for kind in auto_order(vendor) if kind in here))
+        for vendor in FIRST
     ]
     return "\n".join(
         [

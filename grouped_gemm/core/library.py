@@ -90,6 +90,9 @@ def define_op(*, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Step
 def schema_of(op: Callable[..., Steps[Any]]) -> str:
     """The schema of ``op``, from its annotations: "name(Tensor x, str recipe) -> Tensor"."""
     hints = get_type_hints(op, include_extras=True)
+    for name, parameter in inspect.signature(op).parameters.items():
+        if hints.get(name) not in _TYPES or parameter.default not in (inspect.Parameter.empty, None):
+            raise TypeError(f"{op.__name__}: expected one of {list(_TYPES)} and no default but None; found {parameter}")
     result, _ = get_args(get_args(hints.pop("return"))[0])
     results = ", ".join(_TYPES[part] for part in get_args(result)) if get_args(result) else _TYPES[result]
     defaults = {name: "=None" for name, p in inspect.signature(op).parameters.items() if p.default is None}

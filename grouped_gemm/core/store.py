@@ -50,7 +50,7 @@ def read(file: Path) -> dict[str, list[Entry]]:
         raise ValueError(f"it does not have schema {SCHEMA}")
     if not all(isinstance(entries, list) for entries in content.values()):
         raise TypeError("a section is not a list of entries")
-    return {name: list(map(dict, entries)) for name, entries in content.items()}
+    return dict(content)
 
 
 class Section(Generic[K, V]):
@@ -72,21 +72,19 @@ class Section(Generic[K, V]):
     def known(self, setting: dict[str, str]) -> dict[K, V]:
         """The values stored for ``setting`` by this process and earlier ones. The file is read once.
 
-        A file that is damaged or cannot be read is ignored, with a warning.
+        A file or an entry that is damaged, or a file that cannot be read, is ignored with a warning.
         """
         name = tuple(setting.items())
         if name not in self._known:
             found: dict[K, V] = {}
             try:
-                found = self._parsed(read(path()), setting)
+                found, damaged = self._parsed(read(path()), setting)
+                if damaged:
+                    self._warn_of_damage(damaged[0][1], "Damaged entries are")
             except OSError as error:
                 self._warn(f"a readable file; found {error}. Only the shipped values are used")
             except DAMAGE as error:
-                warnings.warn(
-                    f"{path()}: expected valid {self.name}; found {type(error).__name__}: {error}. The file is "
-                    "ignored. Delete it; then grouped_gemm.warmup measures again.",
-                    stacklevel=3,
-                )
+                self._warn_of_damage(error, "The file is")
             self._known.setdefault(name, found)
         return self._known[name]
 
@@ -105,15 +103,14 @@ class Section(Generic[K, V]):
             file = path()
             file.parent.mkdir(parents=True, exist_ok=True)
             with _locked(file.with_suffix(".lock")):
-                try:
+                sections: dict[str, list[Entry]] = {}
+                with contextlib.suppress(*DAMAGE):  # `known` warns about it
                     sections = read(file)
-                    before = self._parsed(sections, setting)
-                except DAMAGE:  # `known` warns about it
-                    sections, before = {}, {}
+                before, damaged = self._parsed(sections, setting)
                 new = {key: value for key, value in found.items() if key not in before}
                 head = {"setting": setting, "date": date.today().isoformat()}
-                entries = [{**head, **self._render(key, value)} for key, value in new.items()]
-                sections[self.name] = sections.get(self.name, []) + entries
+                kept = [entry for entry in sections.get(self.name, []) if not any(entry is bad for bad, _ in damaged)]
+                sections[self.name] = kept + [{**head, **self._render(key, value)} for key, value in new.items()]
                 _replace(file, json.dumps({"schema": SCHEMA, **sections}, indent=1))
                 found = before | new
         except OSError as error:
@@ -122,8 +119,26 @@ class Section(Generic[K, V]):
         with self._lock:
             self._known[tuple(setting.items())] = known | found
 
-    def _parsed(self, sections: dict[str, list[Entry]], setting: dict[str, str]) -> dict[K, V]:
-        return dict(self._parse(entry) for entry in sections.get(self.name, []) if entry["setting"] == setting)
+    def _parsed(
+        self, sections: dict[str, list[Entry]], setting: dict[str, str]
+    ) -> tuple[dict[K, V], list[tuple[Entry, Exception]]]:
+        """The values for ``setting``, and the damaged entries with their errors. Other settings' are not looked at."""
+        found: dict[K, V] = {}
+        damaged: list[tuple[Entry, Exception]] = []
+        for entry in sections.get(self.name, []):
+            try:
+                if entry["setting"] == setting:
+                    found.update([self._parse(entry)])
+            except DAMAGE as error:
+                damaged.append((entry, error))
+        return found, damaged
+
+    def _warn_of_damage(self, error: Exception, what: str) -> None:
+        warnings.warn(
+            f"{path()}: expected valid {self.name}; found {type(error).__name__}: {error}. {what} ignored. Delete the "
+            "file; then grouped_gemm.warmup measures again.",
+            stacklevel=4,
+        )
 
     def _warn(self, expected: str) -> None:
         warnings.warn(

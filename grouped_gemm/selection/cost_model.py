@@ -20,16 +20,11 @@ import torch
 from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import BackendKind
 
-_TRITON, _TORCH, _DEEPGEMM, _HIPBLASLT = (BackendKind[n] for n in ("TRITON", "TORCH", "DEEPGEMM", "HIPBLASLT"))
-
 # The plans that AUTO compares: the backends of forward, dgrad and wgrad.
 PLANS: dict[str, dict[Pass, BackendKind]] = {
-    "triton": dict.fromkeys(Pass, _TRITON),
-    "torch": dict.fromkeys(Pass, _TORCH),
-    "deepgemm": dict.fromkeys(Pass, _DEEPGEMM),
-    "deepgemm, wgrad triton": {Pass.FORWARD: _DEEPGEMM, Pass.DGRAD: _DEEPGEMM, Pass.WGRAD: _TRITON},
-    "hipblaslt": dict.fromkeys(Pass, _HIPBLASLT),
+    kind.value: dict.fromkeys(Pass, kind) for kind in BackendKind if kind is not BackendKind.EMULATED
 }
+PLANS["deepgemm, wgrad triton"] = PLANS["deepgemm"] | {Pass.WGRAD: BackendKind.TRITON}
 
 
 class Call(NamedTuple):
@@ -136,5 +131,7 @@ def expected(spec: CallSpec, profiles: Sequence[Profile]) -> Expected | None:
             sizes = f"M={times.num_rows}, E={nearest.num_groups}, K={nearest.k}, N={nearest.n}"
             near = "" if nearest[-3:] == asked[-3:] else ", the nearest profiled sizes"
             source = f"measured on {profile.gpu}, {times.date}, at {sizes}{near}"
-            return Expected(source, tuple(sorted(by_plan.items(), key=lambda item: item[1])), profile.is_exact)
+            in_full = asked.training == (len(spec.passes) == len(Pass))  # with all gradients, or without any
+            plans = tuple(sorted(by_plan.items(), key=lambda item: item[1]))
+            return Expected(source, plans, profile.is_exact and in_full)
     return None

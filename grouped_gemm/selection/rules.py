@@ -4,7 +4,7 @@
 
 1. A backend refuses a pass if one of its requirements for the pass does not hold, or if its health check fails.
 2. A preference that names a backend gets that backend for every pass, or an error. There is no fallback.
-3. For each pass, AUTO takes the first backend of the vendor's `AUTO_ORDER` that does not refuse it.
+3. For each pass, AUTO takes the first backend of the vendor's `auto_order` that does not refuse it.
 4. AUTO takes another plan instead if the whole call was measured to be faster by `MARGIN`, on a GPU of exactly this
    name (`cost_model`). A host sync also delays work after the call, which no profile counts. So AUTO takes a plan with
    a host sync for its speed only if the user's own profile has measured exactly this call.
@@ -24,15 +24,21 @@ from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import STRICT, BackendKind, KernelPreference, Preference
 from grouped_gemm.selection.cost_model import PLANS, Expected, Profile, expected
 
-_EMULATED, _TORCH, _TRITON, _DEEPGEMM, _HIPBLASLT = BackendKind
-# The order in which AUTO tries the backends, by vendor; "" is every other device. Every backend must be in each list.
-AUTO_ORDER: dict[str, tuple[BackendKind, ...]] = {
-    "nvidia": (_TRITON, _DEEPGEMM, _TORCH, _HIPBLASLT, _EMULATED),
-    "amd": (_TRITON, _HIPBLASLT, _TORCH, _DEEPGEMM, _EMULATED),
-    "": (_EMULATED, _TORCH, _TRITON, _DEEPGEMM, _HIPBLASLT),
+# The backends that AUTO tries first, by vendor; "" is every other device.
+FIRST: dict[str, tuple[BackendKind, ...]] = {
+    "nvidia": (BackendKind.TRITON, BackendKind.DEEPGEMM, BackendKind.TORCH),
+    "amd": (BackendKind.TRITON, BackendKind.HIPBLASLT),
+    "": (BackendKind.EMULATED,),
 }
 MARGIN = 1.01  # how many times as fast another plan must be; medians of one call vary by almost 1% between runs
 Chosen = dict[Pass, BackendKind]
+
+
+def auto_order(vendor: str) -> tuple[BackendKind, ...]:
+    """The order in which AUTO tries all backends: those of `FIRST`, the others, and Emulated where it is not first."""
+    first = FIRST.get(vendor, FIRST[""])
+    others = (kind for kind in BackendKind if kind is not BackendKind.EMULATED)
+    return tuple(dict.fromkeys((*first, *others, BackendKind.EMULATED)))
 
 
 class NoBackendError(RuntimeError):
@@ -159,7 +165,7 @@ def decide(
     """
     preference = KernelPreference.parse(preference)
     candidates_by_kind = {candidate.backend.kind: candidate for candidate in candidates}
-    order = AUTO_ORDER.get(spec.machine.vendor, AUTO_ORDER[""])
+    order = auto_order(spec.machine.vendor)
     selection = _Selection(spec, candidates_by_kind, strict and preference is KernelPreference.AUTO)
     if (named := preference.kind) is not None:
         if len(selection.healthy(named)) == len(spec.passes):
