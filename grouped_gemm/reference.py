@@ -1,4 +1,4 @@
-"""The reference: quantization and grouped GEMMs in plain torch. Kernels and tests are compared with it.
+"""The reference: quantization, grouped GEMMs and routing in plain torch. Kernels and tests are compared with it.
 
 Formulas of every recipe that quantizes (docs/numerics.md gives the reasons):
 
@@ -208,3 +208,19 @@ def wgrad(a_MK: Tensor, dy_MN: Tensor, ends: Sequence[int], dtype: torch.dtype =
 def group_sums(x_MN: Tensor, ends: Sequence[int], dtype: torch.dtype = torch.float64) -> Tensor:
     """The sum of each group's rows, in ``dtype``, (E, N): the gradient of a bias."""
     return torch.stack([x_MN[rows].sum(0, dtype=dtype) for rows in group_slices(ends)])
+
+
+def route(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The routing of tokens by a stable sort, without a host sync: ``offs``, ``source`` and ``places`` of `Routing`.
+
+    Args:
+        topk_ids: (T, k) int32 or int64, the experts of each token. Ids outside [0, E) are dropped.
+        num_experts: E.
+    """
+    is_kept = (topk_ids >= 0) & (topk_ids < num_experts)
+    experts, order = torch.where(is_kept, topk_ids, num_experts).flatten().sort(stable=True)
+    offs = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device), right=True, out_int32=True)
+    source = torch.where(experts < num_experts, order // max(topk_ids.shape[1], 1), -1).int()
+    rows = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    places = torch.empty_like(rows).scatter_(0, order, rows).view(topk_ids.shape)
+    return offs, source, torch.where(is_kept, places, -1)

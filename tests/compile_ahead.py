@@ -28,8 +28,10 @@ from grouped_gemm.backends.torch_native import quantize_mx as torch_native_quant
 from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.machine import ARCHS
 from grouped_gemm.kernels.common import hopper
+from grouped_gemm.kernels.common.groups import MOST_AT_ONCE
 from grouped_gemm.kernels.gemm import k_grouped, k_grouped_hopper, m_grouped, m_grouped_hopper, tiles
 from grouped_gemm.kernels.gemm.tiles import Tile
+from grouped_gemm.kernels.moe import routing
 from grouped_gemm.kernels.quantize import blockwise, packed_bf16, rowwise
 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
 from grouped_gemm.kernels.quantize import mx as quantize_mx
@@ -39,6 +41,9 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _UNALIGNED = (
     "M",
     "E",
+    "S",
+    "P",
+    "k",
     "column_stride",
     "lhs_scale_stride",
     "row_scale_stride",
@@ -302,6 +307,19 @@ def compile_hipblaslt_quantizers(arch: str) -> dict[str, Any]:
     return compiled
 
 
+def compile_routing(arch: str) -> dict[str, Any]:
+    types = {"topk_ids": "*i64"} | dict.fromkeys(("table", "offs", "source", "places"), "*i32")
+    large, few, many = {"BLOCK": routing._LARGE}, {"E_AT_ONCE": 128}, {"E_AT_ONCE": MOST_AT_ONCE.value}
+    alone = {"BLOCK": routing._SMALL, "table": None, "E": 1, "E_AT_ONCE": 1}
+    return {
+        "routing count": compile_kernel(routing._count, arch, types, large | few, num_warps=8),
+        "routing count of many experts": compile_kernel(routing._count, arch, types, large | many, num_warps=8),
+        "routing add blocks": compile_kernel(routing._add_blocks, arch, types, routing._SUMS, num_warps=4),
+        "routing place": compile_kernel(routing._place, arch, types, large | few, num_warps=8),
+        "routing place alone": compile_kernel(routing._place, arch, types, alone, num_warps=4),
+    }
+
+
 def facts_of(name: str, compiled: Any) -> dict[str, Any]:
     """Shared memory, spilled bytes, and the matrix instructions in the assembly."""
     found = {"kernel": name, "shared": compiled.metadata.shared}
@@ -348,6 +366,8 @@ def main(arch: str) -> None:
     quantizers |= compile_hipblaslt_quantizers(arch) if vendor == "amd" else {}
     for name, compiled in quantizers.items():
         print(json.dumps(facts_of(f"quantize {name}", compiled)), flush=True)
+    for name, compiled in compile_routing(arch).items():
+        print(json.dumps(facts_of(name, compiled)), flush=True)
     for name, compiled in compile_hopper().items() if ARCHS[arch].kernels == "hopper" else ():
         print(json.dumps(facts_of(name, compiled)), flush=True)
 

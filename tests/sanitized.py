@@ -14,8 +14,9 @@ import torch
 from kernel_checks import BACKEND
 from large import portable_kernels
 
-from grouped_gemm import Recipe, grouped_mm
+from grouped_gemm import Recipe, grouped_mm, reference
 from grouped_gemm.core.machine import machine_of
+from grouped_gemm.moe.routing import route
 
 # The sizes of 6 groups, of the large row class and of decode. Where K and N are multiples of 16, kernels are those of
 # `large`, which has 6 groups as well.
@@ -62,6 +63,11 @@ def main(device: str, large: Sequence[int], k: int, n: int) -> None:
     for recipe in (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8):
         print(f"odd sizes, {recipe.value}, decode", flush=True)
         call(recipe, DECODE, k + 2, n - 3, device)
+    for num_tokens in (10, 300):  # one block of slots, and several
+        print(f"routing, {num_tokens} tokens", flush=True)
+        ids = torch.randint(-1, 7, (num_tokens, 5), device=device)
+        if not all(map(torch.equal, route(ids, 6), reference.route(ids, 6))):
+            raise SystemExit("expected the routing of reference.route; found another")
     if device != "cpu":
         torch.cuda.synchronize()
     print("done", flush=True)

@@ -67,5 +67,5 @@ def test_shipped_tiles_compile_well(arch, runs):
         if arch == "sm_90" and "wise" in kernel["kernel"] and "quantize" not in kernel["kernel"]:
             assert all("f32.e4m3.e4m3" in name for name in kernel["instructions"]), kernel
     large = [kernel for kernel in kernels if "blockwise" in kernel["kernel"] and "quantize" not in kernel["kernel"]]
-    for kernel in large or kernels:
+    for kernel in large or [kernel for kernel in kernels if kernel["kernel"].startswith(("gemm", "wgrad"))]:
         assert any(name.startswith(instruction) for name in kernel["instructions"]), kernel

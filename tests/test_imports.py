@@ -24,6 +24,7 @@ LAYERS = (
     ("cli", "cli.*", "testing"),
     ("integrations", "integrations.*"),
     ("moe", "moe.*"),
+    ("moe.routing",),
     ("__init__",),
     ("ops",),
     ("autotune.warmup", "backend", "integrations.torch_function", "linear"),
@@ -41,7 +42,13 @@ LAYERS = (
     ("backends.*.package",),
     ("backends.*.quantize*", "kernels.quantize.blocks"),
     ("backends.base",),
-    ("kernels.gemm.k_grouped", "kernels.gemm.m_grouped", "kernels.quantize.fp8", "kernels.quantize.mx"),
+    (
+        "kernels.gemm.k_grouped",
+        "kernels.gemm.m_grouped",
+        "kernels.moe.routing",
+        "kernels.quantize.fp8",
+        "kernels.quantize.mx",
+    ),
     ("kernels.gemm.tile_search",),
     (
         "kernels.gemm.k_grouped_hopper",

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from grouped_gemm import NoBackendError, Recipe, grouped_mm, testing
 from grouped_gemm.core.library import NAMES, Size, Steps, _shortcut, schema_of
+from grouped_gemm.moe import routing  # noqa: F401, defines its op
 
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)  # the others differ in values
 M, K, N = 50, 40, 72  # no multiple of 32 or 128: every last block is short
@@ -42,6 +43,12 @@ def checked_offs():
 def counted_offs():
     yield "dense", (host_offs(), len(host_offs()))
     yield "strided", (host_offs().repeat_interleave(2)[::2], len(host_offs()))
+
+
+def moe_route():
+    ids = torch.tensor([[0, 3, 1], [-1, 1, 4]])
+    yield "strided", (ids.t(), 4)
+    yield "no tokens", (ids[:0].int(), 4)
 
 
 # hipBLASLt needs an AMD GPU, but its ops around the GEMMs run on a CPU, and so do GEMMs without scales.
@@ -97,6 +104,7 @@ BY_HAND = {
         hipblaslt_quantize_activations,
         hipblaslt_quantize_weights,
         hipblaslt_wgrad,
+        moe_route,
     )
 }
 # Ops whose backend runs here, but whose kernels do not. tests/interpreter has those that Triton interprets.

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from grouped_gemm import reference
 from grouped_gemm.core.call_spec import CallSpec, Pass, dtype_name
+from grouped_gemm.core.machine import OLDEST_TRITON
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Layouts, Quantized
 from grouped_gemm.core.recipes import Recipe
 
 ALL_PASSES = tuple(Pass)
-_OLDEST_TRITON = "3.6"
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,13 @@ def requires_triton(purpose: str = "", concerns: Callable[[CallSpec], bool] = la
 
     def holds(spec: CallSpec) -> bool:
         version = spec.machine.version("triton")
-        return not concerns(spec) or (version is not None and version >= Version(_OLDEST_TRITON))
+        return not concerns(spec) or (version is not None and version >= Version(OLDEST_TRITON))
 
     return Requirement(
-        what=f"triton {_OLDEST_TRITON} or later{purpose}",
+        what=f"triton {OLDEST_TRITON} or later{purpose}",
         holds=holds,
         found=lambda p: f"triton {p.machine.version('triton')}" if p.machine.version("triton") else "no triton",
-        fix=f"pip install 'triton>={_OLDEST_TRITON}'.",
+        fix=f"pip install 'triton>={OLDEST_TRITON}'.",
     )
 
 

@@ -18,6 +18,7 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 
 PACKAGES = ("torch", "triton", "deep_gemm", "cuda", "rocm", "mslk")  # the packages in `Machine.versions`
+OLDEST_TRITON = "3.6"  # that this package's own kernels run on
 _TORCH_BUILDS = {"nvidia": ("cuda", "mslk"), "amd": ("rocm",), "cpu": ()}  # packages in torch's build for a vendor
 _ARCH_PATTERNS = {"nvidia": r"sm_\d+", "amd": r"gfx[0-9a-f]+", "cpu": "cpu"}
 
@@ -96,6 +97,16 @@ class Machine:
     def is_gpu(self) -> bool:
         """Whether the device is an NVIDIA or AMD GPU."""
         return self.vendor in ("nvidia", "amd")
+
+    @functools.cached_property
+    def runs_kernels(self) -> bool:
+        """Whether this package's own kernels run here: compiled on a GPU, or interpreted on a CPU."""
+        version = self.version("triton")
+        if version is None or version < Version(OLDEST_TRITON):
+            return False
+        return (
+            self.arch in GPU_ARCHS and not self.interprets if self.is_gpu else self.vendor == "cpu" and self.interprets
+        )
 
     @property
     def traits(self) -> ArchTraits:

@@ -23,6 +23,7 @@ from grouped_gemm.core.tracing import holds
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 MOST_ROWS = 2**31 - 1  # the largest end row that offs, which is int32, can hold
+MOST_EXPERTS = 2**20  # of an MoE layer
 _OTHER_INTEGERS = (torch.int64, torch.int16, torch.int8, torch.uint8)
 _DTYPE_NAMES = ", ".join(map(dtype_name, DTYPES))
 
@@ -83,6 +84,29 @@ def check_groups(offs: Tensor, num_rows: int, group_alignment: int) -> None:
     # Not while tracing: the guard would bound M, and `tracing.row_class_of` would take it for a bound from the caller.
     if not torch.compiler.is_compiling() and not 0 <= num_rows <= MOST_ROWS:
         fail("num_rows", f"at least 0 and at most {MOST_ROWS}", num_rows)
+
+
+def check_topk_ids(topk_ids: Tensor, num_experts: int) -> None:
+    """Checks the routing of an MoE layer: ``topk_ids`` (T, k) int32 or int64, of any values, and the number of experts.
+
+    `check_slots` checks T * k.
+    """
+    if isinstance(topk_ids, Tensor) and topk_ids.is_floating_point():
+        fail("topk_ids.dtype", "int32 or int64: the indices that torch.topk returns", dtype_name(topk_ids.dtype))
+    if isinstance(topk_ids, Tensor) and topk_ids.dim() == 1:
+        found = f"shape {tuple(topk_ids.shape)}; pass topk_ids[:, None] for one expert per token"
+        fail("topk_ids", "shape (T, k), the k experts of each token", found)
+    check_tensor("topk_ids", topk_ids, (2,), (torch.int32, torch.int64))
+    if isinstance(num_experts, bool) or not isinstance(num_experts, (int, torch.SymInt)):
+        raise TypeError(f"num_experts: expected an int; found {type(num_experts).__name__}")
+    if holds(num_experts < 1) or holds(num_experts > MOST_EXPERTS):
+        fail("num_experts", f"at least 1 and at most {MOST_EXPERTS}", num_experts)
+
+
+def check_slots(num_slots: int) -> None:
+    """Checks that the routed rows of a call can be counted in int32."""
+    if num_slots > MOST_ROWS:
+        fail("topk_ids", f"at most {MOST_ROWS} entries, T * k", f"{num_slots}; split the tokens among several calls")
 
 
 def check_tangents(**operands: Any) -> None:

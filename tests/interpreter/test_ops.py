@@ -1,9 +1,11 @@
-"""``torch.library.opcheck`` on the Triton backend's ops: schemas, fakes, and no argument is changed or returned."""
+"""``torch.library.opcheck`` on ops that launch Triton kernels: schemas, fakes, no argument is changed or returned."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+from grouped_gemm.moe import routing  # noqa: F401, defines its op
 
 OPS = torch.ops.grouped_gemm
 OFFS = torch.tensor([3, 3, 20], dtype=torch.int32)
@@ -15,6 +17,7 @@ def samples():
     yield "triton_grouped_mm", (a, None, b, None, bias, OFFS, "none", torch.float32)
     yield "triton_wgrad", (a, None, dy, None, OFFS, 24, "none", torch.float32)
     yield "triton_group_sums", (dy, OFFS, torch.float32)
+    yield "moe_route", (torch.tensor([[0, 3], [4, -1], [1, 1]]).t(), 4)
     blocks = OPS.triton_token_blocks(OFFS, 24)
     yield "triton_token_blocks", (OFFS, 24)
     yield "triton_quantize_activations", (a, OFFS, "fp8_rowwise", True, True, blocks)

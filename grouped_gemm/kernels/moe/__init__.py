@@ -1,0 +1,1 @@
+"""Kernels of an MoE layer around its GEMMs."""
