@@ -219,7 +219,8 @@ def route(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     is_kept = (topk_ids >= 0) & (topk_ids < num_experts)
     experts, order = torch.where(is_kept, topk_ids, num_experts).flatten().sort(stable=True)
-    offs = torch.searchsorted(experts, torch.arange(num_experts, device=experts.device), right=True, out_int32=True)
+    numbers = torch.arange(num_experts, dtype=experts.dtype, device=experts.device)
+    offs = torch.searchsorted(experts, numbers, right=True, out_int32=True)
     source = torch.where(experts < num_experts, order // max(topk_ids.shape[1], 1), -1).int()
     rows = torch.arange(len(order), dtype=torch.int32, device=order.device)
     places = torch.empty_like(rows).scatter_(0, order, rows).view(topk_ids.shape)

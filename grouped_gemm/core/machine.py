@@ -104,9 +104,7 @@ class Machine:
         version = self.version("triton")
         if version is None or version < Version(OLDEST_TRITON):
             return False
-        return (
-            self.arch in GPU_ARCHS and not self.interprets if self.is_gpu else self.vendor == "cpu" and self.interprets
-        )
+        return self.arch in (("cpu",) if self.interprets else GPU_ARCHS)
 
     @property
     def traits(self) -> ArchTraits:
