@@ -31,6 +31,8 @@ from grouped_gemm.kernels.common import hopper
 from grouped_gemm.kernels.common.groups import MOST_AT_ONCE
 from grouped_gemm.kernels.gemm import k_grouped, k_grouped_hopper, m_grouped, m_grouped_hopper, tiles
 from grouped_gemm.kernels.gemm.tiles import Tile
+from grouped_gemm.kernels.moe import combine as moe_combine
+from grouped_gemm.kernels.moe import gather as moe_gather
 from grouped_gemm.kernels.moe import routing
 from grouped_gemm.kernels.quantize import blockwise, packed_bf16, rowwise
 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
@@ -53,6 +55,7 @@ _UNALIGNED = (
     "rhs_scale_stride_e",
     "rhs_scale_stride_c",
     "rhs_scale_stride_o",
+    "weights_stride",
 )
 
 
@@ -320,6 +323,23 @@ def compile_routing(arch: str) -> dict[str, Any]:
     }
 
 
+def compile_moe(arch: str) -> dict[str, Any]:
+    """Gather and combine of bf16 rows: 8 slots, 16, and more than are unrolled."""
+    types = dict.fromkeys(("x", "rows", "y", "out"), "*bf16") | dict.fromkeys(("source", "places"), "*i32")
+    types |= dict.fromkeys(("weights", "dots"), "*fp32")
+    compiled = {}
+    for top_k in (8, 16, 40):
+        at_once = min(top_k, 16)
+        constants = {"TOP_K": top_k, "UNROLLED": at_once, "BLOCK_H": 1024}
+        compiled[f"combine {top_k=}"] = compile_kernel(moe_combine._combine, arch, types, constants, num_warps=4)
+        constants = {"TOP_K": top_k, "SLOTS": at_once, "BLOCK_H": 2048 // at_once}
+        alone = dict.fromkeys(("rows", "weights", "dots"))
+        for name, absent in (("gather", alone), ("combine backward", {})):
+            kernel = compile_kernel(moe_gather._gather, arch, types, constants | absent, num_warps=4)
+            compiled[f"{name} {top_k=}"] = kernel
+    return compiled
+
+
 def facts_of(name: str, compiled: Any) -> dict[str, Any]:
     """Shared memory, spilled bytes, and the matrix instructions in the assembly."""
     found = {"kernel": name, "shared": compiled.metadata.shared}
@@ -368,6 +388,8 @@ def main(arch: str) -> None:
         print(json.dumps(facts_of(f"quantize {name}", compiled)), flush=True)
     for name, compiled in compile_routing(arch).items():
         print(json.dumps(facts_of(name, compiled)), flush=True)
+    for name, compiled in compile_moe(arch).items() if arch in ("sm_80", "sm_90", "gfx942") else ():
+        print(json.dumps(facts_of(f"moe {name}", compiled)), flush=True)
     for name, compiled in compile_hopper().items() if ARCHS[arch].kernels == "hopper" else ():
         print(json.dumps(facts_of(name, compiled)), flush=True)
 

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import torch
 from kernel_checks import BACKEND
 from large import portable_kernels
+from routings import routing
 
 from grouped_gemm import Recipe, grouped_mm, reference
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.moe.routing import route
+from grouped_gemm.moe.rows import combine, gather
 
 # The sizes of 6 groups, of the large row class and of decode. Where K and N are multiples of 16, kernels are those of
 # `large`, which has 6 groups as well.
@@ -48,6 +50,16 @@ def call(recipe: Recipe, sizes: Sequence[int], k: int, n: int, device: str) -> N
         raise SystemExit("expected finite results; found NaN or Inf")
 
 
+def moe(num_tokens: int, top_k: int, features: int, device: str) -> None:
+    """Tokens to routed rows and back, with gradients. Some slots are dropped."""
+    source, places = routing(num_tokens, top_k, device=device)
+    x = torch.randn(num_tokens, features, device=device, dtype=torch.bfloat16).requires_grad_()
+    weights = torch.rand(num_tokens, top_k, device=device, requires_grad=True)
+    y = combine(gather(x, source, places), weights, source, places)
+    if not all(result.isfinite().all() for result in (y, *torch.autograd.grad(y, (x, weights), torch.randn_like(x)))):
+        raise SystemExit("expected finite results; found NaN or Inf")
+
+
 def main(device: str, large: Sequence[int], k: int, n: int) -> None:
     """``k`` and ``n`` are multiples of 16. Sizes next to them, which TMA cannot read, run as well."""
     torch.manual_seed(0)
@@ -68,6 +80,9 @@ def main(device: str, large: Sequence[int], k: int, n: int) -> None:
         ids = torch.randint(-1, 7, (num_tokens, 5), device=device)
         if not all(map(torch.equal, route(ids, 6), reference.route(ids, 6))):
             raise SystemExit("expected the routing of reference.route; found another")
+    for top_k, features in ((8, k), (3, k + 3), (17, n)):
+        print(f"gather and combine, k = {top_k}, H = {features}", flush=True)
+        moe(max(large), top_k, features, device)
     if device != "cpu":
         torch.cuda.synchronize()
     print("done", flush=True)

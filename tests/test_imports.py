@@ -24,7 +24,7 @@ LAYERS = (
     ("cli", "cli.*", "testing"),
     ("integrations", "integrations.*"),
     ("moe", "moe.*"),
-    ("moe.routing",),
+    ("moe.routing", "moe.rows"),
     ("__init__",),
     ("ops",),
     ("autotune.warmup", "backend", "integrations.torch_function", "linear"),
@@ -45,7 +45,7 @@ LAYERS = (
     (
         "kernels.gemm.k_grouped",
         "kernels.gemm.m_grouped",
-        "kernels.moe.routing",
+        "kernels.moe.*",
         "kernels.quantize.fp8",
         "kernels.quantize.mx",
     ),

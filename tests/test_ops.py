@@ -7,12 +7,14 @@ import itertools
 
 import pytest
 import torch
+from routings import routing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import grouped_gemm.moe.rows  # noqa: F401 - defines ops
 from grouped_gemm import NoBackendError, Recipe, grouped_mm, testing
 from grouped_gemm.core.library import NAMES, Size, Steps, _shortcut, schema_of
-from grouped_gemm.moe import routing  # noqa: F401, defines its op
+from grouped_gemm.moe import routing
 
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)  # the others differ in values
 M, K, N = 50, 40, 72  # no multiple of 32 or 128: every last block is short
@@ -92,6 +94,29 @@ def hipblaslt_group_sums():
         yield name, (x, host_offs(), torch.bfloat16)
 
 
+# Ops of the MoE layer, which no backend owns
+
+
+def moe_gather():
+    for name, x in rows(K).items():
+        yield name, (x, *routing(len(x), 3))
+
+
+def moe_combine():
+    for name, x in rows(K).items():
+        _, places = routing(len(x) // 2, 2)
+        yield name, (x, torch.rand(places.shape), places)
+        yield f"{name}, no weights", (x, None, places)
+
+
+def moe_combine_backward():
+    for name, x in rows(K).items():
+        routed, weights, routes = x.repeat_interleave(2, 0), torch.rand(len(x), 2), routing(len(x), 2)
+        for wanted in ((True, True), (True, False), (False, True)):
+            yield f"{name}-{wanted}", (x, routed, weights, *routes, *wanted)
+        yield f"{name}, no weights", (x, None, None, *routes, True, False)
+
+
 # For each op, a function that yields names and arguments.
 BY_HAND = {
     sample.__name__: sample
@@ -105,6 +130,9 @@ BY_HAND = {
         hipblaslt_quantize_weights,
         hipblaslt_wgrad,
         moe_route,
+        moe_combine,
+        moe_combine_backward,
+        moe_gather,
     )
 }
 # Ops whose backend runs here, but whose kernels do not. tests/interpreter has those that Triton interprets.

@@ -1,0 +1,61 @@
+"""The kernel that sums each token's rows. Its torch twin is in `moe.rows`.
+
+T, k, M = T * k, H: tokens, slots of a token, routed rows, features.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on_device
+
+_UNROLLED = 16  # the most slots whose loads are in flight together; more slots take several steps of a loop
+
+
+def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tensor) -> None:
+    """Writes each token's weighted sum of its rows, in fp32 and in the order of slots.
+
+    Args:
+        rows_MH: rows in expert order, last axis contiguous.
+        weights: (T, k), last axis contiguous; None: all weights are 1.
+        places: (T, k) int32, contiguous: the row of each slot; -1: the slot was dropped.
+        y_TH: the output, contiguous.
+    """
+    if places.numel() == 0:
+        y_TH.zero_()
+        return
+    (num_tokens, top_k), features = places.shape, y_TH.shape[1]
+    block_h = min(next_power_of_2(features), 1024)
+    constants = {"TOP_K": top_k, "UNROLLED": min(top_k, _UNROLLED), "BLOCK_H": block_h}
+    with on_device(y_TH):
+        launch(
+            _combine, (num_tokens, cdiv(features, block_h)),
+            rows_MH, weights, places, y_TH, features, rows_MH.stride(0), 0 if weights is None else weights.stride(0),
+            constants=constants, num_warps=max(1, block_h // 256),
+        )  # fmt: skip
+
+
+@triton.jit
+def _combine(
+    rows, weights, places, y, H, rows_stride, weights_stride,
+    TOP_K: tl.constexpr, UNROLLED: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_H features of one token."""
+    t = tl.program_id(0).to(tl.int64)
+    hs = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    for first in range(0, TOP_K, UNROLLED):
+        for i in tl.static_range(UNROLLED):
+            place = tl.load(places + t * TOP_K + first + i, mask=first + i < TOP_K, other=-1)
+            is_used = place >= 0
+            values = tl.load(rows + place.to(tl.int64) * rows_stride + hs, mask=is_used & (hs < H), other=0)
+            values = values.to(tl.float32)
+            if weights is not None:
+                weight = tl.load(weights + t * weights_stride + first + i, mask=is_used, other=0)
+                values *= weight.to(tl.float32)
+            total += values
+    tl.store(y + t * H + hs, total.to(y.dtype.element_ty), mask=hs < H)

@@ -1,0 +1,227 @@
+"""From tokens to rows in expert order and back: `gather` and `combine`, with derivatives of any order.
+
+Both follow from one form: the sum over tokens t and slots j of ``weights[t, j] * <x[t], rows[places[t, j]]>``. Its
+gradients are `combine` in ``x``, a weighted `gather` in ``rows``, and dot products in ``weights``. So these three are
+each other's gradients.
+
+On a GPU where the Triton backend runs, and on a CPU under Triton's interpreter, each is one kernel. Elsewhere it is
+plain torch.
+
+T, k, M = T * k, H: tokens, slots of a token, routed rows, features. Two tensors describe a routing:
+
+- ``source`` (M,) int32: the token of each row; -1: the row is not used. Rows that are not used are the last ones.
+- ``places`` (T, k) int32: the row of each slot; -1: the slot was dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouped_gemm.backends import candidates
+from grouped_gemm.backends.base import Health
+from grouped_gemm.core.call_spec import CallSpec, RowClass
+from grouped_gemm.core.dense import dense_rows
+from grouped_gemm.core.library import Steps, define_op, ops
+from grouped_gemm.core.preference import BackendKind
+
+
+def gather(x: Tensor, source: Tensor, places: Tensor) -> Tensor:
+    """Copies tokens into expert order; differentiable in ``x``.
+
+    The gradient of a token is the sum of its rows' gradients, in fp32 and in the order of slots: bits repeat. No host
+    sync.
+
+    Args:
+        x: (T, H), bfloat16, float16 or float32.
+        source: (M,) int32, contiguous: the token of each row; -1: the row is not used.
+        places: (T, k) int32: the row of each slot; -1: the slot was dropped.
+
+    Returns:
+        (M, H) in the dtype of ``x``; rows that are not used are zero.
+    """
+    rows: Tensor = _Gather.apply(dense_rows(x), None, source, places)
+    return rows
+
+
+def combine(rows: Tensor, weights: Tensor | None, source: Tensor, places: Tensor) -> Tensor:
+    """Sums each token's rows, times their weights; differentiable in ``rows`` and ``weights``.
+
+    Sums are in fp32, in the order of slots: bits repeat. Dropped slots and rows that are not used contribute nothing,
+    whatever they hold. NaN in a row reaches the output of its token only. No host sync.
+
+    Args:
+        rows: (M, H) in expert order, bfloat16, float16 or float32.
+        weights: (T, k), any floating-point dtype; None: all weights are 1.
+        source: (M,) int32: the token of each row; -1: the row is not used.
+        places: (T, k) int32: the row of each slot; -1: the slot was dropped.
+
+    Returns:
+        (T, H) in the dtype of ``rows``.
+    """
+    y: Tensor = _Combine.apply(dense_rows(rows), None if weights is None else dense_rows(weights), source, places)
+    return y
+
+
+class _Gather(torch.autograd.Function):
+    """rows[places[t, j]] = weights[t, j] * x[t], and zero in rows that are not used."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, weights: Tensor | None, source: Tensor, places: Tensor) -> Tensor:
+        """(M, H) in the dtype of ``x``."""
+        ctx.save_for_backward(x_TH if ctx.needs_input_grad[1] else None, weights, source, places)
+        if weights is None:
+            return ops.moe_gather(x_TH, source, places)
+        return ops.moe_combine_backward(x_TH, None, weights, source, places, True, False)[0]
+
+    @staticmethod
+    def backward(ctx: Any, drows_MH: Tensor) -> tuple[Tensor | None, ...]:
+        """dX (T, H) and dweights (T, k)."""
+        x_TH, weights, source, places = ctx.saved_tensors
+        drows_MH = dense_rows(drows_MH)
+        dx = dweights = None
+        if ctx.needs_input_grad[0]:
+            dx = _Combine.apply(drows_MH, weights, source, places)
+        if ctx.needs_input_grad[1]:
+            dweights = _Dots.apply(x_TH, drows_MH, weights, source, places)
+        return dx, dweights, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """y[t] = the sum over j of weights[t, j] * rows[places[t, j]]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_MH: Tensor, weights: Tensor | None, source: Tensor, places: Tensor) -> Tensor:
+        """(T, H) in the dtype of ``rows``."""
+        ctx.save_for_backward(rows_MH if ctx.needs_input_grad[1] else None, weights, source, places)
+        return ops.moe_combine(rows_MH, weights, places)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
+        """dRows (M, H) and dweights (T, k), from one kernel; with ``create_graph=True`` from one for each."""
+        rows_MH, weights, source, places = ctx.saved_tensors
+        for_rows, for_weights, *_ = ctx.needs_input_grad
+        dy_TH = dense_rows(dy_TH)
+        drows = dweights = None
+        if for_rows and for_weights and not torch.is_grad_enabled():
+            drows, dweights = ops.moe_combine_backward(dy_TH, rows_MH, weights, source, places, True, True)
+            return drows, dweights, None, None
+        if for_rows:
+            drows = _Gather.apply(dy_TH, weights, source, places)
+        if for_weights:
+            dweights = _Dots.apply(dy_TH, rows_MH, weights, source, places)
+        return drows, dweights, None, None
+
+
+class _Dots(torch.autograd.Function):
+    """dots[t, j] = <x[t], rows[places[t, j]]>."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, rows_MH: Tensor, weights: Tensor, source: Tensor, places: Tensor) -> Tensor:
+        """(T, k) in the dtype of ``weights``, whose values do not matter; zero for dropped slots."""
+        ctx.save_for_backward(x_TH, rows_MH, source, places)
+        return ops.moe_combine_backward(x_TH, rows_MH, weights, source, places, False, True)[1]
+
+    @staticmethod
+    def backward(ctx: Any, ddots: Tensor) -> tuple[Tensor | None, ...]:
+        """dX (T, H) and dRows (M, H)."""
+        x_TH, rows_MH, source, places = ctx.saved_tensors
+        ddots = dense_rows(ddots)
+        dx = drows = None
+        if ctx.needs_input_grad[0]:
+            dx = _Combine.apply(rows_MH, ddots, source, places)
+        if ctx.needs_input_grad[1]:
+            drows = _Gather.apply(x_TH, ddots, source, places)
+        return dx, drows, None, None, None
+
+
+# The ops
+
+
+@define_op()
+def _moe_gather(x_TH: Tensor, source: Tensor, places: Tensor) -> Steps[Tensor]:
+    out_MH = x_TH.new_empty(source.shape[0], x_TH.shape[1])
+    yield out_MH
+    if _runs_kernels(x_TH.device):
+        from grouped_gemm.kernels.moe import gather as kernel
+
+        kernel.gather(x_TH, None, None, source.contiguous(), places.contiguous(), out_MH, None)
+    else:
+        _gather(x_TH, None, source, places, out_MH)
+
+
+@define_op()
+def _moe_combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor) -> Steps[Tensor]:
+    y_TH = rows_MH.new_empty(places.shape[0], rows_MH.shape[1])
+    yield y_TH
+    if _runs_kernels(rows_MH.device):
+        from grouped_gemm.kernels.moe import combine as kernel
+
+        kernel.combine(rows_MH, weights, places.contiguous(), y_TH)
+    else:
+        _combine(rows_MH, weights, places, y_TH)
+
+
+@define_op()
+def _moe_combine_backward(
+    dy_TH: Tensor, rows_MH: Tensor | None, weights: Tensor | None, source: Tensor, places: Tensor, for_rows: bool,
+    for_weights: bool,
+) -> Steps[tuple[Tensor, Tensor]]:  # fmt: skip
+    """dRows and dweights of a combine; one that is not wanted is empty. Only dweights needs ``rows``."""
+    drows = dy_TH.new_empty((source.shape[0], dy_TH.shape[1]) if for_rows else 0)
+    dweights = dy_TH.new_empty(places.shape if for_weights else 0, dtype=weights.dtype if weights is not None else None)
+    yield drows, dweights
+    if _runs_kernels(dy_TH.device):
+        from grouped_gemm.kernels.moe import gather as kernel
+
+        out, dots = drows if for_rows else None, dweights if for_weights else None
+        kernel.gather(dy_TH, rows_MH, weights, source.contiguous(), places.contiguous(), out, dots)
+        return
+    if for_rows:
+        _gather(dy_TH, weights, source, places, drows)
+    if for_weights and rows_MH is not None:
+        _dots(dy_TH, rows_MH, places, dweights)
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    """Whether the Triton backend runs on ``device``: its requirements hold there, and its health is good."""
+    health = _health_of_triton(device)
+    return health is not None and health().is_good
+
+
+@functools.cache
+def _health_of_triton(device: torch.device) -> Callable[[], Health] | None:
+    spec = CallSpec(device, 1, 16, 16, RowClass.DECODE)
+    triton = next(item for item in candidates(device) if item.backend.kind is BackendKind.TRITON)
+    return triton.health if all(requirement.holds(spec) for requirement in triton.backend.requirements) else None
+
+
+# The same in plain torch, without host syncs. One slot at a time: temporaries are no larger than (T, H).
+
+
+def _gather(x_TH: Tensor, weights: Tensor | None, source: Tensor, places: Tensor, out_MH: Tensor) -> None:
+    last = max(len(out_MH) - 1, 0)  # not used if any slot was dropped
+    for j, place in enumerate(places.long().unbind(1)):
+        rows = x_TH if weights is None else (x_TH.float() * weights[:, j, None].float()).to(x_TH.dtype)
+        out_MH.index_copy_(0, torch.where(place < 0, last, place), rows)
+    out_MH.masked_fill_(source[:, None] < 0, 0)
+
+
+def _combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tensor) -> None:
+    total = torch.zeros_like(y_TH, dtype=torch.float32)
+    for j, place in enumerate(places.unbind(1)):
+        rows = rows_MH.index_select(0, place.clamp(min=0)).float()
+        if weights is not None:
+            rows *= weights[:, j, None].float()
+        total += rows.masked_fill_(place[:, None] < 0, 0)
+    y_TH.copy_(total)
+
+
+def _dots(x_TH: Tensor, rows_MH: Tensor, places: Tensor, dots: Tensor) -> None:
+    for j, place in enumerate(places.unbind(1)):
+        rows = rows_MH.index_select(0, place.clamp(min=0)).float()
+        dots[:, j] = (rows * x_TH.float()).sum(1).masked_fill_(place < 0, 0)

@@ -1,0 +1,75 @@
+"""The kernels of `moe.rows` against their twins in plain torch: sums have one order, so bits are equal."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import assert_same_bits
+from routings import routing
+
+from grouped_gemm.core.library import ops
+from grouped_gemm.moe import rows as moe_rows
+
+# T, k, H, dtype of rows and of weights: H that no vector load fits, several blocks of H in each kernel, one slot, more
+# slots than are unrolled
+CASES = (
+    (5, 3, 75, torch.bfloat16, torch.float32),
+    (3, 8, 1100, torch.bfloat16, torch.bfloat16),
+    (4, 1, 2100, torch.float32, torch.float32),
+    (3, 17, 300, torch.float16, torch.float32),
+    (5, 2, 16, torch.float32, None),
+)
+every_case = pytest.mark.parametrize("num_tokens, top_k, features, dtype, weights_dtype", CASES, ids=str)
+
+
+def operands(num_tokens, top_k, features, dtype, weights_dtype):
+    """Slices of wider x (T, H), rows (M, H) and weights (T, k), with NaN in whatever must not be read; the routing."""
+    torch.manual_seed(0)
+    source, places = routing(num_tokens, top_k)
+    assert (places < 0).any()
+    x, rows = (torch.randn(n, features + 5).to(dtype)[:, 5:] for n in (num_tokens, num_tokens * top_k))
+    rows[source < 0] = torch.nan
+    if weights_dtype is None:
+        return x, rows, None, source, places
+    weights = torch.randn(num_tokens, top_k + 1).to(weights_dtype)[:, 1:]
+    weights[places < 0] = torch.nan
+    return x, rows, weights, source, places
+
+
+def test_kernels_run_here():
+    assert moe_rows._runs_kernels(torch.device("cpu"))
+
+
+@every_case
+def test_combine(num_tokens, top_k, features, dtype, weights_dtype):
+    x, rows, weights, _, places = operands(num_tokens, top_k, features, dtype, weights_dtype)
+    expected = torch.empty(x.shape, dtype=dtype)
+    moe_rows._combine(rows, weights, places, expected)
+    assert_same_bits(ops.moe_combine(rows, weights, places), expected, "y")
+
+
+@every_case
+def test_gather_with_and_without_weights(num_tokens, top_k, features, dtype, weights_dtype):
+    x, rows, weights, source, places = operands(num_tokens, top_k, features, dtype, weights_dtype)
+    expected = torch.empty(rows.shape, dtype=dtype)
+    moe_rows._gather(x, None, source, places, expected)
+    assert_same_bits(ops.moe_gather(x, source, places), expected, "rows")
+    moe_rows._gather(x, weights, source, places, expected)
+    found, _ = ops.moe_combine_backward(x, None, weights, source, places, True, False)
+    assert_same_bits(found, expected, "weighted rows")
+
+
+@every_case
+def test_both_gradients_of_a_combine(num_tokens, top_k, features, dtype, weights_dtype):
+    x, rows, weights, source, places = operands(num_tokens, top_k, features, dtype, weights_dtype or torch.float32)
+    rows[0] = torch.nan
+    drows, dots = ops.moe_combine_backward(x, rows, weights, source, places, True, True)
+    expected, expected_dots = torch.empty(rows.shape, dtype=dtype), torch.empty_like(dots)
+    moe_rows._gather(x, weights, source, places, expected)
+    assert_same_bits(drows, expected, "dRows")
+    moe_rows._dots(x, rows, places, expected_dots)
+    assert not dots[places < 0].any() and dots[places == 0].isnan().all()
+    # The sums have another order than torch's.
+    torch.testing.assert_close(dots, expected_dots, equal_nan=True)
+    alone = ops.moe_combine_backward(x, rows, weights, source, places, False, True)[1]
+    assert_same_bits(alone, dots, "dweights alone")
