@@ -11,10 +11,9 @@ from routings import routing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import grouped_gemm.moe.rows  # noqa: F401 - defines ops
+import grouped_gemm.moe  # noqa: F401 - defines ops
 from grouped_gemm import NoBackendError, Recipe, grouped_mm, testing
 from grouped_gemm.core.library import NAMES, Size, Steps, _shortcut, schema_of
-from grouped_gemm.moe import routing
 
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)  # the others differ in values
 M, K, N = 50, 40, 72  # no multiple of 32 or 128: every last block is short

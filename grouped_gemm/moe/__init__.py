@@ -1,1 +1,6 @@
-"""The layers of a mixture of experts (MoE) around `grouped_mm`."""
+"""The MoE layer on `grouped_mm`: routing, gather, experts, combine."""
+
+from grouped_gemm.moe.experts import experts_forward, sorted_experts
+from grouped_gemm.moe.module import Experts
+
+__all__ = ["Experts", "experts_forward", "sorted_experts"]

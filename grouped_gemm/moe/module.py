@@ -1,0 +1,101 @@
+"""`Experts`: the experts of a MoE layer as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grouped_gemm.core.preference import KernelPreference, Preference
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.moe.activation import ACTIVATIONS
+from grouped_gemm.moe.experts import experts_forward
+from grouped_gemm.selection import checks
+
+
+class Experts(torch.nn.Module):
+    """The experts of a MoE layer, without its router: `experts_forward` with weights of its own.
+
+    Args:
+        num_experts: E.
+        hidden: H, features of a token.
+        intermediate: I, features between the two GEMMs.
+        activation: as in `experts_forward`.
+        interleaved: whether gate and up rows alternate in ``gate_up``.
+        bias: whether both GEMMs add biases.
+        recipe: as in `experts_forward`.
+        implementation: likewise.
+        kernel_preference: likewise.
+        device: of the parameters.
+        dtype: of the parameters; bfloat16, float16 or float32.
+
+    Attributes:
+        gate_up: (E, 2I, H); (E, I, H) if the activation has no gate.
+        down: (E, H, I).
+        gate_up_bias: (E, 2I) or (E, I); None without biases.
+        down_bias: (E, H); None without biases.
+
+    Raises:
+        ValueError: no activation has this name.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        *,
+        activation: str = "swiglu",
+        interleaved: bool = False,
+        bias: bool = False,
+        recipe: Recipe | str | None = None,
+        implementation: str = "auto",
+        kernel_preference: Preference = KernelPreference.AUTO,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            checks.fail("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+        width = 2 * intermediate if ACTIVATIONS[activation].is_gated else intermediate
+
+        def empty(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.gate_up, self.down = empty(num_experts, width, hidden), empty(num_experts, hidden, intermediate)
+        self.gate_up_bias = empty(num_experts, width) if bias else None
+        self.down_bias = empty(num_experts, hidden) if bias else None
+        self.activation, self.interleaved = activation, interleaved
+        self.recipe, self.implementation, self.kernel_preference = recipe, implementation, kernel_preference
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Uniform in +-1/sqrt(in features), as `torch.nn.Linear` does it, for each expert."""
+        for weight, bias in ((self.gate_up, self.gate_up_bias), (self.down, self.down_bias)):
+            bound = weight.shape[2] ** -0.5
+            torch.nn.init.uniform_(weight, -bound, bound)
+            if bias is not None:
+                torch.nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """(T, H) from ``x`` (T, H), ``topk_ids`` (T, k) and ``topk_weights`` (T, k), as `experts_forward`."""
+        return experts_forward(
+            x,
+            topk_ids,
+            topk_weights,
+            self.gate_up,
+            self.down,
+            recipe=self.recipe,
+            activation=self.activation,
+            interleaved=self.interleaved,
+            gate_up_bias=self.gate_up_bias,
+            down_bias=self.down_bias,
+            implementation=self.implementation,
+            kernel_preference=self.kernel_preference,
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes and options."""
+        num_experts, hidden, intermediate = self.down.shape
+        recipe = "none" if self.recipe is None else Recipe.parse(self.recipe).value
+        sizes = f"{num_experts}, hidden={hidden}, intermediate={intermediate}"
+        return f"{sizes}, {self.activation}, recipe={recipe}, bias={self.down_bias is not None}"

@@ -1,0 +1,254 @@
+"""The experts layer: every implementation, activation and form of weights against a loop in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from grouped_gemm import GroupPlan, quantize_weights
+from grouped_gemm.moe import Experts, experts_forward, sorted_experts
+from grouped_gemm.moe.activation import ACTIVATIONS, activate
+from grouped_gemm.moe.experts import IMPLEMENTATIONS
+
+E, HIDDEN, INNER, T, K = 5, 24, 16, 11, 3
+
+
+class Inputs:
+    """Operands of a layer. Expert 3 gets no token; a token names one expert twice; two ids are dropped."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, gated: bool = True, biases: bool = True) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def leaf(*shape: int, scale: float = 0.3) -> Tensor:
+            return (scale * torch.randn(shape, generator=generator)).to(dtype).requires_grad_()
+
+        self.x = leaf(T, HIDDEN, scale=1)
+        self.ids = torch.randint(0, 3, (T, K), generator=generator)
+        self.ids[4] = torch.tensor([4, 4, 0])
+        self.ids[7, 1], self.ids[8, 0] = -1, E
+        self.weights = torch.rand(T, K, generator=generator).requires_grad_()
+        self.gate_up, self.down = leaf(E, (2 if gated else 1) * INNER, HIDDEN), leaf(E, HIDDEN, INNER)
+        self.gate_up_bias = leaf(E, self.gate_up.shape[1]) if biases else None
+        self.down_bias = leaf(E, HIDDEN) if biases else None
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        leaves = (self.x, self.weights, self.gate_up, self.down, self.gate_up_bias, self.down_bias)
+        return [x for x in leaves if x is not None]
+
+    def run(self, **options: Any) -> Tensor:
+        biases = {"gate_up_bias": self.gate_up_bias, "down_bias": self.down_bias}
+        return experts_forward(self.x, self.ids, self.weights, self.gate_up, self.down, **(biases | options))
+
+    def truth(self, activation: str, interleaved: bool = False) -> Tensor:
+        """The layer in fp64, token by token."""
+        kind, x, weights = ACTIVATIONS[activation], self.x.double(), self.weights.double()
+        rows = []
+        for t in range(T):
+            y = torch.zeros(HIDDEN, dtype=torch.float64)
+            for j, e in enumerate(self.ids[t].tolist()):
+                if 0 <= e < E:
+                    pre = self.gate_up[e].double() @ x[t]
+                    pre = pre if self.gate_up_bias is None else pre + self.gate_up_bias[e].double()
+                    halves = (pre[0::2], pre[1::2]) if interleaved else pre.chunk(2)
+                    out = self.down[e].double() @ kind.value(*(halves if kind.is_gated else (pre,)))
+                    y = y + weights[t, j] * (out if self.down_bias is None else out + self.down_bias[e].double())
+            rows.append(y)
+        return torch.stack(rows)
+
+
+def gradients(y: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    dy = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
+    return list(torch.autograd.grad(y, leaves, dy.to(y.dtype)))
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for x, truth in zip(found, expected, strict=True):
+        assert (x.double() - truth.double()).norm() <= tolerance * truth.double().norm()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_an_implementation_is_the_loop_in_fp64(implementation, activation):
+    inputs = Inputs(gated=ACTIVATIONS[activation].is_gated)
+    y, truth = inputs.run(implementation=implementation, activation=activation), inputs.truth(activation)
+    assert_near([y, *gradients(y, inputs.leaves)], [truth, *gradients(truth, inputs.leaves)], 1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("form", ("interleaved", "pair", "without biases"))
+def test_gate_and_up_come_in_any_form(implementation, form):
+    inputs = Inputs(biases=form != "without biases")
+    truth = inputs.truth("swiglu", interleaved=form == "interleaved")
+    options: dict[str, Any] = {"interleaved": form == "interleaved", "implementation": implementation}
+    y = inputs.run(**options)
+    if form == "pair":
+        y = experts_forward(
+            inputs.x, inputs.ids, inputs.weights, inputs.gate_up.chunk(2, 1), inputs.down,
+            gate_up_bias=inputs.gate_up_bias.chunk(2, 1), down_bias=inputs.down_bias, implementation=implementation,
+        )  # fmt: skip
+    assert_near([y, *gradients(y, inputs.leaves)], [truth, *gradients(truth, inputs.leaves)], 1e-6)
+
+
+@pytest.mark.parametrize("recipe", ("fp8_rowwise", "fp8_blockwise", "mxfp8"))
+@pytest.mark.parametrize("implementation", ("grouped_mm", "batched_mm", "eager_fused", "eager"))
+def test_a_recipe_quantizes_the_gemms(implementation, recipe):
+    inputs = Inputs(torch.bfloat16)
+    y, truth = inputs.run(implementation=implementation, recipe=recipe), inputs.truth("swiglu")
+    assert_near([y], [truth], 0.08)
+    assert_near(gradients(y, inputs.leaves), gradients(truth, inputs.leaves), 0.12)
+    assert not torch.equal(y, inputs.run(implementation=implementation))
+
+
+def test_grouped_mm_and_the_loop_over_sorted_rows_give_the_same_bits():
+    inputs = Inputs(torch.bfloat16)
+    one, other = (inputs.run(implementation=name, recipe="fp8_blockwise") for name in ("grouped_mm", "eager_fused"))
+    assert torch.equal(one, other)
+    assert all(map(torch.equal, *(gradients(y, inputs.leaves[:2]) for y in (one, other))))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_an_activation_rounds_once(dtype):
+    gate, up = (torch.randn(64, 8).to(dtype) for _ in range(2))
+    expected = (torch.nn.functional.silu(gate.float()) * up.float()).to(dtype)
+    assert torch.equal(activate(ACTIVATIONS["swiglu"], gate, up), expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_derivatives_are_those_of_autograd(activation):
+    kind = ACTIVATIONS[activation]
+    pre = [(4 * torch.randn(200, dtype=torch.float64)).requires_grad_() for _ in range(1 + kind.is_gated)]
+    dh = torch.randn(200, dtype=torch.float64)
+    assert_near(list(kind.gradient(*pre, dh)), list(torch.autograd.grad(kind.value(*pre), pre, dh)), 1e-12)
+
+
+def test_sorted_experts_take_rows_in_expert_order():
+    inputs = Inputs()
+    offs = torch.tensor([2, 2, 5, 9, 9], dtype=torch.int32)  # the last two rows belong to no expert
+    inputs.ids = torch.searchsorted(offs, torch.arange(T), right=True).unsqueeze(1)
+    inputs.weights = torch.rand(T, 1).requires_grad_()
+    biases = {"gate_up_bias": inputs.gate_up_bias, "down_bias": inputs.down_bias}
+    truth = inputs.truth("swiglu")
+    expected = [truth, *gradients(truth, inputs.leaves)]
+    for groups in (offs, GroupPlan(offs, T)):
+        weights = {"row_weights": inputs.weights[:, 0]}
+        y = sorted_experts(inputs.x, groups, inputs.gate_up, inputs.down, **weights, **biases)
+        assert_near([y, *gradients(y, inputs.leaves)], expected, 1e-6)
+        assert (y[9:] == 0).all()
+
+
+def test_quantized_weights_serve_both_gemms():
+    inputs = Inputs(torch.bfloat16)
+    quantized = [quantize_weights(w.detach().transpose(1, 2), "fp8_rowwise") for w in (inputs.gate_up, inputs.down)]
+    biases = {"gate_up_bias": inputs.gate_up_bias, "down_bias": inputs.down_bias}
+    with torch.no_grad():
+        y = experts_forward(inputs.x, inputs.ids, inputs.weights, *quantized, **biases)
+        assert torch.equal(y, inputs.run(implementation="grouped_mm", recipe="fp8_rowwise"))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nan_in_one_token_reaches_only_its_output(implementation):
+    inputs = Inputs(torch.bfloat16)
+    before = inputs.run(implementation=implementation)
+    with torch.no_grad():
+        inputs.x[6] = float("nan")
+    after = inputs.run(implementation=implementation)
+    assert after[6].isnan().all()
+    others = torch.arange(T) != 6
+    assert torch.equal(after[others], before[others])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens, k", ((0, 2), (1, 1), (3, E)))
+def test_few_tokens(implementation, tokens, k):
+    inputs = Inputs()
+    inputs.x = inputs.x.detach()[:tokens].requires_grad_()
+    inputs.ids, inputs.weights = torch.arange(k).expand(tokens, k), torch.rand(tokens, k, requires_grad=True)
+    y = inputs.run(implementation=implementation)
+    assert y.shape == (tokens, HIDDEN)
+    assert all(grad.shape == leaf.shape for grad, leaf in zip(gradients(y, inputs.leaves), inputs.leaves))
+
+
+@pytest.mark.parametrize("implementation", ("grouped_mm", "batched_mm", "auto"))
+def test_compiles_as_a_whole(implementation):
+    torch._dynamo.reset()
+    inputs, counter = Inputs(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(inputs.run, fullgraph=True, backend=counter)
+    y, eager = compiled(implementation=implementation), inputs.run(implementation=implementation)
+    assert_near([y, *gradients(y, inputs.leaves)], [eager, *gradients(eager, inputs.leaves)], 1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("activation, bias", (("swiglu", False), ("relu", True)))
+def test_the_module_is_the_function_with_its_parameters(activation, bias):
+    torch.manual_seed(0)
+    inputs, layer = Inputs(), Experts(E, HIDDEN, INNER, activation=activation, bias=bias)
+    biases = {"gate_up_bias": layer.gate_up_bias, "down_bias": layer.down_bias}
+    y = experts_forward(
+        inputs.x, inputs.ids, inputs.weights, layer.gate_up, layer.down, activation=activation, **biases
+    )  # fmt: skip
+    assert torch.equal(layer(inputs.x, inputs.ids, inputs.weights), y)
+    other = Experts(E, HIDDEN, INNER, activation=activation, bias=bias)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(inputs.x, inputs.ids, inputs.weights), y)
+    assert f"{E}, hidden={HIDDEN}, intermediate={INNER}, {activation}, recipe=none, bias={bias}" in str(layer)
+
+
+def test_the_module_trains():
+    torch.manual_seed(0)
+    inputs, layer = Inputs(), Experts(E, HIDDEN, INNER, recipe="fp8_rowwise", dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    x, target = inputs.x.detach().bfloat16(), torch.randn(T, HIDDEN)
+    losses = []
+    for _ in range(20):
+        loss = (layer(x, inputs.ids, inputs.weights.detach()).float() - target).square().mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < 0.98 * losses[0]
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "activation": ({"activation": "swish"}, "activation: expected one of swiglu, .*; found 'swish'"),
+    "implementation": ({"implementation": "fast"}, "implementation: expected one of auto, .*; found 'fast'"),
+    "no gate": ({"activation": "relu"}, r"gate_up.shape: expected \(5, 16, 24\).*; found \(5, 32, 24\)"),
+    "interleaved": ({"activation": "relu", "interleaved": True}, "interleaved: expected False"),
+    "bias": ({"down_bias": torch.zeros(E, HIDDEN + 1)}, r"down_bias.shape: expected \(5, 24\); found \(5, 25\)"),
+    "recipe": ({"recipe": "fp4"}, "recipe: expected"),
+}
+
+
+@pytest.mark.parametrize("options, message", BAD.values(), ids=BAD)
+def test_a_bad_option_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Inputs().run(**options)
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    (
+        ("ids", torch.zeros(T, K), "topk_ids.dtype: expected int32 or int64"),
+        ("ids", torch.zeros(T, K + 1, dtype=torch.int64), r"topk_weights.shape: expected \(11, 4\)"),
+        ("weights", torch.zeros(T, K, dtype=torch.int64), "topk_weights.dtype: expected a float dtype"),
+        ("down", torch.zeros(E, HIDDEN + 1, INNER), r"down.shape: expected \(E, H, I\) with H = 24"),
+        ("gate_up", torch.zeros(E + 1, 2 * INNER, HIDDEN), r"gate_up.shape: expected \(5, 32, 24\)"),
+        ("x", torch.zeros(T), "x: expected a tensor of rank 2"),
+    ),
+)
+def test_an_operand_that_does_not_fit_is_named(name, value, message):
+    inputs = Inputs()
+    setattr(inputs, name, value)
+    with pytest.raises(ValueError, match=message):
+        inputs.run()
+
+
+def test_quantized_weights_are_for_grouped_mm():
+    inputs = Inputs(torch.bfloat16)
+    inputs.down = quantize_weights(inputs.down.detach().transpose(1, 2), "fp8_rowwise")
+    with pytest.raises(ValueError, match="implementation: expected grouped_mm or auto, because down is quantized"):
+        inputs.run(implementation="eager")
