@@ -329,10 +329,10 @@ def compile_moe(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("weights", "dots"), "*fp32")
     compiled = {}
     for top_k in (8, 16, 40):
-        at_once = min(top_k, 16)
-        constants = {"TOP_K": top_k, "UNROLLED": at_once, "BLOCK_H": 1024}
+        constants = {"TOP_K": top_k, "UNROLLED": moe_combine.unrolled(top_k), "BLOCK_H": 1024}
         compiled[f"combine {top_k=}"] = compile_kernel(moe_combine._combine, arch, types, constants, num_warps=4)
-        constants = {"TOP_K": top_k, "SLOTS": at_once, "BLOCK_H": 2048 // at_once}
+        slots = min(top_k, 16)
+        constants = {"TOP_K": top_k, "SLOTS": slots, "BLOCK_H": 2048 // slots}
         alone = dict.fromkeys(("rows", "weights", "dots"))
         for name, absent in (("gather", alone), ("combine backward", {})):
             kernel = compile_kernel(moe_gather._gather, arch, types, constants | absent, num_warps=4)

@@ -38,7 +38,7 @@ def gather(x: Tensor, source: Tensor, places: Tensor) -> Tensor:
 
     Args:
         x: (T, H), bfloat16, float16 or float32.
-        source: (M,) int32, contiguous: the token of each row; -1: the row is not used.
+        source: (M,) int32: the token of each row; -1: the row is not used.
         places: (T, k) int32: the row of each slot; -1: the slot was dropped.
 
     Returns:
@@ -76,7 +76,7 @@ class _Gather(torch.autograd.Function):
         ctx.save_for_backward(x_TH if ctx.needs_input_grad[1] else None, weights, source, places)
         if weights is None:
             return ops.moe_gather(x_TH, source, places)
-        return ops.moe_combine_backward(x_TH, None, weights, source, places, True, False)[0]
+        return ops.moe_combine_backward(x_TH, None, weights, source, places, True)[0]
 
     @staticmethod
     def backward(ctx: Any, drows_MH: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,7 +108,7 @@ class _Combine(torch.autograd.Function):
         dy_TH = dense_rows(dy_TH)
         drows = dweights = None
         if for_rows and for_weights and not torch.is_grad_enabled():
-            drows, dweights = ops.moe_combine_backward(dy_TH, rows_MH, weights, source, places, True, True)
+            drows, dweights = ops.moe_combine_backward(dy_TH, rows_MH, weights, source, places, True)
             return drows, dweights, None, None
         if for_rows:
             drows = _Gather.apply(dy_TH, weights, source, places)
@@ -122,9 +122,9 @@ class _Dots(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, rows_MH: Tensor, weights: Tensor, source: Tensor, places: Tensor) -> Tensor:
-        """(T, k) in the dtype of ``weights``, whose values do not matter; zero for dropped slots."""
+        """(T, k) in the dtype of ``weights``, which are not read; zero for dropped slots."""
         ctx.save_for_backward(x_TH, rows_MH, source, places)
-        return ops.moe_combine_backward(x_TH, rows_MH, weights, source, places, False, True)[1]
+        return ops.moe_combine_backward(x_TH, rows_MH, weights, source, places, False)[1]
 
     @staticmethod
     def backward(ctx: Any, ddots: Tensor) -> tuple[Tensor | None, ...]:
@@ -168,22 +168,21 @@ def _moe_combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor) -> Ste
 
 @define_op()
 def _moe_combine_backward(
-    dy_TH: Tensor, rows_MH: Tensor | None, weights: Tensor | None, source: Tensor, places: Tensor, for_rows: bool,
-    for_weights: bool,
-) -> Steps[tuple[Tensor, Tensor]]:  # fmt: skip
-    """dRows and dweights of a combine; one that is not wanted is empty. Only dweights needs ``rows``."""
+    dy_TH: Tensor, rows_MH: Tensor | None, weights: Tensor | None, source: Tensor, places: Tensor, for_rows: bool
+) -> Steps[tuple[Tensor, Tensor]]:
+    """dRows of a combine, if ``for_rows``, and dweights, if ``rows`` are given. One that is not wanted is empty."""
     drows = dy_TH.new_empty((source.shape[0], dy_TH.shape[1]) if for_rows else 0)
-    dweights = dy_TH.new_empty(places.shape if for_weights else 0, dtype=weights.dtype if weights is not None else None)
+    dweights = dy_TH.new_empty(0 if rows_MH is None else places.shape, dtype=None if weights is None else weights.dtype)
     yield drows, dweights
     if _runs_kernels(dy_TH.device):
         from grouped_gemm.kernels.moe import gather as kernel
 
-        out, dots = drows if for_rows else None, dweights if for_weights else None
+        out, dots = drows if for_rows else None, None if rows_MH is None else dweights
         kernel.gather(dy_TH, rows_MH, weights, source.contiguous(), places.contiguous(), out, dots)
         return
     if for_rows:
         _gather(dy_TH, weights, source, places, drows)
-    if for_weights and rows_MH is not None:
+    if rows_MH is not None:
         _dots(dy_TH, rows_MH, places, dweights)
 
 

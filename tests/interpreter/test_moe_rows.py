@@ -8,6 +8,7 @@ from kernel_checks import assert_same_bits
 from routings import routing
 
 from grouped_gemm.core.library import ops
+from grouped_gemm.kernels.moe import combine, gather
 from grouped_gemm.moe import rows as moe_rows
 
 # T, k, H, dtype of rows and of weights: H that no vector load fits, several blocks of H in each kernel, one slot, more
@@ -40,36 +41,41 @@ def test_kernels_run_here():
     assert moe_rows._runs_kernels(torch.device("cpu"))
 
 
+def of_nan(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that must be written."""
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
 @every_case
 def test_combine(num_tokens, top_k, features, dtype, weights_dtype):
     x, rows, weights, _, places = operands(num_tokens, top_k, features, dtype, weights_dtype)
-    expected = torch.empty(x.shape, dtype=dtype)
+    found, expected = of_nan(x.shape, dtype), of_nan(x.shape, dtype)
+    combine.combine(rows, weights, places, found)
     moe_rows._combine(rows, weights, places, expected)
-    assert_same_bits(ops.moe_combine(rows, weights, places), expected, "y")
+    assert_same_bits(found, expected, "y")
 
 
 @every_case
 def test_gather_with_and_without_weights(num_tokens, top_k, features, dtype, weights_dtype):
     x, rows, weights, source, places = operands(num_tokens, top_k, features, dtype, weights_dtype)
-    expected = torch.empty(rows.shape, dtype=dtype)
-    moe_rows._gather(x, None, source, places, expected)
-    assert_same_bits(ops.moe_gather(x, source, places), expected, "rows")
-    moe_rows._gather(x, weights, source, places, expected)
-    found, _ = ops.moe_combine_backward(x, None, weights, source, places, True, False)
-    assert_same_bits(found, expected, "weighted rows")
+    for factors in (None, weights):
+        found, expected = of_nan(rows.shape, dtype), of_nan(rows.shape, dtype)
+        gather.gather(x, None, factors, source, places, found, None)
+        moe_rows._gather(x, factors, source, places, expected)
+        assert_same_bits(found, expected, "rows")
 
 
 @every_case
 def test_both_gradients_of_a_combine(num_tokens, top_k, features, dtype, weights_dtype):
     x, rows, weights, source, places = operands(num_tokens, top_k, features, dtype, weights_dtype or torch.float32)
     rows[0] = torch.nan
-    drows, dots = ops.moe_combine_backward(x, rows, weights, source, places, True, True)
-    expected, expected_dots = torch.empty(rows.shape, dtype=dtype), torch.empty_like(dots)
+    drows, dots = ops.moe_combine_backward(x, rows, weights, source, places, True)
+    expected, expected_dots = of_nan(rows.shape, dtype), torch.full_like(dots, torch.nan)
     moe_rows._gather(x, weights, source, places, expected)
     assert_same_bits(drows, expected, "dRows")
     moe_rows._dots(x, rows, places, expected_dots)
     assert not dots[places < 0].any() and dots[places == 0].isnan().all()
     # The sums have another order than torch's.
     torch.testing.assert_close(dots, expected_dots, equal_nan=True)
-    alone = ops.moe_combine_backward(x, rows, weights, source, places, False, True)[1]
+    alone = ops.moe_combine_backward(x, rows, weights, source, places, False)[1]
     assert_same_bits(alone, dots, "dweights alone")

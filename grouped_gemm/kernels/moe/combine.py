@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on_device
 
-_UNROLLED = 16  # the most slots whose loads are in flight together; more slots take several steps of a loop
+_MOST_UNROLLED = 16  # slots whose loads are in flight together
 
 
 def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tensor) -> None:
@@ -30,7 +30,7 @@ def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tenso
         return
     (num_tokens, top_k), features = places.shape, y_TH.shape[1]
     block_h = min(next_power_of_2(features), 1024)
-    constants = {"TOP_K": top_k, "UNROLLED": min(top_k, _UNROLLED), "BLOCK_H": block_h}
+    constants = {"TOP_K": top_k, "UNROLLED": unrolled(top_k), "BLOCK_H": block_h}
     with on_device(y_TH):
         launch(
             _combine, (num_tokens, cdiv(features, block_h)),
@@ -39,20 +39,25 @@ def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tenso
         )  # fmt: skip
 
 
+def unrolled(top_k: int) -> int:
+    """How many slots one step of the kernel's loop takes: all, or the largest divisor of k up to 16."""
+    return next(n for n in range(min(top_k, _MOST_UNROLLED), 0, -1) if top_k % n == 0)
+
+
 @triton.jit
 def _combine(
     rows, weights, places, y, H, rows_stride, weights_stride,
     TOP_K: tl.constexpr, UNROLLED: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_H features of one token."""
+    """BLOCK_H features of one token. UNROLLED divides TOP_K."""
     t = tl.program_id(0).to(tl.int64)
     hs = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros((BLOCK_H,), tl.float32)
     for first in range(0, TOP_K, UNROLLED):
         for i in tl.static_range(UNROLLED):
-            place = tl.load(places + t * TOP_K + first + i, mask=first + i < TOP_K, other=-1)
+            place = tl.load(places + t * TOP_K + first + i)
             is_used = place >= 0
-            values = tl.load(rows + place.to(tl.int64) * rows_stride + hs, mask=is_used & (hs < H), other=0)
+            values = tl.load(rows + place.to(tl.int64) * rows_stride + hs, mask=hs < tl.where(is_used, H, 0), other=0)
             values = values.to(tl.float32)
             if weights is not None:
                 weight = tl.load(weights + t * weights_stride + first + i, mask=is_used, other=0)
