@@ -38,7 +38,7 @@ def gather(
         return
     (num_tokens, top_k), features = places.shape, x_TH.shape[1]
     slots = min(next_power_of_2(top_k), _MOST_SLOTS)
-    block_h = min(next_power_of_2(max(features, 1)), _TILE // slots)
+    block_h = min(next_power_of_2(features), _TILE // slots)
     constants = {"TOP_K": top_k, "SLOTS": slots, "BLOCK_H": block_h}
     strides = (x_TH.stride(0), *(0 if x is None else x.stride(0) for x in (rows_MH, weights)))
     with on_device(x_TH):
