@@ -308,7 +308,10 @@ def test_auto_chooses_by_a_new_profile(weights, profiled):
     (found,) = profiled(weights, RowClass.LARGE)
     assert found.decision.backends == (BackendKind.TORCH,)
     assert str(found) == "large: forward torch, dgrad torch, wgrad torch (torch 1 us; triton 2 us)"
-    a, offs = torch.zeros(3000, K, dtype=torch.bfloat16).requires_grad_(), torch.tensor([1000, 2000, 3000], dtype=torch.int32)
+    a, offs = (
+        torch.zeros(3000, K, dtype=torch.bfloat16).requires_grad_(),
+        torch.tensor([1000, 2000, 3000], dtype=torch.int32),
+    )
     decided = functional.explain(a, weights, offs, recipe="fp8_rowwise").decision
     assert decided.backends == (BackendKind.TORCH,)
     assert decided.expected.is_exact and "NVIDIA H200" in decided.expected.source
