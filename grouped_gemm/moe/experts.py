@@ -6,7 +6,8 @@ T, k, H, I: tokens, experts per token, hidden and intermediate features. E, M: e
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,8 @@ IMPLEMENTATIONS = ("auto", "grouped_mm", "batched_mm", "eager_fused", "eager")
 _FEW_ROWS = 16  # routed rows up to which "auto" gathers the weights of each row; not measured
 
 
-class _Experts(NamedTuple):
+@dataclass
+class _Experts:  # no NamedTuple: Dynamo of torch 2.10 does not trace a property of one
     """The weights of all experts, checked, and how to run them.
 
     Attributes:
