@@ -44,7 +44,7 @@ _UNALIGNED = (
     "M",
     "E",
     "S",
-    "P",
+    "B",
     "k",
     "column_stride",
     "lhs_scale_stride",

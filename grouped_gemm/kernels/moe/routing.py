@@ -1,11 +1,11 @@
 """The order of an MoE layer's rows: a counting sort of slots by expert.
 
 A slot is one of the k choices of a token; slots are numbered token by token. A block is a run of slots that one program
-sorts. A table (P, E) has, for each block and expert, how many slots up to the end of the block go to that expert or to
+sorts. A table (B, E) has, for each block and expert, how many slots up to the end of the block go to that expert or to
 one before it. So its last row is ``offs``. Three launches: count each block, add up the blocks, place the slots. If one
 block holds all slots, the last launch alone does it.
 
-T, k, E: tokens, experts per token, experts. S = T * k: slots. P: blocks.
+T, k, E: tokens, experts per token, experts. S = T * k: slots. B: blocks.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -57,15 +57,15 @@ def _count(topk_ids, table, S, E, BLOCK: tl.constexpr, E_AT_ONCE: tl.constexpr):
     _store_ends(expert, table + block.to(tl.int64) * E, E, E_AT_ONCE)
 
 
-@triton.jit(do_not_specialize=["P"])
-def _add_blocks(table, offs, P, E, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
+@triton.jit(do_not_specialize=["B"])
+def _add_blocks(table, offs, B, E, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr):
     """Adds to each row of the table the rows before it, for BLOCK_E experts. The last row is ``offs``."""
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     before = tl.zeros((BLOCK_E,), tl.int32)
-    for first in range(0, P, BLOCK_P):
+    for first in range(0, B, BLOCK_P):
         block = first + tl.arange(0, BLOCK_P)
         at = table + block.to(tl.int64)[:, None] * E + e[None, :]
-        mask = (block < P)[:, None] & (e < E)[None, :]
+        mask = (block < B)[:, None] & (e < E)[None, :]
         counts = tl.load(at, mask=mask, other=0)
         tl.store(at, before[None, :] + tl.cumsum(counts, 0), mask=mask)
         before += tl.sum(counts, 0)
