@@ -112,9 +112,8 @@ class GroupPlan:
         for kind, blocks in zip(route.backends, route.blocks):
             known = self._plans_with_blocks if blocks else self._plans
             if kind not in known:
-                with (
-                    nullcontext() if offs.is_inference() else torch.inference_mode(False)
-                ):  # backward may save it later
+                # A later call may save it for backward, which a tensor of inference mode cannot be.
+                with nullcontext() if offs.is_inference() else torch.inference_mode(False):
                     known[kind] = get_backend(kind).plan(offs, self.num_rows, route.group_alignment, blocks=blocks)
             found[kind] = known[kind]
         return found

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from grouped_gemm.backends.base import Health, _GroupedMMBackend
 from grouped_gemm.core.library import NAMES
+from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
 
 _OTHER_NAMES = {BackendKind.TORCH: "torch_native"}  # a module named torch would hide the package torch
@@ -78,6 +79,16 @@ def gemm_ops() -> list[torch._ops.OpOverload]:
     register_ops()
     names = sorted(name for name in NAMES if name.endswith(("_grouped_mm", "_wgrad")))
     return [getattr(torch.ops.grouped_gemm, name).default for name in names]
+
+
+def runs_kernels(device: torch.device) -> bool:
+    """Whether this package's own kernels run on ``device``: the Triton backend supports the machine and is healthy."""
+    return machine_of(device).runs_kernels and _triton_on(device).health().is_good
+
+
+@functools.cache
+def _triton_on(device: torch.device) -> Candidate:
+    return next(item for item in candidates(device) if item.backend.kind is BackendKind.TRITON)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ T, k, H, I: tokens, experts per token, hidden and intermediate features. E, M: e
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -35,14 +35,14 @@ class _Experts:  # no NamedTuple: Dynamo of torch 2.10 does not trace a property
     """The weights of all experts, checked, and how to run them.
 
     Attributes:
-        first: (E, I, H) or (E, 2I, H) each: the pair gate and up, both of them in one, or one projection alone.
-        first_biases: likewise (E, I) or (E, 2I); None for no bias.
+        first: gate and up, (E, I, H) each; both in one, (E, 2I, H); or one projection without a gate, (E, I, H).
+        first_biases: the biases of ``first``, (E, I) or (E, 2I) each; None: no bias.
         down: (E, H, I).
         down_bias: (E, H) or None.
         activation: between the GEMMs.
-        interleaved: whether gate and up rows of one tensor alternate, instead of all gate rows before all up rows.
+        interleaved: whether gate and up rows alternate in one tensor. Otherwise all gate rows come before all up rows.
         recipe: of the GEMMs.
-        kernel_preference: likewise.
+        kernel_preference: of the GEMMs.
     """
 
     first: tuple[Weights, ...]
@@ -64,20 +64,23 @@ class _Experts:  # no NamedTuple: Dynamo of torch 2.10 does not trace a property
         """E."""
         return _shape(self.down)[0]
 
-    def halves(self, projections: list[Tensor]) -> tuple[Tensor, ...]:
-        """What the activation takes, from what the first GEMMs return."""
-        if not self.activation.is_gated or len(projections) == 2:
-            return tuple(projections)
-        (both,) = projections
-        if self.interleaved:
-            return both[..., 0::2], both[..., 1::2]
-        gate, up = both.chunk(2, dim=-1)
-        return gate, up
+    def gate_and_up(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Views of the gate and up halves of axis 1, or ``x`` alone if it has only one of them."""
+        if not self.activation.is_gated or len(self.first) == 2:
+            return (x,)
+        return (x[:, 0::2], x[:, 1::2]) if self.interleaved else x.chunk(2, dim=1)
+
+    def apart(self) -> _Experts:
+        """The same experts with gate and up as two tensors, which are views."""
+        first = [half for w in self.first for half in self.gate_and_up(_dense(w))]
+        biases = [half for b in self.first_biases if b is not None for half in self.gate_and_up(b)]
+        return replace(self, first=tuple(first), first_biases=tuple(biases) or (None,) * len(first), interleaved=False)
 
     def run(self, multiply: Callable[[Tensor, Weights, Tensor | None], Tensor], rows: Tensor) -> Tensor:
         """The experts on ``rows`` by ``multiply``, which multiplies rows by weights (E, out, in) and adds a bias."""
         projections = [multiply(rows, w, bias) for w, bias in zip(self.first, self.first_biases)]
-        return multiply(activate(self.activation, *self.halves(projections)), self.down, self.down_bias)
+        pre = [half for projection in projections for half in self.gate_and_up(projection)]
+        return multiply(activate(self.activation, *pre), self.down, self.down_bias)
 
 
 def experts_forward(
@@ -108,7 +111,7 @@ def experts_forward(
         gate_up: (E, 2I, H), gate rows before up rows; or the pair (gate, up), (E, I, H) each, which is never copied
             into one; or (E, I, H) for an activation without a gate. Or such weights from `quantize_weights`, which
             takes them transposed: ``quantize_weights(gate_up.transpose(1, 2), recipe)``.
-        down: (E, H, I), or quantized likewise.
+        down: (E, H, I), or quantized in the same way.
         recipe: how the operands of the GEMMs are quantized, as in `grouped_mm`.
         activation: "swiglu", "geglu", "geglu_tanh", "reglu", or "swiglu_clamped", that of gpt-oss:
             gate * sigmoid(1.702 * gate) * (up + 1) with gate clamped to at most 7 and up to [-7, 7]. Without a gate:
@@ -165,14 +168,14 @@ def sorted_experts(
         rows: (M, H); bfloat16, float16 or float32.
         offs: (E,) int32, the end row of each expert, as in `grouped_mm`; or a `GroupPlan`.
         gate_up: as in `experts_forward`.
-        down: likewise.
+        down: as in `experts_forward`.
         row_weights: (M,), any float dtype: what each row of the result is multiplied by, in fp32.
         recipe: as in `experts_forward`.
-        activation: likewise.
-        interleaved: likewise.
-        gate_up_bias: likewise.
-        down_bias: likewise.
-        kernel_preference: likewise.
+        activation: as in `experts_forward`.
+        interleaved: as in `experts_forward`.
+        gate_up_bias: as in `experts_forward`.
+        down_bias: as in `experts_forward`.
+        kernel_preference: as in `experts_forward`.
 
     Returns:
         (M, H) in the dtype of ``rows``, zero at and past ``offs[-1]``.
@@ -222,8 +225,7 @@ def _run_batched(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: _Ex
     plan = GroupPlan(ends, ids.shape[0]) if experts.is_scaled else None
 
     def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
-        assert isinstance(w, Tensor), "checked: quantized weights are not gathered"
-        own, own_bias = w.index_select(0, ids), None if bias is None else bias.index_select(0, ids)
+        own, own_bias = _dense(w).index_select(0, ids), None if bias is None else bias.index_select(0, ids)
         if plan is not None:
             return _grouped(experts, plan)(rows, own, own_bias)
         y = torch.bmm(own, rows.unsqueeze(2)).squeeze(2)
@@ -237,9 +239,11 @@ def _run_eager(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: _Expe
     """A loop over experts that finds each one's tokens on the host."""
     k = topk_ids.shape[1]
     by_slot = x.new_zeros(topk_ids.numel(), x.shape[1])
+    if not experts.is_scaled:  # quantized apart, gate and up would have other blocks
+        experts = experts.apart()
     for e in range(experts.num_experts):
         tokens, slots = torch.where(topk_ids == e)
-        y = experts.run(_one_expert(experts, e, apart=True), x[tokens])
+        y = experts.run(_one_expert(experts, e), x[tokens])
         by_slot = by_slot.index_put((tokens * k + slots,), y)
     is_kept = (topk_ids >= 0) & (topk_ids < experts.num_experts)
     return _weighted_sum(by_slot.view(*topk_ids.shape, x.shape[1]), topk_weights, is_kept)
@@ -258,33 +262,31 @@ def _run_eager_fused(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts:
     offs, source, places = route(topk_ids, experts.num_experts)
     rows, outputs, start = gather(x, source, places), [], 0
     for e, end in enumerate(offs.tolist()):
-        outputs.append(experts.run(_one_expert(experts, e, apart=False), rows[start:end]))
+        outputs.append(experts.run(_one_expert(experts, e), rows[start:end]))
         start = end
     outputs.append(rows.new_zeros(len(rows) - start, x.shape[1]))
     return combine(torch.cat(outputs), topk_weights, source, places)
 
 
-def _one_expert(experts: _Experts, e: int, apart: bool) -> Callable[[Tensor, Weights, Tensor | None], Tensor]:
-    """Multiplies rows by the weights of expert ``e``: in plain torch, or with a recipe as a group of its own.
-
-    ``apart``: gate and up of one tensor are two matmuls.
-    """
+def _one_expert(experts: _Experts, e: int) -> Callable[[Tensor, Weights, Tensor | None], Tensor]:
+    """Multiplies rows by the weights of expert ``e``: in plain torch, or with a recipe as the only group of a call."""
 
     def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
-        assert isinstance(w, Tensor), "checked: the loops take no quantized weights"
-        own, own_bias = w[e], None if bias is None else bias[e]
+        own, own_bias = _dense(w)[e], None if bias is None else bias[e]
         if experts.is_scaled:
             end = torch.tensor([len(rows)], dtype=torch.int32, device=rows.device)
             one_bias = None if own_bias is None else own_bias[None]
             return _grouped(experts, GroupPlan(end, len(rows)))(rows, own[None], one_bias)
-        if apart and experts.activation.is_gated and w is experts.first[0] and len(experts.first) == 1:
-            halves = (own[0::2], own[1::2]) if experts.interleaved else own.chunk(2)
-            gate, up = (F.linear(rows, half) for half in halves)
-            y = torch.stack((gate, up), 2).flatten(1) if experts.interleaved else torch.cat((gate, up), 1)
-            return y if own_bias is None else y + own_bias
-        return F.linear(rows, own) if own_bias is None else F.linear(rows, own) + own_bias
+        y = F.linear(rows, own)
+        return y if own_bias is None else y + own_bias
 
     return multiply
+
+
+def _dense(w: Weights) -> Tensor:
+    """``w``, which is a tensor: `_checked` lets quantized weights through to grouped GEMMs only."""
+    assert isinstance(w, Tensor), "checked: these weights are not quantized"
+    return w
 
 
 _RUNS: dict[str, Callable[[Tensor, Tensor, Tensor, _Experts], Tensor]] = {

@@ -23,8 +23,8 @@ class Experts(torch.nn.Module):
         interleaved: whether gate and up rows alternate in ``gate_up``.
         bias: whether both GEMMs add biases.
         recipe: as in `experts_forward`.
-        implementation: likewise.
-        kernel_preference: likewise.
+        implementation: as in `experts_forward`.
+        kernel_preference: as in `experts_forward`.
         device: of the parameters.
         dtype: of the parameters; bfloat16, float16 or float32.
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from grouped_gemm import reference
+from grouped_gemm.backends import runs_kernels
 from grouped_gemm.core.library import Size, Steps, define_op, ops
-from grouped_gemm.core.machine import machine_of
 from grouped_gemm.selection import checks
 
 
@@ -56,7 +56,7 @@ def _moe_route(topk_ids: Tensor, num_experts: Size) -> Steps[tuple[Tensor, Tenso
     yield empty
     checks.check_slots(topk_ids.numel())
     topk_ids = topk_ids.contiguous()
-    if not machine_of(topk_ids.device).runs_kernels:
+    if not runs_kernels(topk_ids.device):
         yield reference.route(topk_ids, num_experts)
         return
     from grouped_gemm.kernels.moe import routing  # imports Triton

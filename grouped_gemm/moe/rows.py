@@ -15,19 +15,14 @@ T, k, M = T * k, H: tokens, slots of a token, routed rows, features. Two tensors
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grouped_gemm.backends import candidates
-from grouped_gemm.backends.base import Health
-from grouped_gemm.core.call_spec import CallSpec, RowClass
+from grouped_gemm.backends import runs_kernels
 from grouped_gemm.core.dense import dense_rows
 from grouped_gemm.core.library import Steps, define_op, ops
-from grouped_gemm.core.preference import BackendKind
 
 
 def gather(x: Tensor, source: Tensor, places: Tensor) -> Tensor:
@@ -146,7 +141,7 @@ class _Dots(torch.autograd.Function):
 def _moe_gather(x_TH: Tensor, source: Tensor, places: Tensor) -> Steps[Tensor]:
     out_MH = x_TH.new_empty(source.shape[0], x_TH.shape[1])
     yield out_MH
-    if _runs_kernels(x_TH.device):
+    if runs_kernels(x_TH.device):
         from grouped_gemm.kernels.moe import gather as kernel
 
         kernel.gather(x_TH, None, None, source.contiguous(), places.contiguous(), out_MH, None)
@@ -158,7 +153,7 @@ def _moe_gather(x_TH: Tensor, source: Tensor, places: Tensor) -> Steps[Tensor]:
 def _moe_combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor) -> Steps[Tensor]:
     y_TH = rows_MH.new_empty(places.shape[0], rows_MH.shape[1])
     yield y_TH
-    if _runs_kernels(rows_MH.device):
+    if runs_kernels(rows_MH.device):
         from grouped_gemm.kernels.moe import combine as kernel
 
         kernel.combine(rows_MH, weights, places.contiguous(), y_TH)
@@ -174,7 +169,7 @@ def _moe_combine_backward(
     drows = dy_TH.new_empty((source.shape[0], dy_TH.shape[1]) if for_rows else 0)
     dweights = dy_TH.new_empty(0 if rows_MH is None else places.shape, dtype=None if weights is None else weights.dtype)
     yield drows, dweights
-    if _runs_kernels(dy_TH.device):
+    if runs_kernels(dy_TH.device):
         from grouped_gemm.kernels.moe import gather as kernel
 
         out, dots = drows if for_rows else None, None if rows_MH is None else dweights
@@ -184,19 +179,6 @@ def _moe_combine_backward(
         _gather(dy_TH, weights, source, places, drows)
     if rows_MH is not None:
         _dots(dy_TH, rows_MH, places, dweights)
-
-
-def _runs_kernels(device: torch.device) -> bool:
-    """Whether the Triton backend runs on ``device``: its requirements hold there, and its health is good."""
-    health = _health_of_triton(device)
-    return health is not None and health().is_good
-
-
-@functools.cache
-def _health_of_triton(device: torch.device) -> Callable[[], Health] | None:
-    spec = CallSpec(device, 1, 16, 16, RowClass.DECODE)
-    triton = next(item for item in candidates(device) if item.backend.kind is BackendKind.TRITON)
-    return triton.health if all(requirement.holds(spec) for requirement in triton.backend.requirements) else None
 
 
 # The same in plain torch, without host syncs. One slot at a time: temporaries are no larger than (T, H).
