@@ -4,10 +4,10 @@
 
 Whole calls: a forward call without gradients, and forward with backward, for the shapes of the profile and for
 the `UNTUNED` ones, which no profile has and no tile was chosen for. Groups are balanced (in whole blocks of 128
-rows, which is guaranteed), ragged, or few rows: 64 in all. The backends' calls are interleaved: those of more than two
-milliseconds are timed on the device, with a cold L2, others by the wall clock, ten in a row. Where AUTO
-chooses one backend for all passes, both make the same call, so any difference of their ratio from 1 is noise. If the
-regret is over 1.03, all are timed four more times, and the least of each counts. If it stays over, the exit code is 1.
+rows, which is guaranteed), ragged, or few rows: 64 in all. The backends' calls are interleaved, and timed by the wall
+clock, ten in a row. Where AUTO chooses one backend for all passes, both make the same call, so any difference of their
+ratio from 1 is noise. If the regret is over 1.03, all are timed four more times, and the least of each counts. If it
+stays over, the exit code is 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,6 @@ def measure(shape: str, kind: str, name: str) -> None:
 
         return call
 
-    timer = partial(eager_microseconds, budget_ms=250)
     for what, make, grad in (("forward", forward, False), ("step", step, True)):
         calls = {}
         for backend in ("auto", *(candidate.value for candidate in BACKENDS)):
@@ -100,10 +98,10 @@ def measure(shape: str, kind: str, name: str) -> None:
             chosen = explain(a, w.transpose(1, 2), offs, **options).decision
         if len(calls) < 2 or "auto" not in calls:  # failures say why
             continue
-        times = timer(calls)
+        times = eager_microseconds(calls)
         runs = 1 if times["auto"] <= GOAL * min(times.values()) else MOST_RUNS
         for _ in range(runs - 1):
-            again = timer(calls)
+            again = eager_microseconds(calls)
             times = {backend: min(us, again[backend]) for backend, us in times.items()}
         auto = times.pop("auto")
         best = min(times, key=times.__getitem__)
