@@ -1,7 +1,4 @@
-"""Measures whole calls on each plan that can run them, for a profile.
-
-M, E, K, N: rows, groups, in and out features.
-"""
+"""Measures whole calls on each plan that can run them, for a profile."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from grouped_gemm.autotune.timing import captured_microseconds, eager_microsecon
 from grouped_gemm.backends import Candidate
 from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.selection.cost_model import Call, Times
-from grouped_gemm.selection.route import route_on
+from grouped_gemm.selection.route import Route, route_on
 from grouped_gemm.selection.rules import able_plans
 
 Timer = Callable[[dict[str, Callable[[], Any]]], dict[str, float]]
@@ -48,62 +45,57 @@ def measure(
     Returns:
         The times by kind of call, and the errors by plan that failed.
     """
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device).normal_(generator=generator).to(spec.dtype)
-
-    a_MK, dy_MN = normal(num_rows, spec.k), normal(num_rows, spec.n)
-    w_ENK = normal(spec.num_groups, spec.n, spec.k) * spec.k**-0.5
-    b_EKN = w_ENK.transpose(1, 2) if spec.b_contiguous == "k" else w_ENK.transpose(1, 2).contiguous()
-    del w_ENK
-    offs = uneven_ends(num_rows, spec.num_groups, spec.group_alignment, device)
+    a, b, dy, offs = operands(spec, num_rows, device)
     failures: dict[str, str] = {}
     found: dict[Call, Times] = {}
     training = tuple(pass_ for pass_ in Pass if pass_ in spec.passes)
     for passes in dict.fromkeys(((Pass.FORWARD,), training)):
         asked = spec._replace(passes=passes)
-        wanted = [x.requires_grad_(p in passes) for p, x in ((Pass.DGRAD, a_MK), (Pass.WGRAD, b_EKN))]
-        leaves = [x for x in wanted if x.requires_grad]
-
-        def call(plan: dict[Pass, Any], asked: CallSpec = asked, leaves: list[Tensor] = leaves) -> Callable[[], Any]:
-            route = route_on(asked, plan)
-            if not leaves:
-                return torch.no_grad()(lambda: run_forward(a_MK, b_EKN, None, offs, route)[0])
-            return lambda: torch.autograd.grad(GroupedMM.apply(a_MK, b_EKN, None, offs, route), leaves, dy_MN)
-
-        calls = {name: call(plan) for name, plan in able_plans(asked, candidates).items()}
-        compiled = {name: run for name, run in calls.items() if _runs(name, run, failures)}
+        a.requires_grad_(Pass.DGRAD in passes)
+        b.requires_grad_(Pass.WGRAD in passes)
+        plans = able_plans(asked, candidates)
+        calls = {name: _call(route_on(asked, plan), a, b, dy, offs) for name, plan in plans.items()}
         capturable = able_plans(asked._replace(host_sync=False), candidates)
-        in_graphs = {name: run for name, run in compiled.items() if name in capturable}
         found[Call.of(asked)] = Times(
             num_rows,
-            dict.fromkeys(calls, math.inf) | _timed(compiled, eager, failures),
-            dict.fromkeys(capturable, math.inf) | _timed(in_graphs, captured, failures),
+            _timed(calls, eager, failures),
+            _timed({name: calls[name] for name in capturable}, captured, failures),
             date.today().isoformat(),
         )
     return found, failures
 
 
-def _runs(name: str, run: Callable[[], Any], failures: dict[str, str]) -> bool:
-    """Runs a call once, which compiles it, and says whether that worked. An error goes into ``failures``."""
-    try:
-        run()
-        return True
-    except Exception as error:
-        failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        return False
+def operands(spec: CallSpec, num_rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random ``a`` (M, K), ``b`` (E, K, N) and dY (M, N) of a call, and ``offs`` of uneven groups."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = spec.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+
+    num_groups, k, n = spec.num_groups, spec.k, spec.n
+    b = normal(num_groups, n, k).transpose(1, 2) if spec.b_contiguous == "k" else normal(num_groups, k, n)
+    offs = uneven_ends(num_rows, num_groups, spec.group_alignment, device)
+    return normal(num_rows, k), b, normal(num_rows, n, dtype=spec.out_dtype), offs
+
+
+def _call(route: Route, a: Tensor, b: Tensor, dy: Tensor, offs: Tensor) -> Callable[[], Any]:
+    """Forward, with backward if an operand needs a gradient."""
+    leaves = [x for x in (a, b) if x.requires_grad]
+    if not leaves:
+        return lambda: run_forward(a, b, None, offs, route)
+    return lambda: torch.autograd.grad(GroupedMM.apply(a, b, None, offs, route), leaves, dy)
 
 
 def _timed(calls: dict[str, Callable[[], Any]], timer: Timer, failures: dict[str, str]) -> dict[str, float]:
-    """Times the plans interleaved. If that fails, times each plan alone, to find those that fail."""
+    """Times the plans interleaved; if that fails, each one alone. A plan that fails takes infinitely long."""
     try:
-        return timer(calls) if calls else {}
-    except Exception:
-        times: dict[str, float] = {}
-        for name, run in calls.items():
-            _runs(name, lambda name=name, run=run: times.update(timer({name: run})), failures)  # type: ignore[misc]
-        return times
+        return timer(calls)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if len(calls) == 1:
+        failures.update(dict.fromkeys(calls, reason))
+        return dict.fromkeys(calls, math.inf)
+    return {name: _timed({name: call}, timer, failures)[name] for name, call in calls.items()}
 
 
 def uneven_ends(num_rows: int, num_groups: int, alignment: int, device: torch.device) -> Tensor:
