@@ -140,7 +140,7 @@ class Explanation:
                 lines.append(f"  {pass_.value:12}{'no backend':12}{who}")
         lines.append(f"  {'why':12}{self.why}")
         if decision.expected is not None:
-            lines.append(f"  {'measured':12}{'; '.join(_timed(*plan) for plan in decision.expected.plans)}")
+            lines.append(f"  {'measured':12}{'; '.join(timed(*plan) for plan in decision.expected.plans)}")
         if self.quantized_bytes:
             lines.append(f"  {'quantized':12}{_bytes(self.quantized_bytes)} read and written")
         syncs = [f"{backend}: {when}" for backend, when in self.host_syncs.items()]
@@ -159,7 +159,7 @@ class Explanation:
         return [f"{backend}: at most {rows} rows{percent[backend]}" for backend, rows in self.padding.items()]
 
 
-def _timed(plan: str, microseconds: float) -> str:
+def timed(plan: str, microseconds: float) -> str:
     """``triton 1.09 ms``."""
     if math.isinf(microseconds):
         return f"{plan} failed"

@@ -97,11 +97,6 @@ class Decision:
         return tuple(dict.fromkeys(backend for _, backend in self.chosen))
 
     @property
-    def summary(self) -> str:
-        """``forward triton, dgrad triton``."""
-        return ", ".join(f"{pass_.value} {backend.value}" for pass_, backend in self.chosen)
-
-    @property
     def is_complete(self) -> bool:
         """Whether every pass of the call has a backend."""
         return len(self.chosen) == len(self.spec.passes)
