@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from grouped_gemm.backends import Candidate
-from grouped_gemm.backends.base import Requirement
 from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import STRICT, BackendKind, KernelPreference, Preference
 from grouped_gemm.selection.cost_model import PLANS, Expected, Profile, expected
@@ -277,34 +276,19 @@ def _fastest(first: Chosen, measured: Expected | None) -> Chosen:
 
 
 def _unmet_requirements(candidate: Candidate, spec: CallSpec) -> list[Refusal]:
-    """A refusal for each requirement of one backend that does not hold."""
+    """A refusal for each requirement of one backend that does not hold, and for weights in another's layout."""
     kind = candidate.backend.kind
     found = []
-    for requirement in (*candidate.backend.requirements, *_requires_own_weights(kind)):
+    for requirement in candidate.backend.requirements:
         passes = tuple(p for p in spec.passes if p in requirement.passes)
         if passes and not requirement.holds(spec):
             reason = f"requires {requirement.what}; found {requirement.found(spec)}"
             found.append(Refusal(kind, passes, reason, requirement.fix))
+    for pass_, owner in zip((Pass.FORWARD, Pass.DGRAD), spec.weights or ()):
+        if pass_ in spec.passes and owner is not kind:
+            layout = "no such layout" if owner is None else f"the layout of {owner.value}"
+            reason = f"requires quantized weights in its layout for {pass_.value}; found {layout}"
+            dgrad = "dgrad=True and " if pass_ is Pass.DGRAD else ""
+            fix = f"Quantize them with {dgrad}the kernel_preference of the call."
+            found.append(Refusal(kind, (pass_,), reason, fix))
     return found
-
-
-def _requires_own_weights(kind: BackendKind) -> tuple[Requirement, Requirement]:
-    """Requires that weights quantized beforehand are in the layouts of ``kind``."""
-
-    def requirement(pass_: Pass, index: int, fix: str) -> Requirement:
-        def found(spec: CallSpec) -> str:
-            owner = spec.weights[index] if spec.weights else None
-            return "no such layout" if owner is None else f"the layout of {owner.value}"
-
-        return Requirement(
-            what=f"quantized weights in its layout for {pass_.value}",
-            holds=lambda p: p.weights is None or p.weights[index] is kind,
-            found=found,
-            fix=fix,
-            passes=(pass_,),
-        )
-
-    return (
-        requirement(Pass.FORWARD, 0, "Quantize them with the kernel_preference of the call."),
-        requirement(Pass.DGRAD, 1, "Quantize them with dgrad=True and the kernel_preference of the call."),
-    )
