@@ -84,7 +84,7 @@ def plans(asked: CallSpec, *profiles: Profile) -> dict[str, float] | None:
 
 def test_the_nearest_profiled_sizes_are_used_and_named():
     near, far = times({"triton": 1.0}), times({"triton": 2.0})
-    both = profile((STEP, near), (STEP._replace(num_groups=128, k=128, n=128), far))
+    both = profile((STEP._replace(num_groups=128, k=128, n=128), far), (STEP, near))
     found = expected(spec(num_groups=16, n=512), [both])
     assert found.plans == (("triton", 1.0),)
     assert found.source == (

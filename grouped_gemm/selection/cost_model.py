@@ -56,13 +56,13 @@ class Call(NamedTuple):
         sizes = spec.num_groups, spec.k, spec.n
         return cls(recipe, spec.rows.value, spec.group_alignment % 128 == 0, training, *sizes)
 
-    def distance(self, other: Call) -> float:
-        """The distance between the sizes of two calls: the sum of the absolute logarithms of their ratios.
+    def distance(self, other: Call) -> tuple[bool, float]:
+        """Whether the calls differ in `whole_blocks`; and the sum of the absolute logarithms of their sizes' ratios.
 
         E counts half. It says how often a kernel repeats its work; K and N say what the work is.
         """
         groups, k, n = (abs(math.log(max(x, 1) / max(y, 1))) for x, y in zip(self[-3:], other[-3:]))
-        return 0.5 * groups + k + n
+        return self.whole_blocks != other.whole_blocks, 0.5 * groups + k + n
 
 
 class Times(NamedTuple):
@@ -121,11 +121,10 @@ def expected(spec: CallSpec, profiles: Sequence[Profile]) -> Expected | None:
     asked = Call.of(spec)
     for profile in profiles:
         alike = [call for call in profile.times if (call[:2], call.training) == (asked[:2], asked.training)]
-        exactly = [call for call in alike if call.whole_blocks == asked.whole_blocks]
         if profile.is_exact:
-            alike = exactly = [call for call in exactly if call == asked]
+            alike = [call for call in alike if call == asked]
         if alike:
-            nearest = min(exactly or alike, key=asked.distance)
+            nearest = min(alike, key=asked.distance)
             times = profile.times[nearest]
             by_plan = times.captured if spec.captured else times.eager
             sizes = f"M={times.num_rows}, E={nearest.num_groups}, K={nearest.k}, N={nearest.n}"
