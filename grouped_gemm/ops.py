@@ -105,8 +105,6 @@ def unpermute(input_act: Tensor, row_id_map: Tensor, probs: Tensor | None = None
             checks.fail("probs", f"(T, k) with T * k = {row_id_map.numel()}, as in row_id_map", tuple(probs.shape))
     top_k, num_tokens = (1, row_id_map.numel()) if probs is None else (probs.shape[1], probs.shape[0])
     places_kT = row_id_map.view(top_k, num_tokens)
-    if torch.compiler.is_compiling():  # torch 2.11 would compile the Function's gradients to zeros
-        return _sum_of_slots(input_act, places_kT, probs)
     return _Unpermute.apply(input_act, places_kT, probs)
 
 
@@ -118,7 +116,8 @@ def _sum_of_slots(rows_MH: Tensor, places_kT: Tensor, probs_Tk: Tensor | None) -
         if probs_Tk is not None:
             rows *= probs_Tk[:, j, None].float()
         total += rows.masked_fill_(places[:, None] < 0, 0)
-    return total.to(rows_MH.dtype)
+    # A new tensor, since forward returns it: see torch.compile in docs/design.md.
+    return total.to(rows_MH.dtype, copy=True)
 
 
 class _Permute(torch.autograd.Function):

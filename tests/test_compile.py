@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from kernel_checks import assert_same_bits
 from large import RAGGED, layer, train, training, with_sizes
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
 
-from grouped_gemm import BackendKind, NoBackendError, Pass, Recipe, grouped_mm, prefer, quantize_weights
+from grouped_gemm import BackendKind, NoBackendError, Pass, Recipe, autograd, grouped_mm, ops, prefer, quantize_weights
+from grouped_gemm.backends import get_backend
 from grouped_gemm.core import tracing
+from grouped_gemm.moe import rows
+from grouped_gemm.moe.activation import ACTIVATIONS, activate
+from grouped_gemm.moe.routing import route
 from grouped_gemm.testing import make_inputs
 
 NUM_GROUPS, K, N = 4, 32, 64
@@ -400,3 +408,59 @@ def test_autocast_applies_inside_a_graph():
     assert ours[0].dtype == torch.bfloat16
     for mine, theirs in zip(ours, eager):
         assert torch.equal(mine, theirs)
+
+
+# What an autograd function returns
+
+
+class _Results(TorchFunctionMode):
+    """Records what each function of torch returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[object] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.results += result if isinstance(result, tuple) else (result,)
+        return result
+
+
+def calls_of_autograd_functions() -> dict[str, Callable[[], torch.Tensor]]:
+    """Calls in fp32, where a cast to the operands' dtype returns its argument. A name begins with its function."""
+    a, w, bias, offs = operands(12, torch.float32)
+    b, plan = w.transpose(1, 2), get_backend(BackendKind.EMULATED).plan(offs, 12)
+    _, source, places = route(torch.arange(12).view(6, 2) % NUM_GROUPS, NUM_GROUPS)
+    x, weights = a[:6], torch.rand(6, 2, requires_grad=True)
+    row_id_map = places.t().flatten()
+    calls = {
+        "GroupedMM": lambda: grouped_mm(a, b, offs, bias=bias),
+        "GroupedWgrad": lambda: grouped_mm(a.t(), a, offs),
+        "_GroupSums": lambda: autograd._GroupSums.apply(a, plan, BackendKind.EMULATED, torch.float32),
+        "_Gather": lambda: rows.gather(x, source, places),
+        "_Gather weighted": lambda: rows._Gather.apply(x, weights, source, places),
+        "_Combine": lambda: rows.combine(a, weights, source, places),
+        "_Dots": lambda: rows._Dots.apply(x, a, weights, source, places),
+        "_Permute": lambda: ops.permute(x, places)[0],
+        "_Unpermute": lambda: ops.unpermute(a, row_id_map, weights),
+    }
+    for name, kind in ACTIVATIONS.items():
+        pre = (a, a.clone()) if kind.is_gated else (a,)
+        calls[f"_Activate {name}"] = functools.partial(activate, kind, *pre)
+    return calls
+
+
+CALLS = calls_of_autograd_functions()
+
+
+def test_every_autograd_function_has_a_call():
+    ours = {f.__name__ for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("grouped_gemm.")}
+    assert ours - {"_EachSample"} == {name.split()[0] for name in CALLS}  # the forward of that one never runs
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_exactly_one_op_returns_what_an_autograd_function_returns(call):
+    """Compiled by torch 2.11, the gradients would be zero: see torch.compile in docs/design.md."""
+    with _Results() as mode:
+        y = call()
+    assert sum(result is y for result in mode.results) == 1

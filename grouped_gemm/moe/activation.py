@@ -113,7 +113,9 @@ class _Activate(torch.autograd.Function):
     def forward(ctx: Any, name: str, *pre: Tensor) -> Tensor:
         ctx.save_for_backward(*pre)
         ctx.name = name
-        return ACTIVATIONS[name].value(*(x.float() for x in pre)).to(pre[0].dtype)
+        h = ACTIVATIONS[name].value(*(x.float() for x in pre))
+        # No cast that would return h itself: see torch.compile in docs/design.md.
+        return h if h.dtype == pre[0].dtype else h.to(pre[0].dtype)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
