@@ -23,7 +23,7 @@ from grouped_gemm.integrations.torch_function import override_torch
 from grouped_gemm.linear import QuantizedGroupedLinear
 from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.rules import Decision, NoBackendError
-from grouped_gemm.weight_cache import WeightCache, cache_weights
+from grouped_gemm.weight_cache import WeightCache, WeightCacheHandle, cache_weights, register_weight_cache
 
 if importlib.util.find_spec("grouped_gemm_backend") is not None:  # the extension module of the older package
     distributions.warn_of_others()
@@ -48,6 +48,7 @@ __all__ = [
     "Recipe",
     "Warmup",
     "WeightCache",
+    "WeightCacheHandle",
     "backend",
     "cache_weights",
     "explain",
@@ -58,6 +59,7 @@ __all__ = [
     "prefer",
     "quantize_weights",
     "register_ops",
+    "register_weight_cache",
     "warmup",
 ]
 

@@ -1,4 +1,4 @@
-"""`cache_weights`: caches the quantized weights of calls for later calls.
+"""`cache_weights`, `register_weight_cache`: cache the quantized weights of calls for later calls.
 
 Cached layouts must never be used after the weights have changed. Several events drop them, since none covers every
 change:
@@ -7,7 +7,7 @@ change:
 - A step of a torch optimizer. Fused optimizers bump no counter. The counters of a DTensor's local shard, and of the
   parameters that FSDP2 gathers and refills in place, do not follow the parameter that is stepped. If a step was
   captured in a CUDA graph, its parameters are not cached at all, since a replay cannot be noticed.
-- The end of the tensor, of its storage, or of the block.
+- The end of the tensor, of its storage, of the block, or of the registered optimizer.
 
 Other changes write to the weights' memory without bumping the counter; `cache_weights` lists them. Only the values show
 them. Reading the values at each call would take half the time of quantizing, and comparing them would synchronize the
@@ -19,7 +19,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +56,7 @@ class _Entry:
 
 
 class WeightCache:
-    """The quantized weights of the calls inside one `cache_weights` block. An entry is freed with its weights."""
+    """The quantized weights of one `cache_weights` block, or of one optimizer. An entry is freed with its weights."""
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}  # by the id of the tensor that the weights are a view of
@@ -71,8 +71,13 @@ class WeightCache:
         return nbytes(operand for layouts in cached for operand in layouts)
 
     def clear(self) -> None:
-        """Drops all entries. Call it after a change of weights that the cache cannot notice; see `cache_weights`."""
-        self._entries.clear()
+        """Drops all entries. Call it after a change of weights that the cache cannot notice; see `cache_weights`.
+
+        The entries of all other caches are dropped as well: other blocks or a registered optimizer may have the same
+        weights.
+        """
+        for cache in (self, *_open, *(handle._cache for handle in tuple(_registered))):
+            cache._entries.clear()
 
     def quantize(
         self, backend: _GroupedMMBackend, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool
@@ -124,6 +129,7 @@ class _Local(threading.local):
 
 _local = _Local()
 _open: list[WeightCache] = []  # the open blocks' caches, over all threads
+_registered: list[WeightCacheHandle] = []  # not removed yet
 
 
 @contextmanager
@@ -131,9 +137,10 @@ def cache_weights() -> Iterator[WeightCache]:
     """Inside the block, calls of `grouped_mm` quantize each weight once, and again only after it has changed.
 
     It is for gradient accumulation. Put it around the micro-batches of an optimizer step, or around all of training,
-    since a step of any `torch.optim.Optimizer` empties the cache. Results are bit for bit the same, and weights get
-    gradients as usual. An entry is freed with its tensor: a parameter, or the tensor that ``b`` is a view of. It takes
-    one byte per element, or two where a backend has a separate layout for dgrad.
+    since a step of any `torch.optim.Optimizer` empties the cache; `register_weight_cache` needs no block. Results are
+    bit for bit the same, and weights get gradients as usual. An entry is freed with its tensor: a parameter, or the
+    tensor that ``b`` is a view of. It takes one byte per element, or two where a backend has a separate layout for
+    dgrad.
 
     The block applies to this thread, and to the backward passes of calls inside it: with activation checkpointing, the
     recomputation uses the entries of forward. A nested block uses the outer block's cache. Some calls do not use the
@@ -169,13 +176,95 @@ def cache_weights() -> Iterator[WeightCache]:
     finally:
         _local.cache = None
         _open.remove(cache)
-        cache.clear()
+        cache._entries.clear()
+
+
+class WeightCacheHandle:
+    """The quantized weights of an optimizer's parameters, from `register_weight_cache`."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._cache = WeightCache()
+        self._optimizer = weakref.ref(optimizer, lambda _: self.remove())
+        _registered.append(self)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all data and scales that are kept now; see `WeightCache.nbytes`."""
+        return self._cache.nbytes
+
+    def refresh(self) -> None:
+        """Drops all quantized weights: the next calls quantize again. Call it where `cache_weights` calls for `clear`.
+
+        As `WeightCache.clear`, it empties every other cache too.
+        """
+        self._cache.clear()
+
+    def remove(self) -> None:
+        """Ends the registration and frees the memory. Later calls of this method do nothing."""
+        with suppress(ValueError):
+            _registered.remove(self)
+        self._cache._entries.clear()
+
+    def _covers(self, source: Tensor) -> bool:
+        """Whether the optimizer has ``source``. Reads ``param_groups`` each time, since no hook tells of a change."""
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
+        return any(p is source for group in groups for p in _parameters(group))
+
+    def _after_step(self, optimizer: Optimizer) -> None:
+        """Drops everything after a step of its optimizer, and shared parameters after a step of another.
+
+        The other one may be a copy, or what a wrapper steps in its place.
+        """
+        if optimizer is self._optimizer():
+            self._cache._entries.clear()
+            return
+        for group in optimizer.param_groups:
+            for p in _parameters(group):
+                self._cache._entries.pop(id(p), None)
+
+
+def register_weight_cache(optimizer: Optimizer) -> WeightCacheHandle:
+    """From now on, calls of `grouped_mm` quantize each parameter of ``optimizer`` once per step of the optimizer.
+
+    It is `cache_weights` without a block: it holds in every thread, that of backward included, and only for parameters
+    that are in ``optimizer.param_groups`` at the time of the call, and for their views. Other weights are quantized by
+    each call, as before. Results are bit for bit the same. What is kept, noticed and left out is as in
+    `cache_weights`, with these differences:
+
+    - A step of another optimizer drops only the parameters that it shares. So two optimizers may take turns.
+    - Inside a `cache_weights` block, the parameters of a registered optimizer stay here.
+    - The parameters that FSDP2 gathers are not those of the optimizer. They are not kept: use `cache_weights`.
+
+    After a change that bumps no version counter, call ``handle.refresh()``; `cache_weights` lists such changes.
+    GROUPED_GEMM_VALIDATE=1 detects them.
+
+    The name is that of torch's hooks: ``register_...`` returns a handle, and ``handle.remove()`` ends what it began.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`. It is not kept alive, nor are its parameters: its end removes the
+            handle. A deep copy or an unpickled optimizer has other parameters, and is not registered.
+
+    Returns:
+        The handle, which need not be kept. ``handle.nbytes`` is the memory: one byte per element of each weight, or two
+        where a backend has a separate layout for dgrad, plus scales. Each CUDA stream has its own copies.
+
+    Raises:
+        TypeError: ``optimizer`` is something else.
+        RuntimeError: from `grouped_mm`, under GROUPED_GEMM_VALIDATE=1: weights have changed without a new version.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"register_weight_cache: expected a torch.optim.Optimizer; found {type(optimizer).__name__}. "
+            "For weights that no such optimizer has, use `with cache_weights()`."
+        )
+    return WeightCacheHandle(optimizer)
 
 
 def quantize(backend: _GroupedMMBackend, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Layouts:
-    """`_GroupedMMBackend.quantize_weights`, or its cached result inside `cache_weights`."""
+    """`_GroupedMMBackend.quantize_weights`, or its cached result."""
     cache = None
-    if recipe.is_scaled and not torch.compiler.is_compiling() and _open:
+    if recipe.is_scaled and not torch.compiler.is_compiling() and (_open or _registered):
         cache = _cache_of(b_EKN)
     if cache is None:
         return backend.quantize_weights(b_EKN, recipe, forward=forward, dgrad=dgrad)
@@ -183,11 +272,19 @@ def quantize(backend: _GroupedMMBackend, b_EKN: Tensor, recipe: Recipe, *, forwa
 
 
 def _cache_of(b: Tensor) -> WeightCache | None:
-    """This thread's cache, or else the cache that has ``b``: autograd recomputes in its own threads."""
-    cache = _local.cache
-    if cache is None:
-        cache = next((other for other in tuple(_open) if b in other), None)
-    return cache if cache is not None and _is_cacheable(b) else None
+    """The cache of the registered optimizer that has ``b``, or else of this thread's block, or of a block that has it.
+
+    The last is for autograd, which recomputes in its own threads.
+    """
+    if not _is_cacheable(b):
+        return None
+    handles, source = tuple(_registered), _source(b)
+    # First the entries: asking an optimizer takes about 0.2 us per parameter.
+    handle = next((one for one in handles if b in one._cache), None)
+    handle = handle or next((one for one in handles if one._covers(source)), None)
+    if handle is not None:
+        return handle._cache
+    return _local.cache or next((other for other in tuple(_open) if b in other), None)
 
 
 def _is_cacheable(b: Tensor) -> bool:
@@ -211,9 +308,10 @@ def _source(b: Tensor) -> Tensor:
 
 
 _STALE = (
-    "cache_weights: expected weights {shape} to have the values that were quantized; found others, but the version "
+    "weight cache: expected weights {shape} to have the values that were quantized; found others, but the version "
     "counter is still {version}: they were changed through p.data, a collective, a flat buffer, a CUDA graph or "
-    "similar. Call cache.clear() after such a change, where cache is the value of `with cache_weights() as cache`."
+    "similar. After such a change, call cache.clear(), where cache is the value of `with cache_weights() as cache`, or "
+    "handle.refresh(), where handle is the value of register_weight_cache."
 )
 
 
@@ -249,14 +347,23 @@ def _factors(count: int, device: torch.device, seed: int = 0) -> Tensor:
 _stepped_in_graphs = WeakIdKeyDictionary()  # storages of parameters whose optimizer step was captured
 
 
+def _parameters(group: dict[str, Any]) -> Iterator[Tensor]:
+    """The parameters of one of an optimizer's groups, as calls see them: a DTensor is its local shard."""
+    return (getattr(p, "_local_tensor", p) for p in group["params"])
+
+
 def _after_step(optimizer: Optimizer, *_: Any) -> None:
-    """Empties every cache. If the step is being captured, remembers its parameters: the step may be replayed."""
+    """Empties the caches of blocks, and those of registered optimizers where they have the stepped parameters.
+
+    If the step is being captured, remembers its parameters: the step may be replayed.
+    """
     for cache in tuple(_open):
-        cache.clear()
+        cache._entries.clear()
+    for handle in tuple(_registered):
+        handle._after_step(optimizer)
     for group in optimizer.param_groups:
         params = group["params"]
-        for p in params if params and is_capturing(params[0]) else ():
-            local = getattr(p, "_local_tensor", p)  # of a DTensor
+        for local in _parameters(group) if params and is_capturing(params[0]) else ():
             _stepped_in_graphs[local.untyped_storage()] = None
 
 

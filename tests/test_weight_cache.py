@@ -1,15 +1,20 @@
-"""`cache_weights`: a weight is quantized once, results are the same bit for bit, and no entry outlives its values."""
+"""`cache_weights` and `register_weight_cache`: a weight is quantized once, and results are the same bit for bit.
+
+No entry outlives its values.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
 import io
+import pickle
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -17,9 +22,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from grouped_gemm import BackendKind, Recipe, WeightCache, cache_weights, grouped_mm, weight_cache
+from grouped_gemm import (
+    BackendKind,
+    Recipe,
+    WeightCache,
+    cache_weights,
+    grouped_mm,
+    register_weight_cache,
+    weight_cache,
+)
 from grouped_gemm.backends import get_backend
 from grouped_gemm.core.quantized import Quantized
 from grouped_gemm.testing import TRAINING, Case, Shape, cases, make_inputs
@@ -775,3 +789,343 @@ def test_vmap_over_weights_keeps_each_of_them():
         assert torch.equal(torch.func.vmap(call)(weights), wanted)
         assert weights in cache
         assert torch.equal(torch.func.vmap(call)(weights), wanted)
+
+
+# Registered optimizers
+
+
+def fused(weights: Iterable[Tensor]) -> Optimizer:
+    """An optimizer whose steps move no version counter."""
+    return torch.optim.Adam(weights, lr=0.5, fused=True)
+
+
+def layer_in_fp32() -> Layer:
+    """In fp32, since a step must change what is quantized: torch's fused optimizers round bf16 on a CPU."""
+    return Layer(dataclasses.replace(EMULATED, dtype=torch.float32), torch.device("cpu"))
+
+
+@EACH
+def test_a_registered_optimizer_quantizes_each_weight_once_per_step(case, device, quantized):
+    trained, written = [], quantized(case)
+    for register in (False, True):
+        layer = Layer(case, device)
+        optimizer = torch.optim.Adam(layer.weights, lr=0.01, fused=True)
+        handle = register_weight_cache(optimizer) if register else None
+        del written[:]
+        results = []
+        for _ in range(3):
+            results += [x.clone() for x in layer.accumulate()]
+            optimizer.step()
+        trained.append([*results, *(w.detach() for w in layer.weights)])
+    assert written == [(True, True)] * 2 * 3
+    assert_equal(*trained)
+    assert handle.nbytes == 0  # the last step has dropped everything
+
+
+@A_RECIPE
+def test_a_handle_states_the_memory_and_its_removal_frees_it(case, device, quantized):
+    layer = Layer(case, device)
+    optimizer = fused(layer.weights)
+    handle = register_weight_cache(optimizer)
+    assert handle.nbytes == 0
+    layer.accumulate()
+    numel = sum(w.numel() for w in layer.weights)
+    layouts = 1 if case.backend is BackendKind.EMULATED and case.recipe is Recipe.FP8_BLOCKWISE else 2
+    scale_bytes = 1 / 32 if case.recipe is Recipe.MXFP8 else 4 / 128**2
+    assert layouts <= handle.nbytes / numel <= layouts * (1 + 1.1 * scale_bytes)
+    handle.remove()
+    assert handle.nbytes == 0
+    written = quantized(case)
+    layer.accumulate()
+    assert len(written) == 6
+    handle.remove()  # again, without an effect
+
+
+def test_only_parameters_of_the_optimizer_and_their_views_are_kept(quantized):
+    layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
+    optimizer = fused([layer.down])
+    handle = register_weight_cache(optimizer)
+    for w, count in ((layer.up, 2), (layer.down, 1), (layer.down[:, :64], 1), (layer.down.detach().clone(), 2)):
+        del written[:]
+        for _ in range(2):
+            grouped_mm(layer.a[:, : w.shape[2]], w.transpose(1, 2), layer.offs, recipe="mxfp8")
+        assert len(written) == count
+    assert handle.nbytes > 0
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_a_registered_parameter_is_noticed(change):
+    """Here another optimizer steps, which has the same parameters: a copy, or the one inside of a wrapper."""
+    layer = layer_in_fp32()
+    optimizer = fused(layer.weights)
+    handle = register_weight_cache(optimizer)
+    before = layer.accumulate(1)
+    for w in layer.weights:
+        change(w)
+    after = layer.accumulate(1)
+    assert handle.nbytes > 0
+    handle.remove()
+    assert_equal(after, layer.accumulate(1))
+    assert not torch.equal(before[0], after[0])
+
+
+def test_a_step_of_another_optimizer_drops_nothing(quantized):
+    layer, other, written = layer_in_fp32(), layer_in_fp32(), quantized(EMULATED)
+    optimizers = [fused(one.weights) for one in (layer, other)]
+    for optimizer in optimizers:
+        register_weight_cache(optimizer)
+    for one in (layer, other):
+        one.accumulate(1)
+    del written[:]
+    optimizers[1].step()
+    layer.accumulate(1)
+    assert not written
+    other.accumulate(1)
+    assert len(written) == 2
+
+
+@pytest.mark.parametrize("form", ["foreach", "fused"])
+def test_a_compiled_step_of_a_registered_optimizer_is_noticed(form):
+    layer = layer_in_fp32()
+    optimizer = torch.optim.Adam(layer.weights, lr=0.1, **{form: True})
+    handle = register_weight_cache(optimizer)
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend=counter)
+    for _ in range(4):
+        layer.accumulate(1)
+        assert handle.nbytes > 0
+        step()
+        assert handle.nbytes == 0
+    assert counter.frame_count <= 1
+
+
+def test_registered_parameters_are_kept_in_every_thread(quantized):
+    layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
+    optimizer = fused(layer.weights)
+    register_weight_cache(optimizer)
+    in_a_thread(layer.accumulate)
+    in_a_thread(layer.accumulate)
+    layer.accumulate()
+    assert len(written) == 2
+    in_a_thread(optimizer.step)
+    layer.accumulate()
+    assert len(written) == 4
+
+
+@A_RECIPE
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
+def test_a_recomputed_layer_uses_what_its_registered_optimizer_keeps(case, use_reentrant, device, quantized):
+    layer = Layer(case, device)
+    wanted, written = layer.accumulate(), quantized(case)
+    optimizer = fused(layer.weights)
+    register_weight_cache(optimizer)
+    assert_equal(layer.accumulate(call=lambda a: checkpoint(layer, a, use_reentrant=use_reentrant)), wanted)
+    assert sum(forward for forward, _ in written) == sum(dgrad for _, dgrad in written) == 2
+
+
+def test_a_registered_parameter_needs_no_gradient(quantized):
+    layer, written = Layer(EMULATED, torch.device("cpu")), quantized(EMULATED)
+    layer.up.requires_grad_(False)
+    layer.down.requires_grad_(False)
+    optimizer = fused(layer.weights)
+    register_weight_cache(optimizer)
+    for _ in range(2):
+        for _ in range(3):
+            layer(layer.a)
+        optimizer.step()
+    assert written == [(True, False)] * 4
+
+
+def test_parameter_groups_may_be_added_and_removed_later(quantized):
+    layer = layer_in_fp32()
+    optimizer = fused([layer.up])
+    handle = register_weight_cache(optimizer)
+    layer.accumulate(1)
+    one = handle.nbytes
+    optimizer.add_param_group({"params": [layer.down]})
+    layer.accumulate(1)
+    assert handle.nbytes == 2 * one
+    optimizer.step()
+    layer.accumulate(1)
+    del optimizer.param_groups[1]
+    optimizer.step()  # drops the removed parameter as well
+    layer.accumulate(1)
+    assert handle.nbytes == one
+
+
+def test_states_may_be_loaded_into_a_registered_optimizer_and_its_model(quantized):
+    layer, module = layer_in_fp32(), torch.nn.Module()
+    module.up, module.down = layer.weights
+    optimizer = fused(layer.weights)
+    handle = register_weight_cache(optimizer)
+    layer.accumulate(1)
+    optimizer.step()
+    state, state_of_optimizer = copy.deepcopy(module.state_dict()), copy.deepcopy(optimizer.state_dict())
+    wanted = [x.clone() for x in layer.accumulate(1)]
+    optimizer.step()
+    layer.accumulate(1)
+    module.load_state_dict(state)
+    optimizer.load_state_dict(state_of_optimizer)
+    written = quantized(EMULATED)
+    assert_equal(layer.accumulate(1), wanted)
+    assert len(written) == 2
+    optimizer.step()
+    assert handle.nbytes == 0
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deep", "pickled"])
+def test_a_copy_of_a_registered_optimizer_is_not_registered(copied):
+    layer = layer_in_fp32()
+    optimizer = fused(layer.weights)
+    handle = register_weight_cache(optimizer)
+    layer.accumulate(1)
+    kept, other = handle.nbytes, layer_in_fp32()
+    twin = copied(optimizer)
+    other.up, other.down = twin.param_groups[0]["params"]
+    other.accumulate(1)
+    twin.step()
+    assert handle.nbytes == kept > 0
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["", "swapped"])
+def test_registered_parameters_may_be_converted(swap, request, quantized):
+    if swap:
+        request.getfixturevalue("swapping")
+    layer, module, written = Layer(EMULATED, torch.device("cpu")), torch.nn.Module(), quantized(EMULATED)
+    module.up, module.down = layer.weights
+    optimizer = fused(layer.weights)
+    handle = register_weight_cache(optimizer)
+    layer.accumulate()
+    kept = handle.nbytes
+    module.to(torch.float32)
+    layer.a = layer.a.float()
+    found = layer.accumulate()
+    assert len(written) == 4 and handle.nbytes == kept
+    handle.remove()
+    assert_equal(found, layer.accumulate())
+
+
+def test_a_registration_ends_with_its_optimizer(quantized):
+    layer = Layer(EMULATED, torch.device("cpu"))
+    optimizer = fused(layer.weights)
+    handle = register_weight_cache(optimizer)
+    layer.accumulate()
+    del optimizer
+    gc.collect()
+    assert handle.nbytes == 0 and handle not in weight_cache._registered
+    written = quantized(EMULATED)
+    layer.accumulate(2)
+    assert len(written) == 4
+
+
+def test_a_handle_keeps_neither_optimizer_nor_parameters_alive():
+    layer = Layer(EMULATED, torch.device("cpu"))
+    optimizer = fused(layer.weights)
+    handle = register_weight_cache(optimizer)
+    layer.accumulate()
+    gone = weakref.ref(optimizer), weakref.ref(layer.up.untyped_storage()), weakref.ref(layer)
+    del optimizer, layer
+    gc.collect()
+    assert [x() for x in gone] == [None] * 3
+    assert handle.nbytes == 0
+
+
+def test_a_registered_optimizer_comes_before_a_block(quantized):
+    """So a weight is not kept twice. Other weights belong to the block."""
+    layer, other, written = *(Layer(EMULATED, torch.device("cpu")) for _ in range(2)), quantized(EMULATED)
+    optimizer = fused(layer.weights)
+    handle = register_weight_cache(optimizer)
+    layer.accumulate()
+    kept = handle.nbytes
+    with cache_weights() as cache:
+        layer.accumulate()
+        assert cache.nbytes == 0
+        other.accumulate()
+        assert cache.nbytes == handle.nbytes == kept
+    layer.accumulate()
+    assert len(written) == 4
+
+
+REMEDIES = {
+    "of the handle": lambda first, second, cache: first.refresh(),
+    "of another handle": lambda first, second, cache: second.refresh(),
+    "of the block": lambda first, second, cache: cache.clear(),
+}
+
+
+@pytest.mark.parametrize("remedy", REMEDIES.values(), ids=REMEDIES)
+def test_a_change_that_moves_no_counter_needs_a_refresh(remedy):
+    """Any cache may have the entry, so any remedy drops it."""
+    layer = Layer(EMULATED, torch.device("cpu"))
+    optimizer = fused(layer.weights)
+    first, second = (register_weight_cache(optimizer) for _ in range(2))
+    with torch.no_grad(), cache_weights() as cache:
+        before = layer(layer.a)
+        layer.up.data.mul_(2)
+        assert torch.equal(layer(layer.a), before)
+        remedy(first, second, cache)
+        assert first.nbytes == second.nbytes == cache.nbytes == 0
+        assert not torch.equal(layer(layer.a), before)
+
+
+def test_validation_finds_a_change_of_a_registered_parameter(validate):
+    layer = Layer(EMULATED, torch.device("cpu"))
+    optimizer = fused(layer.weights)
+    handle = register_weight_cache(optimizer)
+    with torch.no_grad():
+        layer(layer.a)
+        layer.up.data.mul_(2)
+        with pytest.raises(RuntimeError, match=r"found others.*handle\.refresh\(\)"):
+            layer(layer.a)
+        handle.refresh()
+        layer(layer.a)
+
+
+def test_parameters_of_a_registered_optimizer_whose_step_is_captured_are_not_kept(monkeypatch):
+    layer = Layer(EMULATED, torch.device("cpu"))
+    optimizer = torch.optim.SGD(layer.weights, lr=0.1)
+    handle = register_weight_cache(optimizer)
+    layer.accumulate(1)
+    assert handle.nbytes > 0
+    with monkeypatch.context() as capture:
+        capture.setattr(weight_cache, "is_capturing", lambda x: True)
+        optimizer.step()
+    layer.accumulate(1)
+    assert handle.nbytes == 0
+
+
+def test_the_local_shard_of_a_registered_dtensor_is_kept(ranks, quantized):
+    layer, mesh = layer_in_fp32(), dist.init_device_mesh("cpu", (1,))
+    w = torch.nn.Parameter(distribute_tensor(layer.up.detach(), mesh, [Shard(0)]))
+    w.grad = torch.ones_like(w)
+    optimizer = fused([w])
+    handle = register_weight_cache(optimizer)
+
+    def call() -> Tensor:
+        return grouped_mm(layer.a, w.to_local().transpose(1, 2), layer.offs, recipe="mxfp8")
+
+    written = quantized(EMULATED)
+    before = call()
+    assert torch.equal(call(), before) and len(written) == 1
+    optimizer.step()
+    assert handle.nbytes == 0
+    assert not torch.equal(call(), before)
+
+
+def test_a_compiled_call_does_not_use_what_a_registered_optimizer_keeps():
+    layer = Layer(EMULATED, torch.device("cpu"))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda a: layer(a), fullgraph=True, backend=counter)
+    wanted = layer.accumulate(call=compiled)
+    optimizer = fused(layer.weights)
+    handle = register_weight_cache(optimizer)
+    assert_equal(layer.accumulate(call=compiled), wanted)
+    assert handle.nbytes == 0 and counter.frame_count == 1
+
+
+@pytest.mark.parametrize("argument", [torch.nn.Linear(2, 2), [torch.nn.Parameter(torch.ones(2))], None])
+def test_only_an_optimizer_can_be_registered(argument):
+    with pytest.raises(TypeError, match=rf"expected a torch\.optim\.Optimizer; found {type(argument).__name__}"):
+        register_weight_cache(argument)

@@ -126,7 +126,7 @@ VALIDATE = Switch(
     "GROUPED_GEMM_VALIDATE",
     ("0", "1"),
     "0",
-    "1: check values, with a host sync at every call: offs, weights in cache_weights, a checkpoint's scales.",
+    "1: check values, with a host sync at every call: offs, cached weights, a checkpoint's scales.",
 )
 AUTOTUNE = Switch(
     "GROUPED_GEMM_AUTOTUNE",
