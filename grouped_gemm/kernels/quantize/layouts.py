@@ -41,7 +41,7 @@ def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, co
     num_rows, features = x_MD.shape
     each = (MX_SCALES,) if recipe is Recipe.MXFP8 else ()
     if rows:
-        row_data = _empty_fp8(x_MD, (num_rows, features))
+        row_data = empty_fp8(x_MD, (num_rows, features))
         scale_shape: tuple[int, ...] = (num_rows,)
         if recipe is Recipe.MXFP8:
             scale_shape = -(-features // 128), num_rows, MX_SCALES
@@ -53,7 +53,7 @@ def activations(x_MD: Tensor, num_groups: int, recipe: Recipe, *, rows: bool, co
         row_data, row_scale = x_MD.new_empty(0), x_MD.new_empty(0)
     if columns:
         token_blocks = num_rows // TOKEN_BLOCK + num_groups
-        column_data = _empty_fp8(x_MD, (token_blocks, features, TOKEN_BLOCK))
+        column_data = empty_fp8(x_MD, (token_blocks, features, TOKEN_BLOCK))
         scale_rows = num_groups if recipe.block is None else token_blocks
         column_scale = x_MD.new_empty(scale_rows, features, *each, dtype=recipe.scale_dtype)
     else:
@@ -75,8 +75,8 @@ def weights(b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Ope
         MX (E, ceil(K/128), N, 4) and (E, ceil(N/128), K, 4).
     """
     num_groups, k, n = b_EKN.shape
-    forward_data = _empty_fp8(b_EKN, (num_groups, n, k)) if forward else b_EKN.new_empty(0)
-    dgrad_data = _empty_fp8(b_EKN, (num_groups, k, n)) if dgrad else b_EKN.new_empty(0)
+    forward_data = empty_fp8(b_EKN, (num_groups, n, k)) if forward else b_EKN.new_empty(0)
+    dgrad_data = empty_fp8(b_EKN, (num_groups, k, n)) if dgrad else b_EKN.new_empty(0)
     if recipe.weight_lines > 1:
         blocks = num_groups, -(-k // recipe.weight_lines), -(-n // recipe.weight_lines)
         forward_scale, dgrad_scale = b_EKN.new_empty(blocks, dtype=torch.float32), b_EKN.new_empty(0)
@@ -101,7 +101,7 @@ def _empty_line_scales(b_EKN: Tensor, c: int, lines: int, recipe: Recipe) -> Ten
     return b_EKN.new_empty(shape, dtype=recipe.scale_dtype)
 
 
-def _empty_fp8(x: Tensor, shape: Sequence[int]) -> Tensor:
+def empty_fp8(x: Tensor, shape: Sequence[int]) -> Tensor:
     """An fp8 tensor whose lines start at multiples of 16 bytes, as TMA requires, whatever their length."""
     *outer, line = shape
     padded = -(-line // 16) * 16

@@ -62,22 +62,28 @@ def _pair(low, high):
 
 
 @triton.jit
-def _load_quarter(source, stride, first, rows_left, words_left, BLOCK: tl.constexpr):
-    """Loads every fourth row from row ``first`` on: (BLOCK / 4, BLOCK / 2) words."""
+def _load_quarter(source, stride, first, rows_left, words_left, BLOCK: tl.constexpr, index=None):
+    """Loads every fourth row from row ``first`` on: (BLOCK / 4, BLOCK / 2) words. ``index``: see `load_tile`."""
     rows = 4 * tl.arange(0, BLOCK // 4) + first
     words = tl.arange(0, BLOCK // 2)
     mask = (rows < rows_left)[:, None] & (words < words_left)[None, :]
+    if index is not None:
+        rows = tl.load(index + rows, mask=rows < rows_left, other=-1)
+        mask = (rows >= 0)[:, None] & (words < words_left)[None, :]
     return tl.load(source + rows.to(tl.int64)[:, None] * stride + words[None, :], mask=mask, other=0)
 
 
 @triton.jit
-def load_tile(source, stride, rows_left, words_left, BLOCK: tl.constexpr):
-    """Loads the four quarters of a tile, zero where there is nothing. ``source`` and ``stride`` count words."""
+def load_tile(source, stride, rows_left, words_left, BLOCK: tl.constexpr, index=None):
+    """Loads the four quarters of a tile, zero where there is nothing. ``source`` and ``stride`` count words.
+
+    ``index``: as in `primitives.load_quarter`.
+    """
     return (
-        _load_quarter(source, stride, 0, rows_left, words_left, BLOCK),
-        _load_quarter(source, stride, 1, rows_left, words_left, BLOCK),
-        _load_quarter(source, stride, 2, rows_left, words_left, BLOCK),
-        _load_quarter(source, stride, 3, rows_left, words_left, BLOCK),
+        _load_quarter(source, stride, 0, rows_left, words_left, BLOCK, index),
+        _load_quarter(source, stride, 1, rows_left, words_left, BLOCK, index),
+        _load_quarter(source, stride, 2, rows_left, words_left, BLOCK, index),
+        _load_quarter(source, stride, 3, rows_left, words_left, BLOCK, index),
     )
 
 
