@@ -31,8 +31,10 @@ from grouped_gemm.kernels.common import hopper
 from grouped_gemm.kernels.common.groups import MOST_AT_ONCE
 from grouped_gemm.kernels.gemm import k_grouped, k_grouped_hopper, m_grouped, m_grouped_hopper, tiles
 from grouped_gemm.kernels.gemm.tiles import Tile
+from grouped_gemm.kernels.moe import activation as moe_activation
 from grouped_gemm.kernels.moe import combine as moe_combine
 from grouped_gemm.kernels.moe import gather as moe_gather
+from grouped_gemm.kernels.moe import quantize as moe_quantize
 from grouped_gemm.kernels.moe import routing
 from grouped_gemm.kernels.quantize import blockwise, packed_bf16, rowwise
 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
@@ -340,6 +342,42 @@ def compile_moe(arch: str) -> dict[str, Any]:
     return compiled
 
 
+def compile_moe_steps(arch: str) -> dict[str, Any]:
+    """What is between the GEMMs, of bf16 operands: activations in each layout, quantized and not, and gathers."""
+    fp8 = f"*{dtype_of('rowwise', arch)}"
+    types = dict.fromkeys(("pre", "h", "dh", "dpre", "x"), "*bf16") | dict.fromkeys(("weights", "dots"), "*fp32")
+    types |= dict.fromkeys(("by_row", "by_column", "h_by_column", "data"), fp8) | {"partial_dots": "*fp32"}
+    types |= dict.fromkeys(("row_scales", "column_scales", "h_scales", "scales"), "*fp32")
+    types |= dict.fromkeys(("offs", "blocks", "source"), "*i32")
+    numbers = {"LIMIT": limit_of(arch), "POWER_OF_TWO": False, "NVIDIA": arch.startswith("sm")}
+    tile = numbers | {"SCALE_ALIGNMENT": 4, "BLOCK": 128, "GROUP_M": 8}
+    compiled = {}
+
+    def build(name: str, kernel: Any, constants: dict[str, Any], **options: int) -> None:
+        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        compiled[name] = compile_kernel(kernel, arch, types, constants, **{"num_warps": 4} | options)
+
+    for act, layout in (("silu", "halves"), ("swiglu_clamped", "interleaved"), ("gelu", "plain")):
+        form, name = {"ACT": act, "LAYOUT": layout}, f"{act} {layout}"
+        build(f"activate {name}", moe_activation._activate, form | {"ROWS": 8, "WIDTH": 256}, **moe_activation.OPTIONS)
+        whole = form | {"ROWS": 1, "WIDTH": 1024, "E_AT_ONCE": 256}
+        build(f"activate backward {name}", moe_activation._activate_backward, whole, **moe_activation.OPTIONS)
+        if ARCHS[arch].fp8 is None:
+            continue
+        rows = form | tile | {"ROWS": moe_quantize._ROWS}
+        build(f"activate quantize {name}", moe_quantize._activate_quantize, rows, **moe_activation.OPTIONS)
+        both = form | tile | moe_quantize._BACKWARD | {"WIDTH": 64 if layout == "interleaved" else 128}
+        kernel = moe_quantize._activate_backward_quantize
+        build(f"activate backward quantize {name}", kernel, both, **moe_quantize._BACKWARD_OPTIONS)
+    if ARCHS[arch].fp8 is not None:
+        build("add dots", moe_quantize._add_dots, {"E_AT_ONCE": 256, "BLOCK": 128})
+        build("tokens", moe_quantize._quantize_tokens, numbers | {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024})
+        build("gathered columns", moe_quantize._gather_columns, tile)
+    if ARCHS[arch].packed_max:
+        build("gathered columns packed", moe_quantize._gather_columns_packed, tile)
+    return compiled
+
+
 def facts_of(name: str, compiled: Any) -> dict[str, Any]:
     """Shared memory, spilled bytes, and the matrix instructions in the assembly."""
     found = {"kernel": name, "shared": compiled.metadata.shared}
@@ -388,7 +426,8 @@ def main(arch: str) -> None:
         print(json.dumps(facts_of(f"quantize {name}", compiled)), flush=True)
     for name, compiled in compile_routing(arch).items():
         print(json.dumps(facts_of(name, compiled)), flush=True)
-    for name, compiled in compile_moe(arch).items() if arch in ("sm_80", "sm_90", "gfx942") else ():
+    moe = compile_moe(arch) | compile_moe_steps(arch) if arch in ("sm_80", "sm_90", "gfx942") else {}
+    for name, compiled in moe.items():
         print(json.dumps(facts_of(f"moe {name}", compiled)), flush=True)
     for name, compiled in compile_hopper().items() if ARCHS[arch].kernels == "hopper" else ():
         print(json.dumps(facts_of(name, compiled)), flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,3 +30,16 @@ def routing(
     source = torch.full((num_tokens * top_k,), -1, dtype=torch.int32)
     source[: len(slots)] = (slots // max(top_k, 1)).int()
     return source.to(device), places.view(num_tokens, top_k).to(device)
+
+
+def blocks_of(ends: Sequence[int], num_rows: int, device: torch.device | str = "cpu") -> Tensor:
+    """What `quantize.fp8.find_blocks` finds of groups with these end rows: (T/128, 4) int32."""
+    blocks, start, scale_start = [], 0, 0
+    for e, end in enumerate(ends):
+        for row in range(start, end, 128):
+            blocks.append((e, row, end - row, scale_start + row - start))
+        scale_start += -(-(end - start) // 4) * 4
+        start = end
+    for i in range(num_rows // 128 + len(ends) - len(blocks)):  # past the last group
+        blocks.append((len(ends), start + 128 * i, 0, scale_start + 128 * i))
+    return torch.tensor(blocks, dtype=torch.int32, device=device)

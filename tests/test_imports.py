@@ -26,6 +26,7 @@ LAYERS = (
     ("moe", "moe.*"),
     ("moe.module",),
     ("moe.experts",),
+    ("moe.steps",),
     ("moe.activation", "moe.routing", "moe.rows"),
     ("__init__",),
     ("ops",),
@@ -44,6 +45,7 @@ LAYERS = (
     ("backends.*.package",),
     ("backends.*.quantize*", "kernels.quantize.blocks"),
     ("backends.base",),
+    ("kernels.moe.quantize",),
     (
         "kernels.gemm.k_grouped",
         "kernels.gemm.m_grouped",

@@ -7,11 +7,11 @@ import itertools
 
 import pytest
 import torch
-from routings import routing
+from routings import blocks_of, routing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import grouped_gemm.moe  # noqa: F401 - defines ops
+import grouped_gemm.moe.steps  # noqa: F401 - defines ops
 from grouped_gemm import NoBackendError, Recipe, grouped_mm, testing
 from grouped_gemm.core.library import NAMES, Size, Steps, _shortcut, schema_of
 
@@ -117,6 +117,63 @@ def moe_combine_backward():
         yield f"{name}, no weights", (x, None, None, *routes, True)
 
 
+def moe_activate():
+    for name, pre in rows(K).items():
+        yield f"{name}, gate", (pre, "swiglu", True)
+        yield f"{name}, no gate", (pre, "gelu", False)
+
+
+def moe_activate_gradient():
+    for dh, pre in zip(rows(K).values(), rows(2 * K).values()):
+        yield "gate", (dh, pre, "swiglu_clamped", False)
+        yield "no gate", (dh, dh, "relu", False)
+
+
+def moe_activate_backward():
+    for dh, pre in zip(rows(K).values(), rows(2 * K).values()):
+        yield "weights", (dh, pre, torch.rand(len(dh)), "swiglu", True, host_offs().clamp(max=len(dh)))
+        yield "no weights", (dh, pre, None, "swiglu", False, host_offs().clamp(max=len(dh)))
+
+
+def blocks(num_rows: int) -> torch.Tensor:
+    return blocks_of([min(end, num_rows) for end in host_offs().tolist()], num_rows)
+
+
+def moe_activate_quantize():
+    for name, pre in rows(2 * K).items():
+        yield name, (pre, blocks(len(pre)), "fp8_blockwise", "swiglu", False, 4)
+
+
+def moe_activate_backward_quantize():
+    for (name, dh), pre in zip(rows(K).items(), rows(2 * K).values()):
+        offs = host_offs().clamp(max=len(dh))
+        for weights in (None, torch.rand(len(dh))):
+            yield name, (dh, pre, weights, blocks(len(dh)), offs, "fp8_blockwise_pow2", "geglu", True)
+
+
+def moe_quantize_tokens():
+    for name, x in rows(K).items():
+        yield name, (x, "fp8_blockwise")
+
+
+def moe_gather_columns():
+    for name, x in rows(K).items():
+        source = torch.randint(max(len(x), 1), (len(x),), dtype=torch.int32)
+        yield name, (x, source, blocks(len(x)), 4, "fp8_blockwise")
+
+
+def moe_row_weights():
+    for name, x in rows(K).items():
+        _, places = routing(len(x), 3)
+        yield name, (torch.rand(places.shape), places, places.numel())
+
+
+def moe_slot_values():
+    for name, x in rows(K).items():
+        _, places = routing(len(x), 3)
+        yield name, (torch.rand(places.numel()), places, torch.bfloat16)
+
+
 # For each op, a function that yields names and arguments.
 BY_HAND = {
     sample.__name__: sample
@@ -130,9 +187,18 @@ BY_HAND = {
         hipblaslt_quantize_weights,
         hipblaslt_wgrad,
         moe_route,
+        moe_activate,
+        moe_activate_backward,
+        moe_activate_backward_quantize,
+        moe_activate_gradient,
+        moe_activate_quantize,
         moe_combine,
         moe_combine_backward,
         moe_gather,
+        moe_gather_columns,
+        moe_quantize_tokens,
+        moe_row_weights,
+        moe_slot_values,
     )
 }
 # Ops whose backend runs here, but whose kernels do not. tests/interpreter has those that Triton interprets.

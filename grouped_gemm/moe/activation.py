@@ -3,7 +3,10 @@
 Pre-activations are computed by the first GEMM in its output dtype. An activation reads them as fp32, computes in fp32,
 and rounds once. Backward keeps the pre-activations only, and computes everything else again.
 
-M, I: routed rows, intermediate features.
+On a GPU where the Triton backend runs, and on a CPU under Triton's interpreter, each pass is one kernel. Elsewhere, and
+in gradients of gradients, it is plain torch.
+
+M, I, P: routed rows, intermediate features, features of pre-activations.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from grouped_gemm.backends import runs_kernels
+from grouped_gemm.core.dense import dense_rows
+from grouped_gemm.core.library import Steps, define_op, ops
 
 _ALPHA, _LIMIT = 1.702, 7.0  # of gpt-oss
 
@@ -102,23 +109,88 @@ _KINDS = (
 ACTIVATIONS = {kind.name: kind for kind in _KINDS}
 
 
-def activate(activation: Activation, *pre: Tensor) -> Tensor:
-    """h (M, I) in the dtype of ``pre``: the gate and up projections, or one projection alone, (M, I) each."""
-    result: Tensor = _Activate.apply(activation.name, *pre)
+def activate(activation: Activation, *pre: Tensor, interleaved: bool = False) -> Tensor:
+    """h (M, I) in the dtype of ``pre``. Differentiable any number of times.
+
+    Args:
+        activation: which one.
+        pre: gate and up in one tensor, (M, 2 I); or as two, (M, I) each; or the one operand of an activation without a
+            gate. One tensor goes through one kernel, where this package's kernels run.
+        interleaved: whether gate and up columns alternate in one tensor. Otherwise all gate columns come first.
+    """
+    result: Tensor = _Activate.apply(activation.name, interleaved, *pre)
     return result
 
 
 class _Activate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, *pre: Tensor) -> Tensor:
+    def forward(ctx: Any, name: str, interleaved: bool, *pre: Tensor) -> Tensor:
         ctx.save_for_backward(*pre)
-        ctx.name = name
-        h = ACTIVATIONS[name].value(*(x.float() for x in pre))
-        # No cast that would return h itself: see torch.compile in docs/design.md.
-        return h if h.dtype == pre[0].dtype else h.to(pre[0].dtype)
+        ctx.name, ctx.interleaved = name, interleaved
+        if len(pre) == 1:
+            h: Tensor = ops.moe_activate(dense_rows(pre[0]), name, interleaved)
+            return h
+        return value(ACTIVATIONS[name], interleaved, *pre)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        pre = ctx.saved_tensors
-        gradients = ACTIVATIONS[ctx.name].gradient(*(x.float() for x in pre), dh.float())
-        return None, *(gradient.to(x.dtype) for gradient, x in zip(gradients, pre))
+        pre: tuple[Tensor, ...] = ctx.saved_tensors
+        if len(pre) == 1 and not torch.is_grad_enabled():
+            dpre = ops.moe_activate_gradient(dense_rows(dh), dense_rows(pre[0]), ctx.name, ctx.interleaved)
+            return None, None, dpre
+        return None, None, *gradients(ACTIVATIONS[ctx.name], ctx.interleaved, dh, *pre)
+
+
+@define_op()
+def _moe_activate(pre_MP: Tensor, activation: str, interleaved: bool) -> Steps[Tensor]:
+    """h (M, I)."""
+    h_MI = pre_MP.new_empty(pre_MP.shape[0], features_of(pre_MP, activation))
+    yield h_MI
+    if runs_kernels(pre_MP.device):
+        from grouped_gemm.kernels.moe import activation as kernel
+
+        kernel.activate(dense_rows(pre_MP), activation, interleaved, h_MI)
+    else:
+        h_MI.copy_(value(ACTIVATIONS[activation], interleaved, pre_MP))
+
+
+@define_op()
+def _moe_activate_gradient(dh_MI: Tensor, pre_MP: Tensor, activation: str, interleaved: bool) -> Steps[Tensor]:
+    """The gradient of ``pre``, without what else `steps` computes with it."""
+    dpre_MP = pre_MP.new_empty(pre_MP.shape)
+    yield dpre_MP
+    if runs_kernels(pre_MP.device):
+        from grouped_gemm.kernels.moe import activation as kernel
+
+        dh_MI, pre_MP = dense_rows(dh_MI), dense_rows(pre_MP)
+        kernel.activate_backward(dh_MI, pre_MP, None, activation, interleaved, None, dpre_MP, None, None)
+    else:
+        dpre_MP.copy_(gradients(ACTIVATIONS[activation], interleaved, dh_MI, pre_MP)[0])
+
+
+def features_of(pre_MP: Tensor, activation: str) -> int:
+    """I."""
+    return pre_MP.shape[1] // 2 if ACTIVATIONS[activation].is_gated else pre_MP.shape[1]
+
+
+def value(activation: Activation, interleaved: bool, *pre: Tensor) -> Tensor:
+    """What `activate` returns, in plain torch."""
+    h = activation.value(*(x.float() for x in _apart(activation, interleaved, pre)))
+    # No cast that would return h itself: see torch.compile in docs/design.md.
+    return h if h.dtype == pre[0].dtype else h.to(pre[0].dtype)
+
+
+def gradients(activation: Activation, interleaved: bool, dh: Tensor, *pre: Tensor) -> tuple[Tensor, ...]:
+    """The gradient of each tensor of ``pre``, laid out as that tensor, in plain torch."""
+    apart = _apart(activation, interleaved, pre)
+    results = [g.to(pre[0].dtype) for g in activation.gradient(*(x.float() for x in apart), dh.float())]
+    if len(results) == len(pre):
+        return tuple(results)
+    return (torch.stack(results, 2).flatten(1) if interleaved else torch.cat(results, 1),)
+
+
+def _apart(activation: Activation, interleaved: bool, pre: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Gate and up, (M, I) each, which are views if they are in one tensor; or what has no gate, unchanged."""
+    if len(pre) == 2 or not activation.is_gated:
+        return pre
+    return (pre[0][:, 0::2], pre[0][:, 1::2]) if interleaved else pre[0].chunk(2, dim=1)

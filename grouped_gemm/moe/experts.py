@@ -79,8 +79,8 @@ class _Experts:  # no NamedTuple: Dynamo of torch 2.10 does not trace a property
     def run(self, multiply: Callable[[Tensor, Weights, Tensor | None], Tensor], rows: Tensor) -> Tensor:
         """The experts on ``rows`` by ``multiply``, which multiplies rows by weights (E, out, in) and adds a bias."""
         projections = [multiply(rows, w, bias) for w, bias in zip(self.first, self.first_biases)]
-        pre = [half for projection in projections for half in self.gate_and_up(projection)]
-        return multiply(activate(self.activation, *pre), self.down, self.down_bias)
+        h = activate(self.activation, *projections, interleaved=self.interleaved)
+        return multiply(h, self.down, self.down_bias)
 
 
 def experts_forward(

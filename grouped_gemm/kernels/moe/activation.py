@@ -1,0 +1,264 @@
+"""The kernels of the activation between the two GEMMs of an expert, and of its gradient. Their twins are in `moe`.
+
+They read and write what `moe.activation` describes, in fp32, and round once. Every kernel that calls `value_of` and
+`gradient_of` is launched with `OPTIONS`: without fused multiply-adds, which a compiler forms in one kernel and not in
+another, a value has the same bits in all of them.
+
+M, D, P: routed rows, intermediate features, features of pre-activations: D, or 2 D with a gate.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grouped_gemm.kernels.common.groups import MOST_AT_ONCE, at_once
+from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on_device
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_FUNCTIONS = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+_TILE = 2048  # values of h
+_BACKWARD_TILE = 1024  # values of dh: 8 for each thread, which reads them at once
+
+
+def constants_of(activation: str, pre_MP: Tensor, features: int, interleaved: bool) -> dict[str, Any]:
+    """The constants ACT and LAYOUT of kernels: a function of the gate, and where gate and up are in ``pre``."""
+    layout = "plain" if pre_MP.shape[1] == features else "interleaved" if interleaved else "halves"
+    return {"ACT": _FUNCTIONS.get(activation, activation), "LAYOUT": layout}
+
+
+def activate(pre_MP: Tensor, activation: str, interleaved: bool, h_MD: Tensor) -> None:
+    """Writes h.
+
+    Args:
+        pre_MP: last axis contiguous; bfloat16, float16 or float32.
+        activation: a name in `moe.activation.ACTIVATIONS`.
+        interleaved: whether gate and up columns alternate. Otherwise all gate columns come first.
+        h_MD: the output, contiguous.
+    """
+    num_rows, features = h_MD.shape
+    if h_MD.numel() == 0:
+        return
+    width = min(next_power_of_2(features), 256)
+    height = _TILE // width
+    constants = constants_of(activation, pre_MP, features, interleaved) | {"ROWS": height, "WIDTH": width}
+    with on_device(pre_MP):
+        launch(
+            _activate, (cdiv(num_rows, height), cdiv(features, width)),
+            pre_MP, h_MD, num_rows, features, pre_MP.stride(0), constants=constants, **OPTIONS,
+        )  # fmt: skip
+
+
+def activate_backward(
+    dh_MD: Tensor, pre_MP: Tensor, row_weights: Tensor | None, activation: str, interleaved: bool,
+    offs: Tensor | None, dpre_MP: Tensor, h_MD: Tensor | None, dots: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes the gradient of ``pre``; and h times the weights of rows, and each row's <dh, h>, in a fixed order.
+
+    Args:
+        dh_MD: last axis contiguous.
+        pre_MP: as in `activate`.
+        row_weights: (M,), contiguous: factors of ``dh`` and ``h``; None: all are 1.
+        activation: as in `activate`.
+        interleaved: as in `activate`.
+        offs: (E,) int32, contiguous: rows past the last group are not written, but their ``dots`` are 0. None: all rows
+            are in groups.
+        dpre_MP: contiguous, columns as in ``pre``.
+        h_MD: contiguous; None: not wanted.
+        dots: (M,) fp32; None: not wanted.
+    """
+    num_rows, features = dh_MD.shape
+    if num_rows == 0:
+        return
+    num_groups = 0 if offs is None else offs.shape[0]
+    width = min(next_power_of_2(features), _BACKWARD_TILE)
+    height = _BACKWARD_TILE // width
+    constants = constants_of(activation, pre_MP, features, interleaved)
+    constants |= {"ROWS": height, "WIDTH": width, "E_AT_ONCE": at_once(num_groups)}
+    with on_device(pre_MP):
+        launch(
+            _activate_backward, (cdiv(num_rows, height),),
+            dh_MD, pre_MP, row_weights, offs, dpre_MP, h_MD, dots,
+            num_rows, num_groups, features, dh_MD.stride(0), pre_MP.stride(0), constants=constants, **OPTIONS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _tanh_gelu_argument(x):
+    """Twice the argument of tanh: 0.5 * (1 + tanh(u)) is sigmoid(2 u), which cancels nothing."""
+    return 1.5957691216057308 * (x + 0.044715 * x * x * x)
+
+
+@triton.jit
+def _act(x, ACT: tl.constexpr):
+    if ACT == "silu":
+        result = x * _sigmoid(x)
+    elif ACT == "gelu":
+        result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        result = x * _sigmoid(_tanh_gelu_argument(x))
+    else:
+        tl.static_assert(ACT == "relu")
+        result = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return result
+
+
+@triton.jit
+def _derivative(x, ACT: tl.constexpr):
+    if ACT == "silu":
+        sigmoid = _sigmoid(x)
+        result = sigmoid * (1.0 + x * (1.0 - sigmoid))
+    elif ACT == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        result = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    elif ACT == "gelu_tanh":
+        sigmoid = _sigmoid(_tanh_gelu_argument(x))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        result = sigmoid + x * sigmoid * (1.0 - sigmoid) * slope
+    else:
+        tl.static_assert(ACT == "relu")
+        result = tl.where(x > 0, 1.0, 0.0)
+    return result
+
+
+@triton.jit
+def value_of(gate, up, ACT: tl.constexpr, LAYOUT: tl.constexpr):
+    """`moe.activation.Activation.value` in fp32; 0 where both operands are 0. ``up`` is not used without a gate."""
+    if ACT == "swiglu_clamped":
+        gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL)
+        result = gate * _sigmoid(1.702 * gate) * (up + 1.0)
+    else:
+        result = _act(gate, ACT)
+        if LAYOUT != "plain":
+            result = result * up
+    return result
+
+
+@triton.jit
+def gradient_of(gate, up, dh, ACT: tl.constexpr, LAYOUT: tl.constexpr):
+    """`moe.activation.Activation.gradient` in fp32: those of gate and up. Without a gate, both are that of ``gate``."""
+    if ACT == "swiglu_clamped":
+        inside_gate = tl.where(gate <= 7.0, 1.0, 0.0)
+        inside_up = tl.where((up >= -7.0) & (up <= 7.0), 1.0, 0.0)
+        gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL)
+        sigmoid = _sigmoid(1.702 * gate)
+        dgate = dh * (up + 1.0) * sigmoid * (1.0 + 1.702 * gate * (1.0 - sigmoid)) * inside_gate
+        dup = dh * gate * sigmoid * inside_up
+    elif LAYOUT == "plain":
+        dgate = dh * _derivative(gate, ACT)
+        dup = dgate
+    else:
+        dgate = dh * up * _derivative(gate, ACT)
+        dup = dh * _act(gate, ACT)
+    return dgate, dup
+
+
+@triton.jit
+def load_pre(lines, is_row, first, D, WIDTH: tl.constexpr, LAYOUT: tl.constexpr):
+    """Gate and up in fp32, (rows, WIDTH) each, from feature ``first`` on, zero where there is nothing.
+
+    Args:
+        lines: (rows, 1) pointers to rows of pre-activations.
+        is_row: (rows, 1): which rows exist.
+    """
+    if LAYOUT == "interleaved":
+        columns = 2 * first + tl.arange(0, 2 * WIDTH)[None, :]
+        pairs = tl.load(lines + columns, mask=is_row & (columns < 2 * D), other=0)
+        gate, up = pairs.reshape(lines.shape[0], WIDTH, 2).split()
+    else:
+        columns = first + tl.arange(0, WIDTH)[None, :]
+        gate = tl.load(lines + columns, mask=is_row & (columns < D), other=0)
+        up = gate
+        if LAYOUT == "halves":
+            up = tl.load(lines + D + columns, mask=is_row & (columns < D), other=0)
+    return gate.to(tl.float32), up.to(tl.float32)
+
+
+@triton.jit
+def interleave(gate, up):
+    """(rows, 2 * width): columns of ``gate`` and ``up`` in turn."""
+    return tl.join(gate, up).reshape(gate.shape[0], 2 * gate.shape[1])
+
+
+@triton.jit
+def last_end(offs, M, E, E_AT_ONCE: tl.constexpr):
+    """The row past the last group's."""
+    end = 0
+    for first in range(0, E_AT_ONCE if E_AT_ONCE < MOST_AT_ONCE else E, E_AT_ONCE):
+        e = first + tl.arange(0, E_AT_ONCE)
+        end = tl.maximum(end, tl.max(tl.load(offs + e, mask=e < E, other=0)))
+    return tl.minimum(end, M)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _activate(
+    pre, h, M, D, pre_stride,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows by WIDTH features."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = rows < M
+    first = tl.program_id(1) * WIDTH
+    columns = first + tl.arange(0, WIDTH)[None, :]
+    gate, up = load_pre(pre + rows.to(tl.int64) * pre_stride, is_row, first, D, WIDTH, LAYOUT)
+    value = value_of(gate, up, ACT, LAYOUT).to(h.dtype.element_ty)
+    tl.store(h + rows.to(tl.int64) * D + columns, value, mask=is_row & (columns < D))
+
+
+@triton.jit(do_not_specialize=["M", "E"])
+def _activate_backward(
+    dh, pre, weights, offs, dpre, h, dots, M, E, D, dh_stride, pre_stride,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, E_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """ROWS whole rows, WIDTH features at a time."""
+    first_row = tl.program_id(0) * ROWS
+    rows = first_row + tl.arange(0, ROWS)
+    end = M
+    if offs is not None:
+        end = last_end(offs, M, E, E_AT_ONCE)
+    is_row = (rows < end)[:, None]
+    at = rows.to(tl.int64)[:, None]
+    if weights is not None:
+        weight = tl.load(weights + rows, mask=rows < end, other=0).to(tl.float32)[:, None]
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    P = D if LAYOUT == "plain" else 2 * D
+    for first in range(0, tl.where(first_row < end, D, 0), WIDTH):
+        columns = first + tl.arange(0, WIDTH)[None, :]
+        mask = is_row & (columns < D)
+        slope = tl.load(dh + at * dh_stride + columns, mask=mask, other=0).to(tl.float32)
+        gate, up = load_pre(pre + at * pre_stride, is_row, first, D, WIDTH, LAYOUT)
+        if dots is not None or h is not None:
+            value = value_of(gate, up, ACT, LAYOUT)
+        if dots is not None:
+            total += slope * value
+        if weights is not None:
+            slope *= weight
+        if h is not None:
+            if weights is not None:
+                value *= weight
+            tl.store(h + at * D + columns, value.to(h.dtype.element_ty), mask=mask)
+        dgate, dup = gradient_of(gate, up, slope, ACT, LAYOUT)
+        dgate = dgate.to(dpre.dtype.element_ty)
+        dup = dup.to(dpre.dtype.element_ty)
+        line = dpre + at * P
+        if LAYOUT == "interleaved":
+            both = 2 * first + tl.arange(0, 2 * WIDTH)[None, :]
+            tl.store(line + both, interleave(dgate, dup), mask=is_row & (both < P))
+        else:
+            tl.store(line + columns, dgate, mask=mask)
+            if LAYOUT == "halves":
+                tl.store(line + D + columns, dup, mask=mask)
+    if dots is not None:
+        tl.store(dots + rows, tl.sum(total, 1), mask=rows < M)

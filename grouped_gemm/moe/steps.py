@@ -1,0 +1,231 @@
+"""The steps between the grouped GEMMs of a fused MoE layer, as ops: activations and gathers that quantize as they go.
+
+Each is one or two kernels where this package's kernels run. Elsewhere it is plain torch without host syncs.
+Those that quantize are for recipes in blocks of 128. Their results have the layouts of `kernels.quantize.layouts`, and
+equal, bit for bit, what the quantizers make of the same tensor if it is stored first.
+
+T, k, M, E: tokens, slots of a token, routed rows, experts. I, D: intermediate features, features. P: features of
+pre-activations ``pre``: I, or 2 I with a gate; gate columns come before up columns, or alternate if ``interleaved``.
+B: blocks of 128 rows that start anew with each expert. ``blocks`` (B, 4) is from `kernels.quantize.blocks`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grouped_gemm import reference
+from grouped_gemm.backends import runs_kernels
+from grouped_gemm.core.dense import dense_rows
+from grouped_gemm.core.library import Size, Steps, define_op
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.quantize import layouts
+from grouped_gemm.moe.activation import ACTIVATIONS, features_of, gradients, value
+
+_Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@define_op()
+def _moe_activate_backward(
+    dh_MI: Tensor, pre_MP: Tensor, row_weights: Tensor | None, activation: str, interleaved: bool, offs: Tensor
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+    """Gradients of an activation whose rows are weighted, with w the weight of a row, 1 without ``row_weights`` (M,).
+
+    Returns:
+        dpre (M, P): the gradient of ``pre`` for w * dh; h (M, I): w * value(pre); both in the dtype of ``pre``. dots
+        (M,) fp32: <dh, value(pre)> of each row, the gradient of its weight, in an order that depends on I alone. At and
+        past the last row of ``offs``, dots are 0, and dpre and h are not specified.
+    """
+    dpre_MP, h_MI = pre_MP.new_empty(pre_MP.shape), pre_MP.new_empty(dh_MI.shape)
+    dots = dh_MI.new_empty(dh_MI.shape[0], dtype=torch.float32)
+    yield dpre_MP, h_MI, dots
+    if runs_kernels(pre_MP.device):
+        from grouped_gemm.kernels.moe import activation as kernel
+
+        kernel.activate_backward(
+            dense_rows(dh_MI), dense_rows(pre_MP), _contiguous(row_weights), activation, interleaved,
+            offs.contiguous(), dpre_MP, h_MI, dots,
+        )  # fmt: skip
+    else:
+        results = _activate_backward(dh_MI, pre_MP, row_weights, activation, interleaved, offs)
+        for out, result in zip((dpre_MP, h_MI, dots), results):
+            out.copy_(result)
+
+
+@define_op()
+def _moe_activate_quantize(
+    pre_MP: Tensor, blocks: Tensor, recipe: str, activation: str, interleaved: bool, num_groups: Size
+) -> Steps[tuple[Tensor, Tensor]]:
+    """h, rounded to the dtype of ``pre`` and quantized by rows.
+
+    Returns:
+        data (M, I) fp8 and scales (ceil(I/128), S). Those of rows past the last group are not specified.
+    """
+    like_h = pre_MP[:, : features_of(pre_MP, activation)]
+    data_MI, scale, _, _ = layouts.activations(like_h, num_groups, Recipe(recipe), rows=True, columns=False)
+    yield data_MI, scale
+    if runs_kernels(pre_MP.device):
+        from grouped_gemm.kernels.moe import quantize as kernel
+
+        pre_MP, blocks = dense_rows(pre_MP), blocks.contiguous()
+        kernel.activate_quantize(pre_MP, blocks, Recipe(recipe), activation, interleaved, data_MI, scale)
+    else:
+        h_MI = value(ACTIVATIONS[activation], interleaved, pre_MP)
+        _quantize_rows(h_MI, blocks, Recipe(recipe), data_MI, scale)
+
+
+@define_op()
+def _moe_activate_backward_quantize(
+    dh_MI: Tensor, pre_MP: Tensor, row_weights: Tensor | None, blocks: Tensor, offs: Tensor, recipe: str,
+    activation: str, interleaved: bool,
+) -> Steps[_Seven]:  # fmt: skip
+    """What `moe_activate_backward` returns, quantized: dpre by rows and by columns, h by columns.
+
+    Returns:
+        data (M, P) fp8 and scales (ceil(P/128), S) of dpre by rows; data (B, P, 128) fp8 and scales (B, P) of dpre by
+        columns; data (B, I, 128) fp8 and scales (B, I) of h by columns; dots (M,) fp32, which may differ in the last
+        bits from those of `moe_activate_backward`.
+    """
+    dpre = layouts.activations(pre_MP, offs.shape[0], Recipe(recipe), rows=True, columns=True)
+    h = layouts.activations(dh_MI, offs.shape[0], Recipe(recipe), rows=False, columns=True)
+    dots = dh_MI.new_empty(dh_MI.shape[0], dtype=torch.float32)
+    yield *dpre, *h[2:], dots
+    if runs_kernels(pre_MP.device):
+        from grouped_gemm.kernels.moe import quantize as kernel
+
+        kernel.activate_backward_quantize(
+            dense_rows(dh_MI), dense_rows(pre_MP), _contiguous(row_weights), blocks.contiguous(), offs.contiguous(),
+            Recipe(recipe), activation, interleaved, dpre, h, dots,
+        )  # fmt: skip
+    else:
+        dpre_MP, h_MI, row_dots = _activate_backward(dh_MI, pre_MP, row_weights, activation, interleaved, offs)
+        _quantize_rows(dpre_MP, blocks, Recipe(recipe), *dpre[:2])
+        _quantize_columns(dpre_MP, None, blocks, Recipe(recipe), *dpre[2:])
+        _quantize_columns(h_MI, None, blocks, Recipe(recipe), *h[2:])
+        dots.copy_(row_dots)
+
+
+@define_op()
+def _moe_quantize_tokens(x_TD: Tensor, recipe: str) -> Steps[tuple[Tensor, Tensor]]:
+    """Tokens quantized in blocks of 128 features, without groups, to be read by their number.
+
+    Returns:
+        data (T, D) fp8 with rows that start at multiples of 16 bytes, and scales (T, ceil(D/128)) fp32, contiguous.
+    """
+    num_tokens, features = x_TD.shape
+    data_TD = layouts.empty_fp8(x_TD, (num_tokens, features))
+    scale = x_TD.new_empty(num_tokens, -(-features // layouts.TOKEN_BLOCK), dtype=torch.float32)
+    yield data_TD, scale
+    if runs_kernels(x_TD.device):
+        from grouped_gemm.kernels.moe import quantize as kernel
+
+        kernel.quantize_tokens(dense_rows(x_TD), Recipe(recipe), data_TD, scale)
+    else:
+        data, scales = reference.quantize(x_TD, reference.row_blocks(Recipe(recipe)), Recipe(recipe), data_TD.dtype)
+        data_TD.copy_(data)
+        scale.copy_(scales)
+
+
+@define_op()
+def _moe_gather_columns(
+    x_TD: Tensor, source: Tensor, blocks: Tensor, num_groups: Size, recipe: str
+) -> Steps[tuple[Tensor, Tensor]]:
+    """``x[source]`` quantized by columns, as an operand of wgrad. ``source`` (M,) int32; -1 stands for zeros.
+
+    Returns:
+        data (B, D, 128) fp8 and scales (B, D).
+    """
+    like_rows = x_TD.new_empty(1, 1).expand(source.shape[0], x_TD.shape[1])  # only its shape and device are looked at
+    _, _, data, scale = layouts.activations(like_rows, num_groups, Recipe(recipe), rows=False, columns=True)
+    yield data, scale
+    if runs_kernels(x_TD.device):
+        from grouped_gemm.kernels.moe import quantize as kernel
+
+        kernel.gather_columns(dense_rows(x_TD), source.contiguous(), blocks.contiguous(), Recipe(recipe), data, scale)
+    else:
+        _quantize_columns(x_TD, source, blocks, Recipe(recipe), data, scale)
+
+
+@define_op()
+def _moe_row_weights(topk_weights: Tensor, places: Tensor, num_rows: Size) -> Steps[Tensor]:
+    """The weight of each routed row, (M,) fp32, from those of slots, (T, k); 0 for a row without a token.
+
+    ``places`` (T, k) int32 has the row of each slot; -1: the slot was dropped.
+    """
+    weights = topk_weights.new_zeros(num_rows, dtype=torch.float32)
+    yield weights
+    if runs_kernels(topk_weights.device):
+        from grouped_gemm.kernels.moe import slots as kernel
+
+        kernel.scatter(topk_weights.contiguous(), places.contiguous(), weights)
+    else:  # dropped slots go to one more row
+        rows = torch.where(places < 0, num_rows, places).flatten().long()
+        weights.copy_(F.pad(weights, (0, 1)).index_copy_(0, rows, topk_weights.flatten().float())[:num_rows])
+
+
+@define_op()
+def _moe_slot_values(dots: Tensor, places: Tensor, dtype: torch.dtype) -> Steps[Tensor]:
+    """``dots[places]``, (T, k) in ``dtype``, from a value for each routed row, (M,) fp32; 0 for dropped slots."""
+    values = dots.new_empty(places.shape, dtype=dtype)
+    yield values
+    if runs_kernels(dots.device):
+        from grouped_gemm.kernels.moe import slots as kernel
+
+        kernel.pick(dots.contiguous(), places.contiguous(), values)
+    else:  # dropped slots read one more value, the last one
+        values.copy_(F.pad(dots, (0, 1))[places.long()])
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+# The same in plain torch, without host syncs.
+
+
+def _activate_backward(
+    dh_MI: Tensor, pre_MP: Tensor, row_weights: Tensor | None, activation: str, interleaved: bool, offs: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    kind, dh = ACTIVATIONS[activation], dh_MI.float()
+    h = value(kind, interleaved, pre_MP.float())
+    is_used = torch.arange(len(h), device=h.device) < offs.clamp(min=0).amax()
+    dots = torch.where(is_used, (dh * h).sum(1), 0)
+    if row_weights is not None:
+        weights = row_weights.float()[:, None]
+        dh, h = weights * dh, weights * h
+    return gradients(kind, interleaved, dh, pre_MP)[0], h.to(pre_MP.dtype), dots
+
+
+def _rows_of_blocks(blocks: Tensor, num_rows: int) -> Tensor:
+    """(B, 128) int64: the rows of each block; ``num_rows`` where it has no more."""
+    steps = torch.arange(layouts.TOKEN_BLOCK, device=blocks.device)
+    return torch.where(steps < blocks[:, 2:3], blocks[:, 1:2] + steps, num_rows)
+
+
+def _quantize_rows(x_MD: Tensor, blocks: Tensor, recipe: Recipe, data_MD: Tensor, scale: Tensor) -> None:
+    """Fills data and scales by rows, from `layouts.activations`."""
+    data, row_scale = reference.quantize(x_MD, reference.row_blocks(recipe), recipe, data_MD.dtype)
+    data_MD.copy_(data)
+    least = reference.scales(row_scale.new_zeros(1, row_scale.shape[1]), recipe, data_MD.dtype)  # of rows of padding
+    steps = torch.arange(layouts.TOKEN_BLOCK, device=blocks.device)
+    length = -(-blocks[:, 2:3] // layouts.SCALE_ALIGNMENT) * layouts.SCALE_ALIGNMENT
+    targets = torch.where(steps < length, blocks[:, 3:4] + steps, scale.shape[1]).flatten().long()
+    values = torch.cat([row_scale, least])[_rows_of_blocks(blocks, len(x_MD)).flatten()]
+    padded = scale.new_ones(scale.shape[0], scale.shape[1] + 1)  # what is not a row's goes to the last place
+    scale.copy_(padded.index_copy_(1, targets, values.t())[:, :-1])
+
+
+def _quantize_columns(
+    x_MD: Tensor, source: Tensor | None, blocks: Tensor, recipe: Recipe, data: Tensor, scale: Tensor
+) -> None:
+    """Fills data and scales by columns, from `layouts.activations`, with rows of ``x``, or those of ``x[source]``."""
+    rows = _rows_of_blocks(blocks, len(x_MD) if source is None else len(source))
+    if source is not None:
+        rows = F.pad(source, (0, 1), value=-1)[rows].long()
+        rows = torch.where(rows < 0, len(x_MD), rows)
+    tiles = F.pad(x_MD, (0, 0, 0, 1))[rows.flatten()].unflatten(0, rows.shape)
+    tokens = layouts.TOKEN_BLOCK
+    by_token, scales = reference.quantize(tiles, (1, tokens, 1), recipe, data.dtype)
+    data.copy_(by_token.transpose(1, 2))
+    scale.copy_(torch.where(blocks[:, 2:3] > 0, scales.squeeze(1), 1))

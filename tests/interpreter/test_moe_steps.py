@@ -1,0 +1,123 @@
+"""The kernels between a MoE layer's GEMMs: activations, what is quantized with them, and values of slots and rows."""
+
+from __future__ import annotations
+
+import pytest
+import steps_checks as checks
+import torch
+from kernel_checks import assert_same, assert_same_bits
+from routings import blocks_of, routing
+
+from grouped_gemm import Recipe
+from grouped_gemm.backends import runs_kernels
+from grouped_gemm.core.library import ops
+from grouped_gemm.kernels.quantize.blocks import token_blocks
+from grouped_gemm.moe import steps
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # exp(-x) is Inf, as on a GPU
+CPU = torch.device("cpu")
+FEW = (1, 0, 130)  # rows of groups, where interpreted kernels take long
+RECIPES = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
+every_form = pytest.mark.parametrize("activation, interleaved, dtype", checks.FORMS, ids=str)
+# activation, interleaved, dtype, I: blocks of up that start where gate's do, and not; I of no whole block
+BACKWARDS = (
+    ("swiglu", False, torch.bfloat16, 128),
+    ("geglu", False, torch.bfloat16, 256),
+    ("swiglu", False, torch.bfloat16, 72),
+    ("swiglu_clamped", True, torch.bfloat16, 72),
+    ("geglu", True, torch.float32, 136),
+    ("gelu_tanh", False, torch.float16, 136),
+)
+every_backward = pytest.mark.parametrize("activation, interleaved, dtype, features", BACKWARDS, ids=str)
+
+
+def test_kernels_run_here():
+    assert runs_kernels(CPU)
+
+
+@pytest.mark.parametrize("sizes", (checks.SIZES, (0, 0), (4, 300)), ids=str)
+def test_blocks_of_the_tests_are_those_of_the_kernel(sizes):
+    _, _, _, ends, offs, blocks = checks.operands(8, "relu", torch.float32, CPU, sizes)
+    assert torch.equal(token_blocks(offs, ends[-1] + checks.UNUSED), blocks)
+
+
+@every_form
+def test_activations(activation, interleaved, dtype):
+    checks.check_activate(activation, interleaved, dtype, 72, CPU, FEW)
+
+
+def test_several_steps_of_features():
+    checks.check_activate("swiglu", False, torch.bfloat16, 1400, CPU, (1, 5))
+    checks.check_activate("swiglu", True, torch.bfloat16, 1400, CPU, (1, 5))
+
+
+@every_form
+def test_activate_and_quantize(activation, interleaved, dtype):
+    given = checks.operands(136, activation, dtype, CPU, FEW)
+    checks.check_activate_quantize(activation, interleaved, RECIPES[interleaved], given)
+
+
+@every_backward
+@pytest.mark.parametrize("with_weights", (True, False), ids=("weights", "no weights"))
+def test_gradients_are_quantized(activation, interleaved, dtype, features, with_weights):
+    given = checks.operands(features, activation, dtype, CPU, checks.SIZES if features == 128 else FEW)
+    checks.check_activate_backward_quantize(activation, interleaved, RECIPES[with_weights], with_weights, given)
+
+
+@pytest.mark.parametrize("sizes, unused", (((0, 0), 0), ((0, 0), 20)), ids=("no rows", "no rows in groups"))
+def test_nothing_but_empty_groups(sizes, unused):
+    for interleaved, features in ((False, 128), (True, 72), (False, 72)):
+        given = checks.operands(features, "swiglu", torch.bfloat16, CPU, sizes, unused)
+        checks.check_activate_quantize("swiglu", interleaved, Recipe.FP8_BLOCKWISE, given)
+        checks.check_activate_backward_quantize("swiglu", interleaved, Recipe.FP8_BLOCKWISE, True, given)
+
+
+@pytest.mark.parametrize("num_tokens, features", ((37, 72), (5, 1160), (0, 72)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_tokens(num_tokens, features, dtype):
+    checks.check_quantize_tokens(num_tokens, features, dtype, RECIPES[features == 72], CPU)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_gathered_columns(dtype, recipe):
+    checks.check_gather_columns(136, dtype, recipe, CPU)
+
+
+@pytest.mark.parametrize("num_tokens, top_k", ((301, 3), (5, 1), (0, 2)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_values_of_slots_and_rows(num_tokens, top_k, dtype):
+    checks.check_slots(num_tokens, top_k, dtype, CPU)
+
+
+# Against the quantizers' kernels, and against the twins
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_bits_are_those_of_the_quantizers(recipe):
+    dh, pre, weights, ends, offs, blocks = checks.operands(128, "swiglu", torch.bfloat16, CPU, FEW)
+    *found, _ = ops.moe_activate_backward_quantize(dh, pre, weights, blocks, offs, recipe.value, "swiglu", False)
+    dpre, h, _ = ops.moe_activate_backward(dh, pre, weights, "swiglu", False, offs)
+    expected = ops.triton_quantize_activations(dpre, offs, recipe.value, True, True, blocks)
+    expected += ops.triton_quantize_activations(h, offs, recipe.value, False, True, blocks)[2:]
+    used = [slice(ends[-1]), (slice(None), slice(sum(-(-size // 4) * 4 for size in FEW)))] + [...] * 4
+    for i, (part, one, other) in enumerate(zip(used, found, expected)):
+        assert_same_bits(one[part], other[part], str(i))
+
+
+def test_twins_quantize_like_the_kernels(monkeypatch):
+    recipe = Recipe.FP8_BLOCKWISE
+    x = torch.randn(40, 136).bfloat16()
+    source, places = routing(133, 3)
+    ends = [0, 200, 203, int((source >= 0).sum())]
+    arguments = (
+        (ops.moe_quantize_tokens, (x, recipe.value)),
+        (ops.moe_gather_columns, (x, source % 40, blocks_of(ends, 399), 4, recipe.value)),
+        (ops.moe_row_weights, (torch.rand(133, 3), places, 399)),
+        (ops.moe_slot_values, (torch.rand(399), places, torch.bfloat16)),
+    )
+    by_kernels = [op(*args) for op, args in arguments]
+    monkeypatch.setattr(steps, "runs_kernels", lambda device: False)
+    for found, (op, args) in zip(by_kernels, arguments):
+        for one, other in zip(found, op(*args)):
+            assert_same(one, other, op.__name__)

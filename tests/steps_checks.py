@@ -1,0 +1,201 @@
+"""Checks of the ops between a MoE layer's GEMMs, those of `moe.activation` and `moe.steps`.
+
+They run on torch twins, on interpreted kernels and on a GPU. Activations are compared with fp64, and what is quantized,
+bit for bit, with `reference` on the tensor that the op does not store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from kernel_checks import assert_same
+from routings import blocks_of, routing
+from torch import Tensor
+
+import grouped_gemm.moe.steps  # noqa: F401 - defines ops
+from grouped_gemm import Recipe, reference
+from grouped_gemm.core.library import ops
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.moe.activation import ACTIVATIONS
+
+# activation, whether gate and up are interleaved, dtype
+FORMS = tuple(
+    (name, interleaved, (torch.bfloat16, torch.float16, torch.float32)[i % 3])
+    for i, (name, kind) in enumerate(ACTIVATIONS.items())
+    for interleaved in ((False, True) if kind.is_gated else (False,))
+)
+SIZES = (1, 0, 127, 128, 129, 0)  # of groups: short blocks, whole ones and none
+UNUSED = 7  # rows past the last group
+
+
+class Operands(NamedTuple):
+    """Slices of wider ``dh`` (M, I) and ``pre`` (M, P). Rows past the last group are NaN, and so is one of row 1."""
+
+    dh: Tensor
+    pre: Tensor
+    weights: Tensor
+    ends: list[int]
+    offs: Tensor
+    blocks: Tensor
+
+
+def operands(
+    features: int,
+    activation: str,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    sizes: Sequence[int] = SIZES,
+    unused: int = UNUSED,
+) -> Operands:
+    torch.manual_seed(0)
+    ends = list(accumulate(sizes))
+    num_rows, width = ends[-1] + unused, features * (2 if ACTIVATIONS[activation].is_gated else 1)
+    dh, pre = torch.randn(num_rows, features + 8), 4 * torch.randn(num_rows, width + 8)
+    dh[ends[-1] :], pre[ends[-1] :] = torch.nan, torch.nan
+    pre[1:2, 10] = torch.nan
+    offs = torch.tensor(ends, dtype=torch.int32, device=device)
+    dh, pre = dh.to(device, dtype)[:, 8:], pre.to(device, dtype)[:, 8:]
+    weights = torch.rand(num_rows, device=device)
+    return Operands(dh, pre, weights, ends, offs, blocks_of(ends, num_rows, device))
+
+
+def apart(activation: str, interleaved: bool, pre: Tensor) -> list[Tensor]:
+    """Gate and up in fp64, or what has no gate."""
+    if not ACTIVATIONS[activation].is_gated:
+        return [pre.double()]
+    halves = (pre[:, 0::2], pre[:, 1::2]) if interleaved else pre.chunk(2, 1)
+    return [half.double() for half in halves]
+
+
+def assert_rounds_to(found: Tensor, truth: Tensor, what: str) -> None:
+    """``found`` is ``truth``, computed in fp32 and rounded once."""
+    eps = torch.finfo(found.dtype).eps
+    torch.testing.assert_close(
+        found.double(), truth, rtol=eps / 2 + 4e-6, atol=1e-4, equal_nan=True, msg=lambda text: f"{what}: {text}"
+    )
+
+
+def check_activate(
+    activation: str,
+    interleaved: bool,
+    dtype: torch.dtype,
+    features: int,
+    device: torch.device | str,
+    sizes: Sequence[int] = SIZES,
+) -> None:
+    dh, pre, weights, ends, offs, _ = operands(features, activation, dtype, device, sizes)
+    kind, gate_up = ACTIVATIONS[activation], apart(activation, interleaved, pre)
+    h = ops.moe_activate(pre, activation, interleaved)
+    assert h.dtype == dtype
+    assert_rounds_to(h, kind.value(*gate_up), "h")
+    assert h[1].isnan().sum() == 1
+
+    used = slice(ends[-1])
+    for factors in (None, weights):
+        w = torch.ones_like(weights).double() if factors is None else weights.double()
+        dpre, h, dots = ops.moe_activate_backward(dh, pre, factors, activation, interleaved, offs)
+        truth = kind.gradient(*gate_up, w[:, None] * dh.double())
+        for found, expected in zip(apart(activation, interleaved, dpre.float()), truth):
+            assert_rounds_to(found[used].to(dtype), expected[used], "dpre")
+        assert_rounds_to(h[used], (w[:, None] * kind.value(*gate_up))[used], "h times weights")
+        exact = (dh.double() * kind.value(*gate_up)).sum(1)
+        torch.testing.assert_close(dots[used].double(), exact[used], rtol=1e-4, atol=1e-3, equal_nan=True)
+        assert not dots[ends[-1] :].any(), "dots of rows past the last group"
+        assert dots[used].isnan().nonzero().tolist() == [[1]]
+        if factors is None:
+            alone = ops.moe_activate_gradient(dh, pre, activation, interleaved)
+            assert_same(alone[used], dpre[used], "dpre alone")
+
+
+def check_activate_quantize(activation: str, interleaved: bool, recipe: Recipe, given: Operands) -> None:
+    _, pre, _, ends, offs, blocks = given
+    data, scale = ops.moe_activate_quantize(pre, blocks, recipe.value, activation, interleaved, len(offs))
+    check_rows(data, scale, ops.moe_activate(pre, activation, interleaved), ends, recipe)
+
+
+def check_activate_backward_quantize(
+    activation: str, interleaved: bool, recipe: Recipe, with_weights: bool, given: Operands
+) -> None:
+    dh, pre, weights, ends, offs, blocks = given
+    factors = weights if with_weights else None
+    arguments = dh, pre, factors, blocks, offs, recipe.value, activation, interleaved
+    rows, row_scale, columns, column_scale, h_columns, h_scale, dots = ops.moe_activate_backward_quantize(*arguments)
+    dpre, h, expected_dots = ops.moe_activate_backward(dh, pre, factors, activation, interleaved, offs)
+    check_rows(rows, row_scale, dpre, ends, recipe)
+    check_columns(columns, column_scale, dpre, ends, recipe)
+    check_columns(h_columns, h_scale, h, ends, recipe)
+    torch.testing.assert_close(dots, expected_dots, rtol=1e-4, atol=1e-3, equal_nan=True)
+    assert not dots[ends[-1] :].any()
+
+
+def check_quantize_tokens(
+    num_tokens: int, features: int, dtype: torch.dtype, recipe: Recipe, device: torch.device
+) -> None:
+    x = torch.randn(num_tokens, features + 8).to(device, dtype)[:, 8:]
+    x[num_tokens // 2 :, 3] = torch.nan
+    data, scale = ops.moe_quantize_tokens(x, recipe.value)
+    expected = reference.quantize(x, reference.row_blocks(recipe), recipe, data.dtype)
+    assert_same(data, expected[0], "data")
+    assert_same(scale, expected[1], "scales")
+    assert data.stride(0) % 16 == 0 and scale.is_contiguous()
+
+
+def check_gather_columns(
+    features: int, dtype: torch.dtype, recipe: Recipe, device: torch.device | str, sizes: Sequence[int] = SIZES
+) -> None:
+    ends = list(accumulate(sizes))
+    num_rows, num_tokens = ends[-1] + UNUSED, 40
+    x = torch.randn(num_tokens, features + 8).to(device, dtype)[:, 8:]
+    x[5, 3] = torch.nan
+    source = torch.randint(num_tokens, (num_rows,), dtype=torch.int32)
+    source[ends[-1] :] = -1
+    blocks = blocks_of(ends, num_rows, device)
+    data, scale = ops.moe_gather_columns(x, source.to(device), blocks, len(ends), recipe.value)
+    check_columns(data, scale, x[source.to(device).long()], ends, recipe)
+
+
+def check_slots(num_tokens: int, top_k: int, dtype: torch.dtype, device: torch.device | str) -> None:
+    torch.manual_seed(0)
+    source, places = routing(num_tokens, top_k, device=device)
+    weights = torch.rand(num_tokens, top_k, device=device).to(dtype).t().contiguous().t()
+    by_row = ops.moe_row_weights(weights, places, len(source))
+    assert by_row.dtype == torch.float32 and not by_row[source < 0].any()
+    kept = places >= 0
+    assert torch.equal(by_row[places[kept].long()], weights[kept].float())
+    values = ops.moe_slot_values(by_row + 1, places, dtype)
+    assert values.dtype == dtype and not values[~kept].any()
+    assert torch.equal(values[kept], (weights[kept].float() + 1).to(dtype))
+
+
+# What the quantizers write
+
+
+def check_rows(data: Tensor, scale: Tensor, x: Tensor, ends: Sequence[int], recipe: Recipe) -> None:
+    """``data`` and ``scale`` are those of ``x`` (M, D) by rows, as far as they are in groups."""
+    fp8 = machine_of(x.device).fp8_dtype
+    assert (data.dtype, data.shape, data.stride(0) % 16) == (fp8, x.shape, 0)
+    expected, by_row = reference.quantize(x[: ends[-1]], reference.row_blocks(recipe), recipe, fp8)
+    assert_same(data[: ends[-1]], expected, "data by rows")
+    least = reference.scales(torch.zeros((), device=x.device), recipe, fp8).item()
+    groups = [by_row[group].t() for group in reference.group_slices(ends)]
+    padded = torch.cat([F.pad(group, (0, -group.shape[1] % 4), value=least) for group in groups], 1)
+    assert_same(scale[:, : padded.shape[1]], padded, "scales of rows")
+
+
+def check_columns(data: Tensor, scale: Tensor, x: Tensor, ends: Sequence[int], recipe: Recipe) -> None:
+    """``data`` and ``scale`` are those of ``x`` (M, D) by columns, and 0 and 1 in blocks past the last group."""
+    fp8, block = machine_of(x.device).fp8_dtype, 0
+    for group in reference.group_slices(ends):
+        for start in range(group.start, group.stop, 128):
+            rows = x[start : min(start + 128, group.stop)]
+            tile = F.pad(rows, (0, 0, 0, 128 - len(rows)))
+            expected, by_column = reference.quantize(tile, (128, 1), recipe, fp8)
+            assert_same(data[block], expected.t(), f"data by columns of block {block}")
+            assert_same(scale[block], by_column[0], f"scales of columns of block {block}")
+            block += 1
+    assert len(data) == len(scale) == len(x) // 128 + len(ends)
+    assert not data[block:].float().any() and (scale[block:] == 1).all()
