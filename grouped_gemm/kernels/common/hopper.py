@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -87,8 +88,8 @@ def tile_position(tile, rows, columns, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Barriers of a ring of STAGES slots.
+def make_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr, COPIERS: gl.constexpr = 0):
+    """Barriers of a ring of STAGES slots, which TMA fills, and COPIERS threads that copy with cp.async.
 
     Returns:
         One for each slot that completes when its copies have arrived, and one for each slot that completes when all
@@ -97,10 +98,24 @@ def make_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr):
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=1 + COPIERS)
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     return full, empty
+
+
+@gluon.jit
+def copy_rows(pointers, mask, buffer):
+    """Starts to copy rows to ``buffer`` with cp.async.
+
+    Args:
+        pointers: of the values, 16 bytes of a row for each copy.
+        mask: what is copied; the rest of ``buffer`` becomes zero. None: everything.
+    """
+    if mask is None:
+        async_copy.async_copy_global_to_shared(buffer, gl.multiple_of(pointers, (16, 16)))
+    else:
+        async_copy.async_copy_global_to_shared(buffer, gl.multiple_of(pointers, (16, 16)), mask=mask)
 
 
 @gluon.jit
@@ -145,8 +160,17 @@ def start_block(lhs, rhs, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def add_block(acc, block, scale):
+    """Waits for a ``block`` of `start_block`, and returns ``acc + block * scale``."""
+    block = warpgroup_mma_wait(num_outstanding=0, deps=(block,))
+    # The second wait has nothing to wait for. It keeps the sum from moving behind the start of the next block, whose
+    # registers would then be needed on top of this one's.
+    return warpgroup_mma_wait(num_outstanding=0, deps=(acc + block * scale,))
+
+
+@gluon.jit
 def finish_block(acc, block, scale, empty, slot):
-    """Waits for a ``block`` of `start_block`, releases its ``slot``, and returns ``acc + block * scale``."""
+    """As `add_block`; also releases the ``slot`` of the operands."""
     block = warpgroup_mma_wait(num_outstanding=0, deps=(block,))
     mbarrier.arrive(empty.index(slot), count=1)
     return acc + block * scale

@@ -112,7 +112,7 @@ class Gemm:
 
 
 @gluon.jit
-def _next_blocks(offs, M, e, start, BLOCK_K: gl.constexpr):
+def next_blocks(offs, M, e, start, BLOCK_K: gl.constexpr):
     """The end row of group ``e``, which starts at row ``start``, and the number of steps that its tokens take."""
     end = gl.maximum(start, gl.minimum(gl.load(offs + e), M))
     return end, (end - start + BLOCK_K - 1) // BLOCK_K
@@ -139,7 +139,7 @@ def _produce(
     slot = 0
     phase = 1
     for e in range(E):
-        end, blocks = _next_blocks(offs, M, e, start, BLOCK_K)
+        end, blocks = next_blocks(offs, M, e, start, BLOCK_K)
         while tile < first_tile + tiles_p * tiles_q:
             tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, GROUP_M)
             p = tile_p * BLOCK_M
@@ -191,7 +191,7 @@ def _consume(
     slot = 0
     phase = 0
     for e in range(E):
-        end, blocks = _next_blocks(offs, M, e, start, BLOCK_K)
+        end, blocks = next_blocks(offs, M, e, start, BLOCK_K)
         while tile < first_tile + tiles_p * tiles_q:
             tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, GROUP_M)
             p = tile_p * BLOCK_M + which * 64
@@ -221,7 +221,7 @@ def _consume(
                     slot, phase = next_slot(slot, phase, STAGES)
                 acc = finish_accumulating(acc, blocks > 0, empty, slot, STAGES)
             if p < P:
-                _finish(
+                finish_tile(
                     acc, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
                     KIND, TMA_STORE,
                 )  # fmt: skip
@@ -233,7 +233,7 @@ def _consume(
 
 
 @gluon.jit
-def _finish(
+def finish_tile(
     acc, buffer, out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
     KIND: gl.constexpr, TMA_STORE: gl.constexpr,
 ):  # fmt: skip
@@ -242,7 +242,7 @@ def _finish(
     if WIDTH > 128:  # in halves, which takes fewer registers
         halves = acc.reshape([64, 2, WIDTH // 2]).permute((0, 2, 1)).split()
         for i in gl.static_range(2):
-            _finish(
+            finish_tile(
                 halves[i], buffer, out_desc, lhs_scale, rhs_scale, out, e, p, q + WIDTH // 2 * i, P, Q,
                 KIND, TMA_STORE,
             )  # fmt: skip

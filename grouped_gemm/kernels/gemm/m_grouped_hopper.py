@@ -133,7 +133,7 @@ class Gemm:
 
 
 @gluon.jit
-def _seek(offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK_M: gl.constexpr):
+def seek_tile(offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK_M: gl.constexpr):
     """Advances to the group that has ``tile``. Rows past the last group count as group E, the last one.
 
     Returns:
@@ -163,7 +163,9 @@ def _produce(
     columns = (N + BLOCK_N - 1) // BLOCK_N
     tile = gl.program_id(0)
     zero = gl.to_tensor(0)
-    e, start, end, first_tile, scale_row = _seek(offs, M, E, columns, tile, zero - 1, zero, zero, zero, zero, BLOCK_M)
+    e, start, end, first_tile, scale_row = seek_tile(
+        offs, M, E, columns, tile, zero - 1, zero, zero, zero, zero, BLOCK_M
+    )
     slot = 0
     phase = 1
     while e < E:
@@ -186,7 +188,7 @@ def _produce(
                     load(scale_desc, source, barrier, scale_bufs.index(slot * CONSUMERS + i))
             slot, phase = next_slot(slot, phase, STAGES)
         tile += gl.num_programs(0)
-        e, start, end, first_tile, scale_row = _seek(
+        e, start, end, first_tile, scale_row = seek_tile(
             offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK_M
         )
 
@@ -206,7 +208,9 @@ def _consume(
     steps = (C + BLOCK_K - 1) // BLOCK_K
     tile = gl.program_id(0)
     zero = gl.to_tensor(0)
-    e, start, end, first_tile, scale_row = _seek(offs, M, E, columns, tile, zero - 1, zero, zero, zero, zero, BLOCK_M)
+    e, start, end, first_tile, scale_row = seek_tile(
+        offs, M, E, columns, tile, zero - 1, zero, zero, zero, zero, BLOCK_M
+    )
     slot = 0
     phase = 0
     while e <= E:
@@ -243,12 +247,12 @@ def _consume(
                     slot, phase = next_slot(slot, phase, STAGES)
                 acc = finish_accumulating(acc, True, empty, slot, STAGES)
         if row < end:
-            _finish(
+            finish_tile(
                 acc, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
                 KIND, HAS_BIAS, TMA_STORE,
             )  # fmt: skip
         tile += gl.num_programs(0)
-        e, start, end, first_tile, scale_row = _seek(
+        e, start, end, first_tile, scale_row = seek_tile(
             offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK_M
         )
     if TMA_STORE:
@@ -256,7 +260,7 @@ def _consume(
 
 
 @gluon.jit
-def _finish(
+def finish_tile(
     acc, buffer, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
     KIND: gl.constexpr, HAS_BIAS: gl.constexpr, TMA_STORE: gl.constexpr,
 ):  # fmt: skip
@@ -264,7 +268,7 @@ def _finish(
     if acc.shape[1] == 256:  # in halves, which takes fewer registers
         halves = acc.reshape([64, 2, 128]).permute((0, 2, 1)).split()
         for i in gl.static_range(2):
-            _finish(
+            finish_tile(
                 halves[i], buffer, out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column + 128 * i, E, N,
                 KIND, HAS_BIAS, TMA_STORE,
             )  # fmt: skip
