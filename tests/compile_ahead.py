@@ -349,8 +349,9 @@ def compile_moe_steps(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("by_row", "by_column", "h_by_column", "data"), fp8) | {"partial_dots": "*fp32"}
     types |= dict.fromkeys(("row_scales", "column_scales", "h_scales", "scales"), "*fp32")
     types |= dict.fromkeys(("offs", "blocks", "source"), "*i32")
-    numbers = {"LIMIT": limit_of(arch), "POWER_OF_TWO": False, "NVIDIA": arch.startswith("sm")}
-    tile = numbers | {"SCALE_ALIGNMENT": 4, "BLOCK": 128, "GROUP_M": 8}
+    has_fp8 = ARCHS[arch].fp8 is not None
+    numbers = {"LIMIT": limit_of(arch) if has_fp8 else 0.0, "POWER_OF_TWO": False, "NVIDIA": arch.startswith("sm")}
+    tile = numbers | {"PACKED": ARCHS[arch].packed_max, "SCALE_ALIGNMENT": 4, "BLOCK": 128, "GROUP_M": 8}
     compiled = {}
 
     def build(name: str, kernel: Any, constants: dict[str, Any], **options: int) -> None:
@@ -358,18 +359,18 @@ def compile_moe_steps(arch: str) -> dict[str, Any]:
         compiled[name] = compile_kernel(kernel, arch, types, constants, **{"num_warps": 4} | options)
 
     for act, layout in (("silu", "halves"), ("swiglu_clamped", "interleaved"), ("gelu", "plain")):
-        form, name = {"ACT": act, "LAYOUT": layout}, f"{act} {layout}"
+        form, name = numbers | {"ACT": act, "LAYOUT": layout}, f"{act} {layout}"
         build(f"activate {name}", moe_activation._activate, form | {"ROWS": 8, "WIDTH": 256}, **moe_activation.OPTIONS)
         whole = form | {"ROWS": 1, "WIDTH": 1024, "E_AT_ONCE": 256}
         build(f"activate backward {name}", moe_activation._activate_backward, whole, **moe_activation.OPTIONS)
-        if ARCHS[arch].fp8 is None:
+        if not has_fp8:
             continue
         rows = form | tile | {"ROWS": moe_quantize._ROWS}
         build(f"activate quantize {name}", moe_quantize._activate_quantize, rows, **moe_activation.OPTIONS)
         both = form | tile | moe_quantize._BACKWARD | {"WIDTH": 64 if layout == "interleaved" else 128}
         kernel = moe_quantize._activate_backward_quantize
         build(f"activate backward quantize {name}", kernel, both, **moe_quantize._BACKWARD_OPTIONS)
-    if ARCHS[arch].fp8 is not None:
+    if has_fp8:
         build("add dots", moe_quantize._add_dots, {"E_AT_ONCE": 256, "BLOCK": 128})
         build("tokens", moe_quantize._quantize_tokens, numbers | {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024})
         build("gathered columns", moe_quantize._gather_columns, tile)

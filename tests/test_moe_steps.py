@@ -102,7 +102,7 @@ def test_one_tensor_and_two_give_the_same(activation, interleaved, dtype, device
     h = activate(kind, pre, interleaved=interleaved)
     apart = [x.to(dtype).detach().requires_grad_() for x in checks.apart(activation, interleaved, pre)]
     expected = activate(kind, *apart)
-    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-5}
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4e-5}  # torch's 1 + tanh cancels; the kernels' sigmoid does not
     torch.testing.assert_close(h, expected, **close)
     dh = torch.randn_like(h)
     (dpre,) = torch.autograd.grad(h, pre, dh)

@@ -107,6 +107,30 @@ def _moe_activate_backward_quantize(
 
 
 @define_op()
+def _moe_activate_backward_by_rows(
+    dh_MI: Tensor, pre_MP: Tensor, row_weights: Tensor | None, blocks: Tensor, offs: Tensor, recipe: str,
+    activation: str, interleaved: bool,
+) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """What `moe_activate_backward` returns, and dpre quantized by rows: data (M, P) fp8, scales (ceil(P/128), S)."""
+    dpre_MP, h_MI = pre_MP.new_empty(pre_MP.shape), pre_MP.new_empty(dh_MI.shape)
+    dots = dh_MI.new_empty(dh_MI.shape[0], dtype=torch.float32)
+    data, scale, _, _ = layouts.activations(pre_MP, offs.shape[0], Recipe(recipe), rows=True, columns=False)
+    yield dpre_MP, h_MI, dots, data, scale
+    if runs_kernels(pre_MP.device):
+        from grouped_gemm.kernels.moe import quantize as kernel
+
+        kernel.activate_backward_by_rows(
+            dense_rows(dh_MI), dense_rows(pre_MP), _contiguous(row_weights), blocks.contiguous(), offs.contiguous(),
+            Recipe(recipe), activation, interleaved, dpre_MP, h_MI, dots, data, scale,
+        )  # fmt: skip
+    else:
+        results = _activate_backward(dh_MI, pre_MP, row_weights, activation, interleaved, offs)
+        for out, result in zip((dpre_MP, h_MI, dots), results):
+            out.copy_(result)
+        _quantize_rows(dpre_MP, blocks, Recipe(recipe), data, scale)
+
+
+@define_op()
 def _moe_quantize_tokens(x_TD: Tensor, recipe: str) -> Steps[tuple[Tensor, Tensor]]:
     """Tokens quantized in blocks of 128 features, without groups, to be read by their number.
 

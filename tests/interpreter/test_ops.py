@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grouped_gemm.moe import routing  # noqa: F401, defines its op
+from grouped_gemm.moe import routing, steps  # noqa: F401, define their ops
 
 OPS = torch.ops.grouped_gemm
 OFFS = torch.tensor([3, 3, 20], dtype=torch.int32)
@@ -18,6 +18,19 @@ def samples():
     yield "triton_wgrad", (a, None, dy, None, OFFS, 24, "none", torch.float32)
     yield "triton_group_sums", (dy, OFFS, torch.float32)
     yield "moe_route", (torch.tensor([[0, 3], [4, -1], [1, 1]]).t(), 4)
+    dh, offs, recipe = torch.randn(20, 24, dtype=torch.bfloat16), torch.tensor([3, 3, 20]).int(), "fp8_blockwise"
+    own = OPS.triton_token_blocks(offs, 20)
+    yield "moe_activate", (dy, "swiglu", False)
+    yield "moe_activate_gradient", (dy, dy, "gelu", False)
+    yield "moe_activate_backward", (dh, dy[:20], torch.rand(20), "swiglu", True, offs)
+    yield "moe_activate_backward_quantize", (dh, dy[:20], torch.rand(20), own, offs, recipe, "swiglu", True)
+    yield "moe_activate_backward_quantize", (dh, dy[:20], None, own, offs, recipe, "swiglu", False)
+    yield "moe_activate_quantize", (dy[:20], own, recipe, "swiglu", False, 3)
+    yield "moe_quantize_tokens", (dy, recipe)
+    yield "moe_gather_columns", (dh, torch.randint(20, (24,)).int(), OPS.triton_token_blocks(OFFS, 24), 3, recipe)
+    places = torch.tensor([[0, 3], [2, -1], [1, 4]]).int()
+    yield "moe_row_weights", (torch.rand(3, 2), places, 6)
+    yield "moe_slot_values", (torch.rand(6), places, torch.bfloat16)
     blocks = OPS.triton_token_blocks(OFFS, 24)
     yield "triton_token_blocks", (OFFS, 24)
     yield "triton_quantize_activations", (a, OFFS, "fp8_rowwise", True, True, blocks)

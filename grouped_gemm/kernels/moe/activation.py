@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grouped_gemm.core.machine import machine_of
 from grouped_gemm.kernels.common.groups import MOST_AT_ONCE, at_once
 from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on_device
 
@@ -27,9 +28,10 @@ _BACKWARD_TILE = 1024  # values of dh: 8 for each thread, which reads them at on
 
 
 def constants_of(activation: str, pre_MP: Tensor, features: int, interleaved: bool) -> dict[str, Any]:
-    """The constants ACT and LAYOUT of kernels: a function of the gate, and where gate and up are in ``pre``."""
+    """The constants of kernels: the function of the gate, where gate and up are in ``pre``, the vendor."""
     layout = "plain" if pre_MP.shape[1] == features else "interleaved" if interleaved else "halves"
-    return {"ACT": _FUNCTIONS.get(activation, activation), "LAYOUT": layout}
+    vendor = machine_of(pre_MP.device).vendor
+    return {"ACT": _FUNCTIONS.get(activation, activation), "LAYOUT": layout, "NVIDIA": vendor == "nvidia"}
 
 
 def activate(pre_MP: Tensor, activation: str, interleaved: bool, h_MD: Tensor) -> None:
@@ -89,8 +91,26 @@ def activate_backward(
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
+def _sigmoid(x, NVIDIA: tl.constexpr):
+    """In four instructions on NVIDIA GPUs. Triton's own code has more, for denormals, which do not matter here."""
+    if NVIDIA:
+        result = tl.inline_asm_elementwise(
+            """{
+            .reg .f32 t;
+            mul.f32 t, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 t, t;
+            add.f32 t, t, 0f3F800000;
+            rcp.approx.ftz.f32 $0, t;
+            }""",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        result = 1.0 / (1.0 + tl.exp(-x))
+    return result
 
 
 @triton.jit
@@ -100,13 +120,13 @@ def _tanh_gelu_argument(x):
 
 
 @triton.jit
-def _act(x, ACT: tl.constexpr):
+def _act(x, ACT: tl.constexpr, NVIDIA: tl.constexpr):
     if ACT == "silu":
-        result = x * _sigmoid(x)
+        result = x * _sigmoid(x, NVIDIA)
     elif ACT == "gelu":
         result = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":
-        result = x * _sigmoid(_tanh_gelu_argument(x))
+        result = x * _sigmoid(_tanh_gelu_argument(x), NVIDIA)
     else:
         tl.static_assert(ACT == "relu")
         result = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
@@ -114,15 +134,15 @@ def _act(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _derivative(x, ACT: tl.constexpr):
+def _derivative(x, ACT: tl.constexpr, NVIDIA: tl.constexpr):
     if ACT == "silu":
-        sigmoid = _sigmoid(x)
-        result = sigmoid * (1.0 + x * (1.0 - sigmoid))
+        sigmoid = _sigmoid(x, NVIDIA)
+        result = sigmoid * tl.fma(x, 1.0 - sigmoid, 1.0)
     elif ACT == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
         result = cdf + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
     elif ACT == "gelu_tanh":
-        sigmoid = _sigmoid(_tanh_gelu_argument(x))
+        sigmoid = _sigmoid(_tanh_gelu_argument(x), NVIDIA)
         slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         result = sigmoid + x * sigmoid * (1.0 - sigmoid) * slope
     else:
@@ -132,36 +152,36 @@ def _derivative(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def value_of(gate, up, ACT: tl.constexpr, LAYOUT: tl.constexpr):
+def value_of(gate, up, ACT: tl.constexpr, LAYOUT: tl.constexpr, NVIDIA: tl.constexpr):
     """`moe.activation.Activation.value` in fp32; 0 where both operands are 0. ``up`` is not used without a gate."""
     if ACT == "swiglu_clamped":
         gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
         up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL)
-        result = gate * _sigmoid(1.702 * gate) * (up + 1.0)
+        result = gate * _sigmoid(1.702 * gate, NVIDIA) * (up + 1.0)
     else:
-        result = _act(gate, ACT)
+        result = _act(gate, ACT, NVIDIA)
         if LAYOUT != "plain":
             result = result * up
     return result
 
 
 @triton.jit
-def gradient_of(gate, up, dh, ACT: tl.constexpr, LAYOUT: tl.constexpr):
+def gradient_of(gate, up, dh, ACT: tl.constexpr, LAYOUT: tl.constexpr, NVIDIA: tl.constexpr):
     """`moe.activation.Activation.gradient` in fp32: those of gate and up. Without a gate, both are that of ``gate``."""
     if ACT == "swiglu_clamped":
         inside_gate = tl.where(gate <= 7.0, 1.0, 0.0)
         inside_up = tl.where((up >= -7.0) & (up <= 7.0), 1.0, 0.0)
         gate = tl.minimum(gate, 7.0, propagate_nan=tl.PropagateNan.ALL)
         up = tl.clamp(up, -7.0, 7.0, propagate_nan=tl.PropagateNan.ALL)
-        sigmoid = _sigmoid(1.702 * gate)
-        dgate = dh * (up + 1.0) * sigmoid * (1.0 + 1.702 * gate * (1.0 - sigmoid)) * inside_gate
+        sigmoid = _sigmoid(1.702 * gate, NVIDIA)
+        dgate = dh * (up + 1.0) * sigmoid * tl.fma(1.702 * gate, 1.0 - sigmoid, 1.0) * inside_gate
         dup = dh * gate * sigmoid * inside_up
     elif LAYOUT == "plain":
-        dgate = dh * _derivative(gate, ACT)
+        dgate = dh * _derivative(gate, ACT, NVIDIA)
         dup = dgate
     else:
-        dgate = dh * up * _derivative(gate, ACT)
-        dup = dh * _act(gate, ACT)
+        dgate = dh * up * _derivative(gate, ACT, NVIDIA)
+        dup = dh * _act(gate, ACT, NVIDIA)
     return dgate, dup
 
 
@@ -205,7 +225,7 @@ def last_end(offs, M, E, E_AT_ONCE: tl.constexpr):
 @triton.jit(do_not_specialize=["M"])
 def _activate(
     pre, h, M, D, pre_stride,
-    ACT: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, NVIDIA: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows by WIDTH features."""
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
@@ -213,14 +233,15 @@ def _activate(
     first = tl.program_id(1) * WIDTH
     columns = first + tl.arange(0, WIDTH)[None, :]
     gate, up = load_pre(pre + rows.to(tl.int64) * pre_stride, is_row, first, D, WIDTH, LAYOUT)
-    value = value_of(gate, up, ACT, LAYOUT).to(h.dtype.element_ty)
+    value = value_of(gate, up, ACT, LAYOUT, NVIDIA).to(h.dtype.element_ty)
     tl.store(h + rows.to(tl.int64) * D + columns, value, mask=is_row & (columns < D))
 
 
 @triton.jit(do_not_specialize=["M", "E"])
 def _activate_backward(
     dh, pre, weights, offs, dpre, h, dots, M, E, D, dh_stride, pre_stride,
-    ACT: tl.constexpr, LAYOUT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, E_AT_ONCE: tl.constexpr,
+    ACT: tl.constexpr, LAYOUT: tl.constexpr, NVIDIA: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, E_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows, WIDTH features at a time."""
     first_row = tl.program_id(0) * ROWS
@@ -240,7 +261,7 @@ def _activate_backward(
         slope = tl.load(dh + at * dh_stride + columns, mask=mask, other=0).to(tl.float32)
         gate, up = load_pre(pre + at * pre_stride, is_row, first, D, WIDTH, LAYOUT)
         if dots is not None or h is not None:
-            value = value_of(gate, up, ACT, LAYOUT)
+            value = value_of(gate, up, ACT, LAYOUT, NVIDIA)
         if dots is not None:
             total += slope * value
         if weights is not None:
@@ -249,7 +270,7 @@ def _activate_backward(
             if weights is not None:
                 value *= weight
             tl.store(h + at * D + columns, value.to(h.dtype.element_ty), mask=mask)
-        dgate, dup = gradient_of(gate, up, slope, ACT, LAYOUT)
+        dgate, dup = gradient_of(gate, up, slope, ACT, LAYOUT, NVIDIA)
         dgate = dgate.to(dpre.dtype.element_ty)
         dup = dup.to(dpre.dtype.element_ty)
         line = dpre + at * P

@@ -1,0 +1,211 @@
+"""The experts of a MoE layer as fused kernels: gathers, gates and quantizers inside or right between the GEMMs.
+
+Forward: gate-up with gathered rows and the gate at its end, down, combine. With a recipe, tokens are quantized once,
+before they are gathered. Backward: dgrad of down with gathered rows of dY; the gradient of the gate, which computes h
+again; both wgrads, which gather their rows while they load them; dgrad of gate-up; combine.
+
+With a recipe, wgrads stay in bf16. In fp8 they would need operands that are transposed and quantized along an expert's
+rows; that takes longer than the faster GEMMs save (docs/performance.md).
+
+Kept for backward: x, the weights or their dgrad layout, pre-activations, and the integers of the routing. Rows of dY
+are not weighted before they are multiplied: the gradient of the gate multiplies by the weights of rows, and also finds
+their gradient, dS = <dh, h>.
+
+T, k, M, E: tokens, slots of a token, routed rows, experts. H, I: hidden and intermediate features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grouped_gemm import weight_cache
+from grouped_gemm.backends import get_backend
+from grouped_gemm.core.dense import dense_rows
+from grouped_gemm.core.library import ops
+from grouped_gemm.core.preference import BackendKind, KernelPreference, resolve, surrounding
+from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.core.vmap import batched_gradient, is_transformed
+from grouped_gemm.kernels.quantize.blocks import token_blocks
+from grouped_gemm.moe import gemms, rows, steps  # noqa: F401  (they define the ops)
+from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, run_composed
+from grouped_gemm.moe.routing import Routing
+
+_RECIPES = (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
+_GATE_BLOCK = 128  # with a recipe, gate and up must not share a block of scales
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def can_run(x: Tensor, experts: ExpertWeights) -> bool:
+    """Whether these kernels run ``experts`` on ``x`` (T, H).
+
+    They run bf16 on Hopper, without or with a blockwise recipe, gated activations, gate and up in one tensor, no
+    biases; where no other backend is asked for.
+    """
+    gate_up, down = experts.first[0], experts.down
+    if not experts.activation.is_gated or len(experts.first) > 1 or _recipe_of(experts) not in _RECIPES:
+        return False
+    if experts.first_biases[0] is not None or experts.down_bias is not None:
+        return False
+    if type(x) not in _PLAIN or x.dtype != torch.bfloat16 or not x.is_cuda or torch.is_autocast_enabled("cuda"):
+        return False
+    if not torch.compiler.is_compiling() and is_transformed():
+        return False
+    if not _is_readable(gate_up) or not _is_readable(down):
+        return False
+    hidden, inner = x.shape[1], down.shape[1] if isinstance(down, QuantizedWeights) else down.shape[2]
+    # TMA reads rows at multiples of 16 bytes. In bf16, dgrad of down contracts H in whole steps of 64.
+    h_unit, i_unit = (16, 16) if _recipe_of(experts).is_scaled else (64, 8)
+    preference, _ = resolve(KernelPreference.parse(experts.kernel_preference), surrounding.kernel_preference)
+    is_ours = preference is KernelPreference.AUTO or preference is KernelPreference.TRITON
+    return is_ours and hidden % h_unit == 0 and inner % i_unit == 0 and _runs_on(x.device)
+
+
+def _recipe_of(experts: ExpertWeights) -> Recipe:
+    gate_up = experts.first[0]
+    return experts.recipe or (gate_up.recipe if isinstance(gate_up, QuantizedWeights) else Recipe.NONE)
+
+
+def _is_readable(w: Weights) -> bool:
+    if isinstance(w, QuantizedWeights):
+        return w.forward_backend is BackendKind.TRITON and w.dgrad_backend in (None, BackendKind.TRITON)
+    return type(w) in _PLAIN and w.is_contiguous()
+
+
+def _runs_on(device: torch.device) -> bool:
+    return gemms.runs_hopper_kernels(device)
+
+
+_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `selection.route._decided`
+
+
+def run(x: Tensor, topk_weights: Tensor, experts: ExpertWeights, routing: Routing) -> Tensor:
+    """The layer, (T, H), where `can_run`. Arguments as of `experts_forward`, checked."""
+    gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
+    leaves = [leaf for leaf in (x, topk_weights, gate_up, down) if isinstance(leaf, Tensor)]
+    keeps_pre = torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves])
+    settings = recipe, experts.activation.name, experts.interleaved, keeps_pre
+    composed = None if recipe.is_scaled else experts  # for second derivatives, which rounding to fp8 does not have
+    y: Tensor = _FusedExperts.apply(dense_rows(x), topk_weights, gate_up, down, *routing, settings, composed)
+    return y
+
+
+def _layouts(w: Weights, recipe: Recipe, dgrad: bool) -> Layouts:
+    """Weights (E, out, in) for forward and, if wanted, for dgrad, as the Triton backend reads them."""
+    if isinstance(w, QuantizedWeights):
+        return w.forward, w.dgrad
+    backend = get_backend(BackendKind.TRITON)
+    return weight_cache.quantize(backend, w.transpose(1, 2), recipe, forward=True, dgrad=dgrad)
+
+
+def _operand(w: Quantized | None) -> tuple[Tensor, Tensor | None]:
+    """Data (E, C, O), C contracted, and its scales in the same order."""
+    assert w is not None, "weights were quantized for this pass"
+    if w.axis == 1:
+        return w.data, w.scale
+    return w.data.transpose(1, 2), None if w.scale is None else w.scale.transpose(1, 2)
+
+
+class _FusedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        gate_up: Weights,
+        down: Weights,
+        offs: Tensor,
+        source: Tensor,
+        places: Tensor,
+        settings: tuple[Recipe, str, bool, bool],
+        experts: ExpertWeights | None,
+    ) -> Tensor:
+        """y (T, H). ``settings``: recipe, activation, interleaved, and whether a gradient will be asked for."""
+        recipe, activation, interleaved, keeps_pre = settings
+        dgrad = keeps_pre and recipe.is_scaled
+        gate_up_forward, gate_up_dgrad = _layouts(gate_up, recipe, dgrad)
+        down_forward, down_dgrad = _layouts(down, recipe, dgrad)
+        w, w_scale = _operand(gate_up_forward)
+        tokens, scale = ops.moe_quantize_tokens(x, recipe.value) if recipe.is_scaled else (x, None)
+        if not recipe.is_scaled or (w.shape[2] % (2 * _GATE_BLOCK) == 0 and not interleaved):
+            h, h_scale, pre = ops.moe_gated_mm(
+                tokens, scale, source, w, w_scale, offs, recipe.value, x.dtype, activation, interleaved, keeps_pre
+            )
+        else:
+            pre = ops.moe_gathered_mm(tokens, scale, source, w, w_scale, offs, x.dtype)
+            blocks = token_blocks(offs, source.shape[0])
+            h, h_scale = ops.moe_activate_quantize(pre, blocks, recipe.value, activation, interleaved, offs.shape[0])
+        w, w_scale = _operand(down_forward)
+        h_scale = h_scale if recipe.is_scaled else None
+        y_rows = ops.triton_grouped_mm(h, h_scale, w, w_scale, None, offs, recipe.value, x.dtype)
+        if keeps_pre:
+            if recipe.is_scaled:
+                weights = *_operand(gate_up_dgrad), *_operand(down_dgrad)
+            else:
+                weights = dense(gate_up), None, dense(down), None
+            ctx.save_for_backward(x, topk_weights, pre, offs, source, places, *weights)
+        ctx.settings, ctx.experts = settings, experts
+        return ops.moe_combine(y_rows, topk_weights, places)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, topk_weights, gate_up and down."""
+        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        with batched_gradient(dy):
+            return (*gradients(ctx, dense_rows(dy)), None, None, None, None, None)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, topk_weights, pre, offs, source, places, gate_up, gate_up_scale, down, down_scale = ctx.saved_tensors
+    recipe, activation, interleaved, _ = ctx.settings
+    needs_x, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:4]
+    row_weights = ops.moe_row_weights(topk_weights, places, source.shape[0])
+    tokens, scale = ops.moe_quantize_tokens(dy, recipe.value) if recipe.is_scaled else (dy, None)
+    dh = ops.moe_gathered_mm(tokens, scale, source, down, down_scale, offs, x.dtype)
+    dpre_scale = None
+    if recipe.is_scaled:
+        blocks = token_blocks(offs, source.shape[0])
+        dpre, h, dots, dpre_rows, dpre_scale = ops.moe_activate_backward_by_rows(
+            dh, pre, row_weights, blocks, offs, recipe.value, activation, interleaved
+        )
+    else:
+        dpre, h, dots = ops.moe_activate_backward(dh, pre, row_weights, activation, interleaved, offs)
+        dpre_rows = dpre
+    dx = dweights = dgate_up = ddown = None
+    if needs_down:
+        ddown = ops.moe_gathered_wgrad(dy, h, source, True, offs, x.dtype)
+    if needs_gate_up:
+        dgate_up = ops.moe_gathered_wgrad(dpre, x, source, False, offs, x.dtype)
+    if needs_x:
+        dx_rows = ops.triton_grouped_mm(
+            dpre_rows, dpre_scale, gate_up, gate_up_scale, None, offs, recipe.value, x.dtype
+        )
+        dx = ops.moe_combine(dx_rows, None, places)
+    if needs_weights:
+        dweights = ops.moe_slot_values(dots, places, topk_weights.dtype)
+    return dx, dweights, dgate_up, ddown
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """`_gradients` for ``create_graph=True``: those of the composed layer, which has derivatives of any order.
+
+    Raises:
+        RuntimeError: the recipe quantizes operands.
+    """
+    recipe = ctx.settings[0]
+    if recipe.is_scaled:
+        raise RuntimeError(
+            f"experts_forward: expected create_graph=False with recipe {recipe.value}; found True. "
+            "Rounding to fp8 has no second derivative: use recipe=None where second derivatives are needed."
+        )
+    x, topk_weights, _, offs, source, places, gate_up, _, down, _ = ctx.saved_tensors
+    inputs = x, topk_weights, gate_up, down
+    experts = replace(ctx.experts, first=(gate_up,), down=down)
+    y = run_composed(x, topk_weights, experts, Routing(offs, source, places))
+    wanted = [leaf for leaf, needed in zip(inputs, ctx.needs_input_grad) if needed]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:4])

@@ -1,0 +1,120 @@
+"""The implementations of the experts of a MoE layer, by name.
+
+T, k, H, I: tokens, experts per token, hidden and intermediate features. E, M: experts, routed rows; M = T * k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grouped_gemm.core import tracing
+from grouped_gemm.core.quantized import QuantizedWeights
+from grouped_gemm.group_plan import GroupPlan
+from grouped_gemm.moe import fused
+from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, run_composed
+from grouped_gemm.moe.routing import route
+from grouped_gemm.moe.rows import combine, gather
+
+IMPLEMENTATIONS = ("auto", "grouped_mm", "batched_mm", "eager_fused", "eager")
+_FEW_ROWS = 16  # routed rows up to which "auto" gathers the weights of each row; not measured
+
+
+def run(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
+    """The layer, (T, H), by the implementation of this ``name``. Arguments as of `experts_forward`, checked."""
+    return _RUNS[_choose(name, topk_ids, experts)](x, topk_ids, topk_weights, experts)
+
+
+def _run_grouped(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
+    routing = route(topk_ids, experts.num_experts)
+    if fused.can_run(x, experts):
+        return fused.run(x, topk_weights, experts, routing)
+    return run_composed(x, topk_weights, experts, routing)
+
+
+def _run_batched(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
+    """Each routed row with its own copy of its expert's weights."""
+    num_tokens, k = topk_ids.shape
+    ids = topk_ids.flatten()
+    is_kept = (ids >= 0) & (ids < experts.num_experts)
+    ids = torch.where(is_kept, ids, 0).to(torch.int64)
+    ends = torch.arange(1, ids.shape[0] + 1, dtype=torch.int32, device=x.device)
+    plan = GroupPlan(ends, ids.shape[0]) if experts.is_scaled else None
+
+    def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
+        own, own_bias = dense(w).index_select(0, ids), None if bias is None else bias.index_select(0, ids)
+        if plan is not None:
+            return grouped(experts, plan)(rows, own, own_bias)
+        y = torch.bmm(own, rows.unsqueeze(2)).squeeze(2)
+        return y if own_bias is None else y + own_bias
+
+    y = experts.run(multiply, x.repeat_interleave(k, dim=0))
+    return _weighted_sum(y.view(num_tokens, k, x.shape[1]), topk_weights, is_kept.view(num_tokens, k))
+
+
+def _run_eager(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
+    """A loop over experts that finds each one's tokens on the host."""
+    k = topk_ids.shape[1]
+    by_slot = x.new_zeros(topk_ids.numel(), x.shape[1])
+    if not experts.is_scaled:  # quantized apart, gate and up would have other blocks
+        experts = experts.apart()
+    for e in range(experts.num_experts):
+        tokens, slots = torch.where(topk_ids == e)
+        y = experts.run(_one_expert(experts, e), x[tokens])
+        by_slot = by_slot.index_put((tokens * k + slots,), y)
+    is_kept = (topk_ids >= 0) & (topk_ids < experts.num_experts)
+    return _weighted_sum(by_slot.view(*topk_ids.shape, x.shape[1]), topk_weights, is_kept)
+
+
+def _weighted_sum(y_TkH: Tensor, topk_weights: Tensor, is_kept: Tensor) -> Tensor:
+    """(T, H): the slots that are kept, summed in fp32 and in their order, as `combine` does."""
+    total = y_TkH.new_zeros(y_TkH.shape[0], y_TkH.shape[2], dtype=torch.float32)
+    for j in range(y_TkH.shape[1]):
+        total = total + torch.where(is_kept[:, j, None], topk_weights[:, j, None].float() * y_TkH[:, j].float(), 0)
+    return total.to(y_TkH.dtype)
+
+
+def _run_eager_fused(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
+    """The same loop over slices of sorted rows: one host sync for all experts, gate and up in one matmul."""
+    offs, source, places = route(topk_ids, experts.num_experts)
+    rows, outputs, start = gather(x, source, places), [], 0
+    for e, end in enumerate(offs.tolist()):
+        outputs.append(experts.run(_one_expert(experts, e), rows[start:end]))
+        start = end
+    outputs.append(rows.new_zeros(len(rows) - start, x.shape[1]))
+    return combine(torch.cat(outputs), topk_weights, source, places)
+
+
+def _one_expert(experts: ExpertWeights, e: int) -> Callable[[Tensor, Weights, Tensor | None], Tensor]:
+    """Multiplies rows by the weights of expert ``e``: in plain torch, or with a recipe as the only group of a call."""
+
+    def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
+        own, own_bias = dense(w)[e], None if bias is None else bias[e]
+        if experts.is_scaled:
+            end = torch.tensor([len(rows)], dtype=torch.int32, device=rows.device)
+            one_bias = None if own_bias is None else own_bias[None]
+            return grouped(experts, GroupPlan(end, len(rows)))(rows, own[None], one_bias)
+        y = F.linear(rows, own)
+        return y if own_bias is None else y + own_bias
+
+    return multiply
+
+
+_RUNS: dict[str, Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]] = {
+    "grouped_mm": _run_grouped,
+    "batched_mm": _run_batched,
+    "eager_fused": _run_eager_fused,
+    "eager": _run_eager,
+}
+
+
+def _choose(name: str, topk_ids: Tensor, experts: ExpertWeights) -> str:
+    if name != "auto":
+        return name
+    is_quantized = any(isinstance(w, QuantizedWeights) for w in (*experts.first, experts.down))
+    if is_quantized or experts.is_scaled or not tracing.holds(topk_ids.numel() <= _FEW_ROWS):
+        return "grouped_mm"
+    return "batched_mm"
