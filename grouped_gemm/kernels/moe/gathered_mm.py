@@ -44,9 +44,9 @@ from grouped_gemm.kernels.gemm.m_grouped_hopper import seek_tile
 
 # H100, triton 3.6.0, 2026-11-26.
 TILES = {
-    "16 bit": HopperTile(2, 256, 64, 4, 224, 8),
-    "16 bit, stored": HopperTile(2, 256, 64, 3, 224, 8),  # pre-activations to stage take the memory of a step
-    "blockwise": HopperTile(2, 256, 128, 3, 232, 8),
+    "16 bit": HopperTile(2, 256, 64, 3, 224, 8),
+    "16 bit, stored": HopperTile(2, 256, 64, 3, 224, 16),  # stages pre-activations as well
+    "blockwise": HopperTile(2, 256, 128, 4, 232, 8),
     "blockwise, stored": HopperTile(2, 256, 128, 3, 232, 8),
 }
 COPY_WARPS = {"16 bit": 4, "blockwise": 2}  # warps that gather
@@ -205,7 +205,8 @@ def _produce(
                 if not EVEN_C:
                     mask = cs < C - c
                 copy_rows(x + (top + c), mask, lhs_bufs.index(slot * CONSUMERS))
-                copy_rows(x + (bottom + c), mask, lhs_bufs.index(slot * CONSUMERS + 1))
+                if row + 64 < end:  # else the second consumer has no rows
+                    copy_rows(x + (bottom + c), mask, lhs_bufs.index(slot * CONSUMERS + 1))
                 async_copy.mbarrier_arrive(barrier, increment_count=False)  # each thread, once its copies are there
             else:
                 load(x_desc, [row, c], barrier, lhs_bufs.index(slot * CONSUMERS))
