@@ -42,15 +42,17 @@ from grouped_gemm.kernels.common.launch import can_use_tma, cdiv, launch, num_pr
 from grouped_gemm.kernels.common.scaling import scale_of
 from grouped_gemm.kernels.gemm.m_grouped_hopper import seek_tile
 
-# H100, triton 3.6.0, 2026-11-26.
+# H100, triton 3.6.0, 2026-11-26. A plain GEMM, one with a gate, and one that stages pre-activations as well.
 TILES = {
-    "16 bit": HopperTile(2, 256, 64, 3, 224, 8),
-    "16 bit, stored": HopperTile(2, 256, 64, 3, 224, 16),  # stages pre-activations as well
-    "blockwise": HopperTile(2, 256, 128, 4, 232, 8),
-    "blockwise, stored": HopperTile(2, 256, 128, 3, 232, 8),
+    "16 bit": HopperTile(2, 256, 64, 4, 224, 8),
+    "16 bit, gated": HopperTile(2, 256, 64, 3, 224, 8),
+    "16 bit, gated, stored": HopperTile(2, 256, 64, 3, 224, 16),
+    "blockwise": HopperTile(2, 256, 128, 4, 224, 8),
+    "blockwise, gated": HopperTile(2, 256, 128, 4, 232, 8),
+    "blockwise, gated, stored": HopperTile(2, 256, 128, 3, 232, 8),
 }
 COPY_WARPS = {"16 bit": 4, "blockwise": 2}  # warps that gather
-_PRODUCER_REGISTERS = gl.constexpr(40)
+_REGISTERS = gl.constexpr(504)  # of a thread of each of three warpgroups together: 65536 / 128, in multiples of 8
 
 
 def can_run(x_TC: Tensor, w_ECN: Tensor) -> bool:
@@ -120,7 +122,7 @@ def _launch(
     if num_rows == 0:
         return
     kind = "16 bit" if x_scale is None else "blockwise"
-    tile = TILES[kind if pre is None else f"{kind}, stored"]
+    tile = TILES[kind + (", gated" if activation else "") + (", stored" if pre is not None else "")]
     c_contiguous = w_ECN.stride(1) == 1
     shape = [num_groups * columns, c] if c_contiguous else [num_groups * c, columns]
     stride = w_ECN.stride(2) if c_contiguous else w_ECN.stride(1)
@@ -422,4 +424,4 @@ def _kernel(
         (_produce, (x_desc, w_desc, lhs_bufs, rhs_bufs, full, empty, x, source, offs, M, E, C, N, x_stride,
             GATED, GATHERS, INTERLEAVED, C_CONTIGUOUS, EVEN_C, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
             COPY_WARPS)),
-    ], [4, COPY_WARPS if GATHERS else 1], [REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip
+    ], [4, COPY_WARPS if GATHERS else 1], [REGISTERS, _REGISTERS - 2 * REGISTERS])  # fmt: skip
