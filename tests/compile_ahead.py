@@ -343,15 +343,14 @@ def compile_moe(arch: str) -> dict[str, Any]:
 
 
 def compile_moe_steps(arch: str) -> dict[str, Any]:
-    """What is between the GEMMs, of bf16 operands: activations in each layout, quantized and not, and gathers."""
+    """What is between the GEMMs, of bf16 operands: activations in each layout, quantized and not."""
     fp8 = f"*{dtype_of('rowwise', arch)}"
     types = dict.fromkeys(("pre", "h", "dh", "dpre", "x"), "*bf16") | dict.fromkeys(("weights", "dots"), "*fp32")
-    types |= dict.fromkeys(("by_row", "by_column", "h_by_column", "data"), fp8) | {"partial_dots": "*fp32"}
-    types |= dict.fromkeys(("row_scales", "column_scales", "h_scales", "scales"), "*fp32")
-    types |= dict.fromkeys(("offs", "blocks", "source"), "*i32")
+    types |= dict.fromkeys(("by_row", "data"), fp8) | dict.fromkeys(("row_scales", "scales"), "*fp32")
+    types |= dict.fromkeys(("offs", "blocks"), "*i32")
     has_fp8 = ARCHS[arch].fp8 is not None
     numbers = {"LIMIT": limit_of(arch) if has_fp8 else 0.0, "POWER_OF_TWO": False, "NVIDIA": arch.startswith("sm")}
-    tile = numbers | {"PACKED": ARCHS[arch].packed_max, "SCALE_ALIGNMENT": 4, "BLOCK": 128, "GROUP_M": 8}
+    tile = numbers | {"SCALE_ALIGNMENT": 4, "BLOCK": 128, "GROUP_M": 8}
     compiled = {}
 
     def build(name: str, kernel: Any, constants: dict[str, Any], **options: int) -> None:
@@ -367,15 +366,11 @@ def compile_moe_steps(arch: str) -> dict[str, Any]:
             continue
         rows = form | tile | {"ROWS": moe_quantize._ROWS}
         build(f"activate quantize {name}", moe_quantize._activate_quantize, rows, **moe_activation.OPTIONS)
-        both = form | tile | moe_quantize._BACKWARD | {"WIDTH": 64 if layout == "interleaved" else 128}
+        whole = rows | {"ROWS": moe_quantize._BACKWARD_ROWS, "WIDTH": 64 if layout == "interleaved" else 128}
         kernel = moe_quantize._activate_backward_quantize
-        build(f"activate backward quantize {name}", kernel, both, **moe_quantize._BACKWARD_OPTIONS)
+        build(f"activate backward quantize {name}", kernel, whole, **moe_activation.OPTIONS)
     if has_fp8:
-        build("add dots", moe_quantize._add_dots, {"E_AT_ONCE": 256, "BLOCK": 128})
         build("tokens", moe_quantize._quantize_tokens, numbers | {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024})
-        build("gathered columns", moe_quantize._gather_columns, tile)
-    if ARCHS[arch].packed_max:
-        build("gathered columns packed", moe_quantize._gather_columns_packed, tile)
     return compiled
 
 

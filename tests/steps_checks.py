@@ -123,13 +123,15 @@ def check_activate_backward_quantize(
     dh, pre, weights, ends, offs, blocks = given
     factors = weights if with_weights else None
     arguments = dh, pre, factors, blocks, offs, recipe.value, activation, interleaved
-    rows, row_scale, columns, column_scale, h_columns, h_scale, dots = ops.moe_activate_backward_quantize(*arguments)
-    dpre, h, expected_dots = ops.moe_activate_backward(dh, pre, factors, activation, interleaved, offs)
-    check_rows(rows, row_scale, dpre, ends, recipe)
-    check_columns(columns, column_scale, dpre, ends, recipe)
-    check_columns(h_columns, h_scale, h, ends, recipe)
-    torch.testing.assert_close(dots, expected_dots, rtol=1e-4, atol=1e-3, equal_nan=True)
-    assert not dots[ends[-1] :].any()
+    dpre, h, dots, data, scale = ops.moe_activate_backward_quantize(*arguments)
+    expected_dpre, expected_h, expected_dots = ops.moe_activate_backward(
+        dh, pre, factors, activation, interleaved, offs
+    )
+    used = slice(ends[-1])
+    assert_same(dpre[used], expected_dpre[used], "dpre")
+    assert_same(h[used], expected_h[used], "h times weights")
+    torch.testing.assert_close(dots[used], expected_dots[used], rtol=1e-4, atol=1e-3, equal_nan=True)
+    check_rows(data, scale, dpre, ends, recipe)
 
 
 def check_quantize_tokens(
@@ -142,20 +144,6 @@ def check_quantize_tokens(
     assert_same(data, expected[0], "data")
     assert_same(scale, expected[1], "scales")
     assert data.stride(0) % 16 == 0 and scale.is_contiguous()
-
-
-def check_gather_columns(
-    features: int, dtype: torch.dtype, recipe: Recipe, device: torch.device | str, sizes: Sequence[int] = SIZES
-) -> None:
-    ends = list(accumulate(sizes))
-    num_rows, num_tokens = ends[-1] + UNUSED, 40
-    x = torch.randn(num_tokens, features + 8).to(device, dtype)[:, 8:]
-    x[5, 3] = torch.nan
-    source = torch.randint(num_tokens, (num_rows,), dtype=torch.int32)
-    source[ends[-1] :] = -1
-    blocks = blocks_of(ends, num_rows, device)
-    data, scale = ops.moe_gather_columns(x, source.to(device), blocks, len(ends), recipe.value)
-    check_columns(data, scale, x[source.to(device).long()], ends, recipe)
 
 
 def check_slots(num_tokens: int, top_k: int, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -184,18 +172,3 @@ def check_rows(data: Tensor, scale: Tensor, x: Tensor, ends: Sequence[int], reci
     groups = [by_row[group].t() for group in reference.group_slices(ends)]
     padded = torch.cat([F.pad(group, (0, -group.shape[1] % 4), value=least) for group in groups], 1)
     assert_same(scale[:, : padded.shape[1]], padded, "scales of rows")
-
-
-def check_columns(data: Tensor, scale: Tensor, x: Tensor, ends: Sequence[int], recipe: Recipe) -> None:
-    """``data`` and ``scale`` are those of ``x`` (M, D) by columns, and 0 and 1 in blocks past the last group."""
-    fp8, block = machine_of(x.device).fp8_dtype, 0
-    for group in reference.group_slices(ends):
-        for start in range(group.start, group.stop, 128):
-            rows = x[start : min(start + 128, group.stop)]
-            tile = F.pad(rows, (0, 0, 0, 128 - len(rows)))
-            expected, by_column = reference.quantize(tile, (128, 1), recipe, fp8)
-            assert_same(data[block], expected.t(), f"data by columns of block {block}")
-            assert_same(scale[block], by_column[0], f"scales of columns of block {block}")
-            block += 1
-    assert len(data) == len(scale) == len(x) // 128 + len(ends)
-    assert not data[block:].float().any() and (scale[block:] == 1).all()

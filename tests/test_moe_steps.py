@@ -56,13 +56,6 @@ def test_tokens_are_quantized(num_tokens, features, dtype, recipe, device):
     checks.check_quantize_tokens(num_tokens, features, dtype, recipe, device)
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
-@every_recipe
-@every_width
-def test_gathered_rows_are_quantized_by_columns(features, dtype, recipe, device):
-    checks.check_gather_columns(features, dtype, recipe, device)
-
-
 @pytest.mark.parametrize("num_tokens, top_k", ((301, 3), (5, 1), (0, 2)), ids=str)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
 def test_values_of_slots_and_rows(num_tokens, top_k, dtype, device):
@@ -76,7 +69,7 @@ def test_bits_repeat(device):
             runs = [ops.moe_activate_backward(dh, pre, weights, "swiglu", True, offs)[2] for _ in range(2)]
         else:
             arguments = dh, pre, weights, blocks, offs, recipe.value, "swiglu", True
-            runs = [ops.moe_activate_backward_quantize(*arguments)[-1] for _ in range(2)]
+            runs = [ops.moe_activate_backward_quantize(*arguments)[2] for _ in range(2)]
         assert torch.equal(runs[0].nan_to_num(1e9), runs[1].nan_to_num(1e9))
 
 
@@ -102,7 +95,8 @@ def test_one_tensor_and_two_give_the_same(activation, interleaved, dtype, device
     h = activate(kind, pre, interleaved=interleaved)
     apart = [x.to(dtype).detach().requires_grad_() for x in checks.apart(activation, interleaved, pre)]
     expected = activate(kind, *apart)
-    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4e-5}  # torch's 1 + tanh cancels; the kernels' sigmoid does not
+    # torch's 1 + tanh cancels; the kernels' sigmoid does not
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4e-5}
     torch.testing.assert_close(h, expected, **close)
     dh = torch.randn_like(h)
     (dpre,) = torch.autograd.grad(h, pre, dh)

@@ -156,12 +156,6 @@ def moe_quantize_tokens():
         yield name, (x, "fp8_blockwise")
 
 
-def moe_gather_columns():
-    for name, x in rows(K).items():
-        source = torch.randint(max(len(x), 1), (len(x),), dtype=torch.int32)
-        yield name, (x, source, blocks(len(x)), 4, "fp8_blockwise")
-
-
 def moe_row_weights():
     for name, x in rows(K).items():
         _, places = routing(len(x), 3)
@@ -195,7 +189,6 @@ BY_HAND = {
         moe_combine,
         moe_combine_backward,
         moe_gather,
-        moe_gather_columns,
         moe_quantize_tokens,
         moe_row_weights,
         moe_slot_values,

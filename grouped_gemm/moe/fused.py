@@ -169,7 +169,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dpre_scale = None
     if recipe.is_scaled:
         blocks = token_blocks(offs, source.shape[0])
-        dpre, h, dots, dpre_rows, dpre_scale = ops.moe_activate_backward_by_rows(
+        dpre, h, dots, dpre_rows, dpre_scale = ops.moe_activate_backward_quantize(
             dh, pre, row_weights, blocks, offs, recipe.value, activation, interleaved
         )
     else:

@@ -1,4 +1,4 @@
-"""The steps between the grouped GEMMs of a fused MoE layer, as ops: activations and gathers that quantize as they go.
+"""The steps between the grouped GEMMs of a fused MoE layer, as ops: activations, quantizers, values of slots and rows.
 
 Each is one or two kernels where this package's kernels run. Elsewhere it is plain torch without host syncs.
 Those that quantize are for recipes in blocks of 128. Their results have the layouts of `kernels.quantize.layouts`, and
@@ -22,8 +22,6 @@ from grouped_gemm.core.library import Size, Steps, define_op
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize import layouts
 from grouped_gemm.moe.activation import ACTIVATIONS, features_of, gradients, value
-
-_Seven = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @define_op()
@@ -79,39 +77,13 @@ def _moe_activate_quantize(
 def _moe_activate_backward_quantize(
     dh_MI: Tensor, pre_MP: Tensor, row_weights: Tensor | None, blocks: Tensor, offs: Tensor, recipe: str,
     activation: str, interleaved: bool,
-) -> Steps[_Seven]:  # fmt: skip
-    """What `moe_activate_backward` returns, quantized: dpre by rows and by columns, h by columns.
+) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
+    """What `moe_activate_backward` returns, and dpre quantized by rows.
 
     Returns:
-        data (M, P) fp8 and scales (ceil(P/128), S) of dpre by rows; data (B, P, 128) fp8 and scales (B, P) of dpre by
-        columns; data (B, I, 128) fp8 and scales (B, I) of h by columns; dots (M,) fp32, which may differ in the last
-        bits from those of `moe_activate_backward`.
+        dpre (M, P), h (M, I), dots (M,); data (M, P) fp8 and scales (ceil(P/128), S) of dpre. The last bits of dots may
+        differ from those of `moe_activate_backward`. At and past the last row of ``offs``, nothing is specified.
     """
-    dpre = layouts.activations(pre_MP, offs.shape[0], Recipe(recipe), rows=True, columns=True)
-    h = layouts.activations(dh_MI, offs.shape[0], Recipe(recipe), rows=False, columns=True)
-    dots = dh_MI.new_empty(dh_MI.shape[0], dtype=torch.float32)
-    yield *dpre, *h[2:], dots
-    if runs_kernels(pre_MP.device):
-        from grouped_gemm.kernels.moe import quantize as kernel
-
-        kernel.activate_backward_quantize(
-            dense_rows(dh_MI), dense_rows(pre_MP), _contiguous(row_weights), blocks.contiguous(), offs.contiguous(),
-            Recipe(recipe), activation, interleaved, dpre, h, dots,
-        )  # fmt: skip
-    else:
-        dpre_MP, h_MI, row_dots = _activate_backward(dh_MI, pre_MP, row_weights, activation, interleaved, offs)
-        _quantize_rows(dpre_MP, blocks, Recipe(recipe), *dpre[:2])
-        _quantize_columns(dpre_MP, None, blocks, Recipe(recipe), *dpre[2:])
-        _quantize_columns(h_MI, None, blocks, Recipe(recipe), *h[2:])
-        dots.copy_(row_dots)
-
-
-@define_op()
-def _moe_activate_backward_by_rows(
-    dh_MI: Tensor, pre_MP: Tensor, row_weights: Tensor | None, blocks: Tensor, offs: Tensor, recipe: str,
-    activation: str, interleaved: bool,
-) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
-    """What `moe_activate_backward` returns, and dpre quantized by rows: data (M, P) fp8, scales (ceil(P/128), S)."""
     dpre_MP, h_MI = pre_MP.new_empty(pre_MP.shape), pre_MP.new_empty(dh_MI.shape)
     dots = dh_MI.new_empty(dh_MI.shape[0], dtype=torch.float32)
     data, scale, _, _ = layouts.activations(pre_MP, offs.shape[0], Recipe(recipe), rows=True, columns=False)
@@ -119,7 +91,7 @@ def _moe_activate_backward_by_rows(
     if runs_kernels(pre_MP.device):
         from grouped_gemm.kernels.moe import quantize as kernel
 
-        kernel.activate_backward_by_rows(
+        kernel.activate_backward_quantize(
             dense_rows(dh_MI), dense_rows(pre_MP), _contiguous(row_weights), blocks.contiguous(), offs.contiguous(),
             Recipe(recipe), activation, interleaved, dpre_MP, h_MI, dots, data, scale,
         )  # fmt: skip
@@ -149,26 +121,6 @@ def _moe_quantize_tokens(x_TD: Tensor, recipe: str) -> Steps[tuple[Tensor, Tenso
         data, scales = reference.quantize(x_TD, reference.row_blocks(Recipe(recipe)), Recipe(recipe), data_TD.dtype)
         data_TD.copy_(data)
         scale.copy_(scales)
-
-
-@define_op()
-def _moe_gather_columns(
-    x_TD: Tensor, source: Tensor, blocks: Tensor, num_groups: Size, recipe: str
-) -> Steps[tuple[Tensor, Tensor]]:
-    """``x[source]`` quantized by columns, as an operand of wgrad. ``source`` (M,) int32; -1 stands for zeros.
-
-    Returns:
-        data (B, D, 128) fp8 and scales (B, D).
-    """
-    like_rows = x_TD.new_empty(1, 1).expand(source.shape[0], x_TD.shape[1])  # only its shape and device are looked at
-    _, _, data, scale = layouts.activations(like_rows, num_groups, Recipe(recipe), rows=False, columns=True)
-    yield data, scale
-    if runs_kernels(x_TD.device):
-        from grouped_gemm.kernels.moe import quantize as kernel
-
-        kernel.gather_columns(dense_rows(x_TD), source.contiguous(), blocks.contiguous(), Recipe(recipe), data, scale)
-    else:
-        _quantize_columns(x_TD, source, blocks, Recipe(recipe), data, scale)
 
 
 @define_op()
@@ -238,18 +190,3 @@ def _quantize_rows(x_MD: Tensor, blocks: Tensor, recipe: Recipe, data_MD: Tensor
     values = torch.cat([row_scale, least])[_rows_of_blocks(blocks, len(x_MD)).flatten()]
     padded = scale.new_ones(scale.shape[0], scale.shape[1] + 1)  # what is not a row's goes to the last place
     scale.copy_(padded.index_copy_(1, targets, values.t())[:, :-1])
-
-
-def _quantize_columns(
-    x_MD: Tensor, source: Tensor | None, blocks: Tensor, recipe: Recipe, data: Tensor, scale: Tensor
-) -> None:
-    """Fills data and scales by columns, from `layouts.activations`, with rows of ``x``, or those of ``x[source]``."""
-    rows = _rows_of_blocks(blocks, len(x_MD) if source is None else len(source))
-    if source is not None:
-        rows = F.pad(source, (0, 1), value=-1)[rows].long()
-        rows = torch.where(rows < 0, len(x_MD), rows)
-    tiles = F.pad(x_MD, (0, 0, 0, 1))[rows.flatten()].unflatten(0, rows.shape)
-    tokens = layouts.TOKEN_BLOCK
-    by_token, scales = reference.quantize(tiles, (1, tokens, 1), recipe, data.dtype)
-    data.copy_(by_token.transpose(1, 2))
-    scale.copy_(torch.where(blocks[:, 2:3] > 0, scales.squeeze(1), 1))

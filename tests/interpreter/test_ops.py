@@ -27,7 +27,6 @@ def samples():
     yield "moe_activate_backward_quantize", (dh, dy[:20], None, own, offs, recipe, "swiglu", False)
     yield "moe_activate_quantize", (dy[:20], own, recipe, "swiglu", False, 3)
     yield "moe_quantize_tokens", (dy, recipe)
-    yield "moe_gather_columns", (dh, torch.randint(20, (24,)).int(), OPS.triton_token_blocks(OFFS, 24), 3, recipe)
     places = torch.tensor([[0, 3], [2, -1], [1, 4]]).int()
     yield "moe_row_weights", (torch.rand(3, 2), places, 6)
     yield "moe_slot_values", (torch.rand(6), places, torch.bfloat16)

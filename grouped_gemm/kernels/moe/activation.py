@@ -213,7 +213,7 @@ def interleave(gate, up):
 
 
 @triton.jit
-def last_end(offs, M, E, E_AT_ONCE: tl.constexpr):
+def _last_end(offs, M, E, E_AT_ONCE: tl.constexpr):
     """The row past the last group's."""
     end = 0
     for first in range(0, E_AT_ONCE if E_AT_ONCE < MOST_AT_ONCE else E, E_AT_ONCE):
@@ -248,7 +248,7 @@ def _activate_backward(
     rows = first_row + tl.arange(0, ROWS)
     end = M
     if offs is not None:
-        end = last_end(offs, M, E, E_AT_ONCE)
+        end = _last_end(offs, M, E, E_AT_ONCE)
     is_row = (rows < end)[:, None]
     at = rows.to(tl.int64)[:, None]
     if weights is not None:

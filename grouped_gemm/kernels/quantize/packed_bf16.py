@@ -36,7 +36,7 @@ def can_run(x_MD: Tensor) -> bool:
 
 
 @triton.jit
-def larger(a, b):
+def _larger(a, b):
     """The larger of the low halves and the larger of the high halves of two words, as unsigned integers."""
     return tl.inline_asm_elementwise("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1)
 
@@ -54,14 +54,6 @@ def _high(words):
 
 
 @triton.jit
-def word(low, high):
-    """Two fp32 values, rounded to bfloat16, the first in the low half."""
-    return tl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], dtype=tl.int32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def _pair(low, high):
     """Two fp32 values as fp8, saturated, the first in the low byte."""
     return tl.inline_asm_elementwise(
@@ -70,28 +62,22 @@ def _pair(low, high):
 
 
 @triton.jit
-def _load_quarter(source, stride, first, rows_left, words_left, BLOCK: tl.constexpr, index=None):
-    """Loads every fourth row from row ``first`` on: (BLOCK / 4, BLOCK / 2) words. ``index``: see `load_tile`."""
+def _load_quarter(source, stride, first, rows_left, words_left, BLOCK: tl.constexpr):
+    """Loads every fourth row from row ``first`` on: (BLOCK / 4, BLOCK / 2) words."""
     rows = 4 * tl.arange(0, BLOCK // 4) + first
     words = tl.arange(0, BLOCK // 2)
     mask = (rows < rows_left)[:, None] & (words < words_left)[None, :]
-    if index is not None:
-        rows = tl.load(index + rows, mask=rows < rows_left, other=-1)
-        mask = (rows >= 0)[:, None] & (words < words_left)[None, :]
     return tl.load(source + rows.to(tl.int64)[:, None] * stride + words[None, :], mask=mask, other=0)
 
 
 @triton.jit
-def load_tile(source, stride, rows_left, words_left, BLOCK: tl.constexpr, index=None):
-    """Loads the four quarters of a tile, zero where there is nothing. ``source`` and ``stride`` count words.
-
-    ``index``: as in `primitives.load_quarter`.
-    """
+def load_tile(source, stride, rows_left, words_left, BLOCK: tl.constexpr):
+    """Loads the four quarters of a tile, zero where there is nothing. ``source`` and ``stride`` count words."""
     return (
-        _load_quarter(source, stride, 0, rows_left, words_left, BLOCK, index),
-        _load_quarter(source, stride, 1, rows_left, words_left, BLOCK, index),
-        _load_quarter(source, stride, 2, rows_left, words_left, BLOCK, index),
-        _load_quarter(source, stride, 3, rows_left, words_left, BLOCK, index),
+        _load_quarter(source, stride, 0, rows_left, words_left, BLOCK),
+        _load_quarter(source, stride, 1, rows_left, words_left, BLOCK),
+        _load_quarter(source, stride, 2, rows_left, words_left, BLOCK),
+        _load_quarter(source, stride, 3, rows_left, words_left, BLOCK),
     )
 
 
@@ -105,8 +91,8 @@ def magnitudes_of(tile):
 def _quarter_row_amax(magnitudes, BLOCK: tl.constexpr):
     """The largest magnitude of each row of a quarter, as the bits of fp32. Each thread first reduces its four words."""
     left, right = magnitudes.reshape(BLOCK // 4, BLOCK // 8, 2, 2).split()
-    left, right = larger(left, right).split()
-    words = larger(left, right)
+    left, right = _larger(left, right).split()
+    words = _larger(left, right)
     return tl.maximum(tl.max(words & 0xFFFF, 1) << 16, tl.max(words & 0x7FFF0000, 1))
 
 
@@ -121,7 +107,7 @@ def row_amax_of(magnitudes, BLOCK: tl.constexpr):
 @triton.jit
 def column_amax_of(magnitudes, BLOCK: tl.constexpr):
     """The largest magnitude of each column of a tile, as the bits of fp32: (BLOCK,)."""
-    largest = larger(larger(magnitudes[0], magnitudes[1]), larger(magnitudes[2], magnitudes[3]))
+    largest = _larger(_larger(magnitudes[0], magnitudes[1]), _larger(magnitudes[2], magnitudes[3]))
     return tl.join(tl.max(largest & 0xFFFF, 0) << 16, tl.max(largest & 0x7FFF0000, 0)).reshape(BLOCK)
 
 
@@ -178,7 +164,7 @@ def store_transposed(target, stride, rows_left, words_left, tile, inverse, BLOCK
     low = inverse[0][None, :]
     high = inverse[1][None, :]
     v0, v1, v2, v3 = tile
-    words = tl.arange(0, v0.shape[1])
+    words = tl.arange(0, BLOCK // 2)
     quads = tl.arange(0, BLOCK // 4)
     lines = target.to(tl.pointer_type(tl.uint32))
     targets = lines + 2 * words.to(tl.int64)[None, :] * (stride // 4) + quads[:, None]
@@ -202,7 +188,7 @@ def find_amax(x, blocks, row_amax, column_amax, D, x_stride, BLOCK: tl.constexpr
         largest = tl.zeros((BLOCK // 4, BLOCK // 2), tl.int32)
         for i in tl.static_range(4):
             magnitudes = _load_quarter(source, x_stride // 2, i, rows_left, words_left, BLOCK) & 0x7FFF7FFF
-            largest = larger(largest, magnitudes)
+            largest = _larger(largest, magnitudes)
             if row_amax is not None:
                 rows = 4 * tl.arange(0, BLOCK // 4) + i
                 amax = _quarter_row_amax(magnitudes, BLOCK)

@@ -29,17 +29,11 @@ def tile_of_program(D, BLOCK: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def load_quarter(source, stride, first, rows_left, columns_left, BLOCK: tl.constexpr, index=None):
-    """Loads every fourth row from row ``first`` on: (BLOCK / 4, BLOCK), zero where there is nothing.
-
-    ``index`` points to the line of ``source`` for each row of the tile; -1: zeros. Without it, row i is line i.
-    """
+def load_quarter(source, stride, first, rows_left, columns_left, BLOCK: tl.constexpr):
+    """Loads every fourth row from row ``first`` on: (BLOCK / 4, BLOCK), zero where there is nothing."""
     rows = 4 * tl.arange(0, BLOCK // 4) + first
     columns = tl.arange(0, BLOCK)
     mask = (rows < rows_left)[:, None] & (columns < columns_left)[None, :]
-    if index is not None:
-        rows = tl.load(index + rows, mask=rows < rows_left, other=-1)
-        mask = (rows >= 0)[:, None] & (columns < columns_left)[None, :]
     return tl.load(source + rows.to(tl.int64)[:, None] * stride + columns[None, :], mask=mask, other=0)
 
 
@@ -83,7 +77,7 @@ def _byte(data, i: tl.constexpr):
 @triton.jit
 def store_transposed(
     source, stride, target, target_stride, inverse, rows_left, rows_to_fill, columns_left,
-    LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr, BLOCK: tl.constexpr, index=None,
+    LIMIT: tl.constexpr, DTYPE: tl.constexpr, NVIDIA: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Loads a tile again, quantizes it, and stores its transpose: a line of ``target`` for each column.
 
@@ -92,12 +86,11 @@ def store_transposed(
     Args:
         inverse: `scaling.inverse_of` the scale of each column, (BLOCK,), or of all columns, (1,).
         rows_to_fill: rows that are stored; those past ``rows_left`` are zero.
-        index: as in `load_quarter`.
     """
-    v0 = load_quarter(source, stride, 0, rows_left, columns_left, BLOCK, index)
-    v1 = load_quarter(source, stride, 1, rows_left, columns_left, BLOCK, index)
-    v2 = load_quarter(source, stride, 2, rows_left, columns_left, BLOCK, index)
-    v3 = load_quarter(source, stride, 3, rows_left, columns_left, BLOCK, index)
+    v0 = load_quarter(source, stride, 0, rows_left, columns_left, BLOCK)
+    v1 = load_quarter(source, stride, 1, rows_left, columns_left, BLOCK)
+    v2 = load_quarter(source, stride, 2, rows_left, columns_left, BLOCK)
+    v3 = load_quarter(source, stride, 3, rows_left, columns_left, BLOCK)
     words = pack(v0, v1, v2, v3, inverse[None, :], LIMIT, DTYPE, NVIDIA)
     rows = 4 * tl.arange(0, BLOCK // 4)
     columns = tl.arange(0, BLOCK)
