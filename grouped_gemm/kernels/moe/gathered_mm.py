@@ -86,13 +86,13 @@ def gathered_mm(
         offs: (E,) int32, contiguous: the end row of each expert. Any values are safe.
         out_MN: (M, N), contiguous; bfloat16 or float16.
     """
-    _launch(x_TC, x_scale, source, w_ECN, w_scale, offs, out_MN, None, None, None, False, False)
+    _launch(x_TC, x_scale, source, w_ECN, w_scale, offs, out_MN, None, None, None, None, False, False)
 
 
 def gated_mm(
     x_TC: Tensor, x_scale: Tensor | None, source: Tensor | None, gate_up_ECN: Tensor, w_scale: Tensor | None,
     offs: Tensor, activation: str, interleaved: bool, h_MI: Tensor, h_scale: Tensor | None, pre_MN: Tensor | None,
-    power_of_two: bool = False,
+    pre_scale: Tensor | None = None, power_of_two: bool = False,
 ) -> None:  # fmt: skip
     """h[m] = act(gate) * up, where gate and up are the halves of x[source[m]] @ gate_up[e].
 
@@ -106,17 +106,17 @@ def gated_mm(
         h_MI: (M, I), contiguous; the result, fp8 with scales.
         h_scale: fp32 (I/128, S), contiguous: scales of h as `layouts.activations` has them; None without scales.
         pre_MN: (M, 2I), contiguous; the pre-activations in the order of ``gate_up``; None: not wanted.
-        power_of_two: whether scales of h are rounded up to powers of two.
+        pre_scale: fp32 (M, 2I/128), contiguous: ``pre`` is fp8, one scale for 128 values of a row. None: it is not.
+        power_of_two: whether scales of h and pre are rounded up to powers of two.
     """
-    _launch(
-        x_TC, x_scale, source, gate_up_ECN, w_scale, offs, h_MI, h_scale, pre_MN, activation, interleaved, power_of_two
-    )
+    results = h_MI, h_scale, pre_MN, pre_scale
+    _launch(x_TC, x_scale, source, gate_up_ECN, w_scale, offs, *results, activation, interleaved, power_of_two)
 
 
 def _launch(
     x: Tensor, x_scale: Tensor | None, source: Tensor | None, w_ECN: Tensor, w_scale: Tensor | None, offs: Tensor,
-    out: Tensor, out_scale: Tensor | None, pre: Tensor | None, activation: str | None, interleaved: bool,
-    power_of_two: bool,
+    out: Tensor, out_scale: Tensor | None, pre: Tensor | None, pre_scale: Tensor | None, activation: str | None,
+    interleaved: bool, power_of_two: bool,
 ) -> None:  # fmt: skip
     (num_rows, width), (num_groups, c, columns) = out.shape, w_ECN.shape
     if num_rows == 0:
@@ -134,7 +134,7 @@ def _launch(
         launch(
             _kernel, (min(most_tiles, num_processors(x.device)),),
             x, x_desc, describe_tile(w_ECN, shape, stride, box), describe_tile(out, [num_rows, width], width, STORED),
-            pre_desc, x_scale, w_scale, out_scale, source, offs, out, pre, num_rows, num_groups, c, columns,
+            pre_desc, x_scale, w_scale, out_scale, pre_scale, source, offs, out, pre, num_rows, num_groups, c, columns,
             x.stride(0), 0 if out_scale is None else out_scale.stride(0),
             *((0, 0) if w_scale is None else w_scale.stride()[1:]),
             constants={
@@ -221,9 +221,9 @@ def _produce(
 @gluon.jit
 def _consume(
     which: gl.constexpr, lhs_bufs, rhs_bufs, out_bufs, pre_bufs, full, empty, out_desc, pre_desc, x_scale, w_scale,
-    out_scale, source, offs, out, pre, M, E, C, N, row_scale_stride, scale_stride_c, scale_stride_n,
+    out_scale, pre_scale, source, offs, out, pre, M, E, C, N, row_scale_stride, scale_stride_c, scale_stride_n,
     KIND: gl.constexpr, ACTIVATION: gl.constexpr, GATHERS: gl.constexpr, HAS_PRE: gl.constexpr,
-    INTERLEAVED: gl.constexpr, POWER_OF_TWO: gl.constexpr, C_CONTIGUOUS: gl.constexpr, CONSUMERS: gl.constexpr,
+    SCALES_PRE: gl.constexpr, INTERLEAVED: gl.constexpr, POWER_OF_TWO: gl.constexpr, C_CONTIGUOUS: gl.constexpr, CONSUMERS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
@@ -306,33 +306,35 @@ def _consume(
                 tma.store_wait(0)
                 _store(right, buffer, out_desc, out, row, end, column + HALF, N, N, True)
             else:
+                inner = N // 2
+                rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, left.type.layout))
                 if HAS_PRE:
+                    gate_buffer = pre_bufs.index(2 * which)
+                    up_buffer = pre_bufs.index(2 * which + 1)
                     if INTERLEAVED:
-                        _store(left, pre_bufs.index(2 * which), pre_desc, pre, row, end, column, N, N, True)
-                        _store(right, pre_bufs.index(2 * which + 1), pre_desc, pre, row, end, column + HALF, N, N, True)
+                        _store(left, gate_buffer, pre_desc, pre, row, end, column, N, N, True)
+                        _store(right, up_buffer, pre_desc, pre, row, end, column + HALF, N, N, True)
+                    elif SCALES_PRE:
+                        at = rows * (N // 128) + tile_column
+                        gate = _quantize(left, pre_scale + at, rows < end, POWER_OF_TWO)
+                        _store(gate, gate_buffer, pre_desc, pre, row, end, column // 2, inner, N, True)
+                        up = _quantize(right, pre_scale + (at + inner // 128), rows < end, POWER_OF_TWO)
+                        _store(up, up_buffer, pre_desc, pre, row, end, inner + column // 2, N, N, True)
                     else:
-                        fits = column // 2 + HALF <= N // 2  # else the box of gate would reach into up
-                        gate_buffer = pre_bufs.index(2 * which)
-                        up_buffer = pre_bufs.index(2 * which + 1)
-                        _store(left, gate_buffer, pre_desc, pre, row, end, column // 2, N // 2, N, fits)
-                        _store(right, up_buffer, pre_desc, pre, row, end, N // 2 + column // 2, N, N, fits)
+                        fits = column // 2 + HALF <= inner  # else the box of gate would reach into up
+                        _store(left, gate_buffer, pre_desc, pre, row, end, column // 2, inner, N, fits)
+                        _store(right, up_buffer, pre_desc, pre, row, end, inner + column // 2, N, N, fits)
                 if INTERLEAVED:
                     left, right = acc.reshape([64, HALF, 2]).split()
                 h = _activate(left, right, ACTIVATION)
                 if SCALES_H:
-                    # As if h was stored in the dtype of the layer before it is quantized.
-                    h = h.to(gl.bfloat16).to(gl.float32)
-                    bits = gl.max(h.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1)
-                    scale = scale_of(bits, 448.0, POWER_OF_TWO)
-                    rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))
                     at = tile_column * row_scale_stride + scale_row - start + rows
-                    gl.store(out_scale + at, scale, mask=rows < end)
-                    h = h * gl.expand_dims(1 / scale, 1)
+                    h = _quantize(h, out_scale + at, rows < end, POWER_OF_TWO)
                 if HAS_PRE and KIND == "16 bit":  # the buffer is that of gate
                     tma.store_wait(1)
-                    _store(h, pre_bufs.index(2 * which), out_desc, out, row, end, column // 2, N // 2, N // 2, True)
+                    _store(h, gate_buffer, out_desc, out, row, end, column // 2, inner, inner, True)
                 else:
-                    _store(h, out_bufs.index(which), out_desc, out, row, end, column // 2, N // 2, N // 2, True)
+                    _store(h, out_bufs.index(which), out_desc, out, row, end, column // 2, inner, inner, True)
         tile += gl.num_programs(0)
         e, start, end, first_tile, scale_row = seek_tile(
             offs, M, E, columns, tile, e, start, end, first_tile, scale_row if SCALES_H else zero, BLOCK_M
@@ -361,6 +363,15 @@ def _activate(gate, up, ACTIVATION: gl.constexpr):
 
 
 @gluon.jit
+def _quantize(values, scales, is_row, POWER_OF_TWO: gl.constexpr):
+    """Values (64, 128) over the scale of their row, which is stored; as if they were stored in bfloat16 before."""
+    values = values.to(gl.bfloat16).to(gl.float32)
+    scale = scale_of(gl.max(values.to(gl.int32, bitcast=True) & 0x7FFFFFFF, 1), 448.0, POWER_OF_TWO)
+    gl.store(scales, scale, mask=is_row)
+    return values * gl.expand_dims(1 / scale, 1)
+
+
+@gluon.jit
 def _store(values, buffer, desc, out, row, end, column, last_column, stride, fits):
     """Stores 64 by 128 values: whole tiles through shared memory, others masked. The ``buffer`` must be free."""
     values = values.to(out.dtype.element_ty)
@@ -376,8 +387,8 @@ def _store(values, buffer, desc, out, row, end, column, last_column, stride, fit
 
 @gluon.jit(do_not_specialize=["M", "E", "row_scale_stride"])
 def _kernel(
-    x, x_desc, w_desc, out_desc, pre_desc, x_scale, w_scale, out_scale, source, offs, out, pre, M, E, C, N, x_stride,
-    row_scale_stride, scale_stride_c, scale_stride_n,
+    x, x_desc, w_desc, out_desc, pre_desc, x_scale, w_scale, out_scale, pre_scale, source, offs, out, pre, M, E, C, N,
+    x_stride, row_scale_stride, scale_stride_c, scale_stride_n,
     KIND: gl.constexpr, ACTIVATION: gl.constexpr, INTERLEAVED: gl.constexpr, POWER_OF_TWO: gl.constexpr,
     C_CONTIGUOUS: gl.constexpr, EVEN_C: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr,
@@ -386,6 +397,7 @@ def _kernel(
     # Arguments of a warpgroup must be values: what does not exist has a placeholder, which nothing reads.
     GATHERS: gl.constexpr = source is not None
     HAS_PRE: gl.constexpr = pre is not None
+    SCALES_PRE: gl.constexpr = pre_scale is not None
     GATED: gl.constexpr = ACTIVATION is not None
     if source is None:
         source = offs
@@ -401,6 +413,8 @@ def _kernel(
         w_scale = offs
     if out_scale is None:
         out_scale = offs
+    if pre_scale is None:
+        pre_scale = offs
     gl.static_assert(CONSUMERS == 2)
     lhs_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES * CONSUMERS, 64, BLOCK_K], w_desc.layout)
     RHS_BOX: gl.constexpr = [STAGES, BLOCK_N, BLOCK_K] if C_CONTIGUOUS else [STAGES, BLOCK_K, BLOCK_N]
@@ -414,13 +428,13 @@ def _kernel(
     full, empty = make_barriers(STAGES, CONSUMERS, 32 * COPY_WARPS if GATHERS else 0)
     gl.warp_specialize([
         (_consume, (0, lhs_bufs, rhs_bufs, out_bufs, pre_bufs, full, empty, out_desc, pre_desc, x_scale, w_scale,
-            out_scale, source, offs, out, pre, M, E, C, N, row_scale_stride, scale_stride_c, scale_stride_n,
-            KIND, ACTIVATION, GATHERS, HAS_PRE, INTERLEAVED, POWER_OF_TWO, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_K,
-            STAGES, GROUP_M)),
+            out_scale, pre_scale, source, offs, out, pre, M, E, C, N, row_scale_stride, scale_stride_c, scale_stride_n,
+            KIND, ACTIVATION, GATHERS, HAS_PRE, SCALES_PRE, INTERLEAVED, POWER_OF_TWO, C_CONTIGUOUS, CONSUMERS, BLOCK_N,
+            BLOCK_K, STAGES, GROUP_M)),
         (_consume, (1, lhs_bufs, rhs_bufs, out_bufs, pre_bufs, full, empty, out_desc, pre_desc, x_scale, w_scale,
-            out_scale, source, offs, out, pre, M, E, C, N, row_scale_stride, scale_stride_c, scale_stride_n,
-            KIND, ACTIVATION, GATHERS, HAS_PRE, INTERLEAVED, POWER_OF_TWO, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_K,
-            STAGES, GROUP_M)),
+            out_scale, pre_scale, source, offs, out, pre, M, E, C, N, row_scale_stride, scale_stride_c, scale_stride_n,
+            KIND, ACTIVATION, GATHERS, HAS_PRE, SCALES_PRE, INTERLEAVED, POWER_OF_TWO, C_CONTIGUOUS, CONSUMERS, BLOCK_N,
+            BLOCK_K, STAGES, GROUP_M)),
         (_produce, (x_desc, w_desc, lhs_bufs, rhs_bufs, full, empty, x, source, offs, M, E, C, N, x_stride,
             GATED, GATHERS, INTERLEAVED, C_CONTIGUOUS, EVEN_C, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
             COPY_WARPS)),
