@@ -290,8 +290,24 @@ def _at_least(least: int, most: int | None = None) -> Callable[[str], int]:
 
 def _demo(parser: argparse.ArgumentParser) -> Run:
     from grouped_gemm.cli import demo
+    from grouped_gemm.core.preference import KernelPreference
+    from grouped_gemm.core.recipes import Recipe
+
+    names = [recipe.value for recipe in demo.RECIPES[1:]]
+
+    def recipes(text: str) -> tuple[Recipe, ...]:
+        chosen = text.lower().split(",")
+        if not set(chosen) <= set(names):
+            raise argparse.ArgumentTypeError(f"expected recipes out of {', '.join(names)}; found {text!r}")
+        return tuple(recipe for recipe in demo.RECIPES if recipe is Recipe.NONE or recipe.value in chosen)
 
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if torch sees a GPU, else cpu")
+    backends = [*(kind.value for kind in KernelPreference), "all"]
+    meaning = "the backend of the experts; all: each one that runs here, on a GPU without emulated"
+    _choice(parser, "--backend", backends, "auto", meaning)
+    help_ = f"FP8 recipes to train beside bf16, of {', '.join(names)} (default: all)"
+    parser.add_argument("--recipes", type=recipes, default=demo.RECIPES, metavar="NAME,...", help=help_)
+    _choice(parser, "--size", list(demo.SIZES), "small", "size of the model and its batches, large for a GPU")
     parser.add_argument(
         "--steps",
         type=_at_least(2),
@@ -305,6 +321,7 @@ def _demo(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--output", type=Path, default=Path("demo.png"), metavar="FILE", help="file for the chart (%(default)s)"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the losses (default: none)")
     return demo.run
 
 

@@ -22,6 +22,7 @@ ROOT = Path(grouped_gemm.__file__).parent
 LAYERS = (
     ("__main__",),
     ("cli", "cli.*", "testing"),
+    ("cli.language",),
     ("integrations", "integrations.*"),
     ("moe", "moe.*"),
     ("moe.module",),

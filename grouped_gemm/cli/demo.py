@@ -1,10 +1,11 @@
 """Trains a mixture-of-experts language model in bf16 and in each FP8 recipe, with the same seed and batches.
 
-The model reads bytes: the source of Python's standard library, which every machine has. A run sees a small part of it,
-hardly anything twice, so its training loss is close to the loss on unseen text.
+The model reads the bytes of a made-up language (`cli.language`). A run never sees a text twice, so its training loss is
+the loss on unseen text.
 
-The gap between FP8 and bf16 is the relative difference of their losses, each smoothed by a running mean of `WINDOW`
-steps. It is taken from the first full window to the last one.
+Losses are smoothed by a running mean of a thirtieth of the steps, and of at least `WINDOW`. The gap of a run to bf16 is
+the relative difference of their smoothed losses; it is taken from the first full window to the last one, and the last
+one is the final loss. The tests, and the exit code, demand that final losses are within `LIMIT` of bf16's.
 
 B, S, T: sequences, bytes per sequence, B * S tokens. M: routed rows, one per token and expert that it goes to.
 D, H: width of the model, width of an expert. E: experts. Q: attention heads.
@@ -15,27 +16,32 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.util
+import json
 import math
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grouped_gemm import Recipe, explain, grouped_mm
+from grouped_gemm import BackendKind, KernelPreference, Recipe, __version__, explain
+from grouped_gemm.cli import language
 from grouped_gemm.core.machine import default_device, machine_of
+from grouped_gemm.moe import Experts
+from grouped_gemm.selection.rules import Decision
 
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)  # the first is the baseline
-WINDOW = 10  # steps of the running mean
-LIMIT = 2.0  # the largest allowed gap of FP8 to bf16, in percent
-_WARM_UP = 10  # steps of learning rate warmup, followed by decay to zero
-_COLORS = ("#3b3f46", "#0072b2", "#d55e00", "#009e73")  # of RECIPES, safe for colour-blind readers (Okabe, Ito)
+WINDOW = 10  # the fewest steps of the running mean, and of learning rate warmup
+LIMIT = 2.0  # the largest allowed difference of FP8 to bf16, in percent
+_INK = "#3b3f46"
+_COLORS = dict(zip(RECIPES, ("#7d4b9e", "#0072b2", "#d55e00", "#009e73")))  # safe for colour-blind readers (Okabe, Ito)
+_STYLES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)))  # of backends
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,25 @@ class Config:
     hidden: int = 128
     sequence: int = 128
     batch: int = 8
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
+
+    @property
+    def rows(self) -> int:
+        """M, the routed rows of a batch."""
+        return self.batch * self.sequence * self.experts_per_token
+
+
+SIZES = {
+    "small": Config(),
+    "large": Config(
+        layers=4, width=512, heads=8, experts=16, hidden=512, sequence=256, batch=32, learning_rate=6e-4
+    ),  # for a GPU: 55 million parameters, 8192 tokens a step
+}
+
+
+def window(steps: int) -> int:
+    """Steps of the running mean and of learning rate warmup in a run of ``steps`` steps."""
+    return max(WINDOW, steps // 30)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,79 +83,78 @@ class Curve:
 
     Attributes:
         recipe: how the experts' operands were quantized.
+        preference: the backend that was asked for; AUTO: none.
         losses: (steps,) float32, mean cross-entropy of each batch in nats per byte.
         tokens_per_second: speed from the second step on; the first step includes lazy initialization.
         backends: names of the backends that ran the experts.
     """
 
     recipe: Recipe
+    preference: KernelPreference
     losses: Tensor
     tokens_per_second: float
     backends: tuple[str, ...]
 
     @property
     def label(self) -> str:
-        """The name of the recipe; "bf16" without one."""
-        return self.recipe.value if self.recipe.is_scaled else "bf16"
+        """As in "fp8_rowwise", or "bf16 on triton" if a backend was asked for."""
+        return _label(self.recipe, self.preference)
 
     @property
     def smoothed(self) -> Tensor:
-        """The mean of each `WINDOW` successive losses, (steps - WINDOW + 1,); if there are fewer, of all, (1,)."""
-        return self.losses.unfold(0, min(WINDOW, len(self.losses)), 1).mean(1)
+        """The mean of each `window` of successive losses, (steps - window + 1,); if there are fewer, of all, (1,)."""
+        steps = len(self.losses)
+        return self.losses.unfold(0, min(window(steps), steps), 1).mean(1)
+
+    @property
+    def final(self) -> float:
+        """The mean of the last losses, over one `window`."""
+        return self.smoothed[-1].item()
 
     def gap_to(self, other: Curve) -> Tensor:
         """Relative difference between the smoothed losses and those of ``other``, in percent."""
         return 100 * (self.smoothed / other.smoothed - 1)
 
+    def is_close_to(self, other: Curve) -> bool:
+        """Whether the final losses differ by at most `LIMIT`. False for NaN."""
+        return abs(100 * (self.final / other.final - 1)) <= LIMIT
 
-class Experts(nn.Module):
-    """E SwiGLU networks. A row goes through the network of its group."""
 
-    def __init__(self, config: Config, recipe: Recipe) -> None:
-        super().__init__()
-        self.recipe = recipe
-        # As in nn.Linear, weights are (out, in). Gate and up projection are one matrix, so one call runs both.
-        self.gate_up = nn.Parameter(_normal(config.experts, 2 * config.hidden, config.width))
-        self.down = nn.Parameter(_normal(config.experts, config.width, config.hidden))
+def _label(recipe: Recipe, preference: KernelPreference) -> str:
+    name = recipe.value if recipe.is_scaled else "bf16"
+    return name if preference.kind is None else f"{name} on {preference.value}"
 
-    def forward(self, x_MD: Tensor, offs: Tensor) -> Tensor:
-        """(M, D) in bfloat16, from rows (M, D) sorted by expert and the end row of each expert's group, (E,) int32."""
-        gate_MH, up_MH = self._grouped_mm(x_MD, self.gate_up, offs).chunk(2, dim=1)
-        return self._grouped_mm(F.silu(gate_MH) * up_MH, self.down, offs)
 
-    def _grouped_mm(self, x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
-        return grouped_mm(x.bfloat16(), weight.bfloat16().transpose(1, 2), offs, recipe=self.recipe)
+def decisions(
+    config: Config, recipe: Recipe, preference: KernelPreference, device: torch.device | str
+) -> tuple[Decision, ...]:
+    """Which backends run the two grouped GEMMs of a layer, forward and backward, or why they refuse."""
 
-    def backends(self, num_rows: int) -> set[str]:
-        """The backends that run both calls on M rows, forward and backward."""
-        names: set[str] = set()
-        for weight in (self.gate_up.bfloat16(), self.down.bfloat16()):
-            x = weight.new_empty(num_rows, weight.shape[2], requires_grad=True)
-            offs = weight.new_zeros(weight.shape[0], dtype=torch.int32)
-            decision = explain(x, weight.transpose(1, 2), offs, recipe=self.recipe).decision
-            names |= {backend.value for backend in decision.backends}
-        return names
+    def decision(n: int, k: int) -> Decision:
+        x = torch.empty(config.rows, k, dtype=torch.bfloat16, device=device, requires_grad=True)
+        weight = torch.empty(config.experts, n, k, dtype=torch.bfloat16, device=device, requires_grad=True)
+        offs = torch.zeros(config.experts, dtype=torch.int32, device=device)
+        return explain(x, weight.transpose(1, 2), offs, recipe=recipe, kernel_preference=preference).decision
+
+    return decision(2 * config.hidden, config.width), decision(config.width, config.hidden)
 
 
 class MoE(nn.Module):
-    """A router sends each token to its top experts, and adds up their outputs, weighted by a softmax."""
+    """A router sends each token to its top experts, SwiGLU networks, whose outputs a softmax weights."""
 
-    def __init__(self, config: Config, recipe: Recipe) -> None:
+    def __init__(self, config: Config, recipe: Recipe, preference: KernelPreference) -> None:
         super().__init__()
         self.experts_per_token = config.experts_per_token
         self.router = nn.Linear(config.width, config.experts, bias=False)
-        self.experts = Experts(config, recipe)
+        self.experts = Experts(config.experts, config.width, config.hidden, recipe=recipe, kernel_preference=preference)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """(T, D) to (T, D)."""
-        scores, experts = self.router(x_TD).topk(self.experts_per_token)
-        expert_M, order_M = experts.flatten().sort(stable=True)
-        token_M = order_M // self.experts_per_token
-        every_expert = torch.arange(self.router.out_features, device=x_TD.device)
-        offs = torch.searchsorted(expert_M, every_expert, right=True, out_int32=True)
-        y_MD = self.experts(x_TD.index_select(0, token_M), offs)
-        weight_M = scores.softmax(1).flatten()[order_M]
-        return torch.zeros_like(x_TD).index_add(0, token_M, y_MD * weight_M[:, None])
+        """(T, D) to (T, D) in bfloat16."""
+        scores, topk_ids = self.router(x_TD).topk(self.experts_per_token)
+        # Parameters stay in fp32. Autocast casts them to bf16 before grouped_mm quantizes them.
+        with torch.autocast(x_TD.device.type, torch.bfloat16):
+            y_TD: Tensor = self.experts(x_TD.bfloat16(), topk_ids, scores.softmax(1))
+        return y_TD
 
 
 class Attention(nn.Module):
@@ -160,10 +183,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention and experts, each applied to the normalized residual stream."""
 
-    def __init__(self, config: Config, recipe: Recipe) -> None:
+    def __init__(self, config: Config, recipe: Recipe, preference: KernelPreference) -> None:
         super().__init__()
         self.attention_norm, self.attention = nn.RMSNorm(config.width), Attention(config)
-        self.moe_norm, self.moe = nn.RMSNorm(config.width), MoE(config, recipe)
+        self.moe_norm, self.moe = nn.RMSNorm(config.width), MoE(config, recipe, preference)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """(B, S, D) to (B, S, D)."""
@@ -171,34 +194,24 @@ class Block(nn.Module):
         return x_BSD + self.moe(self.moe_norm(x_BSD).flatten(0, 1)).view_as(x_BSD)
 
 
-def language_model(config: Config, recipe: Recipe) -> nn.Sequential:
+def language_model(
+    config: Config, recipe: Recipe, preference: KernelPreference = KernelPreference.AUTO
+) -> nn.Sequential:
     """A model from bytes (B, S) int64 to the logits of each next byte, (B, S, 256)."""
     embedding = nn.Embedding(256, config.width)
     nn.init.normal_(embedding.weight, std=0.02)  # small, so that context soon dominates the residual stream
     return nn.Sequential(
         embedding,
-        *(Block(config, recipe) for _ in range(config.layers)),
+        *(Block(config, recipe, preference) for _ in range(config.layers)),
         nn.RMSNorm(config.width),
         nn.Linear(config.width, 256, bias=False),
     )
 
 
-def _normal(*shape: int) -> Tensor:
-    """Random weights (..., in) that preserve the variance of their input."""
-    return torch.randn(shape) / math.sqrt(shape[-1])
-
-
 @functools.cache
-def corpus() -> Tensor:
-    """The source of the standard library's top-level modules, concatenated: (bytes,) uint8."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)), dtype=torch.uint8)
-
-
-def unigram_entropy() -> float:
-    """The lowest loss of a model without context, in nats per byte of the corpus."""
-    frequencies = corpus().bincount() / len(corpus())
-    return torch.special.entr(frequencies).sum().item()
+def texts(config: Config, steps: int, seed: int) -> language.Texts:
+    """What a run reads: a text of S + 1 bytes for each sequence of each step, with the last byte as a label only."""
+    return language.write(steps * config.batch, config.sequence + 1, seed)
 
 
 @contextmanager
@@ -215,6 +228,7 @@ def _one_thread() -> Iterator[None]:
 @_one_thread()
 def train(
     recipe: Recipe,
+    preference: KernelPreference = KernelPreference.AUTO,
     *,
     steps: int,
     device: torch.device | str = "cpu",
@@ -222,66 +236,80 @@ def train(
     config: Config | None = None,
     progress: bool = True,
 ) -> Curve:
-    """Trains one model. The same ``seed`` gives the same initial weights and batches with any recipe.
+    """Trains one model. The same ``seed`` gives the same initial weights and batches with any recipe and backend.
 
-    Everything is fp32, including weights, except the operands of `grouped_mm`, which are bfloat16.
+    Everything is fp32, including weights, except the experts' operands and what is between them, which are bfloat16.
 
     Args:
         recipe: how the experts' operands are quantized.
+        preference: the backend of the experts.
         steps: the number of batches.
         device: the device to train on.
-        seed: the seed of torch's generators.
+        seed: the seed of torch's generators and of the texts.
         config: sizes; None: those of the demo.
         progress: whether to show a progress bar on standard error, if that is a terminal.
+
+    Raises:
+        NoBackendError: the backend does not run this recipe.
     """
     from tqdm import tqdm
 
-    config, device, text = config or Config(), torch.device(device), corpus()
+    config, device = config or Config(), torch.device(device)
+    read = texts(config, steps, seed).data.to(device).unflatten(0, (steps, config.batch))
     torch.manual_seed(seed)
-    model = language_model(config, recipe).to(device)
+    model = language_model(config, recipe, preference).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, betas=(0.9, 0.95), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / _WARM_UP, 1 - step / steps))
-    window = torch.arange(config.sequence + 1)
-    losses: list[float] = []
-    bar = tqdm(range(steps), desc=f"{recipe.value:13}", unit="step", disable=None if progress else True)
+    warmup = window(steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / warmup, 1 - step / steps))
+    losses = torch.zeros(steps, device=device)
+    bar = tqdm(range(steps), desc=f"{_label(recipe, preference):13}", unit="step", disable=None if progress else True)
     for step in bar:
-        starts = torch.randint(len(text) - config.sequence, (config.batch, 1))
-        batch = text[starts + window].to(device, torch.int64)
+        batch = read[step].long()
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        losses.append(loss.item())
-        bar.set_postfix(loss=f"{losses[-1]:.2f}")
+        losses[step] = loss.detach()
+        if step % WINDOW == 0 and not bar.disable:  # reading a loss waits for the device
+            bar.set_postfix(loss=f"{loss.item():.2f}")
         if step == 0:
+            losses[0].item()  # waits for the device
             start = time.perf_counter()
-    tokens = config.batch * config.sequence
-    speed = (steps - 1) * tokens / (time.perf_counter() - start)
-    moes = (module for module in model.modules() if isinstance(module, MoE))
-    names = set[str]().union(*(moe.experts.backends(tokens * moe.experts_per_token) for moe in moes))
-    return Curve(recipe, torch.tensor(losses), speed, tuple(sorted(names)))
+    losses = losses.cpu()
+    speed = (steps - 1) * config.batch * config.sequence / (time.perf_counter() - start)
+    names = {backend.value for d in decisions(config, recipe, preference, device) for backend in d.backends}
+    return Curve(recipe, preference, losses, speed, tuple(sorted(names)))
 
 
 def table(curves: Sequence[Curve]) -> str:
-    """A table of the curves. Gaps are to the first one."""
-    head = f"{'experts':14}{'first loss':>11}{f'last {WINDOW}':>9}{'largest gap':>13}{'tokens/s':>10}  backends"
+    """A table of the curves, and whether the final losses are within the limit of the first one."""
+    bf16, *others = curves
+    width = max(14, *(len(curve.label) + 1 for curve in curves))
+    last = f"last {window(len(bf16.losses))}"
+    head = f"{'experts':{width}}{'first loss':>11}{last:>10}{'ratio':>9}{'largest gap':>13}{'tokens/s':>11}  backends"
     lines = [head, "-" * len(head)]
     for curve in curves:
-        gap = "" if curve is curves[0] else f"{curve.gap_to(curves[0]).abs().max():.2f}%"
+        ratio, gap = f"{curve.final / bf16.final:.4f}", f"{curve.gap_to(bf16).abs().max():.2f}%"
         lines.append(
-            f"{curve.label:14}{curve.losses[0]:11.3f}{curve.smoothed[-1]:9.3f}{gap:>13}"
-            f"{curve.tokens_per_second:10,.0f}  {', '.join(curve.backends)}"
+            f"{curve.label:{width}}{curve.losses[0]:11.3f}{curve.final:10.3f}{'' if curve is bf16 else ratio:>9}"
+            f"{'' if curve is bf16 else gap:>13}{curve.tokens_per_second:11,.0f}  {', '.join(curve.backends)}"
         )
-    lines.append(f"\nLoss in nats per byte. A model without context cannot be below {unigram_entropy():.3f}.")
+    lines += ["", "Loss in nats per byte. The ratio is that of the final losses, and a gap is that of running means."]
+    far = [curve.label for curve in others if not curve.is_close_to(bf16)]
+    if far:
+        lines.append(f"Not within {LIMIT:g}% of {bf16.label} at the end: {', '.join(far)}.")
+    elif others:
+        lines.append(f"Within {LIMIT:g}% of {bf16.label} at the end: yes, all {len(others)}.")
     return "\n".join(lines)
 
 
-def draw(curves: Sequence[Curve], path: Path) -> None:
+def draw(curves: Sequence[Curve], read: language.Texts, path: Path) -> None:
     """Writes a chart of the smoothed losses, and of the gaps to the first curve.
 
     Args:
         curves: with the same number of steps; the first is bf16.
+        read: what the models read.
         path: the file; its suffix gives the format, any that matplotlib writes.
     """
     from matplotlib.figure import Figure  # used without pyplot: no display, no global state
@@ -293,44 +321,77 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     figure = Figure(figsize=(9, 7), dpi=150, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(5, 3))
 
-    ink = _COLORS[0]
-    top.plot(range(1, steps + 1), bf16.losses, color=ink, alpha=0.3, linewidth=0.8, label="bf16, each step")
-    top.plot(windows, bf16.smoothed, color=ink, alpha=0.3, linewidth=6, label="bf16")
-    bottom.axhspan(-LIMIT, LIMIT, color=ink, alpha=0.07, linewidth=0, label=f"limit of the tests, {LIMIT:g}%")
-    bottom.axhline(0, color=ink, alpha=0.3, linewidth=3, label="bf16")
-    for curve, color in zip(others, _COLORS[1:]):
-        gap = curve.gap_to(bf16)
-        top.plot(windows, curve.smoothed, color=color, linewidth=1.3, label=curve.label)
-        bottom.plot(windows, gap, color=color, linewidth=1.3, label=f"{curve.label}, at most {gap.abs().max():.1f}%")
-    top.axhline(
-        unigram_entropy(),
-        color=ink,
-        linewidth=1,
-        linestyle=(0, (4, 3)),
-        zorder=0,
-        label="best guess from byte frequencies alone",
-    )
+    top.plot(range(1, steps + 1), bf16.losses, color=_INK, alpha=0.3, linewidth=0.8, label=f"{bf16.label}, each step")
+    top.plot(windows, bf16.smoothed, color=_INK, alpha=0.3, linewidth=6, label=bf16.label)
+    bottom.axhspan(-LIMIT, LIMIT, color=_INK, alpha=0.07, linewidth=0, label=f"limit at the end, {LIMIT:g}%")
+    bottom.axhline(0, color=_INK, alpha=0.3, linewidth=3, label=bf16.label)
+    preferences = list(dict.fromkeys(curve.preference for curve in curves))
+    for curve in others:
+        style = _STYLES[preferences.index(curve.preference)]
+        color, gap = _COLORS[curve.recipe], curve.gap_to(bf16)
+        top.plot(windows, curve.smoothed, color=color, linestyle=style, linewidth=1.3, label=curve.label)
+        label = f"{curve.label}, at most {gap.abs().max():.1f}%"
+        bottom.plot(windows, gap, color=color, linestyle=style, linewidth=1.3, label=label)
+    for loss, dashes, label in (
+        (read.unigram_loss, (4, 3), "best guess from byte frequencies alone"),
+        (read.least_loss, (1, 2), "no model can be better"),
+    ):
+        top.axhline(loss, color=_INK, linewidth=1, linestyle=(0, dashes), zorder=0, label=label)
 
-    top.set_title("A mixture-of-experts language model trains in FP8 as well as in bf16", loc="left", weight="bold")
-    top.set_ylabel(f"training loss, nats per byte\n(mean of {WINDOW} steps)")
+    top.set_title("A mixture-of-experts language model, trained in bf16 and in FP8", loc="left", weight="bold")
+    top.set_ylabel(f"training loss, nats per byte\n(mean of {min(window(steps), steps)} steps)")
     top.legend(frameon=False)
-    bottom.set(xlabel="training step", ylabel="loss relative to bf16, %", xlim=(1, steps))
+    bottom.set(xlabel="training step", ylabel=f"loss relative to {bf16.label}, %", xlim=(1, steps))
     bottom.set_ymargin(0.1)
-    bottom.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    columns = 3 if bf16.preference.kind is None else 2  # labels with a backend are long
+    bottom.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2, linewidth=0.6)
     figure.savefig(path)
 
 
+def as_data(curves: Sequence[Curve], read: language.Texts, args: argparse.Namespace, device: torch.device) -> Any:
+    """The runs as plain strings, numbers, lists and dicts, ready for JSON. Losses have four decimals."""
+    bf16, machine = curves[0], machine_of(device)
+    return {
+        "gpu" if machine.is_gpu else "device": machine.name,
+        "versions": {"grouped_gemm": __version__, **dict(machine.versions)},
+        "size": args.size,
+        "config": asdict(SIZES[args.size]),
+        "steps": args.steps,
+        "seed": args.seed,
+        "window": window(args.steps),
+        "limit_percent": LIMIT,
+        "unigram_loss": round(read.unigram_loss, 4),
+        "least_loss": round(read.least_loss, 4),
+        "curves": [
+            {
+                "label": curve.label,
+                "recipe": curve.recipe.value,
+                "backends": list(curve.backends),
+                "final_loss": round(curve.final, 4),
+                "ratio_to_bf16": round(curve.final / bf16.final, 5),
+                "largest_gap_percent": round(curve.gap_to(bf16).abs().max().item(), 3),
+                "is_within_limit": curve.is_close_to(bf16),
+                "tokens_per_second": round(curve.tokens_per_second),
+                "losses": [round(loss, 4) for loss in curve.losses.tolist()],
+            }
+            for curve in curves
+        ],
+    }
+
+
 def run(args: argparse.Namespace) -> int:
     """Trains in every recipe, prints the table and writes the chart.
 
     Args:
-        args: device ("cpu", "cuda" or None), steps, seed, output (a path; its suffix gives the format of the chart).
+        args: device ("cpu", "cuda" or None), backend (a name, or "all"), recipes, size, steps, seed, output (a path;
+            its suffix gives the format of the chart), json (a path or None).
 
     Returns:
-        0; or 1 if a package, the GPU or the standard library's source is missing, or ``output`` cannot be written.
+        0; or 1 if a final loss is not within `LIMIT` of bf16's, a package or the GPU is missing, the backend does not
+        run bf16, or a file cannot be written.
     """
     missing = [name for name in ("matplotlib", "tqdm") if importlib.util.find_spec(name) is None]
     if missing:
@@ -338,17 +399,52 @@ def run(args: argparse.Namespace) -> int:
     problem = _problem_with(args.output)
     if problem:
         return _fail(f"--output {args.output}: {problem}")
+    problem = args.json and _problem_with_file(args.json)
+    if problem:
+        return _fail(f"--json {args.json}: {problem}")
     if args.device == "cuda" and not torch.cuda.is_available():
         return _fail("--device cuda needs a GPU that torch sees; found none. Omit the option to run on the CPU.")
-    if not len(corpus()):
-        return _fail("The demo needs the source files of Python's standard library; this Python does not have them.")
-    device = torch.device(args.device) if args.device else default_device()
-    print(f"{len(RECIPES)} runs of {args.steps} steps on {machine_of(device).name}\n", flush=True)
-    curves = [train(recipe, steps=args.steps, device=device, seed=args.seed) for recipe in RECIPES]
+    device, config = torch.device(args.device) if args.device else default_device(), SIZES[args.size]
+    runs, refused = _runs(args, device)
+    refusals = "".join(f"Not run: {', '.join(labels)}. {reason}\n" for reason, labels in refused.items())
+    if not runs or runs[0][0].is_scaled:
+        return _fail(f"{refusals}--backend {args.backend}: expected a backend that trains in bf16 on this machine")
+    plural = "s" * (len(runs) > 1)
+    print(f"{refusals}{len(runs)} run{plural} of {args.steps} steps on {machine_of(device).name}\n", flush=True)
+    curves = [train(*of, steps=args.steps, device=device, seed=args.seed, config=config) for of in runs]
+    read = texts(config, args.steps, args.seed)
     print(f"\n{table(curves)}")
-    draw(curves, args.output)
+    draw(curves, read, args.output)
     print(f"The curves are in {args.output}.")
-    return 0
+    if args.json:
+        args.json.write_text(json.dumps(as_data(curves, read, args, device)) + "\n", encoding="utf-8")
+        print(f"The losses are in {args.json}.")
+    return 0 if all(curve.is_close_to(curves[0]) for curve in curves) else 1
+
+
+def _runs(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[list[tuple[Recipe, KernelPreference]], dict[str, list[str]]]:
+    """Recipes and backends to train, bf16 first; and the labels of those that a backend refuses, by its reason."""
+    preferences = (
+        [KernelPreference(args.backend)]
+        if args.backend != "all"
+        else [
+            KernelPreference(kind.value)
+            for kind in BackendKind
+            if device.type == "cpu" or kind is not BackendKind.EMULATED
+        ]
+    )
+    runs, refused = [], dict[str, list[str]]()
+    for recipe in args.recipes:
+        for preference in preferences:
+            found = decisions(SIZES[args.size], recipe, preference, device)
+            if all(decision.is_complete for decision in found):
+                runs.append((recipe, preference))
+            else:
+                reason = next(line for decision in found for line in decision.refusal_lines())
+                refused.setdefault(reason, []).append(_label(recipe, preference))
+    return runs, refused
 
 
 def _problem_with(output: Path) -> str | None:
@@ -361,6 +457,11 @@ def _problem_with(output: Path) -> str | None:
             f"expected a file name with one of the suffixes .{', .'.join(formats)}; found "
             f"{output.suffix or 'no suffix'!r}"
         )
+    return _problem_with_file(output)
+
+
+def _problem_with_file(output: Path) -> str | None:
+    """Why a file cannot be written to ``output``; None if it can."""
     if not output.parent.is_dir():
         return f"expected an existing directory; found no {output.parent}"
     existed = output.exists()
