@@ -1,4 +1,4 @@
-"""A small MoE layer on `grouped_mm`, trained in bf16 and in FP8 from the same initial weights.
+"""A small MoE layer on `moe.Experts`, trained in bf16 and in FP8 from the same initial weights.
 
     python examples/moe_layer.py --steps 60 --recipe fp8_blockwise
 
@@ -13,7 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from grouped_gemm import grouped_mm
+from grouped_gemm import register_weight_cache
+from grouped_gemm.moe import Experts
+
+MICRO_BATCHES = 2  # of each step
 
 
 class MoE(nn.Module):
@@ -21,50 +24,45 @@ class MoE(nn.Module):
 
     def __init__(self, hidden: int, intermediate: int, num_experts: int, top_k: int, recipe: str) -> None:
         super().__init__()
-        self.num_experts, self.top_k, self.recipe = num_experts, top_k, recipe
+        self.top_k = top_k
         self.router = nn.Linear(hidden, num_experts, bias=False)
-        # One matrix per expert, (out features, in features) as in nn.Linear; gate rows before up rows.
-        self.gate_up = nn.Parameter(torch.randn(num_experts, 2 * intermediate, hidden) / hidden**0.5)
-        self.down = nn.Parameter(torch.randn(num_experts, hidden, intermediate) / intermediate**0.5)
+        # Parameters in the dtype of the activations: what autocast casts is new in each call, and cannot be cached.
+        self.experts = Experts(num_experts, hidden, intermediate, recipe=recipe, dtype=torch.bfloat16)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(T, H) to (T, H), without a host sync."""
-        weights, experts = self.router(x).softmax(-1).topk(self.top_k)  # both (T, k)
-        weights = weights / weights.sum(-1, keepdim=True)
-
-        # Sort the T * k rows by expert. Row i of the sorted rows belongs to token order[i] // k.
-        sorted_experts, order = experts.flatten().sort(stable=True)
-        rows = x[order // self.top_k]
-        # offs[e] is where the rows of expert e end. An expert may have no rows.
-        every_expert = torch.arange(self.num_experts, device=x.device)
-        offs = torch.searchsorted(sorted_experts, every_expert, right=True, out_int32=True)
-
-        gate, up = grouped_mm(rows, self.gate_up.transpose(1, 2), offs, recipe=self.recipe).chunk(2, dim=-1)
-        y = grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs, recipe=self.recipe)
-
-        # Back into the order of tokens, then the weighted sum of each token's k rows.
-        y = y[order.argsort()].view(len(x), self.top_k, -1)
-        return (y * weights[..., None]).sum(1)
+        """(T, H) to (T, H), both bfloat16, without a host sync."""
+        topk_weights, topk_ids = self.router(x.float()).softmax(-1).topk(self.top_k)  # both (T, k)
+        topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True)
+        # Sorts the T * k rows by expert, runs the experts, and adds up each token's weighted rows.
+        y: Tensor = self.experts(x, topk_ids, topk_weights)
+        return y
 
 
-def train(recipe: str, steps: int, device: str) -> list[float]:
-    """The loss of each step. The layer learns to imitate a fixed random network."""
+def train(recipe: str, steps: int, device: str) -> tuple[list[float], int]:
+    """The loss of each step, and the bytes of quantized weights that the micro-batches of a step share.
+
+    The layer learns to imitate a fixed random network.
+    """
     torch.manual_seed(0)
     hidden = 64
     layer = MoE(hidden, intermediate=128, num_experts=8, top_k=2, recipe=recipe).to(device)
     teacher = nn.Sequential(nn.Linear(hidden, 128), nn.Tanh(), nn.Linear(128, hidden)).to(device).requires_grad_(False)
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
-    losses = []
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=3e-3)
+    handle = register_weight_cache(optimizer)  # weights are quantized once per step, and not by each micro-batch
+    losses, shared = [], 0
     for _ in range(steps):
-        x = torch.randn(256, hidden, device=device)
-        # Parameters stay in fp32. Autocast casts them, and the rows, to bf16 before grouped_mm quantizes them.
-        with torch.autocast(device, dtype=torch.bfloat16):
-            loss = F.mse_loss(layer(x).float(), teacher(x).float())
+        loss = torch.zeros((), device=device)
+        for _ in range(MICRO_BATCHES):
+            x = torch.randn(128, hidden, device=device)
+            part = F.mse_loss(layer(x.bfloat16()).float(), teacher(x)) / MICRO_BATCHES
+            part.backward()  # gradients add up over the micro-batches
+            loss += part.detach()
+        shared = handle.nbytes
+        optimizer.step()  # drops the quantized weights
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).tolist()  # the one host sync
+        losses.append(loss)
+    handle.remove()
+    return torch.stack(losses).tolist(), shared  # the one host sync
 
 
 def main() -> None:
@@ -75,11 +73,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    bf16 = train("none", args.steps, args.device)
-    fp8 = train(args.recipe, args.steps, args.device)
+    bf16, _ = train("none", args.steps, args.device)
+    fp8, shared = train(args.recipe, args.steps, args.device)
     print(f"{'step':>5} {'bf16':>8} {args.recipe:>16}")
     for step in sorted({*range(0, args.steps, max(1, args.steps // 6)), args.steps - 1}):
         print(f"{step:>5} {bf16[step]:>8.4f} {fp8[step]:>16.4f}")
+    print(f"bytes of quantized weights that the {MICRO_BATCHES} micro-batches of a step share: {shared:,}")
 
 
 if __name__ == "__main__":
