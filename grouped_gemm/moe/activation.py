@@ -118,27 +118,30 @@ def activate(activation: Activation, *pre: Tensor, interleaved: bool = False) ->
             gate. One tensor goes through one kernel, where this package's kernels run.
         interleaved: whether gate and up columns alternate in one tensor. Otherwise all gate columns come first.
     """
-    result: Tensor = _Activate.apply(activation.name, interleaved, *pre)
+    first, up = pre if len(pre) == 2 else (*pre, None)
+    result: Tensor = _Activate.apply(activation.name, interleaved, first, up)
     return result
 
 
 class _Activate(torch.autograd.Function):
+    # No variable arguments: Dynamo takes ctx for one of them where nothing needs a gradient.
     @staticmethod
-    def forward(ctx: Any, name: str, interleaved: bool, *pre: Tensor) -> Tensor:
-        ctx.save_for_backward(*pre)
+    def forward(ctx: Any, name: str, interleaved: bool, first: Tensor, up: Tensor | None) -> Tensor:
+        ctx.save_for_backward(first, up)
         ctx.name, ctx.interleaved = name, interleaved
-        if len(pre) == 1:
-            h: Tensor = ops.moe_activate(dense_rows(pre[0]), name, interleaved)
+        if up is None:
+            h: Tensor = ops.moe_activate(dense_rows(first), name, interleaved)
             return h
-        return value(ACTIVATIONS[name], interleaved, *pre)
+        return value(ACTIVATIONS[name], interleaved, first, up)
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        pre: tuple[Tensor, ...] = ctx.saved_tensors
-        if len(pre) == 1 and not torch.is_grad_enabled():
-            dpre = ops.moe_activate_gradient(dense_rows(dh), dense_rows(pre[0]), ctx.name, ctx.interleaved)
-            return None, None, dpre
-        return None, None, *gradients(ACTIVATIONS[ctx.name], ctx.interleaved, dh, *pre)
+        first, up = ctx.saved_tensors
+        if up is not None:
+            return None, None, *gradients(ACTIVATIONS[ctx.name], ctx.interleaved, dh, first, up)
+        if torch.is_grad_enabled():
+            return None, None, *gradients(ACTIVATIONS[ctx.name], ctx.interleaved, dh, first), None
+        return None, None, ops.moe_activate_gradient(dense_rows(dh), dense_rows(first), ctx.name, ctx.interleaved), None
 
 
 @define_op()

@@ -36,6 +36,7 @@ class ExpertWeights:  # no NamedTuple: Dynamo of torch 2.10 does not trace a pro
         interleaved: whether gate and up rows alternate in one tensor. Otherwise all gate rows come before all up rows.
         recipe: of the GEMMs.
         kernel_preference: of the GEMMs.
+        keep: what fused kernels keep for backward, "full" or "recipe".
     """
 
     first: tuple[Weights, ...]
@@ -46,6 +47,7 @@ class ExpertWeights:  # no NamedTuple: Dynamo of torch 2.10 does not trace a pro
     interleaved: bool
     recipe: Recipe | None
     kernel_preference: Preference
+    keep: str = "full"
 
     @property
     def is_scaled(self) -> bool:

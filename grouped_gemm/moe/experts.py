@@ -33,6 +33,7 @@ def experts_forward(
     down_bias: Tensor | None = None,
     implementation: str = "auto",
     kernel_preference: Preference = KernelPreference.AUTO,
+    keep: str = "full",
 ) -> Tensor:
     """The experts of a MoE layer: y[t] = sum over j of topk_weights[t, j] * expert(topk_ids[t, j], x[t]).
 
@@ -59,6 +60,9 @@ def experts_forward(
             row's weights: for a few rows. "eager" loops over experts in plain torch, as a reference; "eager_fused" is
             the same loop with gate and up in one matmul and one host sync. "auto" picks one of the first two.
         kernel_preference: as in `grouped_mm`.
+        keep: what is kept for backward where kernels are fused: "full" keeps x and the pre-activations of the gate in
+            their dtype; "recipe" keeps both in fp8 if the recipe is blockwise, which halves the memory, and gradients
+            are those of the rounded values (docs/numerics.md). Elsewhere it makes no difference.
 
     Returns:
         (T, H) in the dtype of ``x``.
@@ -68,7 +72,17 @@ def experts_forward(
         NoBackendError: no backend can run the GEMMs.
     """
     experts = _checked(
-        x, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference, implementation
+        x,
+        gate_up,
+        down,
+        gate_up_bias,
+        down_bias,
+        activation,
+        interleaved,
+        recipe,
+        kernel_preference,
+        implementation,
+        keep,
     )
     checks.check_topk_ids(topk_ids, experts.num_experts)
     if not isinstance(topk_weights, Tensor):
@@ -142,6 +156,7 @@ def _checked(
     recipe: Recipe | str | None,
     kernel_preference: Preference,
     implementation: str,
+    keep: str = "full",
 ) -> ExpertWeights:
     """The experts of a call.
 
@@ -160,6 +175,8 @@ def _checked(
         checks.fail("gate_up", expected, f"{len(first)} tensors")
     if interleaved and (is_pair or not kind.is_gated):
         checks.fail("interleaved", "False, as gate_up has no gate and up rows in one tensor", interleaved)
+    if keep not in ("full", "recipe"):
+        checks.fail("keep", "full or recipe", repr(keep))
     for name, w in (*(("gate_up", w) for w in first), ("down", down)):
         if isinstance(w, QuantizedWeights):
             if implementation not in ("auto", "grouped_mm"):
@@ -185,4 +202,4 @@ def _checked(
             if bias.shape != (num_experts, size):
                 checks.fail(f"{name}.shape", str((num_experts, size)), tuple(bias.shape))
     parsed = None if recipe is None else Recipe.parse(recipe)
-    return ExpertWeights(first, biases, down, down_bias, kind, interleaved, parsed, kernel_preference)
+    return ExpertWeights(first, biases, down, down_bias, kind, interleaved, parsed, kernel_preference, keep)

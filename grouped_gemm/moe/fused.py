@@ -7,7 +7,8 @@ again; both wgrads, which gather their rows while they load them; dgrad of gate-
 With a recipe, wgrads stay in bf16. In fp8 they would need operands that are transposed and quantized along an expert's
 rows; that takes longer than the faster GEMMs save (docs/performance.md).
 
-Kept for backward: x, the weights or their dgrad layout, pre-activations, and the integers of the routing. Rows of dY
+Kept for backward: x, the weights or their dgrad layout, pre-activations, and the integers of the routing. With
+``keep="recipe"``, x and pre-activations are kept in fp8; gradients are those of the rounded values. Rows of dY
 are not weighted before they are multiplied: the gradient of the gate multiplies by the weights of rows, and also finds
 their gradient, dS = <dh, h>.
 
@@ -41,28 +42,34 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def can_run(x: Tensor, experts: ExpertWeights) -> bool:
-    """Whether these kernels run ``experts`` on ``x`` (T, H).
+    """Whether these kernels run ``experts`` on ``x`` (T, H)."""
+    return refusal(x, experts) is None
 
-    They run bf16 on Hopper, without or with a blockwise recipe, gated activations, gate and up in one tensor, no
-    biases; where no other backend is asked for.
-    """
-    gate_up, down = experts.first[0], experts.down
-    if not experts.activation.is_gated or len(experts.first) > 1 or _recipe_of(experts) not in _RECIPES:
-        return False
+
+def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
+    """Why these kernels do not run ``experts`` on ``x`` (T, H), as "expected ...; found ..."; None: they do."""
+    gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
+    if not _runs_on(x.device):
+        return f"expected a Hopper GPU where Triton works; found {x.device}"
+    preference, _ = resolve(KernelPreference.parse(experts.kernel_preference), surrounding.kernel_preference)
+    if preference is not KernelPreference.AUTO and preference is not KernelPreference.TRITON:
+        return f"expected kernel_preference auto or triton; found {preference.value}"
+    if recipe not in _RECIPES:
+        return f"expected recipe {', '.join([recipe.value for recipe in _RECIPES])}; found {recipe.value}"
+    if not experts.activation.is_gated or len(experts.first) > 1:
+        return "expected a gated activation, with gate and up in one tensor; found something else"
     if experts.first_biases[0] is not None or experts.down_bias is not None:
-        return False
-    if type(x) not in _PLAIN or x.dtype != torch.bfloat16 or not x.is_cuda or torch.is_autocast_enabled("cuda"):
-        return False
+        return "expected no biases; found some"
+    if type(x) not in _PLAIN or x.dtype != torch.bfloat16 or not _is_readable(gate_up) or not _is_readable(down):
+        return "expected contiguous bfloat16 tensors, or weights quantized for Triton; found something else"
     if not torch.compiler.is_compiling() and is_transformed():
-        return False
-    if not _is_readable(gate_up) or not _is_readable(down):
-        return False
+        return "expected no torch.func transform; found one"
     hidden, inner = x.shape[1], down.shape[1] if isinstance(down, QuantizedWeights) else down.shape[2]
     # TMA reads rows at multiples of 16 bytes. In bf16, dgrad of down contracts H in whole steps of 64.
-    h_unit, i_unit = (16, 16) if _recipe_of(experts).is_scaled else (64, 8)
-    preference, _ = resolve(KernelPreference.parse(experts.kernel_preference), surrounding.kernel_preference)
-    is_ours = preference is KernelPreference.AUTO or preference is KernelPreference.TRITON
-    return is_ours and hidden % h_unit == 0 and inner % i_unit == 0 and _runs_on(x.device)
+    h_unit, i_unit = (16, 16) if recipe.is_scaled else (64, 8)
+    if hidden % h_unit or inner % i_unit:
+        return f"expected H a multiple of {h_unit} and I of {i_unit}; found {hidden} and {inner}"
+    return None
 
 
 def _recipe_of(experts: ExpertWeights) -> Recipe:
@@ -73,7 +80,7 @@ def _recipe_of(experts: ExpertWeights) -> Recipe:
 def _is_readable(w: Weights) -> bool:
     if isinstance(w, QuantizedWeights):
         return w.forward_backend is BackendKind.TRITON and w.dgrad_backend in (None, BackendKind.TRITON)
-    return type(w) in _PLAIN and w.is_contiguous()
+    return type(w) in _PLAIN and w.dtype == torch.bfloat16 and w.is_contiguous()
 
 
 def _runs_on(device: torch.device) -> bool:
@@ -87,8 +94,10 @@ def run(x: Tensor, topk_weights: Tensor, experts: ExpertWeights, routing: Routin
     """The layer, (T, H), where `can_run`. Arguments as of `experts_forward`, checked."""
     gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
     leaves = [leaf for leaf in (x, topk_weights, gate_up, down) if isinstance(leaf, Tensor)]
-    keeps_pre = torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves])
-    settings = recipe, experts.activation.name, experts.interleaved, keeps_pre
+    keep = "nothing"
+    if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):
+        keep = experts.keep if recipe.is_scaled else "full"
+    settings = recipe, experts.activation.name, experts.interleaved, keep
     composed = None if recipe.is_scaled else experts  # for second derivatives, which rounding to fp8 does not have
     y: Tensor = _FusedExperts.apply(dense_rows(x), topk_weights, gate_up, down, *routing, settings, composed)
     return y
@@ -121,34 +130,38 @@ class _FusedExperts(torch.autograd.Function):
         offs: Tensor,
         source: Tensor,
         places: Tensor,
-        settings: tuple[Recipe, str, bool, bool],
+        settings: tuple[Recipe, str, bool, str],
         experts: ExpertWeights | None,
     ) -> Tensor:
-        """y (T, H). ``settings``: recipe, activation, interleaved, and whether a gradient will be asked for."""
-        recipe, activation, interleaved, keeps_pre = settings
-        dgrad = keeps_pre and recipe.is_scaled
+        """y (T, H). ``settings``: recipe, activation, interleaved, and what to keep, see `moe_gated_mm`."""
+        recipe, activation, interleaved, keep = settings
+        dgrad = keep != "nothing" and recipe.is_scaled
         gate_up_forward, gate_up_dgrad = _layouts(gate_up, recipe, dgrad)
         down_forward, down_dgrad = _layouts(down, recipe, dgrad)
         w, w_scale = _operand(gate_up_forward)
         tokens, scale = ops.moe_quantize_tokens(x, recipe.value) if recipe.is_scaled else (x, None)
         if not recipe.is_scaled or (w.shape[2] % (2 * _GATE_BLOCK) == 0 and not interleaved):
-            h, h_scale, pre = ops.moe_gated_mm(
-                tokens, scale, source, w, w_scale, offs, recipe.value, x.dtype, activation, interleaved, keeps_pre
+            h, h_scale, pre, pre_scale = ops.moe_gated_mm(
+                tokens, scale, source, w, w_scale, offs, recipe.value, x.dtype, activation, interleaved, keep
             )
         else:
             pre = ops.moe_gathered_mm(tokens, scale, source, w, w_scale, offs, x.dtype)
             blocks = token_blocks(offs, source.shape[0])
             h, h_scale = ops.moe_activate_quantize(pre, blocks, recipe.value, activation, interleaved, offs.shape[0])
+            pre_scale = None
+            if keep == "recipe":
+                pre, pre_scale = ops.moe_quantize_tokens(pre, recipe.value)
         w, w_scale = _operand(down_forward)
         h_scale = h_scale if recipe.is_scaled else None
         y_rows = ops.triton_grouped_mm(h, h_scale, w, w_scale, None, offs, recipe.value, x.dtype)
-        if keeps_pre:
+        if keep != "nothing":
             if recipe.is_scaled:
                 weights = *_operand(gate_up_dgrad), *_operand(down_dgrad)
             else:
                 weights = dense(gate_up), None, dense(down), None
-            ctx.save_for_backward(x, topk_weights, pre, offs, source, places, *weights)
-        ctx.settings, ctx.experts = settings, experts
+            kept = (tokens, scale, pre, pre_scale) if keep == "recipe" else (x, None, pre, None)
+            ctx.save_for_backward(*kept, topk_weights, offs, source, places, *weights)
+        ctx.settings, ctx.experts, ctx.dtype = settings, experts, x.dtype
         return ops.moe_combine(y_rows, topk_weights, places)
 
     @staticmethod
@@ -160,30 +173,31 @@ class _FusedExperts(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, topk_weights, pre, offs, source, places, gate_up, gate_up_scale, down, down_scale = ctx.saved_tensors
+    x, x_scale, pre, pre_scale, topk_weights, offs, source, places, *weights = ctx.saved_tensors
+    gate_up, gate_up_scale, down, down_scale = weights
     recipe, activation, interleaved, _ = ctx.settings
     needs_x, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:4]
     row_weights = ops.moe_row_weights(topk_weights, places, source.shape[0])
     tokens, scale = ops.moe_quantize_tokens(dy, recipe.value) if recipe.is_scaled else (dy, None)
-    dh = ops.moe_gathered_mm(tokens, scale, source, down, down_scale, offs, x.dtype)
+    dh = ops.moe_gathered_mm(tokens, scale, source, down, down_scale, offs, ctx.dtype)
     dpre_scale = None
     if recipe.is_scaled:
         blocks = token_blocks(offs, source.shape[0])
         dpre, h, dots, dpre_rows, dpre_scale = ops.moe_activate_backward_quantize(
-            dh, pre, row_weights, blocks, offs, recipe.value, activation, interleaved
+            dh, pre, row_weights, blocks, offs, recipe.value, activation, interleaved, pre_scale
         )
     else:
         dpre, h, dots = ops.moe_activate_backward(dh, pre, row_weights, activation, interleaved, offs)
         dpre_rows = dpre
     dx = dweights = dgate_up = ddown = None
     if needs_down:
-        ddown = ops.moe_gathered_wgrad(dy, h, source, True, offs, x.dtype)
+        ddown = ops.moe_gathered_wgrad(dy, h, source, True, offs, ctx.dtype)
     if needs_gate_up:
-        dgate_up = ops.moe_gathered_wgrad(dpre, x, source, False, offs, x.dtype)
+        x = x if x_scale is None else ops.moe_dequantize_tokens(x, x_scale, ctx.dtype)
+        dgate_up = ops.moe_gathered_wgrad(dpre, x, source, False, offs, ctx.dtype)
     if needs_x:
-        dx_rows = ops.triton_grouped_mm(
-            dpre_rows, dpre_scale, gate_up, gate_up_scale, None, offs, recipe.value, x.dtype
-        )
+        rhs = gate_up, gate_up_scale
+        dx_rows = ops.triton_grouped_mm(dpre_rows, dpre_scale, *rhs, None, offs, recipe.value, ctx.dtype)
         dx = ops.moe_combine(dx_rows, None, places)
     if needs_weights:
         dweights = ops.moe_slot_values(dots, places, topk_weights.dtype)
@@ -202,7 +216,7 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
             f"experts_forward: expected create_graph=False with recipe {recipe.value}; found True. "
             "Rounding to fp8 has no second derivative: use recipe=None where second derivatives are needed."
         )
-    x, topk_weights, _, offs, source, places, gate_up, _, down, _ = ctx.saved_tensors
+    x, _, _, _, topk_weights, offs, source, places, gate_up, _, down, _ = ctx.saved_tensors
     inputs = x, topk_weights, gate_up, down
     experts = replace(ctx.experts, first=(gate_up,), down=down)
     y = run_composed(x, topk_weights, experts, Routing(offs, source, places))

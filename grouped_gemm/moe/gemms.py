@@ -51,13 +51,16 @@ def _moe_gathered_mm(
 @define_op()
 def _moe_gated_mm(
     x_TC: Tensor, x_scale: Tensor | None, source: Tensor, gate_up_ECN: Tensor, w_scale: Tensor | None, offs: Tensor,
-    recipe: str, dtype: torch.dtype, activation: str, interleaved: bool, keeps_pre: bool,
-) -> Steps[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    recipe: str, dtype: torch.dtype, activation: str, interleaved: bool, keep: str,
+) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """h = act(gate) * up, where gate and up are the halves of ``pre = x[source] @ gate_up``.
+
+    Args:
+        keep: what is returned of pre: "nothing"; "full": pre in ``dtype``; "recipe": pre in fp8.
 
     Returns:
         h (M, I) in ``dtype``, or in fp8 with its scales (ceil(I/128), S) as `layouts.activations` has them; pre (M, 2I)
-        in ``dtype``, if ``keeps_pre``. Tensors that do not exist have the shape (0,).
+        and its scales (M, 2I/128). Tensors that do not exist have the shape (0,).
     """
     num_rows, (num_groups, _, columns) = source.shape[0], gate_up_ECN.shape
     parsed, inner = Recipe(recipe), columns // 2
@@ -66,19 +69,28 @@ def _moe_gated_mm(
         h_MI, h_scale, _, _ = layouts.activations(like_h, num_groups, parsed, rows=True, columns=False)
     else:
         h_MI, h_scale = x_TC.new_empty(num_rows, inner), x_TC.new_empty(0)
-    pre_MN = torch.empty((num_rows, columns) if keeps_pre else 0, dtype=dtype, device=x_TC.device)
-    yield h_MI, h_scale, pre_MN
+    pre_MN = torch.empty(0 if keep == "nothing" else (num_rows, columns), dtype=dtype, device=x_TC.device)
+    pre_scale = x_TC.new_empty(0, dtype=torch.float32)
+    if keep == "recipe":
+        pre_MN = layouts.empty_fp8(like_h, (num_rows, columns))
+        pre_scale = x_TC.new_empty(num_rows, columns // layouts.TOKEN_BLOCK, dtype=torch.float32)
+    yield h_MI, h_scale, pre_MN, pre_scale
     if runs_hopper_kernels(x_TC.device):
         from grouped_gemm.kernels.moe import gathered_mm as kernel
 
         kernel.gated_mm(
             _aligned(x_TC), x_scale, source, _aligned(gate_up_ECN), w_scale, offs, activation, interleaved, h_MI,
-            h_scale if parsed.is_scaled else None, pre_MN if keeps_pre else None, parsed.power_of_two_scales,
+            h_scale if parsed.is_scaled else None, None if keep == "nothing" else pre_MN,
+            pre_scale if keep == "recipe" else None, parsed.power_of_two_scales,
         )  # fmt: skip
         return
     pre = _gathered_mm(x_TC, x_scale, source, gate_up_ECN, w_scale, offs)
-    if keeps_pre:
+    if keep == "full":
         pre_MN.copy_(pre)
+    if keep == "recipe":
+        data, scale = reference.quantize(pre.to(dtype), reference.row_blocks(parsed), parsed, pre_MN.dtype)
+        pre_MN.copy_(data)
+        pre_scale.copy_(scale)
     h = value(ACTIVATIONS[activation], interleaved, pre).to(dtype)
     if not parsed.is_scaled:
         h_MI.copy_(h)

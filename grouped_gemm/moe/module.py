@@ -25,6 +25,7 @@ class Experts(torch.nn.Module):
         recipe: as in `experts_forward`.
         implementation: as in `experts_forward`.
         kernel_preference: as in `experts_forward`.
+        keep: as in `experts_forward`.
         device: of the parameters.
         dtype: of the parameters; bfloat16, float16 or float32.
 
@@ -50,6 +51,7 @@ class Experts(torch.nn.Module):
         recipe: Recipe | str | None = None,
         implementation: str = "auto",
         kernel_preference: Preference = KernelPreference.AUTO,
+        keep: str = "full",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -66,6 +68,7 @@ class Experts(torch.nn.Module):
         self.down_bias = empty(num_experts, hidden) if bias else None
         self.activation, self.interleaved = activation, interleaved
         self.recipe, self.implementation, self.kernel_preference = recipe, implementation, kernel_preference
+        self.keep = keep
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -91,6 +94,7 @@ class Experts(torch.nn.Module):
             down_bias=self.down_bias,
             implementation=self.implementation,
             kernel_preference=self.kernel_preference,
+            keep=self.keep,
         )
 
     def extra_repr(self) -> str:

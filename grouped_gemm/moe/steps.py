@@ -76,15 +76,18 @@ def _moe_activate_quantize(
 @define_op()
 def _moe_activate_backward_quantize(
     dh_MI: Tensor, pre_MP: Tensor, row_weights: Tensor | None, blocks: Tensor, offs: Tensor, recipe: str,
-    activation: str, interleaved: bool,
+    activation: str, interleaved: bool, pre_scale: Tensor | None = None,
 ) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """What `moe_activate_backward` returns, and dpre quantized by rows.
+
+    Args:
+        pre_scale: (M, ceil(P/128)); None: ``pre`` is not quantized.
 
     Returns:
         dpre (M, P), h (M, I), dots (M,); data (M, P) fp8 and scales (ceil(P/128), S) of dpre. The last bits of dots may
         differ from those of `moe_activate_backward`. At and past the last row of ``offs``, nothing is specified.
     """
-    dpre_MP, h_MI = pre_MP.new_empty(pre_MP.shape), pre_MP.new_empty(dh_MI.shape)
+    dpre_MP, h_MI = dh_MI.new_empty(pre_MP.shape), dh_MI.new_empty(dh_MI.shape)
     dots = dh_MI.new_empty(dh_MI.shape[0], dtype=torch.float32)
     data, scale, _, _ = layouts.activations(pre_MP, offs.shape[0], Recipe(recipe), rows=True, columns=False)
     yield dpre_MP, h_MI, dots, data, scale
@@ -93,9 +96,11 @@ def _moe_activate_backward_quantize(
 
         kernel.activate_backward_quantize(
             dense_rows(dh_MI), dense_rows(pre_MP), _contiguous(row_weights), blocks.contiguous(), offs.contiguous(),
-            Recipe(recipe), activation, interleaved, dpre_MP, h_MI, dots, data, scale,
+            Recipe(recipe), activation, interleaved, dpre_MP, h_MI, dots, data, scale, pre_scale,
         )  # fmt: skip
     else:
+        if pre_scale is not None:
+            pre_MP = reference.dequantize(pre_MP, pre_scale, (1, layouts.TOKEN_BLOCK)).to(dh_MI.dtype)
         results = _activate_backward(dh_MI, pre_MP, row_weights, activation, interleaved, offs)
         for out, result in zip((dpre_MP, h_MI, dots), results):
             out.copy_(result)
@@ -121,6 +126,19 @@ def _moe_quantize_tokens(x_TD: Tensor, recipe: str) -> Steps[tuple[Tensor, Tenso
         data, scales = reference.quantize(x_TD, reference.row_blocks(Recipe(recipe)), Recipe(recipe), data_TD.dtype)
         data_TD.copy_(data)
         scale.copy_(scales)
+
+
+@define_op()
+def _moe_dequantize_tokens(data_TD: Tensor, scale: Tensor, dtype: torch.dtype) -> Steps[Tensor]:
+    """The values (T, D) in ``dtype`` of what `moe_quantize_tokens` returns."""
+    x_TD = torch.empty(data_TD.shape, dtype=dtype, device=data_TD.device)
+    yield x_TD
+    if runs_kernels(data_TD.device):
+        from grouped_gemm.kernels.moe import quantize as kernel
+
+        kernel.dequantize_tokens(data_TD, scale, x_TD)
+    else:
+        x_TD.copy_(reference.dequantize(data_TD, scale, (1, layouts.TOKEN_BLOCK)))
 
 
 @define_op()

@@ -195,14 +195,14 @@ def load_pre(lines, is_row, first, D, WIDTH: tl.constexpr, LAYOUT: tl.constexpr)
     """
     if LAYOUT == "interleaved":
         columns = 2 * first + tl.arange(0, 2 * WIDTH)[None, :]
-        pairs = tl.load(lines + columns, mask=is_row & (columns < 2 * D), other=0)
+        pairs = tl.load(lines + columns, mask=is_row & (columns < 2 * D), other=0.0)
         gate, up = pairs.reshape(lines.shape[0], WIDTH, 2).split()
     else:
         columns = first + tl.arange(0, WIDTH)[None, :]
-        gate = tl.load(lines + columns, mask=is_row & (columns < D), other=0)
+        gate = tl.load(lines + columns, mask=is_row & (columns < D), other=0.0)
         up = gate
         if LAYOUT == "halves":
-            up = tl.load(lines + D + columns, mask=is_row & (columns < D), other=0)
+            up = tl.load(lines + D + columns, mask=is_row & (columns < D), other=0.0)
     return gate.to(tl.float32), up.to(tl.float32)
 
 

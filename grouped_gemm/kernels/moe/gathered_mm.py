@@ -223,8 +223,8 @@ def _consume(
     which: gl.constexpr, lhs_bufs, rhs_bufs, out_bufs, pre_bufs, full, empty, out_desc, pre_desc, x_scale, w_scale,
     out_scale, pre_scale, source, offs, out, pre, M, E, C, N, row_scale_stride, scale_stride_c, scale_stride_n,
     KIND: gl.constexpr, ACTIVATION: gl.constexpr, GATHERS: gl.constexpr, HAS_PRE: gl.constexpr,
-    SCALES_PRE: gl.constexpr, INTERLEAVED: gl.constexpr, POWER_OF_TWO: gl.constexpr, C_CONTIGUOUS: gl.constexpr, CONSUMERS: gl.constexpr,
-    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    SCALES_PRE: gl.constexpr, INTERLEAVED: gl.constexpr, POWER_OF_TWO: gl.constexpr, C_CONTIGUOUS: gl.constexpr,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     HALF: gl.constexpr = BLOCK_N // 2

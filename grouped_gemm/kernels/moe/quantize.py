@@ -65,6 +65,7 @@ def activate_quantize(
 def activate_backward_quantize(
     dh_MD: Tensor, pre_MP: Tensor, row_weights: Tensor | None, blocks: Tensor, offs: Tensor, recipe: Recipe,
     activation: str, interleaved: bool, dpre_MP: Tensor, h_MD: Tensor, dots: Tensor, data_MP: Tensor, scale: Tensor,
+    pre_scale: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes what `activation.activate_backward` writes, and dpre quantized by rows.
 
@@ -72,7 +73,7 @@ def activate_backward_quantize(
 
     Args:
         dh_MD: last axis contiguous.
-        pre_MP: last axis contiguous; bfloat16, float16 or float32.
+        pre_MP: last axis contiguous; bfloat16, float16 or float32, or fp8 with ``pre_scale``.
         row_weights: (M,), contiguous; None: all are 1.
         blocks: from `quantize.fp8.find_blocks`.
         offs: (E,) int32, contiguous.
@@ -84,22 +85,26 @@ def activate_backward_quantize(
         dots: (M,) fp32: each row's <dh, value>, in an order of its own.
         data_MP: and
         scale: from `layouts.activations` of ``pre`` by rows.
+        pre_scale: (M, ceil(P/128)) fp32, contiguous; None: ``pre`` is not quantized.
     """
     features = dh_MD.shape[1]
     constants = constants_of(activation, pre_MP, features, interleaved)
     if constants["LAYOUT"] == "halves" and features % TOKEN_BLOCK != 0:
         # Along a row of dpre, up's blocks do not start where gate's start: no tile has whole blocks of both.
+        if pre_scale is not None:
+            fp8, pre_MP = pre_MP, dh_MD.new_empty(pre_MP.shape)
+            dequantize_tokens(fp8, pre_scale, pre_MP)
         activate_backward(dh_MD, pre_MP, row_weights, activation, interleaved, offs, dpre_MP, h_MD, dots)
         nothing = dpre_MP.new_empty(0)
         quantize_activations(dpre_MP, offs, recipe, (data_MP, scale, nothing, nothing), blocks)
         return
-    constants |= scaling_constants(pre_MP, recipe, data_MP.dtype) | {"SCALE_ALIGNMENT": SCALE_ALIGNMENT}
+    constants |= scaling_constants(dh_MD, recipe, data_MP.dtype) | {"SCALE_ALIGNMENT": SCALE_ALIGNMENT}
     width = TOKEN_BLOCK // 2 if constants["LAYOUT"] == "interleaved" else TOKEN_BLOCK
     constants |= {"BLOCK": TOKEN_BLOCK, "ROWS": _BACKWARD_ROWS, "WIDTH": width}
     with on_device(pre_MP):
         launch(
             _activate_backward_quantize, (len(blocks) * (TOKEN_BLOCK // _BACKWARD_ROWS),),
-            dh_MD, pre_MP, row_weights, blocks, dpre_MP, h_MD, dots, data_MP, scale,
+            dh_MD, pre_MP, pre_scale, row_weights, blocks, dpre_MP, h_MD, dots, data_MP, scale,
             features, dh_MD.stride(0), pre_MP.stride(0), data_MP.stride(0), scale.stride(0),
             constants=constants, **OPTIONS,
         )  # fmt: skip
@@ -125,6 +130,27 @@ def quantize_tokens(x_TD: Tensor, recipe: Recipe, data_TD: Tensor, scale: Tensor
             _quantize_tokens, (cdiv(num_tokens, height), cdiv(features, width)),
             x_TD, data_TD, scale, num_tokens, features, x_TD.stride(0), data_TD.stride(0),
             constants=constants, num_warps=4,
+        )  # fmt: skip
+
+
+def dequantize_tokens(data_TD: Tensor, scale: Tensor, x_TD: Tensor) -> None:
+    """Writes the values of what `quantize_tokens` has written.
+
+    Args:
+        data_TD: fp8, last axis contiguous.
+        scale: (T, ceil(D/128)) fp32, contiguous.
+        x_TD: contiguous; bfloat16, float16 or float32.
+    """
+    num_tokens, features = x_TD.shape
+    if num_tokens == 0:
+        return
+    width = max(min(next_power_of_2(features), 1024), TOKEN_BLOCK)
+    height = _TOKENS_TILE // width
+    with on_device(x_TD):
+        launch(
+            _dequantize_tokens, (cdiv(num_tokens, height), cdiv(features, width)),
+            data_TD, scale, x_TD, num_tokens, features, data_TD.stride(0),
+            constants={"BLOCK": TOKEN_BLOCK, "ROWS": height, "WIDTH": width}, num_warps=4,
         )  # fmt: skip
 
 
@@ -173,7 +199,7 @@ def _activate_quantize(
 
 @triton.jit(do_not_specialize=["row_scale_stride"])
 def _activate_backward_quantize(
-    dh, pre, weights, blocks, dpre, h, dots, by_row, row_scales,
+    dh, pre, pre_scales, weights, blocks, dpre, h, dots, by_row, row_scales,
     D, dh_stride, pre_stride, row_stride, row_scale_stride,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, NVIDIA: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     SCALE_ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -197,6 +223,14 @@ def _activate_backward_quantize(
             mask = is_row & (columns < D)
             slope = tl.load(dh + at * dh_stride + columns, mask=mask, other=0).to(tl.float32)
             gate, up = load_pre(pre + at * pre_stride, is_row, first, D, WIDTH, LAYOUT)
+            if pre_scales is not None:
+                lines = pre_scales + at * tl.cdiv(P, BLOCK)
+                gate *= tl.load(
+                    lines + (2 * first if LAYOUT == "interleaved" else first) // BLOCK, mask=is_row, other=0
+                )
+                up *= tl.load(
+                    lines + (2 * first if LAYOUT == "interleaved" else P - D + first) // BLOCK, mask=is_row, other=0
+                )
             value = value_of(gate, up, ACT, LAYOUT, NVIDIA)
             total += slope * value
             if weights is not None:
@@ -245,3 +279,16 @@ def _quantize_tokens(
     blocks = first // BLOCK + tl.arange(0, WIDTH // BLOCK)[None, :]
     num_blocks = tl.cdiv(D, BLOCK)
     tl.store(scales + rows.to(tl.int64) * num_blocks + blocks, scale, mask=(rows < T) & (blocks < num_blocks))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _dequantize_tokens(
+    data, scales, x, T, D, data_stride, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """ROWS rows by WIDTH features."""
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    mask = (rows < T) & (columns < D)
+    values = tl.load(data + rows * data_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(scales + rows * tl.cdiv(D, BLOCK) + columns // BLOCK, mask=mask, other=0)
+    tl.store(x + rows * D + columns, (values * scale).to(x.dtype.element_ty), mask=mask)
