@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import statistics
+import timeit
 import traceback
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +15,7 @@ from grouped_gemm import Recipe
 from grouped_gemm.backends import get_backend
 from grouped_gemm.core.preference import BackendKind
 
+T = TypeVar("T")
 DEVICE = "cuda"
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)
 TRITON = get_backend(BackendKind.TRITON)
@@ -58,6 +61,65 @@ def interleaved_milliseconds(what: str, functions: dict[str, Callable[[], Any]])
                 failures.extend([text] if name == ours else [])
                 functions = {other: call for other, call in functions.items() if other != name}
     return {name: statistics.median(times) if len(times) == 3 else None for name, times in rounds.items()}
+
+
+def interleaved_samples(
+    calls: Mapping[T, Callable[[], Any]], seconds: float = 5.0, rounds: tuple[int, int] = (10, 40)
+) -> tuple[dict[T, list[float]], dict[T, str]]:
+    """Wall times of calls that are compared, in microseconds, and the errors of those that fail.
+
+    A sample is the average of up to ten calls in a row, about 20 ms, as in a model's step: host or device bounds it.
+    Each round takes one sample of each call, in shuffled order, so that the clocks and the heat of the GPU affect all.
+
+    Args:
+        calls: what is timed, by name.
+        seconds: a round beyond the fewest starts only if the samples so far took less.
+        rounds: the fewest and the most rounds.
+    """
+    order = random.Random(0)
+    samples: dict[T, list[float]] = {name: [] for name in calls}
+    errors: dict[T, str] = {}
+    in_a_row: dict[T, int] = {}
+
+    def sample(name: T, number: int) -> float:
+        def run() -> None:
+            for _ in range(number):
+                calls[name]()
+            synchronize()
+
+        return timeit.timeit(run, number=1) / number  # it turns garbage collection off
+
+    def fails(name: T, function: Callable[[], None]) -> bool:
+        try:
+            function()
+        except Exception as error:
+            errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return name in errors
+
+    def prepare(name: T) -> None:
+        sample(name, 2)  # compiles, and fills caches
+        in_a_row[name] = min(10, max(1, int(0.02 / max(sample(name, 1), 1e-6))))
+
+    def take(name: T) -> None:
+        samples[name].append(1e6 * sample(name, in_a_row[name]))
+
+    remaining = [name for name in calls if not fails(name, lambda: prepare(name))]  # noqa: B023
+    spent = 0.0
+    for done in range(rounds[1]):
+        if done >= rounds[0] and spent >= seconds:
+            break
+        for name in order.sample(remaining, len(remaining)):
+            if fails(name, lambda: take(name)):  # noqa: B023
+                remaining.remove(name)
+            else:
+                spent += 1e-6 * samples[name][-1] * in_a_row[name]
+    return {name: samples[name] for name in remaining}, errors
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def ends_of(num_rows: int, num_groups: int, kind: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ bytes, ms, copy: GB/s) or a host time (host, us). A figure that failed is None.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
@@ -26,13 +26,13 @@ CEILINGS = {"none": "bf16", "fp8_rowwise": "fp8", "fp8_blockwise": "fp8"}  # the
 _KEYS = {"device", "versions", "seconds", "ceilings", "failures", "rows"}
 
 
-def check_form(run: Any) -> dict[str, Any]:
+def check_form(run: Any, keys: Set[str] = _KEYS) -> dict[str, Any]:
     """``run``, after a check of its keys.
 
     Raises:
         ValueError: a key is missing.
     """
-    missing = sorted(_KEYS - run.keys()) if isinstance(run, dict) else sorted(_KEYS)
+    missing = sorted(keys - run.keys()) if isinstance(run, dict) else sorted(keys)
     if missing:
         raise ValueError(f"no {', '.join(missing)}")
     return run
@@ -91,12 +91,13 @@ def _number(value: float | None, form: str) -> str:
 
 
 class Goal(NamedTuple):
-    """A bound for every case: at least ``limit``, or at most if ``is_time``."""
+    """A bound for every case: at least ``limit``, or at most if ``at_most``. ``unit`` is that of limit and values."""
 
     what: str
     limit: float
     cases: list[tuple[str, float | None]]  # None: it failed, which misses the goal
-    is_time: bool = False
+    at_most: bool = False
+    unit: str = "x"
 
     @property
     def reached(self) -> int:
@@ -106,21 +107,21 @@ class Goal(NamedTuple):
     @property
     def worst(self) -> tuple[str, float | None]:
         """The case that is farthest from the goal; one that failed is the farthest."""
-        sign = -1 if self.is_time else 1
+        sign = -1 if self.at_most else 1
         return min(self.cases, key=lambda case: float("-inf") if case[1] is None else sign * case[1])
 
     def _reaches(self, value: float | None) -> bool:
-        return value is not None and (value <= self.limit if self.is_time else value >= self.limit)
+        return value is not None and (value <= self.limit if self.at_most else value >= self.limit)
 
     def __str__(self) -> str:
-        sign, unit = ("<=", " us") if self.is_time else (">=", "x")
-        what = f"{self.what} {sign} {self.limit:{'.0f' if self.is_time else '.2f'}}{unit}"
+        limit, worst = (".2f", ".2f") if self.unit == "x" else (".0f", ".1f")
+        what = f"{self.what} {'<=' if self.at_most else '>='} {self.limit:{limit}}{self.unit}"
         if not self.cases:
             return f"  not measured  {what}"
         case, value = self.worst
         verdict = "reached" if self.reached == len(self.cases) else "NOT reached"
-        found = "failed" if value is None else f"{value:{'.1f' if self.is_time else '.2f'}}{unit}"
-        return f"  {verdict:14}{what:52}{self.reached} of {len(self.cases)}, worst {found}: {case}"
+        found = "failed" if value is None else f"{value:{worst}}{self.unit}"
+        return f"  {verdict:14}{what:52} {self.reached} of {len(self.cases)}, worst {found}: {case}"
 
 
 def goals(rows: Iterable[Row]) -> list[Goal]:
@@ -142,7 +143,8 @@ def goals(rows: Iterable[Row]) -> list[Goal]:
             "host time of an eager call in bf16",
             25.0,
             [(name(r), r["us"]) for r in rows if r.get("host") == "grouped_mm none"],
-            is_time=True,
+            at_most=True,
+            unit=" us",
         ),
     ]
     return found
