@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from grouped_gemm import GroupPlan, quantize_weights
-from grouped_gemm.moe import Experts, experts_forward, sorted_experts
+from grouped_gemm import GroupPlan, Recipe, quantize_weights
+from grouped_gemm.moe import Experts, experts_forward, explain_experts, fused, sorted_experts
 from grouped_gemm.moe.activation import ACTIVATIONS, activate
-from grouped_gemm.moe.experts import IMPLEMENTATIONS
+from grouped_gemm.moe.composed import ExpertWeights
+from grouped_gemm.moe.implementations import IMPLEMENTATIONS
 
 E, HIDDEN, INNER, T, K = 5, 24, 16, 11, 3
 
@@ -213,6 +214,43 @@ def test_the_module_trains():
     assert losses[-1] < 0.98 * losses[0]
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_casts_the_operands(implementation):
+    inputs = Inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = inputs.run(implementation=implementation)
+    assert y.dtype == torch.bfloat16
+    truth = inputs.truth("swiglu")
+    assert_near([y], [truth], 0.02)
+    found = gradients(y, inputs.leaves)
+    assert all(x.dtype == leaf.dtype for x, leaf in zip(found, inputs.leaves))
+    assert_near(found, gradients(truth, inputs.leaves), 0.03)
+
+
+def test_an_explanation_names_the_implementation_and_why_nothing_is_fused():
+    inputs = Inputs(biases=False)
+    arguments = inputs.x, inputs.ids, inputs.weights, inputs.gate_up, inputs.down
+    assert explain_experts(*arguments, implementation="batched_mm") == "implementation batched_mm"
+    text = explain_experts(*arguments, implementation="grouped_mm", kernel_preference="emulated")
+    assert text.startswith("implementation grouped_mm, composed of")
+    if inputs.x.is_cpu:
+        assert "expected a Hopper GPU where Triton works; found cpu" in text
+    with pytest.raises(ValueError, match="recipe: expected"):
+        explain_experts(*arguments, recipe="fp4")
+
+
+@pytest.mark.parametrize("recipe, forward, backward", (
+    (None, "route; gate-up gathers its rows and applies swiglu; down; combine", "wgrads gather their rows;"),
+    ("fp8_blockwise", "route; quantize x once per token; gate-up gathers its rows; swiglu quantizes h;", "in bf16;"),
+))  # fmt: skip
+def test_an_explanation_says_what_is_fused(recipe, forward, backward):
+    inputs = Inputs(biases=False)
+    parsed = None if recipe is None else Recipe.parse(recipe)
+    kind = ACTIVATIONS["swiglu"]
+    text = fused.explain(ExpertWeights((inputs.gate_up,), (None,), inputs.down, None, kind, False, parsed, "auto"))
+    assert forward in text and backward in text
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"activation": "swish"}, "activation: expected one of swiglu, .*; found 'swish'"),
     "implementation": ({"implementation": "fast"}, "implementation: expected one of auto, .*; found 'fast'"),
@@ -220,6 +258,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "interleaved": ({"activation": "relu", "interleaved": True}, "interleaved: expected False"),
     "bias": ({"down_bias": torch.zeros(E, HIDDEN + 1)}, r"down_bias.shape: expected \(5, 24\); found \(5, 25\)"),
     "recipe": ({"recipe": "fp4"}, "recipe: expected"),
+    "keep": ({"keep": "nothing"}, "keep: expected full or recipe; found 'nothing'"),
 }
 
 

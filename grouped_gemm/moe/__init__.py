@@ -1,6 +1,6 @@
 """The MoE layer on `grouped_mm`: routing, gather, experts, combine."""
 
-from grouped_gemm.moe.experts import experts_forward, sorted_experts
+from grouped_gemm.moe.experts import experts_forward, explain_experts, sorted_experts
 from grouped_gemm.moe.module import Experts
 
-__all__ = ["Experts", "experts_forward", "sorted_experts"]
+__all__ = ["Experts", "experts_forward", "explain_experts", "sorted_experts"]

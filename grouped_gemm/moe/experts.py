@@ -5,6 +5,11 @@ T, k, H, I: tokens, experts per token, hidden and intermediate features. E, M: e
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from grouped_gemm.core.call_spec import dtype_name
@@ -17,6 +22,7 @@ from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.composed import ExpertWeights, Weights, grouped, shape_of
 from grouped_gemm.moe.implementations import IMPLEMENTATIONS
 from grouped_gemm.selection import checks
+from grouped_gemm.selection.spec import autocast
 
 
 def experts_forward(
@@ -71,31 +77,23 @@ def experts_forward(
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what was found.
         NoBackendError: no backend can run the GEMMs.
     """
-    experts = _checked(
-        x,
-        gate_up,
-        down,
-        gate_up_bias,
-        down_bias,
-        activation,
-        interleaved,
-        recipe,
-        kernel_preference,
-        implementation,
-        keep,
-    )
-    checks.check_topk_ids(topk_ids, experts.num_experts)
-    if not isinstance(topk_weights, Tensor):
-        raise TypeError(f"topk_weights: expected a torch.Tensor; found {type(topk_weights).__name__}")
-    if not topk_weights.dtype.is_floating_point:
-        checks.fail("topk_weights.dtype", "a float dtype", dtype_name(topk_weights.dtype))
-    for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
-        checks.check_device(name, value, "x", x.device)
-        if value.dim() != 2 or value.shape[0] != x.shape[0]:
-            checks.fail(f"{name}.shape", f"(T, k) with T = {x.shape[0]}, as x has it", tuple(value.shape))
-    if topk_ids.shape != topk_weights.shape:
-        checks.fail("topk_weights.shape", f"{tuple(topk_ids.shape)}, as topk_ids has it", tuple(topk_weights.shape))
+    x, experts = _prepared(
+        x, topk_ids, topk_weights, gate_up, down, recipe, activation, interleaved, gate_up_bias, down_bias,
+        implementation, kernel_preference, keep,
+    )  # fmt: skip
     return implementations.run(implementation, x, topk_ids, topk_weights, experts)
+
+
+def explain_experts(*args: Any, **options: Any) -> str:
+    """What `experts_forward` would run for the same arguments, and what of it is fused. Runs no GEMM.
+
+    Raises:
+        TypeError, ValueError: as `experts_forward`.
+    """
+    call = inspect.signature(experts_forward).bind(*args, **options)
+    call.apply_defaults()
+    x, experts = _prepared(**call.arguments)
+    return implementations.explain(call.arguments["implementation"], x, call.arguments["topk_ids"], experts)
 
 
 def sorted_experts(
@@ -143,6 +141,49 @@ def sorted_experts(
             checks.fail("row_weights.shape", f"({rows.shape[0]},), the rows of rows", tuple(row_weights.shape))
     y = experts.run(grouped(experts, offs if isinstance(offs, GroupPlan) else GroupPlan(offs, rows.shape[0])), rows)
     return y if row_weights is None else (y.float() * row_weights.float().unsqueeze(1)).to(y.dtype)
+
+
+def _prepared(
+    x: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up: Weights | tuple[Weights, Weights],
+    down: Weights,
+    recipe: Recipe | str | None,
+    activation: str,
+    interleaved: bool,
+    gate_up_bias: Tensor | tuple[Tensor, Tensor] | None,
+    down_bias: Tensor | None,
+    implementation: str,
+    kernel_preference: Preference,
+    keep: str,
+) -> tuple[Tensor, ExpertWeights]:
+    """``x`` and the experts of a call of `experts_forward`, checked, and cast where autocast is on.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit.
+    """
+    experts = _checked(
+        x, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference, implementation,
+        keep,
+    )  # fmt: skip
+    checks.check_topk_ids(topk_ids, experts.num_experts)
+    if not isinstance(topk_weights, Tensor):
+        raise TypeError(f"topk_weights: expected a torch.Tensor; found {type(topk_weights).__name__}")
+    if not topk_weights.dtype.is_floating_point:
+        checks.fail("topk_weights.dtype", "a float dtype", dtype_name(topk_weights.dtype))
+    for name, value in (("topk_ids", topk_ids), ("topk_weights", topk_weights)):
+        checks.check_device(name, value, "x", x.device)
+        if value.dim() != 2 or value.shape[0] != x.shape[0]:
+            checks.fail(f"{name}.shape", f"(T, k) with T = {x.shape[0]}, as x has it", tuple(value.shape))
+    if topk_ids.shape != topk_weights.shape:
+        checks.fail("topk_weights.shape", f"{tuple(topk_ids.shape)}, as topk_ids has it", tuple(topk_weights.shape))
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        first = [autocast(x, w, bias)[1:] for w, bias in zip(experts.first, experts.first_biases)]
+        x, down, down_bias = autocast(x, experts.down, experts.down_bias)
+        weights, biases = zip(*first)
+        experts = replace(experts, first=weights, first_biases=biases, down=down, down_bias=down_bias)
+    return x, experts
 
 
 def _checked(

@@ -37,7 +37,7 @@ from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, run_compose
 from grouped_gemm.moe.routing import Routing
 
 _RECIPES = (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
-_GATE_BLOCK = 128  # with a recipe, gate and up must not share a block of scales
+_GATE_BLOCK = 128  # columns of h in a tile of the GEMM of gate and up, and values of a block of scales
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -90,6 +90,32 @@ def _runs_on(device: torch.device) -> bool:
 _runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `selection.route._decided`
 
 
+def explain(experts: ExpertWeights) -> str:
+    """What the kernels of forward and backward fuse, one to a line."""
+    recipe, act = _recipe_of(experts), experts.activation.name
+    inner = experts.down.shape[1 if isinstance(experts.down, QuantizedWeights) else 2]
+    gate = f"gate-up gathers its rows and applies {act}"
+    lines = ["route", gate, "down", "combine"]
+    backward = [
+        "dgrad of down gathers rows of dY",
+        f"gradient of {act}",
+        "wgrads gather their rows",
+        "dgrad of gate-up",
+    ]
+    if recipe.is_scaled:
+        gated = _can_gate(inner, recipe, experts.interleaved)
+        lines[1:2] = ["quantize x once per token"]
+        lines[2:2] = [f"{gate} and quantizes h"] if gated else ["gate-up gathers its rows", f"{act} quantizes h"]
+        backward = ["quantize dY once per token", backward[0], f"{backward[1]} quantizes", f"{backward[2]}, in bf16"]
+        backward += ["dgrad of gate-up"]
+    return f"  forward   {'; '.join(lines)}\n  backward  {'; '.join([*backward, 'combine'])}"
+
+
+def _can_gate(inner: int, recipe: Recipe, interleaved: bool) -> bool:
+    """Whether the GEMM of gate and up can apply the gate: with a recipe, it quantizes whole blocks of h."""
+    return not recipe.is_scaled or (inner % _GATE_BLOCK == 0 and not interleaved)
+
+
 def run(x: Tensor, topk_weights: Tensor, experts: ExpertWeights, routing: Routing) -> Tensor:
     """The layer, (T, H), where `can_run`. Arguments as of `experts_forward`, checked."""
     gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
@@ -140,7 +166,7 @@ class _FusedExperts(torch.autograd.Function):
         down_forward, down_dgrad = _layouts(down, recipe, dgrad)
         w, w_scale = _operand(gate_up_forward)
         tokens, scale = ops.moe_quantize_tokens(x, recipe.value) if recipe.is_scaled else (x, None)
-        if not recipe.is_scaled or (w.shape[2] % (2 * _GATE_BLOCK) == 0 and not interleaved):
+        if _can_gate(w.shape[2] // 2, recipe, interleaved):
             h, h_scale, pre, pre_scale = ops.moe_gated_mm(
                 tokens, scale, source, w, w_scale, offs, recipe.value, x.dtype, activation, interleaved, keep
             )

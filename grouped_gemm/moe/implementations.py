@@ -28,6 +28,17 @@ def run(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: E
     return _RUNS[_choose(name, topk_ids, experts)](x, topk_ids, topk_weights, experts)
 
 
+def explain(name: str, x: Tensor, topk_ids: Tensor, experts: ExpertWeights) -> str:
+    """What `run` would do, and what of it is fused."""
+    chosen = _choose(name, topk_ids, experts)
+    if chosen != "grouped_mm":
+        return f"implementation {chosen}"
+    refusal = fused.refusal(x, experts)
+    if refusal is None:
+        return f"implementation grouped_mm, fused:\n{fused.explain(experts)}"
+    return f"implementation grouped_mm, composed of gather, grouped_mm, activation and combine; fused kernels {refusal}"
+
+
 def _run_grouped(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
     routing = route(topk_ids, experts.num_experts)
     if fused.can_run(x, experts):
