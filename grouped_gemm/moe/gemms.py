@@ -97,6 +97,7 @@ def _moe_gated_mm(
         return
     data, scale = reference.quantize(h, reference.row_blocks(parsed), parsed, h_MI.dtype)
     h_MI.copy_(data)
+    h_scale.fill_(1)
     at = start = 0  # scales of each group start at a multiple of the alignment
     for end in reference.group_ends(offs, num_rows):
         h_scale[:, at : at + end - start] = scale[start:end].t()
