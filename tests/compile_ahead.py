@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -34,8 +35,8 @@ from grouped_gemm.kernels.gemm.tiles import Tile
 from grouped_gemm.kernels.moe import activation as moe_activation
 from grouped_gemm.kernels.moe import combine as moe_combine
 from grouped_gemm.kernels.moe import gather as moe_gather
+from grouped_gemm.kernels.moe import gathered_mm, gathered_wgrad, routing
 from grouped_gemm.kernels.moe import quantize as moe_quantize
-from grouped_gemm.kernels.moe import routing
 from grouped_gemm.kernels.quantize import blockwise, packed_bf16, rowwise
 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
 from grouped_gemm.kernels.quantize import mx as quantize_mx
@@ -57,6 +58,8 @@ _UNALIGNED = (
     "rhs_scale_stride_e",
     "rhs_scale_stride_c",
     "rhs_scale_stride_o",
+    "scale_stride_c",
+    "scale_stride_n",
     "weights_stride",
 )
 
@@ -269,6 +272,70 @@ def compile_wgrad_hopper(kind: str, tile: Any, whole: bool) -> Any:
     return compile_kernel(k_grouped_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
 
 
+def compile_gathered() -> dict[str, Any]:
+    """The Hopper kernels that gather rows, for each use of them in a fused MoE layer."""
+    compiled = {}
+    for stored in (True, False):
+        for interleaved in (True, False):
+            kernel = compile_gathered_mm("16 bit", "swiglu", interleaved=interleaved, stored=stored)
+            compiled[f"gemm gathered 16 bit swiglu {interleaved=} {stored=}"] = kernel
+        for even in (True, False):
+            kernel = compile_gathered_mm("blockwise", "swiglu", stored=stored, even=even)
+            compiled[f"gemm gathered blockwise swiglu {stored=} {even=}"] = kernel
+    for activation in ("swiglu_clamped", "geglu", "geglu_tanh", "reglu"):
+        kernel = compile_gathered_mm("blockwise", activation, stored=True)
+        compiled[f"gemm gathered blockwise {activation} stored=True"] = kernel
+    compiled["gemm gathered 16 bit swiglu by TMA"] = compile_gathered_mm("16 bit", "swiglu", stored=True, gathers=False)
+    for even in (True, False):
+        compiled[f"gemm gathered blockwise {even=}"] = compile_gathered_mm("blockwise", even=even)
+        compiled[f"gemm gathered 16 bit {even=}"] = compile_gathered_mm("16 bit", even=even)
+    compiled["gemm gathered 16 bit, N contiguous"] = compile_gathered_mm("16 bit", c_contiguous=False)
+    for lhs, whole in itertools.product((True, False), repeat=2):
+        compiled[f"wgrad gathered {lhs=} {whole=}"] = compile_gathered_wgrad(lhs, whole)
+    return compiled
+
+
+def compile_gathered_mm(
+    kind: str, activation: str | None = None, *, interleaved: bool = False, stored: bool = False,
+    gathers: bool = True, c_contiguous: bool = True, even: bool = True,
+) -> Any:  # fmt: skip
+    """``stored``: with pre-activations; ``even``: the contraction has whole steps."""
+    tile, dtype = gathered_mm.TILES[f"{kind}, stored" if stored else kind], dtype_of(kind, "sm_90")
+    scales_h = kind == "blockwise" and activation is not None
+    result = dtype if scales_h else "bf16"
+    types = dict.fromkeys(("x_scale", "w_scale", "out_scale"), "*fp32") | dict.fromkeys(("source", "offs"), "*i32")
+    types |= {"x": f"*{dtype}", "out": f"*{result}", "pre": "*bf16"}
+    box = (tile.block_n // 2, tile.block_k) if c_contiguous else (tile.block_k, tile.block_n)
+    types |= {"x_desc": descriptor(dtype, 64, tile.block_k), "w_desc": descriptor(dtype, *box)}
+    types |= {"out_desc": descriptor(result, 64, 128), "pre_desc": descriptor("bf16", 64, 128)}
+    constants: dict[str, Any] = {"x_desc": None} if gathers else {"source": None}
+    constants |= {} if stored else {"pre": None, "pre_desc": None}
+    constants |= {} if kind == "blockwise" else {"x_scale": None, "w_scale": None}
+    constants |= {} if scales_h else {"out_scale": None}
+    constants |= {
+        "KIND": kind, "ACTIVATION": activation, "INTERLEAVED": interleaved, "POWER_OF_TWO": False,
+        "C_CONTIGUOUS": c_contiguous, "EVEN_C": even, "CONSUMERS": tile.consumers,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,
+        "REGISTERS": tile.registers, "COPY_WARPS": gathered_mm.COPY_WARPS[kind], "num_warps": 4,
+    }  # fmt: skip
+    return compile_kernel(gathered_mm._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
+
+
+def compile_gathered_wgrad(gathers_lhs: bool, whole: bool) -> Any:
+    """``whole``: tiles are stored through shared memory, in bf16; else masked, in fp32."""
+    tile = gathered_wgrad.TILE
+    types = {"x": "*bf16", "source": "*i32", "offs": "*i32", "out": "*bf16" if whole else "*fp32"}
+    types["desc"] = ragged_descriptor(tile.block_k, tile.block_n if gathers_lhs else 64)
+    types["out_desc"] = descriptor("bf16", 64, 128)
+    constants: dict[str, Any] = {} if whole else {"out_desc": None}
+    constants |= {
+        "GATHERS_LHS": gathers_lhs, "CONSUMERS": tile.consumers,
+        "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,
+        "REGISTERS": tile.registers, "num_warps": 4,
+    }  # fmt: skip
+    return compile_kernel(gathered_wgrad._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
+
+
 def compile_mx_quantizers(arch: str) -> dict[str, Any]:
     fp8, limit = f"*{dtype_of('mx', arch)}", limit_of(arch)
     types = dict.fromkeys(("x", "w"), "*bf16") | {"offs": "*i32"}
@@ -425,7 +492,8 @@ def main(arch: str) -> None:
     moe = compile_moe(arch) | compile_moe_steps(arch) if arch in ("sm_80", "sm_90", "gfx942") else {}
     for name, compiled in moe.items():
         print(json.dumps(facts_of(f"moe {name}", compiled)), flush=True)
-    for name, compiled in compile_hopper().items() if ARCHS[arch].kernels == "hopper" else ():
+    hopper_kernels = compile_hopper() | compile_gathered() if ARCHS[arch].kernels == "hopper" else {}
+    for name, compiled in hopper_kernels.items():
         print(json.dumps(facts_of(name, compiled)), flush=True)
 
 
