@@ -11,9 +11,10 @@ from routings import blocks_of, routing
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import grouped_gemm.moe.steps  # noqa: F401 - defines ops
-from grouped_gemm import NoBackendError, Recipe, grouped_mm, testing
-from grouped_gemm.core.library import NAMES, Size, Steps, _shortcut, schema_of
+from grouped_gemm import NoBackendError, Recipe, grouped_mm, reference, testing
+from grouped_gemm.core.library import NAMES, Size, Steps, _shortcut, ops, schema_of
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.moe import gemms, steps  # noqa: F401 - define ops
 
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)  # the others differ in values
 M, K, N = 50, 40, 72  # no multiple of 32 or 128: every last block is short
@@ -156,6 +157,45 @@ def moe_quantize_tokens():
         yield name, (x, "fp8_blockwise")
 
 
+def sources(x: torch.Tensor) -> torch.Tensor:
+    """(M,): tokens of ``x`` (T, D) for each routed row, and rows without a token; no rows without tokens."""
+    source = torch.randint(max(len(x), 1), (M if len(x) else 0,), dtype=torch.int32)
+    source[host_offs()[-1] :] = -1
+    return source
+
+
+def quantized(x: torch.Tensor, b: torch.Tensor):
+    """``x`` and weights, with their scales in blocks of 128."""
+    recipe, fp8 = Recipe.FP8_BLOCKWISE, machine_of(x.device).fp8_dtype
+    return *ops.moe_quantize_tokens(x, recipe.value), *reference.quantize(b, (1, 128, 128), recipe, fp8)
+
+
+def moe_gathered_mm():
+    for (name, x), b in zip(rows(K).items(), weights().values()):
+        source, offs = sources(x), host_offs().clamp(max=len(sources(x)))
+        yield name, (x, None, source, b, None, offs, torch.bfloat16)
+        data, scale, w, w_scale = quantized(x, b)
+        yield f"{name}, scaled", (data, scale, source, w, w_scale, offs, torch.bfloat16)
+
+
+def moe_gated_mm():
+    for (name, x), b in zip(rows(K).items(), weights().values()):
+        source, offs = sources(x), host_offs().clamp(max=len(sources(x)))
+        for keeps_pre in (True, False):
+            options = torch.bfloat16, "swiglu", not keeps_pre, keeps_pre
+            yield f"{name} {keeps_pre}", (x, None, source, b, None, offs, "none", *options)
+            data, scale, w, w_scale = quantized(x, b)
+            yield f"{name} {keeps_pre}, scaled", (data, scale, source, w, w_scale, offs, "fp8_blockwise", *options)
+
+
+def moe_gathered_wgrad():
+    for name, x in rows(K).items():
+        source, offs = sources(x), host_offs().clamp(max=len(sources(x)))
+        dy = rows(N)[name][: len(source)]
+        yield f"{name}, lhs", (x, dy, source, True, offs, torch.bfloat16)
+        yield f"{name}, rhs", (dy, x, source, False, offs, torch.float32)
+
+
 def moe_row_weights():
     for name, x in rows(K).items():
         _, places = routing(len(x), 3)
@@ -188,7 +228,10 @@ BY_HAND = {
         moe_activate_quantize,
         moe_combine,
         moe_combine_backward,
+        moe_gated_mm,
         moe_gather,
+        moe_gathered_mm,
+        moe_gathered_wgrad,
         moe_quantize_tokens,
         moe_row_weights,
         moe_slot_values,
