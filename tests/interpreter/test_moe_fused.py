@@ -1,0 +1,261 @@
+"""The fused experts layer on twins of its GEMMs and on interpreted kernels, against the loop over experts in fp32.
+
+Tolerances are of Frobenius norms. In bf16, a value is rounded by at most 2^-9 of it, and at most six roundings are in a
+row: of pre-activations, which enter as gate and as up, of h, dh, dpre and a result. In fp8, an operand has an error of
+0.026 (`testing.quantization_tolerance`); those of eight operands reach dX, which are independent: sqrt(8) * 0.026 =
+0.074, and a third more for small samples.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grouped_gemm import quantize_weights
+from grouped_gemm.moe import experts_forward, fused
+from grouped_gemm.moe.activation import ACTIVATIONS
+from grouped_gemm.testing import relative_error
+
+E, T, K = 3, 10, 3
+NAMES = ("x", "topk_weights", "gate_up", "down")
+FP32, BF16, FP8 = 1e-5, 6 * 2.0**-9, 0.1
+
+# numpy says this of what padding holds, which nothing reads
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered in")
+
+
+@pytest.fixture(autouse=True)
+def always_fused(monkeypatch):
+    monkeypatch.setattr(fused, "can_run", lambda x, experts: True)
+
+
+class Inputs:
+    """Operands of a layer of I = ``inner`` and H = ``hidden``.
+
+    Expert 1 gets no token; a token names one expert twice; two ids are dropped.
+    """
+
+    def __init__(self, inner: int, hidden: int = 72, dtype: torch.dtype = torch.bfloat16, num_tokens: int = T) -> None:
+        def leaf(*shape: int, scale: float) -> Tensor:
+            return (scale * torch.randn(shape)).to(dtype).requires_grad_()
+
+        torch.manual_seed(0)
+        self.x, self.ids = leaf(num_tokens, hidden, scale=1), torch.tensor([0, 2])[torch.randint(2, (num_tokens, K))]
+        if num_tokens > 8:
+            self.ids[4] = torch.tensor([2, 2, 0])
+            self.ids[7, 1], self.ids[8, 0] = -1, E
+        self.weights = torch.rand(num_tokens, K).requires_grad_()
+        self.gate_up, self.down = (
+            leaf(E, 2 * inner, hidden, scale=hidden**-0.5),
+            leaf(E, hidden, inner, scale=inner**-0.5),
+        )
+        self.dy = torch.randn(num_tokens, hidden).to(dtype)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.weights, self.gate_up, self.down]
+
+    def run(self, leaves: Sequence[Any] | None = None, **options: Any) -> Tensor:
+        x, weights, gate_up, down = leaves or self.leaves
+        return experts_forward(x, self.ids, weights, gate_up, down, **{"implementation": "grouped_mm"} | options)
+
+    def train(self, leaves: Sequence[Tensor] | None = None, **options: Any) -> list[Tensor]:
+        """y and the gradients of all leaves."""
+        leaves = leaves or self.leaves
+        y = self.run(leaves, **options)
+        return [y.detach(), *torch.autograd.grad(y, leaves, self.dy.to(y.dtype))]
+
+    def truth(self, **options: Any) -> list[Tensor]:
+        """What `train` returns, of the loop over experts in fp32."""
+        leaves = [leaf.detach().float().requires_grad_() for leaf in self.leaves]
+        return self.train(leaves, implementation="eager", **options)
+
+
+def assert_near(found: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> None:
+    for name, x, expected in zip(("y", *NAMES), found, truth, strict=True):
+        error = relative_error(x, expected)
+        assert error <= tolerance, f"{name}: error {error:.3g} of {tolerance:.3g}"
+
+
+def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor], names: Sequence[str] = ("y", *NAMES)) -> None:
+    for name, x, other in zip(names, found, expected, strict=True):
+        assert x.dtype == other.dtype and torch.equal(x, other), f"{name} differs"
+
+
+class Seen(TorchDispatchMode):
+    """Records the names of this package's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "grouped_gemm":
+            self.names.append(op._opname)
+        return op(*args, **kwargs or {})
+
+
+FUSED = ["moe_gated_mm", "triton_grouped_mm", "moe_combine", "moe_row_weights"]
+AFTER = ["moe_gathered_wgrad", "moe_gathered_wgrad", "triton_grouped_mm", "moe_combine", "moe_slot_values"]
+BACKWARD = {
+    None: ["moe_gathered_mm", "moe_activate_backward", *AFTER],
+    "fp8_blockwise": ["moe_quantize_tokens", "moe_gathered_mm", "moe_activate_backward_quantize", *AFTER],
+}
+
+
+@pytest.mark.parametrize("recipe", BACKWARD)
+def test_these_ops_run(recipe):
+    with Seen() as seen:
+        Inputs(128).train(recipe=recipe)
+    aside = ("moe_route", "triton_token_blocks", "triton_quantize_weights")
+    before = [] if recipe is None else ["moe_quantize_tokens"]
+    assert [name for name in seen.names if name not in aside] == before + FUSED + BACKWARD[recipe]
+
+
+# Values
+
+
+@pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))
+@pytest.mark.parametrize("dtype, inner, tolerance", ((torch.float32, 72, FP32), (torch.bfloat16, 128, BF16)), ids=str)
+def test_without_a_recipe(dtype, inner, tolerance, interleaved):
+    inputs = Inputs(inner, dtype=dtype)
+    assert_near(inputs.train(interleaved=interleaved), inputs.truth(interleaved=interleaved), tolerance)
+
+
+@pytest.mark.parametrize("activation", [name for name, kind in ACTIVATIONS.items() if kind.is_gated])
+def test_each_activation(activation):
+    inputs = Inputs(72, dtype=torch.float32)
+    assert_near(inputs.train(activation=activation), inputs.truth(activation=activation), FP32)
+
+
+# I: a whole block, where the first GEMM ends with the gate; or not
+FORMS = ((128, False), (128, True), (80, False), (80, True))
+
+
+@pytest.mark.parametrize("inner, interleaved", FORMS)
+def test_with_a_recipe(inner, interleaved):
+    inputs, options = Inputs(inner, 136), {"interleaved": interleaved}
+    assert_near(inputs.train(recipe="fp8_blockwise", **options), inputs.truth(**options), FP8)
+
+
+def test_scales_that_are_powers_of_two():
+    inputs = Inputs(128)
+    assert_near(inputs.train(recipe="fp8_blockwise_pow2"), inputs.truth(), FP8)
+
+
+@pytest.mark.parametrize(
+    "recipe, inner, interleaved", (("fp8_blockwise", 80, True), ("fp8_blockwise_pow2", 128, False))
+)
+def test_a_recipe_quantizes_as_in_the_composed_layer(recipe, inner, interleaved, monkeypatch):
+    """Much closer than two ways to quantize are, 0.06 * sqrt(2).
+
+    Operands differ in h alone: the composed layer rounds pre-activations to bf16. So 3 of 100 values of h are rounded
+    to the other fp8 neighbor, 2^-4 to 2^-3 of the value away.
+    """
+    inputs, options = Inputs(inner, 136), {"recipe": recipe, "interleaved": interleaved}
+    y = inputs.run(**options)
+    monkeypatch.setattr(fused, "can_run", lambda x, experts: False)
+    assert relative_error(y, inputs.run(**options)) <= 0.03
+
+
+@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+@pytest.mark.parametrize("num_tokens", (0, 1))
+def test_few_tokens(num_tokens, recipe):
+    inputs = Inputs(128, num_tokens=num_tokens)
+    found = inputs.train(recipe=recipe)
+    if num_tokens:
+        assert_near(found, inputs.truth(), FP8 if recipe else BF16)
+    else:
+        assert [x.shape for x in found] == [inputs.x.shape, *(leaf.shape for leaf in inputs.leaves)]
+        assert not any(x.any() for x in found)
+
+
+@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+def test_no_token_is_kept(recipe):
+    inputs = Inputs(128)
+    inputs.ids.fill_(-1)
+    for name, x in zip(("y", *NAMES), inputs.train(recipe=recipe)):
+        assert not x.any(), f"{name}: expected zeros; found {x}"
+
+
+# Which gradients
+
+
+@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+def test_gradients_of_some_inputs_are_those_of_all(recipe):
+    inputs = Inputs(128)
+    _, *expected = inputs.train(recipe=recipe)
+    for wanted in ((0,), (1, 2), (3,)):
+        leaves = [leaf.detach().requires_grad_(i in wanted) for i, leaf in enumerate(inputs.leaves)]
+        found = torch.autograd.grad(inputs.run(leaves, recipe=recipe), [leaves[i] for i in wanted], inputs.dy)
+        assert_equal(found, [expected[i] for i in wanted], [NAMES[i] for i in wanted])
+
+
+@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+def test_without_gradients_y_has_the_same_bits(recipe):
+    inputs = Inputs(128)
+    with torch.no_grad():
+        y = inputs.run(recipe=recipe)
+    assert not y.requires_grad and torch.equal(y, inputs.run(recipe=recipe))
+
+
+def test_second_derivatives():
+    inputs, options = Inputs(72, dtype=torch.float32), {"interleaved": True}
+
+    def second(implementation: str) -> tuple[Tensor, ...]:
+        y = inputs.run(implementation=implementation, **options)
+        first = torch.autograd.grad(y, inputs.leaves, inputs.dy, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), inputs.leaves)
+
+    for name, x, truth in zip(NAMES, second("grouped_mm"), second("eager")):
+        assert relative_error(x, truth) <= FP32, name
+
+
+def test_a_recipe_has_no_second_derivatives():
+    inputs = Inputs(128)
+    y = inputs.run(recipe="fp8_blockwise")
+    with pytest.raises(RuntimeError, match="expected create_graph=False with recipe fp8_blockwise; found True"):
+        torch.autograd.grad(y, inputs.leaves, inputs.dy, create_graph=True)
+
+
+# Compiled, and with quantized weights
+
+
+@pytest.mark.parametrize("recipe, inner", ((None, 72), ("fp8_blockwise", 80)))
+def test_a_compiled_layer_gives_the_same_bits(recipe, inner):
+    torch._dynamo.reset()
+    inputs, counter = Inputs(inner), CompileCounterWithBackend("aot_eager")
+    run = torch.compile(functools.partial(inputs.run, recipe=recipe), fullgraph=True, backend=counter)
+    y = run()
+    found = [y.detach(), *torch.autograd.grad(y, inputs.leaves, inputs.dy)]
+    assert counter.frame_count == 1
+    assert_equal(found, inputs.train(recipe=recipe))
+    torch._dynamo.reset()
+
+
+def quantized(inputs: Inputs, dgrad: bool = True) -> list[Any]:
+    weights = inputs.gate_up, inputs.down
+    return [quantize_weights(w.detach().transpose(1, 2), "fp8_blockwise", dgrad=dgrad) for w in weights]
+
+
+@pytest.mark.parametrize("inner, interleaved", (FORMS[0], FORMS[-1]))
+def test_quantized_weights_give_the_bits_of_weights(inner, interleaved):
+    inputs = Inputs(inner)
+    leaves = [inputs.x, inputs.weights, *quantized(inputs)]
+    y = inputs.run(leaves, interleaved=interleaved)
+    found = [y.detach(), *torch.autograd.grad(y, leaves[:2], inputs.dy)]
+    assert_equal(found, inputs.train(recipe="fp8_blockwise", interleaved=interleaved)[:3], ("y", *NAMES[:2]))
+
+
+def test_weights_quantized_for_forward_alone_run_without_gradients():
+    inputs = Inputs(128)
+    with torch.no_grad():
+        y = inputs.run([inputs.x, inputs.weights, *quantized(inputs, dgrad=False)])
+        assert torch.equal(y, inputs.run(recipe="fp8_blockwise"))
