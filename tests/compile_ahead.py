@@ -282,10 +282,11 @@ def compile_gathered() -> dict[str, Any]:
         for even in (True, False):
             kernel = compile_gathered_mm("blockwise", "swiglu", stored=stored, even=even)
             compiled[f"gemm gathered blockwise swiglu {stored=} {even=}"] = kernel
+    kernel = compile_gathered_mm("blockwise", "swiglu", stored=True, quantized=True)
+    compiled["gemm gathered blockwise swiglu, pre-activations in fp8"] = kernel
     for activation in ("swiglu_clamped", "geglu", "geglu_tanh", "reglu"):
         kernel = compile_gathered_mm("blockwise", activation, stored=True)
         compiled[f"gemm gathered blockwise {activation} stored=True"] = kernel
-    compiled["gemm gathered 16 bit swiglu by TMA"] = compile_gathered_mm("16 bit", "swiglu", stored=True, gathers=False)
     for even in (True, False):
         compiled[f"gemm gathered blockwise {even=}"] = compile_gathered_mm("blockwise", even=even)
         compiled[f"gemm gathered 16 bit {even=}"] = compile_gathered_mm("16 bit", even=even)
@@ -297,19 +298,22 @@ def compile_gathered() -> dict[str, Any]:
 
 def compile_gathered_mm(
     kind: str, activation: str | None = None, *, interleaved: bool = False, stored: bool = False,
-    gathers: bool = True, c_contiguous: bool = True, even: bool = True,
+    quantized: bool = False, c_contiguous: bool = True, even: bool = True,
 ) -> Any:  # fmt: skip
-    """``stored``: with pre-activations; ``even``: the contraction has whole steps."""
-    tile, dtype = gathered_mm.TILES[f"{kind}, stored" if stored else kind], dtype_of(kind, "sm_90")
+    """``stored``: with pre-activations, ``quantized`` or not; ``even``: the contraction has whole steps."""
+    tile = gathered_mm.TILES[kind + (", gated" if activation else "") + (", stored" if stored else "")]
+    dtype = dtype_of(kind, "sm_90")
     scales_h = kind == "blockwise" and activation is not None
     result = dtype if scales_h else "bf16"
-    types = dict.fromkeys(("x_scale", "w_scale", "out_scale"), "*fp32") | dict.fromkeys(("source", "offs"), "*i32")
-    types |= {"x": f"*{dtype}", "out": f"*{result}", "pre": "*bf16"}
+    kept = dtype if quantized else "bf16"
+    types = dict.fromkeys(("x_scale", "w_scale", "out_scale", "pre_scale"), "*fp32")
+    types |= dict.fromkeys(("source", "offs"), "*i32")
+    types |= {"x": f"*{dtype}", "out": f"*{result}", "pre": f"*{kept}"}
     box = (tile.block_n // 2, tile.block_k) if c_contiguous else (tile.block_k, tile.block_n)
-    types |= {"x_desc": descriptor(dtype, 64, tile.block_k), "w_desc": descriptor(dtype, *box)}
-    types |= {"out_desc": descriptor(result, 64, 128), "pre_desc": descriptor("bf16", 64, 128)}
-    constants: dict[str, Any] = {"x_desc": None} if gathers else {"source": None}
-    constants |= {} if stored else {"pre": None, "pre_desc": None}
+    types |= {"w_desc": descriptor(dtype, *box), "out_desc": descriptor(result, 64, 128)}
+    types["pre_desc"] = descriptor(kept, 64, 128)
+    constants: dict[str, Any] = {} if stored else {"pre": None, "pre_desc": None}
+    constants |= {} if quantized else {"pre_scale": None}
     constants |= {} if kind == "blockwise" else {"x_scale": None, "w_scale": None}
     constants |= {} if scales_h else {"out_scale": None}
     constants |= {

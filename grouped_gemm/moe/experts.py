@@ -17,7 +17,7 @@ from grouped_gemm.core.preference import KernelPreference, Preference
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.group_plan import GroupPlan
-from grouped_gemm.moe import implementations
+from grouped_gemm.moe import fused, implementations
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.composed import ExpertWeights, Weights, grouped, shape_of
 from grouped_gemm.moe.implementations import IMPLEMENTATIONS
@@ -109,6 +109,7 @@ def sorted_experts(
     gate_up_bias: Tensor | tuple[Tensor, Tensor] | None = None,
     down_bias: Tensor | None = None,
     kernel_preference: Preference = KernelPreference.AUTO,
+    keep: str = "full",
 ) -> Tensor:
     """The experts on rows that are in expert order already, for trainers and expert parallelism.
 
@@ -124,6 +125,7 @@ def sorted_experts(
         gate_up_bias: as in `experts_forward`.
         down_bias: as in `experts_forward`.
         kernel_preference: as in `experts_forward`.
+        keep: as in `experts_forward`.
 
     Returns:
         (M, H) in the dtype of ``rows``, zero at and past ``offs[-1]``.
@@ -132,14 +134,20 @@ def sorted_experts(
         TypeError, ValueError, NoBackendError: as `experts_forward`.
     """
     experts = _checked(
-        rows, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference, "grouped_mm"
-    )
+        rows, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference, "grouped_mm",
+        keep,
+    )  # fmt: skip
     if row_weights is not None:
         if not isinstance(row_weights, Tensor):
             raise TypeError(f"row_weights: expected a torch.Tensor; found {type(row_weights).__name__}")
         if row_weights.shape != rows.shape[:1]:
             checks.fail("row_weights.shape", f"({rows.shape[0]},), the rows of rows", tuple(row_weights.shape))
-    y = experts.run(grouped(experts, offs if isinstance(offs, GroupPlan) else GroupPlan(offs, rows.shape[0])), rows)
+    rows, experts = _autocast(rows, experts)
+    plan = offs if isinstance(offs, GroupPlan) else GroupPlan(offs, rows.shape[0])
+    plan.check_rows(rows.shape[0])
+    if fused.can_run(rows, experts):
+        return fused.run_sorted(rows, row_weights, experts, plan.offs)
+    y = experts.run(grouped(experts, plan), rows)
     return y if row_weights is None else (y.float() * row_weights.float().unsqueeze(1)).to(y.dtype)
 
 
@@ -178,12 +186,17 @@ def _prepared(
             checks.fail(f"{name}.shape", f"(T, k) with T = {x.shape[0]}, as x has it", tuple(value.shape))
     if topk_ids.shape != topk_weights.shape:
         checks.fail("topk_weights.shape", f"{tuple(topk_ids.shape)}, as topk_ids has it", tuple(topk_weights.shape))
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        first = [autocast(x, w, bias)[1:] for w, bias in zip(experts.first, experts.first_biases)]
-        x, down, down_bias = autocast(x, experts.down, experts.down_bias)
-        weights, biases = zip(*first)
-        experts = replace(experts, first=weights, first_biases=biases, down=down, down_bias=down_bias)
-    return x, experts
+    return _autocast(x, experts)
+
+
+def _autocast(x: Tensor, experts: ExpertWeights) -> tuple[Tensor, ExpertWeights]:
+    """Both in autocast's dtype, if autocast is on for the device of ``x``."""
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return x, experts
+    first = [autocast(x, w, bias)[1:] for w, bias in zip(experts.first, experts.first_biases)]
+    x, down, down_bias = autocast(x, experts.down, experts.down_bias)
+    weights, biases = zip(*first)
+    return x, replace(experts, first=weights, first_biases=biases, down=down, down_bias=down_bias)
 
 
 def _checked(

@@ -31,9 +31,10 @@ from grouped_gemm.core.preference import BackendKind, KernelPreference, resolve,
 from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.core.vmap import batched_gradient, is_transformed
+from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.kernels.quantize.blocks import token_blocks
-from grouped_gemm.moe import gemms, rows, steps  # noqa: F401  (they define the ops)
-from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, run_composed
+from grouped_gemm.moe import gemms, steps  # noqa: F401  (steps defines ops)
+from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, run_composed
 from grouped_gemm.moe.routing import Routing
 
 _RECIPES = (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
@@ -116,8 +117,24 @@ def _can_gate(inner: int, recipe: Recipe, interleaved: bool) -> bool:
     return not recipe.is_scaled or (inner % _GATE_BLOCK == 0 and not interleaved)
 
 
+def run_sorted(rows: Tensor, row_weights: Tensor | None, experts: ExpertWeights, offs: Tensor) -> Tensor:
+    """The experts on rows in expert order, (M, H), where `can_run`. Arguments as of `sorted_experts`, checked."""
+    source = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
+    if row_weights is None:
+        return _apply(rows, None, experts, offs, source, None)
+    places = torch.where(source < offs[-1], source, -1).unsqueeze(1)
+    return _apply(rows, row_weights.unsqueeze(1), experts, offs, source, places)
+
+
 def run(x: Tensor, topk_weights: Tensor, experts: ExpertWeights, routing: Routing) -> Tensor:
     """The layer, (T, H), where `can_run`. Arguments as of `experts_forward`, checked."""
+    return _apply(x, topk_weights, experts, *routing)
+
+
+def _apply(
+    x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights, offs: Tensor, source: Tensor, places: Tensor | None
+) -> Tensor:
+    """``places`` is None where each token has one row, and rows are results."""
     gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
     leaves = [leaf for leaf in (x, topk_weights, gate_up, down) if isinstance(leaf, Tensor)]
     keep = "nothing"
@@ -125,7 +142,9 @@ def run(x: Tensor, topk_weights: Tensor, experts: ExpertWeights, routing: Routin
         keep = experts.keep if recipe.is_scaled else "full"
     settings = recipe, experts.activation.name, experts.interleaved, keep
     composed = None if recipe.is_scaled else experts  # for second derivatives, which rounding to fp8 does not have
-    y: Tensor = _FusedExperts.apply(dense_rows(x), topk_weights, gate_up, down, *routing, settings, composed)
+    y: Tensor = _FusedExperts.apply(
+        dense_rows(x), topk_weights, gate_up, down, offs, source, places, settings, composed
+    )
     return y
 
 
@@ -150,12 +169,12 @@ class _FusedExperts(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        topk_weights: Tensor,
+        topk_weights: Tensor | None,
         gate_up: Weights,
         down: Weights,
         offs: Tensor,
         source: Tensor,
-        places: Tensor,
+        places: Tensor | None,
         settings: tuple[Recipe, str, bool, str],
         experts: ExpertWeights | None,
     ) -> Tensor:
@@ -188,7 +207,7 @@ class _FusedExperts(torch.autograd.Function):
             kept = (tokens, scale, pre, pre_scale) if keep == "recipe" else (x, None, pre, None)
             ctx.save_for_backward(*kept, topk_weights, offs, source, places, *weights)
         ctx.settings, ctx.experts, ctx.dtype = settings, experts, x.dtype
-        return ops.moe_combine(y_rows, topk_weights, places)
+        return y_rows if places is None else ops.moe_combine(y_rows, topk_weights, places)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -203,7 +222,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     gate_up, gate_up_scale, down, down_scale = weights
     recipe, activation, interleaved, _ = ctx.settings
     needs_x, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:4]
-    row_weights = ops.moe_row_weights(topk_weights, places, source.shape[0])
+    row_weights = None if topk_weights is None else ops.moe_row_weights(topk_weights, places, source.shape[0])
     tokens, scale = ops.moe_quantize_tokens(dy, recipe.value) if recipe.is_scaled else (dy, None)
     dh = ops.moe_gathered_mm(tokens, scale, source, down, down_scale, offs, ctx.dtype)
     dpre_scale = None
@@ -224,7 +243,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if needs_x:
         rhs = gate_up, gate_up_scale
         dx_rows = ops.triton_grouped_mm(dpre_rows, dpre_scale, *rhs, None, offs, recipe.value, ctx.dtype)
-        dx = ops.moe_combine(dx_rows, None, places)
+        dx = dx_rows if places is None else ops.moe_combine(dx_rows, None, places)
     if needs_weights:
         dweights = ops.moe_slot_values(dots, places, topk_weights.dtype)
     return dx, dweights, dgate_up, ddown
@@ -245,7 +264,10 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     x, _, _, _, topk_weights, offs, source, places, gate_up, _, down, _ = ctx.saved_tensors
     inputs = x, topk_weights, gate_up, down
     experts = replace(ctx.experts, first=(gate_up,), down=down)
-    y = run_composed(x, topk_weights, experts, Routing(offs, source, places))
+    if places is None:
+        y = experts.run(grouped(experts, GroupPlan(offs, x.shape[0])), x)
+    else:
+        y = run_composed(x, topk_weights, experts, Routing(offs, source, places))
     wanted = [leaf for leaf, needed in zip(inputs, ctx.needs_input_grad) if needed]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad[:4])

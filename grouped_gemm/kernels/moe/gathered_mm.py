@@ -38,7 +38,7 @@ from grouped_gemm.kernels.common.hopper import (
     store,
     tile_position,
 )
-from grouped_gemm.kernels.common.launch import can_use_tma, cdiv, launch, num_processors, on_device
+from grouped_gemm.kernels.common.launch import cdiv, launch, num_processors, on_device
 from grouped_gemm.kernels.common.scaling import scale_of
 from grouped_gemm.kernels.gemm.m_grouped_hopper import seek_tile
 
@@ -55,24 +55,8 @@ COPY_WARPS = {"16 bit": 4, "blockwise": 2}  # warps that gather
 _REGISTERS = gl.constexpr(504)  # of a thread of each of three warpgroups together: 65536 / 128, in multiples of 8
 
 
-def can_run(x_TC: Tensor, w_ECN: Tensor) -> bool:
-    """Whether these kernels can run: operands that TMA and 16-byte copies can read, matrices without gaps between."""
-    num_groups, c, columns = w_ECN.shape
-    c_contiguous = w_ECN.stride(1) == 1
-    by_line = w_ECN.transpose(1, 2) if c_contiguous else w_ECN
-    return (
-        x_TC.element_size() <= 2
-        and can_use_tma(x_TC, by_line)
-        and (num_groups == 1 or by_line.stride(0) == by_line.shape[1] * by_line.stride(1))
-        and columns % 8 == 0
-        and (c_contiguous or c % TILES["16 bit"].block_k == 0)
-        and num_groups * by_line.shape[1] < 2**31
-        and x_TC.shape[0] * x_TC.stride(0) < 2**31  # offsets are of 32 bits: registers are scarce
-    )
-
-
 def gathered_mm(
-    x_TC: Tensor, x_scale: Tensor | None, source: Tensor | None, w_ECN: Tensor, w_scale: Tensor | None, offs: Tensor,
+    x_TC: Tensor, x_scale: Tensor | None, source: Tensor, w_ECN: Tensor, w_scale: Tensor | None, offs: Tensor,
     out_MN: Tensor,
 ) -> None:  # fmt: skip
     """out[m] = x[source[m]] @ w[e], e the expert of row m. Rows at and past ``offs[-1]`` are not written.
@@ -80,7 +64,7 @@ def gathered_mm(
     Args:
         x_TC: (T, C), contiguous C; bfloat16, float16 or, with scales, fp8.
         x_scale: fp32 (T, ceil(C/128)), contiguous: one scale for 128 values of a row. None without scales.
-        source: (M,) int32, contiguous; None: row m is ``x[m]``.
+        source: (M,) int32, contiguous.
         w_ECN: (E, C, N) in the dtype of ``x``, C or N contiguous; fp8: C contiguous.
         w_scale: fp32 (E, ceil(C/128), ceil(N/128)), matrices without gaps, in any order; None without scales.
         offs: (E,) int32, contiguous: the end row of each expert. Any values are safe.
@@ -90,8 +74,8 @@ def gathered_mm(
 
 
 def gated_mm(
-    x_TC: Tensor, x_scale: Tensor | None, source: Tensor | None, gate_up_ECN: Tensor, w_scale: Tensor | None,
-    offs: Tensor, activation: str, interleaved: bool, h_MI: Tensor, h_scale: Tensor | None, pre_MN: Tensor | None,
+    x_TC: Tensor, x_scale: Tensor | None, source: Tensor, gate_up_ECN: Tensor, w_scale: Tensor | None, offs: Tensor,
+    activation: str, interleaved: bool, h_MI: Tensor, h_scale: Tensor | None, pre_MN: Tensor | None,
     pre_scale: Tensor | None = None, power_of_two: bool = False,
 ) -> None:  # fmt: skip
     """h[m] = act(gate) * up, where gate and up are the halves of x[source[m]] @ gate_up[e].
@@ -114,7 +98,7 @@ def gated_mm(
 
 
 def _launch(
-    x: Tensor, x_scale: Tensor | None, source: Tensor | None, w_ECN: Tensor, w_scale: Tensor | None, offs: Tensor,
+    x: Tensor, x_scale: Tensor | None, source: Tensor, w_ECN: Tensor, w_scale: Tensor | None, offs: Tensor,
     out: Tensor, out_scale: Tensor | None, pre: Tensor | None, pre_scale: Tensor | None, activation: str | None,
     interleaved: bool, power_of_two: bool,
 ) -> None:  # fmt: skip
@@ -127,13 +111,12 @@ def _launch(
     shape = [num_groups * columns, c] if c_contiguous else [num_groups * c, columns]
     stride = w_ECN.stride(2) if c_contiguous else w_ECN.stride(1)
     box = [tile.block_n // 2, tile.block_k] if c_contiguous else [tile.block_k, tile.block_n]
-    x_desc = None if source is not None else describe_tile(x, [num_rows, c], x.stride(0), [64, tile.block_k])
     pre_desc = None if pre is None else describe_tile(pre, [num_rows, columns], columns, STORED)
     most_tiles = (cdiv(num_rows, 64 * tile.consumers) + num_groups) * cdiv(columns, tile.block_n)
     with on_device(x):
         launch(
             _kernel, (min(most_tiles, num_processors(x.device)),),
-            x, x_desc, describe_tile(w_ECN, shape, stride, box), describe_tile(out, [num_rows, width], width, STORED),
+            x, describe_tile(w_ECN, shape, stride, box), describe_tile(out, [num_rows, width], width, STORED),
             pre_desc, x_scale, w_scale, out_scale, pre_scale, source, offs, out, pre, num_rows, num_groups, c, columns,
             x.stride(0), 0 if out_scale is None else out_scale.stride(0),
             *((0, 0) if w_scale is None else w_scale.stride()[1:]),
@@ -147,25 +130,23 @@ def _launch(
 
 
 @gluon.jit
-def _rows_of(source, row, end, GATHERS: gl.constexpr, LAYOUT: gl.constexpr):
+def _rows_of(source, row, end, LAYOUT: gl.constexpr):
     """Where 64 rows from ``row`` on come from; past the group's end, where its last row comes from."""
-    rows = gl.minimum(row + gl.arange(0, 64, layout=LAYOUT), gl.maximum(end - 1, 0))
-    if GATHERS:
-        rows = gl.load(source + rows)
-    return rows
+    rows = row + gl.arange(0, 64, layout=LAYOUT)
+    return gl.load(source + gl.minimum(rows, gl.maximum(end - 1, 0)))
 
 
 @gluon.jit
 def _produce(
-    x_desc, w_desc, lhs_bufs, rhs_bufs, full, empty, x, source, offs, M, E, C, N, x_stride,
-    GATED: gl.constexpr, GATHERS: gl.constexpr, INTERLEAVED: gl.constexpr, C_CONTIGUOUS: gl.constexpr,
-    EVEN_C: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    w_desc, lhs_bufs, rhs_bufs, full, empty, x, source, offs, M, E, C, N, x_stride,
+    GATED: gl.constexpr, INTERLEAVED: gl.constexpr, C_CONTIGUOUS: gl.constexpr, EVEN_C: gl.constexpr,
+    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, COPY_WARPS: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     HALF: gl.constexpr = BLOCK_N // 2
     SIZE: gl.constexpr = w_desc.dtype.primitive_bitwidth // 8
-    BYTES: gl.constexpr = (BLOCK_N + (0 if GATHERS else BLOCK_M)) * BLOCK_K * SIZE
+    BYTES: gl.constexpr = BLOCK_N * BLOCK_K * SIZE
     # Eight threads copy the 128 bytes of a row.
     ROW: gl.constexpr = gl.BlockedLayout([1, 16 // SIZE], [4, 8], [COPY_WARPS, 1], [1, 0])
     columns = (N + BLOCK_N - 1) // BLOCK_N
@@ -186,12 +167,11 @@ def _produce(
         if GATED and not INTERLEAVED:
             left = e * N + tile_column * HALF
             right = left + N // 2
-        if GATHERS:
-            cs = gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, ROW)), 0)
-            top_rows = _rows_of(source, row, end, GATHERS, gl.SliceLayout(1, ROW))
-            bottom_rows = _rows_of(source, row + 64, end, GATHERS, gl.SliceLayout(1, ROW))
-            top = gl.expand_dims(top_rows * stride, 1) + cs
-            bottom = gl.expand_dims(bottom_rows * stride, 1) + cs
+        cs = gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, ROW)), 0)
+        top_rows = _rows_of(source, row, end, gl.SliceLayout(1, ROW))
+        bottom_rows = _rows_of(source, row + 64, end, gl.SliceLayout(1, ROW))
+        top = gl.expand_dims(top_rows * stride, 1) + cs
+        bottom = gl.expand_dims(bottom_rows * stride, 1) + cs
         for c in range(0, C, BLOCK_K):
             mbarrier.wait(empty.index(slot), phase)
             barrier = full.index(slot)
@@ -202,17 +182,13 @@ def _produce(
                 load(w_desc, [right, c], barrier, rhs.slice(HALF, HALF, dim=0))
             else:
                 load(w_desc, [e * C + c, column], barrier, rhs)
-            if GATHERS:
-                mask = None
-                if not EVEN_C:
-                    mask = cs < C - c
-                copy_rows(x + (top + c), mask, lhs_bufs.index(slot * CONSUMERS))
-                if row + 64 < end:  # else the second consumer has no rows
-                    copy_rows(x + (bottom + c), mask, lhs_bufs.index(slot * CONSUMERS + 1))
-                async_copy.mbarrier_arrive(barrier, increment_count=False)  # each thread, once its copies are there
-            else:
-                load(x_desc, [row, c], barrier, lhs_bufs.index(slot * CONSUMERS))
-                load(x_desc, [row + 64, c], barrier, lhs_bufs.index(slot * CONSUMERS + 1))
+            mask = None
+            if not EVEN_C:
+                mask = cs < C - c
+            copy_rows(x + (top + c), mask, lhs_bufs.index(slot * CONSUMERS))
+            if row + 64 < end:  # else the second consumer has no rows
+                copy_rows(x + (bottom + c), mask, lhs_bufs.index(slot * CONSUMERS + 1))
+            async_copy.mbarrier_arrive(barrier, increment_count=False)  # each thread, once its copies are there
             slot, phase = next_slot(slot, phase, STAGES)
         tile += gl.num_programs(0)
         e, start, end, first_tile, _ = seek_tile(offs, M, E, columns, tile, e, start, end, first_tile, zero, BLOCK_M)
@@ -222,8 +198,8 @@ def _produce(
 def _consume(
     which: gl.constexpr, lhs_bufs, rhs_bufs, out_bufs, pre_bufs, full, empty, out_desc, pre_desc, x_scale, w_scale,
     out_scale, pre_scale, source, offs, out, pre, M, E, C, N, row_scale_stride, scale_stride_c, scale_stride_n,
-    KIND: gl.constexpr, ACTIVATION: gl.constexpr, GATHERS: gl.constexpr, HAS_PRE: gl.constexpr,
-    SCALES_PRE: gl.constexpr, INTERLEAVED: gl.constexpr, POWER_OF_TWO: gl.constexpr, C_CONTIGUOUS: gl.constexpr,
+    KIND: gl.constexpr, ACTIVATION: gl.constexpr, HAS_PRE: gl.constexpr, SCALES_PRE: gl.constexpr,
+    INTERLEAVED: gl.constexpr, POWER_OF_TWO: gl.constexpr, C_CONTIGUOUS: gl.constexpr,
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
@@ -255,7 +231,7 @@ def _consume(
                 LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
                 left = gl.zeros((64, HALF), gl.float32, LAYOUT)
                 right = gl.zeros((64, HALF), gl.float32, LAYOUT)
-                row_at = _rows_of(source, row, end, GATHERS, gl.SliceLayout(1, LAYOUT)) * steps
+                row_at = _rows_of(source, row, end, gl.SliceLayout(1, LAYOUT)) * steps
                 left_column = column
                 right_column = column + HALF
                 if GATED:
@@ -278,8 +254,7 @@ def _consume(
                     next_left = gl.load(w_scale + (left_at + ahead * scale_stride_c))
                     next_right = gl.load(w_scale + (right_at + ahead * scale_stride_c))
                     mbarrier.wait(full.index(slot), phase)
-                    if GATHERS:
-                        fence_async_shared()
+                    fence_async_shared()
                     lhs = lhs_bufs.index(slot * CONSUMERS + which)
                     rhs = rhs_bufs.index(slot)
                     block = start_block(lhs, rhs.slice(0, HALF, dim=0).permute((1, 0)), LAYOUT)
@@ -292,8 +267,7 @@ def _consume(
                 acc = gl.zeros((64, BLOCK_N), gl.float32, WIDE)
                 for step in range(steps):
                     mbarrier.wait(full.index(slot), phase)
-                    if GATHERS:
-                        fence_async_shared()
+                    fence_async_shared()
                     rhs = rhs_bufs.index(slot).permute((1, 0)) if C_CONTIGUOUS else rhs_bufs.index(slot)
                     acc = accumulate(acc, lhs_bufs.index(slot * CONSUMERS + which), rhs, step, empty, slot, STAGES)
                     slot, phase = next_slot(slot, phase, STAGES)
@@ -387,7 +361,7 @@ def _store(values, buffer, desc, out, row, end, column, last_column, stride, fit
 
 @gluon.jit(do_not_specialize=["M", "E", "row_scale_stride"])
 def _kernel(
-    x, x_desc, w_desc, out_desc, pre_desc, x_scale, w_scale, out_scale, pre_scale, source, offs, out, pre, M, E, C, N,
+    x, w_desc, out_desc, pre_desc, x_scale, w_scale, out_scale, pre_scale, source, offs, out, pre, M, E, C, N,
     x_stride, row_scale_stride, scale_stride_c, scale_stride_n,
     KIND: gl.constexpr, ACTIVATION: gl.constexpr, INTERLEAVED: gl.constexpr, POWER_OF_TWO: gl.constexpr,
     C_CONTIGUOUS: gl.constexpr, EVEN_C: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -395,14 +369,9 @@ def _kernel(
     COPY_WARPS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     # Arguments of a warpgroup must be values: what does not exist has a placeholder, which nothing reads.
-    GATHERS: gl.constexpr = source is not None
     HAS_PRE: gl.constexpr = pre is not None
     SCALES_PRE: gl.constexpr = pre_scale is not None
     GATED: gl.constexpr = ACTIVATION is not None
-    if source is None:
-        source = offs
-    if x_desc is None:
-        x_desc = w_desc
     if pre_desc is None:
         pre_desc = out_desc
     if pre is None:
@@ -425,17 +394,17 @@ def _kernel(
     pre_bufs = out_bufs
     if HAS_PRE:
         pre_bufs = gl.allocate_shared_memory(pre_desc.dtype, [2 * CONSUMERS, 64, 128], pre_desc.layout)
-    full, empty = make_barriers(STAGES, CONSUMERS, 32 * COPY_WARPS if GATHERS else 0)
+    full, empty = make_barriers(STAGES, CONSUMERS, 32 * COPY_WARPS)
     gl.warp_specialize([
         (_consume, (0, lhs_bufs, rhs_bufs, out_bufs, pre_bufs, full, empty, out_desc, pre_desc, x_scale, w_scale,
             out_scale, pre_scale, source, offs, out, pre, M, E, C, N, row_scale_stride, scale_stride_c, scale_stride_n,
-            KIND, ACTIVATION, GATHERS, HAS_PRE, SCALES_PRE, INTERLEAVED, POWER_OF_TWO, C_CONTIGUOUS, CONSUMERS, BLOCK_N,
+            KIND, ACTIVATION, HAS_PRE, SCALES_PRE, INTERLEAVED, POWER_OF_TWO, C_CONTIGUOUS, CONSUMERS, BLOCK_N,
             BLOCK_K, STAGES, GROUP_M)),
         (_consume, (1, lhs_bufs, rhs_bufs, out_bufs, pre_bufs, full, empty, out_desc, pre_desc, x_scale, w_scale,
             out_scale, pre_scale, source, offs, out, pre, M, E, C, N, row_scale_stride, scale_stride_c, scale_stride_n,
-            KIND, ACTIVATION, GATHERS, HAS_PRE, SCALES_PRE, INTERLEAVED, POWER_OF_TWO, C_CONTIGUOUS, CONSUMERS, BLOCK_N,
+            KIND, ACTIVATION, HAS_PRE, SCALES_PRE, INTERLEAVED, POWER_OF_TWO, C_CONTIGUOUS, CONSUMERS, BLOCK_N,
             BLOCK_K, STAGES, GROUP_M)),
-        (_produce, (x_desc, w_desc, lhs_bufs, rhs_bufs, full, empty, x, source, offs, M, E, C, N, x_stride,
-            GATED, GATHERS, INTERLEAVED, C_CONTIGUOUS, EVEN_C, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
+        (_produce, (w_desc, lhs_bufs, rhs_bufs, full, empty, x, source, offs, M, E, C, N, x_stride,
+            GATED, INTERLEAVED, C_CONTIGUOUS, EVEN_C, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
             COPY_WARPS)),
-    ], [4, COPY_WARPS if GATHERS else 1], [REGISTERS, _REGISTERS - 2 * REGISTERS])  # fmt: skip
+    ], [4, COPY_WARPS], [REGISTERS, _REGISTERS - 2 * REGISTERS])  # fmt: skip

@@ -30,7 +30,7 @@ from grouped_gemm.kernels.common.hopper import (
     next_slot,
     tile_position,
 )
-from grouped_gemm.kernels.common.launch import can_use_tma, cdiv, launch, num_processors, on_device
+from grouped_gemm.kernels.common.launch import cdiv, launch, num_processors, on_device
 from grouped_gemm.kernels.gemm.k_grouped_hopper import finish_tile, next_blocks
 
 # H100, triton 3.6.0, 2026-11-26.
@@ -38,11 +38,6 @@ TILE = HopperTile(2, 256, 64, 4, 224, 2)
 _COPY_WARPS = gl.constexpr(4)  # warps that gather
 _PRODUCER_REGISTERS = gl.constexpr(56)
 _GATHERED = gl.constexpr(TILES_IN_SHARED[2])
-
-
-def can_run(lhs: Tensor, rhs: Tensor) -> bool:
-    """Whether this kernel can run: 16-bit operands that TMA and 16-byte copies can read."""
-    return lhs.element_size() == 2 and can_use_tma(lhs, rhs) and rhs.shape[1] % 8 == 0
 
 
 def wgrad(lhs: Tensor, rhs: Tensor, source: Tensor, gathers_lhs: bool, offs: Tensor, out_EPQ: Tensor) -> None:
