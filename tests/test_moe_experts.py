@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -249,6 +250,27 @@ def test_an_explanation_says_what_is_fused(recipe, forward, backward):
     kind = ACTIVATIONS["swiglu"]
     text = fused.explain(ExpertWeights((inputs.gate_up,), (None,), inputs.down, None, kind, False, parsed, "auto"))
     assert forward in text and backward in text
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing": ({}, "None"),
+    "recipe": ({"recipe": Recipe.MXFP8}, "expected recipe none, fp8_blockwise, fp8_blockwise_pow2; found mxfp8"),
+    "backend": ({"kernel_preference": "torch"}, "expected kernel_preference auto or triton; found torch"),
+    "activation": ({"activation": ACTIVATIONS["relu"]}, "expected a gated activation"),
+    "bias": ({"down_bias": torch.zeros(2, 64)}, "expected no biases"),
+    "dtype": ({"down": torch.zeros(2, 64, 32)}, "expected contiguous bfloat16 tensors"),
+    "order": ({"down": torch.zeros(2, 32, 64, dtype=torch.bfloat16).transpose(1, 2)}, "expected contiguous bfloat16"),
+    "sizes": ({"down": torch.zeros(2, 64, 36, dtype=torch.bfloat16)}, "expected H a multiple of 64 and I of 8"),
+}
+
+
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
+def test_fused_kernels_say_what_they_do_not_run(changes, message, monkeypatch):
+    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+    weights = torch.zeros(2, 64, 64, dtype=torch.bfloat16), torch.zeros(2, 64, 32, dtype=torch.bfloat16)
+    experts = ExpertWeights((weights[0],), (None,), weights[1], None, ACTIVATIONS["swiglu"], False, None, "auto")
+    x = torch.zeros(3, 64, dtype=torch.bfloat16)
+    assert str(fused.refusal(x, replace(experts, **changes))).startswith(message)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {

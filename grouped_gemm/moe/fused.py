@@ -63,6 +63,8 @@ def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
         return "expected no biases; found some"
     if type(x) not in _PLAIN or x.dtype != torch.bfloat16 or not _is_readable(gate_up) or not _is_readable(down):
         return "expected contiguous bfloat16 tensors, or weights quantized for Triton; found something else"
+    if torch.is_grad_enabled() and any([isinstance(w, QuantizedWeights) and w.dgrad is None for w in (gate_up, down)]):
+        return "expected quantized weights with a layout for dgrad, or torch.no_grad(); found neither"
     if not torch.compiler.is_compiling() and is_transformed():
         return "expected no torch.func transform; found one"
     hidden, inner = x.shape[1], down.shape[1] if isinstance(down, QuantizedWeights) else down.shape[2]
@@ -96,20 +98,16 @@ def explain(experts: ExpertWeights) -> str:
     recipe, act = _recipe_of(experts), experts.activation.name
     inner = experts.down.shape[1 if isinstance(experts.down, QuantizedWeights) else 2]
     gate = f"gate-up gathers its rows and applies {act}"
-    lines = ["route", gate, "down", "combine"]
-    backward = [
-        "dgrad of down gathers rows of dY",
-        f"gradient of {act}",
-        "wgrads gather their rows",
-        "dgrad of gate-up",
-    ]
+    forward, backward = [gate], ["dgrad of down gathers rows of dY", f"gradient of {act}", "wgrads gather their rows"]
     if recipe.is_scaled:
         gated = _can_gate(inner, recipe, experts.interleaved)
-        lines[1:2] = ["quantize x once per token"]
-        lines[2:2] = [f"{gate} and quantizes h"] if gated else ["gate-up gathers its rows", f"{act} quantizes h"]
+        forward = [f"{gate} and quantizes h"] if gated else ["gate-up gathers its rows", f"{act} quantizes h"]
+        forward = ["quantize x once per token", *forward]
         backward = ["quantize dY once per token", backward[0], f"{backward[1]} quantizes", f"{backward[2]}, in bf16"]
-        backward += ["dgrad of gate-up"]
-    return f"  forward   {'; '.join(lines)}\n  backward  {'; '.join([*backward, 'combine'])}"
+    return (
+        f"  forward   {'; '.join(['route', *forward, 'down', 'combine'])}\n"
+        f"  backward  {'; '.join([*backward, 'dgrad of gate-up', 'combine'])}"
+    )
 
 
 def _can_gate(inner: int, recipe: Recipe, interleaved: bool) -> bool:
