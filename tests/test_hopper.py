@@ -149,6 +149,27 @@ def test_a_hopper_kernel_gives_the_bits_of_the_portable_one(case, device, launch
             assert_same_bits(found.of(pass_), wanted.of(pass_), pass_.value)
 
 
+@training(recipes=(NONE, ROWWISE, BLOCKWISE))
+def test_a_gradient_that_is_added_is_that_which_is_stored(case, device, launched):
+    passes = Passes(case, make_inputs(case, device))
+    passes.quantize()
+    columns, backend = (passes.a[1], passes.dy[1], passes.plan), passes.backend
+    for contiguous in ("k", "n"):
+        db = backend.wgrad(*columns, torch.float32, contiguous=contiguous)
+        total = torch.randn_like(db)
+        total[[0, 4]] = math.nan  # of groups without rows, which are not read
+        expected = total + db
+        backend.add_wgrad(*columns, total)
+        assert launched == ["wgrad", "wgrad"]
+        launched.clear()
+        assert total[[0, 4]].isnan().all()
+        with_rows = [1, 2, 3, 5]
+        if case.recipe is ROWWISE:  # the compiler may fuse the multiplication by the last scale with the addition
+            torch.testing.assert_close(total[with_rows], expected[with_rows], rtol=1e-6, atol=1e-5)
+        else:
+            assert_same_bits(total[with_rows], expected[with_rows], "the sum")
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_large_call_agrees_with_the_reference(case, device):
     inputs = make_inputs(case, device)

@@ -360,6 +360,17 @@ class _GroupedMMBackend(ABC):
     def _wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         """``first[rows].T @ second[rows]`` for each group: (E, P, Q), contiguous. P, Q: features of the operands."""
 
+    def add_wgrad(self, lhs: Quantized, rhs: Quantized, plan: OffsetPlan, sum_EKN: Tensor) -> None:
+        """Adds dB to ``sum_EKN`` (E, K, N) float32, which is contiguous or the transpose of a contiguous tensor."""
+        if sum_EKN.is_contiguous():
+            self._add_wgrad(lhs, rhs, plan, sum_EKN)
+        else:
+            self._add_wgrad(rhs, lhs, plan, sum_EKN.transpose(1, 2))
+
+    def _add_wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, sum_EPQ: Tensor) -> None:
+        """Adds `_wgrad` to ``sum_EPQ`` (E, P, Q), contiguous. A backend whose kernel can add overrides it."""
+        sum_EPQ.add_(self._wgrad(first, second, plan, torch.float32))
+
     @abstractmethod
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         """The sum of each group's rows of dY, accumulated in fp32: (E, N)."""

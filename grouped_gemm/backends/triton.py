@@ -27,7 +27,7 @@ from grouped_gemm.backends.base import (
     unscaled_weights,
 )
 from grouped_gemm.core.call_spec import CallSpec
-from grouped_gemm.core.library import Size, Steps, define_op, ops
+from grouped_gemm.core.library import Changed, Size, Steps, define_op, ops
 from grouped_gemm.core.machine import ARCHS, GPU_ARCHS
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Quantized
@@ -154,6 +154,10 @@ class Backend(_GroupedMMBackend):
         operands = first.data, first.scale, second.data, second.scale
         return ops.triton_wgrad(*operands, plan.offs, plan.num_rows, first.recipe.value, out_dtype)
 
+    def _add_wgrad(self, first: Quantized, second: Quantized, plan: OffsetPlan, sum_EPQ: Tensor) -> None:
+        operands = first.data, first.scale, second.data, second.scale
+        ops.triton_wgrad_add(sum_EPQ, *operands, plan.offs, plan.num_rows, first.recipe.value)
+
     def bias_grad(self, dy_MN: Tensor, plan: OffsetPlan, out_dtype: torch.dtype) -> Tensor:
         return ops.triton_group_sums(dy_MN, plan.offs, out_dtype)
 
@@ -187,6 +191,17 @@ def _triton_wgrad(
     from grouped_gemm.kernels.gemm import k_grouped
 
     k_grouped.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, Recipe(recipe), out_EPQ)
+
+
+@define_op()
+def _triton_wgrad_add(
+    sum_EPQ: Changed, lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: Tensor | None, offs: Tensor,
+    num_rows: Size, recipe: str,
+) -> Steps[None]:  # fmt: skip
+    yield None
+    from grouped_gemm.kernels.gemm import k_grouped
+
+    k_grouped.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, Recipe(recipe), sum_EPQ, accumulate=True)
 
 
 @define_op()

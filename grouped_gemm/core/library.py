@@ -21,11 +21,14 @@ ops = SimpleNamespace()
 _Result = TypeVar("_Result")
 Steps: TypeAlias = Iterator[_Result | Callable[[], _Result]]  # what an op yields, see `define_op`
 Size: TypeAlias = Annotated[int, "SymInt"]  # an argument that may be symbolic while tracing; other ints are constants
+Changed: TypeAlias = Annotated[Tensor, "Tensor(a!)"]  # an argument that the op writes to; at most one
 
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
     Size: "SymInt",
+    Changed: "Tensor(a!)",
+    type(None): "()",  # the result of an op that only writes to an argument
     int: "int",
     bool: "bool",
     str: "str",
@@ -51,9 +54,10 @@ def define_op(*, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Step
     ...     from grouped_gemm.kernels.gemm import k_grouped  # imports Triton
     ...     k_grouped.group_sums(x_MN, offs, out)
 
-    An op must not return or change its arguments. Its schema follows from the annotations: an ``int`` is a constant of
-    a graph, a `Size` is not. A shape suffix, as in ``x_MN``, is not part of an argument's name. A new argument of an
-    existing op needs the default None, so that programs exported without it still run.
+    An op must not return its arguments. It may change one, which is annotated as `Changed`, and whose version counter
+    its caller raises; if it returns nothing else, it yields None. The schema follows from the annotations: an ``int``
+    is a constant of a graph, a `Size` is not. A shape suffix, as in ``x_MN``, is not part of an argument's name. A new
+    argument of an existing op needs the default None, so that programs exported without it still run.
 
     `torch.library.custom_op` would add an autograd layer and alias checks, about ten microseconds per call. Here,
     `autograd` computes the gradients, and tests run ``torch.library.opcheck`` on every op.

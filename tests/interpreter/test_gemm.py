@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import triton
+from kernel_checks import assert_same_bits
 from packaging.version import Version
 
-from grouped_gemm import Recipe, grouped_mm, quantize_weights, reference
+from grouped_gemm import BackendKind, Recipe, grouped_mm, quantize_weights, reference
+from grouped_gemm.backends import get_backend
 from grouped_gemm.kernels.common.launch import kind_of
 from grouped_gemm.kernels.gemm import k_grouped, m_grouped
 
@@ -168,6 +172,28 @@ def check_fp8(k, n, contiguous, recipe):
         assert_near(x, truth, bound)
 
 
+SCALED = (Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
+
+
+@pytest.mark.parametrize("recipe", (Recipe.NONE, *SCALED), ids=lambda r: r.value)
+@pytest.mark.parametrize("contiguous", ("k", "n"))
+def test_a_gradient_that_is_added_has_the_bits_of_one_that_is_stored(recipe, contiguous, tma):
+    k, n = (48, 80) if tma else (50, 37)
+    a, _, _, dy, offs = case([5, 5, 40, 60], 64, k, n, torch.bfloat16, contiguous)
+    backend = get_backend(BackendKind.TRITON)
+    plan = backend.plan(offs, len(a))
+    columns = [backend.quantize_activations(x.detach(), plan, recipe, rows=False, columns=True)[1] for x in (a, dy)]
+    db = backend.wgrad(*columns, plan, torch.float32, contiguous=contiguous)
+    total = torch.randn_like(db)
+    total[1] = -0.0  # of a group without rows, which is not written: adding 0 would make it 0.0
+    expected = total + db
+    expected[1] = total[1]
+    backend.add_wgrad(*columns, plan, total)
+    assert_same_bits(total, expected, "the sum")
+    backend.add_wgrad(columns[0], columns[1], dataclasses.replace(plan, num_rows=0), total)
+    assert_same_bits(total, expected, "the sum after a call without rows")
+
+
 def test_a_nan_stays_in_its_row_and_its_group(tma):
     a, b, bias, dy, offs = case([5, 5, 40, 60], 64, 48, 80, torch.bfloat16, "k")
     a.data[20] = torch.nan
@@ -277,16 +303,17 @@ def test_a_gemm_launch_is_cached_for_equal_calls(num_cached, changed, more):
         ({"x": not_at_16_bytes}, 1),
         ({"x": in_wider_rows}, 1),
         ({"most_rows": 1}, 1),  # more than a ragged descriptor addresses
+        ({"accumulate": True}, 1),
     ),
 )
 def test_a_wgrad_launch_is_cached_for_equal_calls(num_cached, monkeypatch, changed, more):
-    def run(rows=8, dtype=torch.bfloat16, out_dtype=torch.float32, x=lambda x: x, most_rows=1 << 30):
+    def run(rows=8, dtype=torch.bfloat16, out_dtype=torch.float32, x=lambda x: x, most_rows=1 << 30, accumulate=False):
         monkeypatch.setattr(k_grouped, "_MOST_RAGGED_ROWS", most_rows)
         torch.manual_seed(0)
         offs = torch.tensor([3, rows], dtype=torch.int32)
         lhs, rhs = x(torch.randn(rows, 32, dtype=dtype)), x(torch.randn(rows, 16, dtype=dtype))
-        db = torch.empty(2, 32, 16, dtype=out_dtype)
-        k_grouped.wgrad(lhs, None, rhs, None, offs, rows, Recipe.NONE, db)
+        db = torch.zeros(2, 32, 16, dtype=out_dtype)
+        k_grouped.wgrad(lhs, None, rhs, None, offs, rows, Recipe.NONE, db, accumulate)
         assert_near(db, reference.wgrad(lhs, rhs, offs.tolist(), dtype=out_dtype), BOUNDS[torch.bfloat16])
 
     run()

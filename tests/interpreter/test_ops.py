@@ -16,6 +16,7 @@ def samples():
     b, bias = torch.randn(3, 16, 48, dtype=torch.bfloat16), torch.randn(3, 48)
     yield "triton_grouped_mm", (a, None, b, None, bias, OFFS, "none", torch.float32)
     yield "triton_wgrad", (a, None, dy, None, OFFS, 24, "none", torch.float32)
+    yield "triton_wgrad_add", (torch.randn(3, 16, 48), a, None, dy, None, OFFS, 24, "none")
     yield "triton_group_sums", (dy, OFFS, torch.float32)
     yield "moe_route", (torch.tensor([[0, 3], [4, -1], [1, 1]]).t(), 4)
     dh, offs, recipe = torch.randn(20, 24, dtype=torch.bfloat16), torch.tensor([3, 3, 20]).int(), "fp8_blockwise"

@@ -46,6 +46,7 @@ def wgrad(
     num_rows: int,
     recipe: Recipe,
     out_EPQ: Tensor,
+    accumulate: bool = False,
 ) -> None:
     """Per group, the transpose of its rows of ``lhs`` times its rows of ``rhs``, with fp32 accumulation.
 
@@ -58,20 +59,22 @@ def wgrad(
         num_rows: M.
         recipe: any.
         out_EPQ: what is filled, (E, P, Q), contiguous; bfloat16, float16 or float32. Exactly zero for an empty group.
+        accumulate: whether to add to ``out_EPQ``, which is float32 then. An empty group is neither read nor written.
     """
     if num_rows == 0:
-        out_EPQ.zero_()
+        if not accumulate:
+            out_EPQ.zero_()
         return
     num_groups, p, q = out_EPQ.shape
     strides = p, lhs.stride(), q, rhs.stride()
     places = (lhs.data_ptr() | rhs.data_ptr()) & 15
     is_far = num_rows > _MOST_RAGGED_ROWS
-    key = (lhs.dtype, strides, num_groups, recipe, out_EPQ.dtype, lhs.device, places, is_far)
+    key = (lhs.dtype, strides, num_groups, recipe, out_EPQ.dtype, lhs.device, places, is_far, accumulate)
     if AUTOTUNE.is_on_now():  # as in `m_grouped`
-        gemm = _gemm_for(lhs, rhs, out_EPQ, recipe, is_far)
+        gemm = _gemm_for(lhs, rhs, out_EPQ, recipe, is_far, accumulate)
     else:
         found = _gemms.get(key)
-        gemm = found or _gemms.setdefault(key, _gemm_for(lhs, rhs, out_EPQ, recipe, is_far))
+        gemm = found or _gemms.setdefault(key, _gemm_for(lhs, rhs, out_EPQ, recipe, is_far, accumulate))
     if recipe is Recipe.MXFP8:
         lhs_scale, rhs_scale = packed(lhs_scale), packed(rhs_scale)
     with on_device(lhs):
@@ -81,7 +84,7 @@ def wgrad(
 class _Gemm:
     """How to launch the kernel below for calls that differ only in M."""
 
-    def __init__(self, out_EPQ: Tensor, kind: str, tma: bool, tile: Tile) -> None:
+    def __init__(self, out_EPQ: Tensor, kind: str, tma: bool, tile: Tile, accumulate: bool) -> None:
         self._shape = num_groups, p, q = out_EPQ.shape
         self.tile = tile
         self._tma = tma
@@ -98,6 +101,7 @@ class _Gemm:
                 "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k,
                 "GROUP_M": tile.group_m,
+                "ACCUMULATE": accumulate,
             },
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
@@ -139,7 +143,9 @@ class _Gemm:
 _gemms: dict[tuple[Any, ...], _Gemm | k_grouped_hopper.Gemm] = {}  # by everything that `_gemm_for` reads
 
 
-def _gemm_for(lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, recipe: Recipe, is_far: bool) -> _Gemm | k_grouped_hopper.Gemm:
+def _gemm_for(
+    lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, recipe: Recipe, is_far: bool, accumulate: bool
+) -> _Gemm | k_grouped_hopper.Gemm:
     machine = machine_of(lhs.device)
     kind = kind_of(lhs, recipe)
     tma = can_use_tma(lhs, rhs) and not is_far
@@ -147,9 +153,9 @@ def _gemm_for(lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, recipe: Recipe, is_far:
         from grouped_gemm.kernels.gemm import k_grouped_hopper
 
         if k_grouped_hopper.can_run(lhs, rhs, kind):
-            return k_grouped_hopper.Gemm(lhs, rhs, out_EPQ, kind)
+            return k_grouped_hopper.Gemm(lhs, rhs, out_EPQ, kind, accumulate)
     _, p, q = out_EPQ.shape
-    return _Gemm(out_EPQ, kind, tma, wgrad_tile(machine, kind, p, q, tma))
+    return _Gemm(out_EPQ, kind, tma, wgrad_tile(machine, kind, p, q, tma), accumulate)
 
 
 @triton.jit(do_not_specialize=["M", "E"])
@@ -174,6 +180,7 @@ def _wgrad(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
 ):
     BLOCKWISE: tl.constexpr = KIND == "blockwise"
     MX: tl.constexpr = KIND == "mx" or KIND == "mx upcast"
@@ -246,7 +253,14 @@ def _wgrad(
         acc = acc * p_scales[:, None] * q_scales[None, :]
     target = out + e.to(tl.int64) * P * Q + ps.to(tl.int64)[:, None] * Q + qs[None, :]
     mask = (ps < P)[:, None] & (qs < Q)[None, :]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
+    if ACCUMULATE:
+        # One addition per value, so bits repeat. Loading the old values would spill registers, and so would 64-bit
+        # offsets within the tile.
+        corner = out + e.to(tl.int64) * P * Q + first_p.to(tl.int64) * Q + first_q
+        offsets = tl.arange(0, BLOCK_M)[:, None] * Q + tl.arange(0, BLOCK_N)[None, :]
+        tl.atomic_add(corner + offsets, acc, mask=mask & (length > 0), sem="relaxed")
+    else:
+        tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 
 def group_sums(x_MN: Tensor, offs: Tensor, out_EN: Tensor) -> None:

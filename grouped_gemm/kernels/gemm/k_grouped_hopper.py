@@ -57,9 +57,10 @@ class Gemm:
     Args:
         lhs, rhs, kind: as in `can_run`, which is true of them.
         out_EPQ: a result.
+        accumulate: whether to add to the result, which is float32 then.
     """
 
-    def __init__(self, lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, kind: str) -> None:
+    def __init__(self, lhs: Tensor, rhs: Tensor, out_EPQ: Tensor, kind: str, accumulate: bool) -> None:
         tile = TILES[kind]
         self._num_groups, self._p, self._q = num_groups, p, q = out_EPQ.shape
         self._is_ragged = kind == "16 bit"
@@ -76,7 +77,7 @@ class Gemm:
             {
                 "KIND": kind, "CONSUMERS": tile.consumers, "BLOCK_N": tile.block_n,
                 "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,
-                "REGISTERS": tile.registers, "num_warps": 4,
+                "REGISTERS": tile.registers, "ACCUMULATE": accumulate, "num_warps": 4,
             },
         )  # fmt: skip
 
@@ -178,6 +179,7 @@ def _consume(
     lhs_scale, rhs_scale, offs, out, M, E, P, Q,
     KIND: gl.constexpr, TMA_STORE: gl.constexpr, CONSUMERS: gl.constexpr,
     BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -220,10 +222,12 @@ def _consume(
                     acc = accumulate(acc, lhs, rhs, step, empty, slot, STAGES)
                     slot, phase = next_slot(slot, phase, STAGES)
                 acc = finish_accumulating(acc, blocks > 0, empty, slot, STAGES)
+            if ACCUMULATE:
+                p = gl.where(blocks > 0, p, P)  # a group without rows adds nothing
             if p < P:
                 finish_tile(
                     acc, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
-                    KIND, TMA_STORE,
+                    KIND, TMA_STORE, ACCUMULATE,
                 )  # fmt: skip
             tile += gl.num_programs(0)
         first_tile += tiles_p * tiles_q
@@ -235,16 +239,17 @@ def _consume(
 @gluon.jit
 def finish_tile(
     acc, buffer, out_desc, lhs_scale, rhs_scale, out, e, p, q, P, Q,
-    KIND: gl.constexpr, TMA_STORE: gl.constexpr,
+    KIND: gl.constexpr, TMA_STORE: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
-    """Scales a finished tile and stores it: whole tiles through shared memory, others masked."""
+    """Scales a finished tile and stores it: whole tiles through shared memory, others masked. Or adds it to ``out``."""
     WIDTH: gl.constexpr = acc.shape[1]
-    if WIDTH > 128:  # in halves, which takes fewer registers
+    WIDEST: gl.constexpr = 64 if ACCUMULATE else 128
+    if WIDTH > WIDEST:  # in parts, which takes fewer registers
         halves = acc.reshape([64, 2, WIDTH // 2]).permute((0, 2, 1)).split()
         for i in gl.static_range(2):
             finish_tile(
                 halves[i], buffer, out_desc, lhs_scale, rhs_scale, out, e, p, q + WIDTH // 2 * i, P, Q,
-                KIND, TMA_STORE,
+                KIND, TMA_STORE, ACCUMULATE,
             )  # fmt: skip
     else:
         ps = p + gl.arange(0, 64, layout=gl.SliceLayout(1, acc.type.layout))
@@ -259,6 +264,8 @@ def finish_tile(
         else:
             target = out + e64 * P * Q + gl.expand_dims(ps.to(gl.int64), 1) * Q + gl.expand_dims(qs, 0)
             mask = gl.expand_dims(ps < P, 1) & gl.expand_dims(qs < Q, 0)
+            if ACCUMULATE:
+                acc += gl.load(target, mask=mask, other=0)
             gl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
 
@@ -266,7 +273,8 @@ def finish_tile(
 def _kernel(
     lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale, offs, out, M, E, P, Q,
     KIND: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr, ACCUMULATE: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     # Arguments of a warpgroup must be values: what does not exist has a placeholder, which nothing reads.
     TMA_STORE: gl.constexpr = out_desc is not None
@@ -297,10 +305,10 @@ def _kernel(
     gl.warp_specialize([
         (_consume, (0, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
             lhs_scale, rhs_scale, offs, out, M, E, P, Q,
-            KIND, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
+            KIND, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M, ACCUMULATE)),
         (_consume, (1, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs, out_bufs, full, empty, out_desc,
             lhs_scale, rhs_scale, offs, out, M, E, P, Q,
-            KIND, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
+            KIND, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M, ACCUMULATE)),
         (_produce, (lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, lhs_bufs, rhs_bufs,
             lhs_scale_bufs, rhs_scale_bufs, full, empty, offs, M, E, P, Q,
             KIND, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),

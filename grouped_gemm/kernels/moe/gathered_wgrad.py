@@ -165,7 +165,9 @@ def _consume(
                 slot, phase = next_slot(slot, phase, STAGES)
             acc = finish_accumulating(acc, blocks > 0, empty, slot, STAGES)
             if p < P:
-                finish_tile(acc, out_bufs.index(which), out_desc, offs, offs, out, e, p, q, P, Q, "16 bit", TMA_STORE)
+                finish_tile(
+                    acc, out_bufs.index(which), out_desc, offs, offs, out, e, p, q, P, Q, "16 bit", TMA_STORE, False
+                )
             tile += gl.num_programs(0)
         first_tile += tiles_p * tiles_q
         start = end
