@@ -24,6 +24,7 @@ from grouped_gemm.linear import QuantizedGroupedLinear
 from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.rules import Decision, NoBackendError
 from grouped_gemm.weight_cache import WeightCache, WeightCacheHandle, cache_weights, register_weight_cache
+from grouped_gemm.weight_gradients import WgradQueue, delay_wgrad
 
 if importlib.util.find_spec("grouped_gemm_backend") is not None:  # the extension module of the older package
     distributions.warn_of_others()
@@ -49,8 +50,10 @@ __all__ = [
     "Warmup",
     "WeightCache",
     "WeightCacheHandle",
+    "WgradQueue",
     "backend",
     "cache_weights",
+    "delay_wgrad",
     "explain",
     "gemm_ops",
     "grouped_mm",

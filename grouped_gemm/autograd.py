@@ -25,6 +25,7 @@ from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.group_plan import Plans, plans_of
 from grouped_gemm.selection.route import Route
+from grouped_gemm.weight_gradients import WgradDestination, deliver_wgrad
 
 
 def layouts(
@@ -76,6 +77,11 @@ def _wgrad(route: Route, lhs: Quantized | None, rhs: Quantized | None, plans: Pl
     assert route.wgrad is not None and lhs is not None and rhs is not None, "both operands were quantized for wgrad"
     backend = get_backend(route.wgrad)
     return backend.wgrad(lhs, rhs, plans[route.wgrad], out_dtype, contiguous=route.b_contiguous)
+
+
+def _add_wgrad(route: Route, lhs: Quantized | None, rhs: Quantized | None, plans: Plans, sum_EKN: Tensor) -> None:
+    assert route.wgrad is not None and lhs is not None and rhs is not None, "both operands were quantized for wgrad"
+    get_backend(route.wgrad).add_wgrad(lhs, rhs, plans[route.wgrad], sum_EKN)
 
 
 def _save(ctx: Any, route: Route, plans: Plans, *operands: Quantized | None) -> None:
@@ -150,12 +156,19 @@ class GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, groups: Tensor | Plans, route: Route
+        ctx: Any,
+        a: Tensor,
+        b: Tensor | QuantizedWeights,
+        bias: Tensor | None,
+        groups: Tensor | Plans,
+        route: Route,
+        destination: WgradDestination | None,
     ) -> Tensor:
-        """Y (M, N). The arguments are those of `run_forward`."""
+        """Y (M, N). The arguments are those of `run_forward`, and where the gradient of ``b`` goes."""
         y, plans, a_columns, b_dgrad = run_forward(a, b, bias, groups, route)
         _save(ctx, route, plans, a_columns, b_dgrad)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.destination = destination
         return y
 
     @staticmethod
@@ -163,7 +176,7 @@ class GroupedMM(torch.autograd.Function):
         """dA (M, K), dB (E, K, N) in the memory order of ``b``, and dbias (E, N)."""
         gradients = GroupedMM._differentiable_gradients if torch.is_grad_enabled() else GroupedMM._gradients
         with vmap.batched_gradient(dy):
-            return (*gradients(ctx, dy), None, None)
+            return (*gradients(ctx, dy), None, None, None)
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -175,7 +188,14 @@ class GroupedMM(torch.autograd.Function):
         if route.dgrad is not None:
             da = _gemm(route.dgrad, dy_rows, b_dgrad, plans, route.dtype)
         if route.wgrad is not None:
-            db = _wgrad(route, a_columns, dy_columns, plans, route.dtype)
+
+            def compute(sum_EKN: Tensor | None) -> Tensor | None:
+                if sum_EKN is None:
+                    return _wgrad(route, a_columns, dy_columns, plans, route.dtype)
+                _add_wgrad(route, a_columns, dy_columns, plans, sum_EKN)
+                return None
+
+            db = deliver_wgrad(ctx.destination, dy, compute)
         if ctx.needs_input_grad[2]:
             kind = route.backends[0]  # any backend of the call will do: each has a plan
             dbias = get_backend(kind).bias_grad(dense_rows(dy), plans[kind], ctx.bias_dtype)
@@ -192,9 +212,10 @@ class GroupedMM(torch.autograd.Function):
         g = dense_rows(dy.to(route.dtype))
         da = db = dbias = None
         if b is not None:
-            da = GroupedMM.apply(g, b.data.transpose(1, 2), None, plans, route.unscaled_dgrad)
+            da = GroupedMM.apply(g, b.data.transpose(1, 2), None, plans, route.unscaled_dgrad, None)
         if a is not None:
-            db = GroupedWgrad.apply(a.data, g, plans, route.unscaled_wgrad)
+            x, unscaled = a.data, route.unscaled_wgrad
+            db = deliver_wgrad(ctx.destination, dy, lambda _: GroupedWgrad.apply(x, g, plans, unscaled))
         if ctx.needs_input_grad[2]:
             kind = route.backends[0]
             dbias = _GroupSums.apply(dense_rows(dy), plans[kind], kind, ctx.bias_dtype)
@@ -241,9 +262,9 @@ class GroupedWgrad(torch.autograd.Function):
         dc, _ = dense_weights(dc_EKN.to(route.dtype))
         dx = dg = None
         if g is not None:
-            dx = GroupedMM.apply(g.data, dc.transpose(1, 2), None, plans, route.unscaled_dgrad)
+            dx = GroupedMM.apply(g.data, dc.transpose(1, 2), None, plans, route.unscaled_dgrad, None)
         if x is not None:
-            dg = GroupedMM.apply(x.data, dc, None, plans, route.unscaled_wgrad)
+            dg = GroupedMM.apply(x.data, dc, None, plans, route.unscaled_wgrad, None)
         return dx, dg
 
 

@@ -24,6 +24,7 @@ from grouped_gemm.selection import checks, dtensor
 from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.route import decision_of, recall, remember, route_of
 from grouped_gemm.selection.spec import autocast, describe, describe_weights, needs_gradient
+from grouped_gemm.weight_gradients import destination_of, is_delaying
 
 
 def grouped_mm(
@@ -36,6 +37,7 @@ def grouped_mm(
     out_dtype: torch.dtype | None = None,
     group_alignment: int = 1,
     kernel_preference: Preference = KernelPreference.AUTO,
+    accumulate_main_grad: bool = False,
 ) -> Tensor:
     """Multiplies each group of rows by its own matrix; differentiable in ``a``, ``b`` and ``bias``.
 
@@ -60,6 +62,8 @@ def grouped_mm(
             need not.
         kernel_preference: a backend or its name. With AUTO, `prefer` decides, then GROUPED_GEMM_BACKEND, then the
             package.
+        accumulate_main_grad: whether backward adds the gradient of ``b`` to the float32 ``main_grad`` of the parameter
+            behind it, rather than to ``grad``: docs/training.md.
 
     Returns:
         (M, N), or (E, M, N) if ``b`` has 2 dimensions.
@@ -76,8 +80,12 @@ def grouped_mm(
         group_alignment = plan.alignment(group_alignment)
     options = (recipe, out_dtype, group_alignment, kernel_preference)
     if not torch.compiler.is_compiling() and vmap.is_transformed():
-        return vmap.each_sample(functools.partial(_grouped_mm, options), a, b, offs, bias)
-    return _grouped_mm(options, a, b, offs, bias, plan)
+        call = functools.partial(_grouped_mm, options, accumulate_main_grad=accumulate_main_grad)
+        return vmap.each_sample(call, a, b, offs, bias)
+    if torch.compiler.is_compiling() and (accumulate_main_grad or is_delaying()):
+        _break_graphs()
+        return _outside_of_graphs(options, a, b, offs, bias, plan, accumulate_main_grad)
+    return _grouped_mm(options, a, b, offs, bias, plan, accumulate_main_grad)
 
 
 def _grouped_mm(
@@ -87,11 +95,13 @@ def _grouped_mm(
     offs: Tensor,
     bias: Tensor | None,
     plan: GroupPlan | None = None,
+    accumulate_main_grad: bool = False,
 ) -> Tensor:
     """`grouped_mm`, outside of vmap.
 
     ``options`` are recipe, out_dtype, group_alignment and kernel_preference. ``plan`` is the `GroupPlan` of ``offs``.
     """
+    weights = b  # the parameter or a view of it, which the next lines may cast or copy
     a, b, bias = autocast(a, b, bias)
     key, route = recall(a, b, offs, bias, options)
     if route is None and any(map(dtensor.is_dtensor, (a, b, offs, bias))):
@@ -110,13 +120,28 @@ def _grouped_mm(
     if plan is not None:
         plan.check_rows(a.shape[0])
         groups = plan.plans(route, offs)
+    destination = destination_of(weights, accumulate_main_grad)
     if isinstance(b, Tensor) and b.dim() == 2:
         vmap.check_differentiable()
         return GroupedWgrad.apply(a, b, groups, route)
     if route.dgrad is None and route.wgrad is None and (bias is None or not needs_gradient(bias)):
         return run_forward(a, b, bias, groups, route)[0]
     vmap.check_differentiable()
-    return GroupedMM.apply(a, b, bias, groups, route)
+    return GroupedMM.apply(a, b, bias, groups, route, destination)
+
+
+_outside_of_graphs = _grouped_mm  # becomes a function that Dynamo breaks the graph for
+
+
+def _break_graphs() -> None:
+    """Makes `_outside_of_graphs` what it says. While tracing: before, it would import all of Dynamo."""
+    global _outside_of_graphs
+    if _outside_of_graphs is _grouped_mm:
+        reason = "grouped_mm with accumulate_main_grad or in delay_wgrad runs outside of graphs"
+        _outside_of_graphs = torch.compiler.disable(_grouped_mm, reason=reason)
+
+
+_break_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `route._decided`
 
 
 def explain(

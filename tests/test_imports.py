@@ -36,7 +36,7 @@ LAYERS = (
     ("autotune.warmup", "backend", "integrations.torch_function", "linear"),
     ("autotune.measure", "functional"),
     ("autograd", "selection.dtensor"),
-    ("group_plan",),
+    ("group_plan", "weight_gradients"),
     ("selection.route",),
     ("selection.spec",),
     ("selection.checks",),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from grouped_gemm import GroupPlan, Recipe, quantize_weights
+from grouped_gemm import GroupPlan, Recipe, WgradQueue, delay_wgrad, quantize_weights
 from grouped_gemm.moe import Experts, experts_forward, explain_experts, fused, sorted_experts
 from grouped_gemm.moe.activation import ACTIVATIONS, activate
 from grouped_gemm.moe.composed import ExpertWeights
@@ -228,6 +228,29 @@ def test_autocast_casts_the_operands(implementation):
     assert_near(found, gradients(truth, inputs.leaves), 0.03)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_that_wait_under_autocast(implementation):
+    inputs, queue = Inputs(), WgradQueue()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients(inputs.run(implementation=implementation), inputs.leaves)
+        with delay_wgrad(queue):
+            y = inputs.run(implementation=implementation)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype))
+    assert (inputs.down.grad is None) == (implementation in ("auto", "grouped_mm")) == (len(queue) > 0)
+    queue.backward_dw()
+    assert_near([leaf.grad for leaf in inputs.leaves], expected, 1e-2)
+
+
+def test_main_grad_gets_the_gradient_of_weights_that_autocast_casts():
+    inputs = Inputs()
+    inputs.down.main_grad, inputs.gate_up.main_grad = (torch.zeros_like(w) for w in (inputs.down, inputs.gate_up))
+    truth = gradients(inputs.truth("swiglu"), [inputs.gate_up, inputs.down])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = inputs.run(accumulate_main_grad=True)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).to(y.dtype))
+    assert_near([inputs.gate_up.main_grad, inputs.down.main_grad], truth, 0.03)
+
+
 def test_an_explanation_names_the_implementation_and_why_nothing_is_fused():
     inputs = Inputs(biases=False)
     arguments = inputs.x, inputs.ids, inputs.weights, inputs.gate_up, inputs.down
@@ -238,6 +261,17 @@ def test_an_explanation_names_the_implementation_and_why_nothing_is_fused():
         assert "expected a Hopper GPU where Triton works; found cpu" in text
     with pytest.raises(ValueError, match="recipe: expected"):
         explain_experts(*arguments, recipe="fp4")
+
+
+def test_nothing_is_fused_where_weight_gradients_go_elsewhere_or_wait(monkeypatch):
+    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+    inputs = Inputs(torch.bfloat16, biases=False)
+    arguments = inputs.x, inputs.ids, inputs.weights, inputs.gate_up, inputs.down
+    reason = "expected neither accumulate_main_grad nor delay_wgrad; found one of them"
+    assert reason in explain_experts(*arguments, accumulate_main_grad=True)
+    with delay_wgrad():
+        assert reason in explain_experts(*arguments, implementation="grouped_mm")
+    assert reason not in explain_experts(*arguments, implementation="grouped_mm")
 
 
 @pytest.mark.parametrize("recipe, forward, backward", (
@@ -273,6 +307,49 @@ def test_fused_kernels_say_what_they_do_not_run(changes, message, monkeypatch):
     assert str(fused.refusal(x, replace(experts, **changes))).startswith(message)
 
 
+@pytest.mark.parametrize("accumulates", (False, True))
+@pytest.mark.parametrize("bias", (False, True))
+def test_the_module_computes_weight_gradients_later(accumulates, bias):
+    inputs, options = Inputs(), {"implementation": "grouped_mm", "bias": bias}
+    plain = Experts(E, HIDDEN, INNER, **options)
+    layer = Experts(E, HIDDEN, INNER, accumulate_main_grad=accumulates, delay_wgrad=True, **options)
+    layer.load_state_dict(plain.state_dict())
+    weights = {"gate_up": layer.gate_up, "down": layer.down}
+    for w in weights.values():
+        w.main_grad = torch.zeros_like(w)
+    (right,) = torch.autograd.grad(plain(inputs.x, inputs.ids, inputs.weights).sum(), inputs.x, retain_graph=True)
+    for module in (plain, layer):
+        for _ in range(2):
+            module(inputs.x, inputs.ids, inputs.weights).sum().backward()
+    assert torch.equal(inputs.x.grad, 4 * right)
+    assert all(w.grad is None for w in weights.values())
+    layer.backward_dw()
+    for name, w in layer.named_parameters():
+        expected = plain.get_parameter(name).grad
+        assert torch.equal(w.main_grad if accumulates and name in weights else w.grad, expected)
+        assert not accumulates or name not in weights or w.grad is None
+    plain.backward_dw()  # nothing waits
+
+
+@pytest.mark.parametrize("is_pair", (False, True))
+def test_experts_add_to_main_grad(is_pair):
+    inputs = Inputs()
+    gate_up = (Inputs(gated=False).gate_up, Inputs(gated=False).gate_up) if is_pair else inputs.gate_up
+    weights = [*gate_up, inputs.down] if is_pair else [gate_up, inputs.down]
+    options: dict[str, Any] = {"gate_up_bias": None, "down_bias": None}
+    expected = gradients(
+        experts_forward(inputs.x[:4], inputs.ids[:4], inputs.weights[:4], gate_up, inputs.down, **options), weights
+    )
+    for w in weights:
+        w.main_grad = torch.zeros_like(w)
+    y = experts_forward(
+        inputs.x[:4], inputs.ids[:4], inputs.weights[:4], gate_up, inputs.down, accumulate_main_grad=True, **options
+    )  # few rows, for which "auto" would pick batched_mm
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).float())
+    assert_near([w.main_grad for w in weights], expected, 1e-6)
+    assert all(w.grad is None for w in weights)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "activation": ({"activation": "swish"}, "activation: expected one of swiglu, .*; found 'swish'"),
     "implementation": ({"implementation": "fast"}, "implementation: expected one of auto, .*; found 'fast'"),
@@ -280,6 +357,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "interleaved": ({"activation": "relu", "interleaved": True}, "interleaved: expected False"),
     "bias": ({"down_bias": torch.zeros(E, HIDDEN + 1)}, r"down_bias.shape: expected \(5, 24\); found \(5, 25\)"),
     "recipe": ({"recipe": "fp4"}, "recipe: expected"),
+    "main_grad": (
+        {"accumulate_main_grad": True, "implementation": "batched_mm"},
+        "implementation: expected grouped_mm or auto, because of accumulate_main_grad; found batched_mm",
+    ),
     "keep": ({"keep": "nothing"}, "keep: expected full or recipe; found 'nothing'"),
 }
 

@@ -21,6 +21,12 @@ is_transformed = torch._C._are_functorch_transforms_active
 _NOTHING = nullcontext()
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether either kind of vmap has batched ``x``."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_legacy_batchedtensor(x) or functorch.is_batchedtensor(x))
+
+
 def batched_gradient(dy: Tensor) -> AbstractContextManager[Any]:
     """A context in which ops accept ``dy`` from ``is_grads_batched``. For any other ``dy`` it does nothing.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -37,6 +37,7 @@ class ExpertWeights:  # no NamedTuple: Dynamo of torch 2.10 does not trace a pro
         recipe: of the GEMMs.
         kernel_preference: of the GEMMs.
         keep: what fused kernels keep for backward, "full" or "recipe".
+        accumulate_main_grad: whether backward adds the gradients of the weights to ``main_grad``.
     """
 
     first: tuple[Weights, ...]
@@ -48,6 +49,7 @@ class ExpertWeights:  # no NamedTuple: Dynamo of torch 2.10 does not trace a pro
     recipe: Recipe | None
     kernel_preference: Preference
     keep: str = "full"
+    accumulate_main_grad: bool = False
 
     @property
     def is_scaled(self) -> bool:
@@ -90,8 +92,15 @@ def grouped(experts: ExpertWeights, plan: GroupPlan) -> Callable[[Tensor, Weight
     """Grouped GEMMs of rows in expert order, which share ``plan``."""
 
     def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
-        options: dict[str, Any] = {"recipe": experts.recipe, "kernel_preference": experts.kernel_preference}
-        return grouped_mm(rows, _as_b(w), plan, bias=bias, **options)
+        return grouped_mm(
+            rows,
+            _as_b(w),
+            plan,
+            recipe=experts.recipe,
+            bias=bias,
+            kernel_preference=experts.kernel_preference,
+            accumulate_main_grad=experts.accumulate_main_grad,
+        )
 
     return multiply
 

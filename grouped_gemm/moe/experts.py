@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm.core.call_spec import dtype_name
-from grouped_gemm.core.preference import KernelPreference, Preference
+from grouped_gemm.core.preference import KernelPreference, Preference, check_bool
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.group_plan import GroupPlan
@@ -23,6 +23,7 @@ from grouped_gemm.moe.composed import ExpertWeights, Weights, grouped, shape_of
 from grouped_gemm.moe.implementations import IMPLEMENTATIONS
 from grouped_gemm.selection import checks
 from grouped_gemm.selection.spec import autocast
+from grouped_gemm.weight_gradients import is_delaying
 
 
 def experts_forward(
@@ -40,6 +41,7 @@ def experts_forward(
     implementation: str = "auto",
     kernel_preference: Preference = KernelPreference.AUTO,
     keep: str = "full",
+    accumulate_main_grad: bool = False,
 ) -> Tensor:
     """The experts of a MoE layer: y[t] = sum over j of topk_weights[t, j] * expert(topk_ids[t, j], x[t]).
 
@@ -69,6 +71,8 @@ def experts_forward(
         keep: what is kept for backward where kernels are fused: "full" keeps x and the pre-activations of the gate in
             their dtype; "recipe" keeps both in fp8 if the recipe is blockwise, which halves the memory, and gradients
             are those of the rounded values (docs/numerics.md). Elsewhere it makes no difference.
+        accumulate_main_grad: as in `grouped_mm`, for ``gate_up`` and ``down``. It needs the implementation
+            "grouped_mm", which "auto" then picks, and which fuses nothing then.
 
     Returns:
         (T, H) in the dtype of ``x``.
@@ -79,7 +83,7 @@ def experts_forward(
     """
     x, experts = _prepared(
         x, topk_ids, topk_weights, gate_up, down, recipe, activation, interleaved, gate_up_bias, down_bias,
-        implementation, kernel_preference, keep,
+        implementation, kernel_preference, keep, accumulate_main_grad,
     )  # fmt: skip
     return implementations.run(implementation, x, topk_ids, topk_weights, experts)
 
@@ -110,6 +114,7 @@ def sorted_experts(
     down_bias: Tensor | None = None,
     kernel_preference: Preference = KernelPreference.AUTO,
     keep: str = "full",
+    accumulate_main_grad: bool = False,
 ) -> Tensor:
     """The experts on rows that are in expert order already, for trainers and expert parallelism.
 
@@ -126,6 +131,7 @@ def sorted_experts(
         down_bias: as in `experts_forward`.
         kernel_preference: as in `experts_forward`.
         keep: as in `experts_forward`.
+        accumulate_main_grad: as in `experts_forward`.
 
     Returns:
         (M, H) in the dtype of ``rows``, zero at and past ``offs[-1]``.
@@ -135,7 +141,7 @@ def sorted_experts(
     """
     experts = _checked(
         rows, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference, "grouped_mm",
-        keep,
+        keep, accumulate_main_grad,
     )  # fmt: skip
     if row_weights is not None:
         if not isinstance(row_weights, Tensor):
@@ -165,6 +171,7 @@ def _prepared(
     implementation: str,
     kernel_preference: Preference,
     keep: str,
+    accumulate_main_grad: bool,
 ) -> tuple[Tensor, ExpertWeights]:
     """``x`` and the experts of a call of `experts_forward`, checked, and cast where autocast is on.
 
@@ -173,7 +180,7 @@ def _prepared(
     """
     experts = _checked(
         x, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference, implementation,
-        keep,
+        keep, accumulate_main_grad,
     )  # fmt: skip
     checks.check_topk_ids(topk_ids, experts.num_experts)
     if not isinstance(topk_weights, Tensor):
@@ -196,6 +203,8 @@ def _autocast(x: Tensor, experts: ExpertWeights) -> tuple[Tensor, ExpertWeights]
     first = [autocast(x, w, bias)[1:] for w, bias in zip(experts.first, experts.first_biases)]
     x, down, down_bias = autocast(x, experts.down, experts.down_bias)
     weights, biases = zip(*first)
+    if experts.accumulate_main_grad or is_delaying():  # `grouped_mm` has to see the parameters, and casts them itself
+        weights, down = experts.first, experts.down
     return x, replace(experts, first=weights, first_biases=biases, down=down, down_bias=down_bias)
 
 
@@ -211,6 +220,7 @@ def _checked(
     kernel_preference: Preference,
     implementation: str,
     keep: str = "full",
+    accumulate_main_grad: bool = False,
 ) -> ExpertWeights:
     """The experts of a call.
 
@@ -222,6 +232,9 @@ def _checked(
         checks.fail("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     if implementation not in IMPLEMENTATIONS:
         checks.fail("implementation", f"one of {', '.join(IMPLEMENTATIONS)}", repr(implementation))
+    check_bool("accumulate_main_grad", accumulate_main_grad)
+    if accumulate_main_grad and implementation not in ("auto", "grouped_mm"):
+        checks.fail("implementation", "grouped_mm or auto, because of accumulate_main_grad", implementation)
     kind, is_pair = ACTIVATIONS[activation], isinstance(gate_up, (tuple, list))
     first: tuple[Weights, ...] = tuple(gate_up) if isinstance(gate_up, (tuple, list)) else (gate_up,)
     if is_pair and (len(first) != 2 or not kind.is_gated):
@@ -256,4 +269,6 @@ def _checked(
             if bias.shape != (num_experts, size):
                 checks.fail(f"{name}.shape", str((num_experts, size)), tuple(bias.shape))
     parsed = None if recipe is None else Recipe.parse(recipe)
-    return ExpertWeights(first, biases, down, down_bias, kind, interleaved, parsed, kernel_preference, keep)
+    return ExpertWeights(
+        first, biases, down, down_bias, kind, interleaved, parsed, kernel_preference, keep, accumulate_main_grad
+    )

@@ -36,6 +36,7 @@ from grouped_gemm.kernels.quantize.blocks import token_blocks
 from grouped_gemm.moe import gemms, steps  # noqa: F401  (steps defines ops)
 from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, run_composed
 from grouped_gemm.moe.routing import Routing
+from grouped_gemm.weight_gradients import is_delaying
 
 _RECIPES = (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 _GATE_BLOCK = 128  # columns of h in a tile of the GEMM of gate and up, and values of a block of scales
@@ -52,6 +53,8 @@ def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
     gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
     if not _runs_on(x.device):
         return f"expected a Hopper GPU where Triton works; found {x.device}"
+    if experts.accumulate_main_grad or is_delaying():
+        return "expected neither accumulate_main_grad nor delay_wgrad; found one of them"
     preference, _ = resolve(KernelPreference.parse(experts.kernel_preference), surrounding.kernel_preference)
     if preference is not KernelPreference.AUTO and preference is not KernelPreference.TRITON:
         return f"expected kernel_preference auto or triton; found {preference.value}"

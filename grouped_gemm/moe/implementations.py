@@ -125,7 +125,8 @@ _RUNS: dict[str, Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]] = {
 def _choose(name: str, topk_ids: Tensor, experts: ExpertWeights) -> str:
     if name != "auto":
         return name
-    is_quantized = any(isinstance(w, QuantizedWeights) for w in (*experts.first, experts.down))
-    if is_quantized or experts.is_scaled or not tracing.holds(topk_ids.numel() <= _FEW_ROWS):
+    weights = (*experts.first, experts.down)
+    only_grouped = experts.accumulate_main_grad or any(isinstance(w, QuantizedWeights) for w in weights)
+    if only_grouped or experts.is_scaled or not tracing.holds(topk_ids.numel() <= _FEW_ROWS):
         return "grouped_mm"
     return "batched_mm"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grouped_gemm.core.preference import KernelPreference, Preference
+from grouped_gemm.core.preference import KernelPreference, Preference, check_bool
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.experts import experts_forward
 from grouped_gemm.selection import checks
+from grouped_gemm.weight_gradients import WgradQueue, delay_wgrad
 
 
 class Experts(torch.nn.Module):
@@ -26,6 +27,10 @@ class Experts(torch.nn.Module):
         implementation: as in `experts_forward`.
         kernel_preference: as in `experts_forward`.
         keep: as in `experts_forward`.
+        accumulate_main_grad: as in `experts_forward`.
+        delay_wgrad: whether the gradients of ``gate_up`` and ``down`` wait until `backward_dw`, as in
+            `grouped_gemm.delay_wgrad`. The implementations "batched_mm" and "eager", and "auto" for a few tokens, need
+            not wait. Nothing is fused then.
         device: of the parameters.
         dtype: of the parameters; bfloat16, float16 or float32.
 
@@ -52,6 +57,8 @@ class Experts(torch.nn.Module):
         implementation: str = "auto",
         kernel_preference: Preference = KernelPreference.AUTO,
         keep: str = "full",
+        accumulate_main_grad: bool = False,
+        delay_wgrad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -68,7 +75,9 @@ class Experts(torch.nn.Module):
         self.down_bias = empty(num_experts, hidden) if bias else None
         self.activation, self.interleaved = activation, interleaved
         self.recipe, self.implementation, self.kernel_preference = recipe, implementation, kernel_preference
-        self.keep = keep
+        self.keep, self.accumulate_main_grad = keep, accumulate_main_grad
+        check_bool("delay_wgrad", delay_wgrad)
+        self._waiting = WgradQueue() if delay_wgrad else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -81,6 +90,20 @@ class Experts(torch.nn.Module):
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """(T, H) from ``x`` (T, H), ``topk_ids`` (T, k) and ``topk_weights`` (T, k), as `experts_forward`."""
+        if self._waiting is None:
+            return self._forward(x, topk_ids, topk_weights)
+        with delay_wgrad(self._waiting):
+            return self._forward(x, topk_ids, topk_weights)
+
+    def backward_dw(self) -> None:
+        """Computes the gradients of ``gate_up`` and ``down`` that wait, as Megatron-Core calls it after backward.
+
+        It does so for every backward since the last call. Without ``delay_wgrad``, nothing waits.
+        """
+        if self._waiting is not None:
+            self._waiting.backward_dw()
+
+    def _forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         return experts_forward(
             x,
             topk_ids,
@@ -95,6 +118,7 @@ class Experts(torch.nn.Module):
             implementation=self.implementation,
             kernel_preference=self.kernel_preference,
             keep=self.keep,
+            accumulate_main_grad=self.accumulate_main_grad,
         )
 
     def extra_repr(self) -> str:
