@@ -208,6 +208,26 @@ def test_without_gradients_y_has_the_same_bits(recipe):
     assert not y.requires_grad and torch.equal(y, inputs.run(recipe=recipe))
 
 
+@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+def test_kept_for_backward_are_pre_activations_routing_and_weights(recipe):
+    inputs, inner, hidden, num_rows = Inputs(128), 128, 72, T * K
+    known = {x.untyped_storage().data_ptr() for x in inputs.leaves}
+    kept: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        inputs.run(recipe=recipe)
+    expected = [2 * num_rows * 2 * inner, 4 * E, 4 * num_rows, 4 * num_rows]
+    if recipe is not None:  # dgrad layouts, in which lines have 16 * n bytes, and the scales of both
+        expected += [E * hidden * 2 * inner, E * inner * 80, E * 2 * 4, E * 4]
+    assert sorted(kept.values()) == sorted(expected)
+
+
 def test_second_derivatives():
     inputs, options = Inputs(72, dtype=torch.float32), {"interleaved": True}
 

@@ -1,0 +1,474 @@
+"""The fused experts layer on a Hopper GPU. tests/interpreter/test_moe_fused.py has what does not need its kernels.
+
+Every call of these tests must run fused: a call of the composed layer fails.
+
+If a test fails: where the errors of all outputs are a little too large, the tolerance or the order of roundings is
+wrong. Where y is right and gradients are not, compare one by one: dtopk_weights and ddown need dh, h and the weights of
+rows; dgate_up also dpre; dX also dgrad of gate-up. Where whole tiles or the last rows of experts are wrong, or NaN, an
+address is wrong or a barrier is missing.
+
+T, k, M, E: tokens, slots of a token, routed rows, experts. H, I: hidden and intermediate features.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from kernel_checks import assert_same_bits
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from grouped_gemm import quantize_weights
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.moe import experts_forward, implementations
+from grouped_gemm.testing import poisoned_memory, worst_row_error
+
+pytestmark = pytest.mark.gpu
+
+NAMES = ("y", "dX", "dtopk_weights", "dgate_up", "ddown")
+FP8 = "fp8_blockwise"
+every_recipe = pytest.mark.parametrize("recipe", (None, FP8), ids=str)
+
+
+class Sizes(NamedTuple):
+    num_tokens: int = 500
+    top_k: int = 4
+    num_experts: int = 8
+    hidden: int = 2880
+    inner: int = 704
+
+
+# I: no whole blocks of 128; and whole ones, where the gate is in the first GEMM with a recipe too
+SIZES = (Sizes(), Sizes(hidden=704, inner=2880), Sizes(inner=640))
+WHOLE = Sizes(inner=640)
+every_size = pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"H{s.hidden}-I{s.inner}")
+LARGE = Sizes(num_tokens=4096, inner=640)
+
+
+@pytest.fixture(autouse=True)
+def fused_alone(device, monkeypatch):
+    """Skips where the fused kernels do not run, and fails where the composed layer runs in their place."""
+    if machine_of(device).arch != "sm_90":
+        pytest.skip(f"the fused kernels need sm_90; found {machine_of(device).arch}")
+
+    def fail(*args: Any) -> Tensor:
+        raise AssertionError("the composed layer ran: fused.can_run refused this call")
+
+    monkeypatch.setattr(implementations, "run_composed", fail)
+
+
+def random_ids(sizes: Sizes, device: torch.device) -> Tensor:
+    """Experts of each slot, int64. Expert 1 gets no token; token 4 has one expert twice; about 2% are dropped."""
+    ids = torch.randint(sizes.num_experts - 1, (sizes.num_tokens, sizes.top_k), device=device)
+    ids += ids >= 1
+    ids[torch.rand(ids.shape, device=device) < 0.02] = -1
+    ids[4:5, :2] = 0
+    return ids
+
+
+class Inputs:
+    """Operands of a layer in bf16; ``ids`` by default from `random_ids`."""
+
+    def __init__(self, sizes: Sizes, device: torch.device, ids: Tensor | None = None) -> None:
+        def leaf(*shape: int, scale: float) -> Tensor:
+            return (scale * torch.randn(shape, device=device)).bfloat16().requires_grad_()
+
+        self.sizes, (num_tokens, top_k, num_experts, hidden, inner) = sizes, sizes
+        self.ids = random_ids(sizes, device) if ids is None else ids
+        self.x, self.weights = leaf(num_tokens, hidden, scale=1), torch.rand(num_tokens, top_k, device=device)
+        self.weights.requires_grad_()
+        self.gate_up = leaf(num_experts, 2 * inner, hidden, scale=hidden**-0.5)
+        self.down = leaf(num_experts, hidden, inner, scale=inner**-0.5)
+        self.dy = torch.randn(num_tokens, hidden, device=device).bfloat16()
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.weights, self.gate_up, self.down]
+
+    def run(self, *leaves: Any, **options: Any) -> Tensor:
+        x, weights, gate_up, down = leaves or self.leaves
+        return experts_forward(x, self.ids, weights, gate_up, down, **{"implementation": "grouped_mm"} | options)
+
+    def train(self, call: Callable[..., Tensor] | None = None, **options: Any) -> list[Tensor]:
+        """y and the gradients of all leaves; ``call`` takes the leaves."""
+        leaves = self.leaves
+        y = (call or self.run)(*leaves, **options)
+        return [y.detach(), *torch.autograd.grad(y, leaves, self.dy)]
+
+    def truth(self, **options: Any) -> list[Tensor]:
+        """What `train` returns, of the loop over experts in fp32."""
+        leaves = [leaf.detach().float().requires_grad_() for leaf in self.leaves]
+        y = self.run(*leaves, **options | {"implementation": "eager"})
+        return [y.detach(), *torch.autograd.grad(y, leaves, self.dy.float())]
+
+
+def tolerance(recipe: str | None) -> float:
+    """As in tests/interpreter/test_moe_fused.py: six roundings to bf16 in a row, or the errors of eight fp8 operands,
+    0.074 together, and two thirds more for the worst of several hundred tokens."""
+    return 6 * 2.0**-9 if recipe is None else 0.124
+
+
+def errors(found: Sequence[Tensor], truth: Sequence[Tensor]) -> dict[str, float]:
+    """The largest error of a token of y and dX, of dtopk_weights, and of an expert's weights.
+
+    It is infinite where zeros are expected, or what was found is not finite.
+    """
+    flat = [x if name in ("y", "dX") else x.flatten(1 if x.dim() == 3 else 0) for name, x in zip(NAMES, truth)]
+    flat = [x if x.dim() == 2 else x[None] for x in flat]
+    return {name: worst_row_error(x.reshape(t.shape), t) for name, x, t in zip(NAMES, found, flat)}
+
+
+def assert_near(found: Sequence[Tensor], truth: Sequence[Tensor], recipe: str | None) -> None:
+    worst = errors(found, truth)
+    allowed = dict.fromkeys(worst, tolerance(recipe))
+    if truth[2].numel() < 100:  # dot products, of which so few may all be small, because their terms cancel out
+        allowed["dtopk_weights"] *= 3
+    assert all(worst[name] <= allowed[name] for name in worst), f"errors: {worst}; allowed: {allowed}"
+
+
+def assert_equal(found: Sequence[Tensor], wanted: Sequence[Tensor], what: str) -> None:
+    for name, x, other in zip(NAMES, found, wanted, strict=True):
+        assert_same_bits(x, other, f"{what}, {name}")
+
+
+# Values
+
+
+@every_size
+@every_recipe
+@pytest.mark.parametrize("interleaved", (False, True), ids=("halves", "interleaved"))
+def test_agrees_with_the_loop_over_experts(sizes, recipe, interleaved, device):
+    inputs = Inputs(sizes, device)
+    found = inputs.train(recipe=recipe, interleaved=interleaved)
+    assert_near(found, inputs.truth(interleaved=interleaved), recipe)
+
+
+def test_scales_that_are_powers_of_two(device):
+    inputs = Inputs(WHOLE, device)
+    assert_near(inputs.train(recipe="fp8_blockwise_pow2"), inputs.truth(), FP8)
+
+
+@every_recipe
+@pytest.mark.parametrize("activation", ("geglu", "geglu_tanh", "reglu", "swiglu_clamped"))
+def test_the_first_gemm_ends_with_each_activation(activation, recipe, device):
+    """Outputs alone: gradients jump where fp8 moves a value across a clamp; their kernels are in test_moe_steps.py."""
+    inputs = Inputs(WHOLE, device)
+    with torch.no_grad():
+        inputs.gate_up *= 4  # some values are clamped
+        y = inputs.run(recipe=recipe, activation=activation)
+    error = worst_row_error(y, inputs.truth(activation=activation)[0])
+    assert error <= tolerance(recipe), f"y: error {error:.3g} of {tolerance(recipe):.3g}"
+
+
+def to_one_expert(sizes: Sizes) -> Tensor:
+    return torch.full((sizes.num_tokens, sizes.top_k), sizes.num_experts - 1)
+
+
+def to_few_experts(sizes: Sizes) -> Tensor:
+    return torch.tensor([0, 5])[torch.randint(2, (sizes.num_tokens, sizes.top_k))]
+
+
+def to_all_experts(sizes: Sizes) -> Tensor:
+    return torch.rand(sizes.num_tokens, sizes.top_k).argsort(1)
+
+
+def to_no_expert(sizes: Sizes) -> Tensor:
+    return torch.full((sizes.num_tokens, sizes.top_k), -1)
+
+
+ROUTINGS: dict[str, tuple[Sizes, Callable[[Sizes], Tensor]]] = {
+    "one expert": (WHOLE, to_one_expert),
+    "empty experts": (WHOLE, to_few_experts),
+    "k = E": (WHOLE._replace(top_k=8), to_all_experts),
+    "all slots dropped": (WHOLE, to_no_expert),
+    "one token": (WHOLE._replace(num_tokens=1), to_few_experts),
+    "no token": (WHOLE._replace(num_tokens=0), to_few_experts),
+    "one expert in the layer": (WHOLE._replace(num_experts=1), to_one_expert),
+    "an expert with 64 rows, one with 65": (WHOLE._replace(num_tokens=129, top_k=1), lambda s: torch.arange(129) // 65),
+}
+
+
+@every_recipe
+@pytest.mark.parametrize("sizes, ids", ROUTINGS.values(), ids=ROUTINGS)
+def test_agrees_with_the_loop_however_tokens_are_routed(sizes, ids, recipe, device):
+    inputs = Inputs(sizes, device, ids(sizes).view(sizes.num_tokens, sizes.top_k).to(device))
+    found = inputs.train(recipe=recipe)
+    assert [x.shape for x in found] == [inputs.x.shape, *(leaf.shape for leaf in inputs.leaves)]
+    assert_near(found, inputs.truth(), recipe)
+
+
+@every_recipe
+def test_a_nan_reaches_only_its_token_and_its_experts(recipe, device):
+    inputs, token, experts = Inputs(WHOLE, device), 7, [0, 3, 3, -1]
+    inputs.ids[token] = torch.tensor(experts, device=device)
+    before = inputs.train(recipe=recipe)
+    with torch.no_grad():
+        inputs.x[token] = torch.nan
+    after = inputs.train(recipe=recipe)
+    others = torch.arange(WHOLE.num_tokens, device=device) != token
+    for name, x, other in zip(NAMES[:3], after, before):
+        assert_same_bits(x[others], other[others], f"{name} of other tokens")
+    assert after[0][token].isnan().all(), "y of the token is not NaN"
+    others = torch.tensor([e not in experts for e in range(WHOLE.num_experts)], device=device)
+    for name, x, other in zip(NAMES[3:], after[3:], before[3:]):
+        assert_same_bits(x[others], other[others], f"{name} of experts without the token")
+        assert x[0].isnan().any() and x[3].isnan().any(), f"{name} of the token's experts has no NaN"
+
+
+# Bits
+
+
+@every_recipe
+@pytest.mark.parametrize("sizes", (SIZES[0], WHOLE), ids=lambda s: f"I{s.inner}")
+def test_bits_repeat(sizes, recipe, device):
+    inputs = Inputs(sizes, device)
+    first = inputs.train(recipe=recipe)
+    for i in range(5):
+        assert_equal(inputs.train(recipe=recipe), first, f"repetition {i}")
+
+
+@every_recipe
+@every_size
+def test_every_value_that_is_read_was_written(sizes, recipe, device):
+    inputs = Inputs(sizes, device)
+    wanted = inputs.train(recipe=recipe)
+    with poisoned_memory():
+        found = inputs.train(recipe=recipe)
+    assert_equal(found, wanted, "in memory that was NaN")
+
+
+@every_recipe
+def test_gradients_do_not_change_y(recipe, device):
+    inputs = Inputs(WHOLE, device)
+    with torch.no_grad():
+        y = inputs.run(recipe=recipe)
+    assert_same_bits(y, inputs.run(recipe=recipe).detach(), "y without pre-activations")
+
+
+@every_recipe
+@pytest.mark.parametrize("which", ("x", "dY"))
+@pytest.mark.parametrize("form", ("odd offset", "odd row stride", "expanded"))
+def test_operands_that_tma_cannot_read(form, which, recipe, device):
+    inputs = Inputs(WHOLE, device)
+    num_tokens, hidden = inputs.x.shape
+    x = inputs.x.detach() if which == "x" else inputs.dy
+    if form == "odd offset":
+        placed = x.new_empty(x.numel() + 1)[1:].view(num_tokens, hidden).copy_(x)
+        assert placed.data_ptr() % 16 == 2
+    elif form == "odd row stride":
+        placed = x.new_empty(num_tokens, hidden + 3)[:, :hidden].copy_(x)
+    else:
+        x.copy_(x[:1].expand_as(x).clone())
+        placed = x[:1].expand_as(x)
+    wanted = inputs.train(recipe=recipe)
+    if which == "x":
+        inputs.x = placed.detach().requires_grad_()
+    else:
+        inputs.dy = placed
+    assert_equal(inputs.train(recipe=recipe), wanted, form)
+
+
+@every_size
+def test_quantized_weights_give_the_bits_of_weights(sizes, device):
+    inputs = Inputs(sizes, device)
+    quantized = [quantize_weights(w.detach().transpose(1, 2), FP8, dgrad=True) for w in (inputs.gate_up, inputs.down)]
+    y = inputs.run(inputs.x, inputs.weights, *quantized)
+    found = [y.detach(), *torch.autograd.grad(y, (inputs.x, inputs.weights), inputs.dy)]
+    for name, x, wanted in zip(NAMES, found, inputs.train(recipe=FP8)):
+        assert_same_bits(x, wanted, name)
+
+
+# Graphs, compilers, checkpoints
+
+
+@every_recipe
+def test_no_host_sync(recipe, device):
+    inputs = Inputs(WHOLE, device)
+    inputs.train(recipe=recipe)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        inputs.train(recipe=recipe)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_recipe
+def test_a_graph_is_replayed_with_other_tokens_routing_and_weights(recipe, device):
+    inputs, other = Inputs(WHOLE, device), Inputs(WHOLE, device)
+    other.ids.copy_(to_few_experts(WHOLE))
+    inputs.train(recipe=recipe)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = inputs.train(recipe=recipe)
+    for wanted in (inputs.train(recipe=recipe), other.train(recipe=recipe)):
+        graph.replay()
+        assert_equal(found, wanted, "replayed")
+        with torch.no_grad():
+            for x, value in zip((*inputs.leaves, inputs.ids, inputs.dy), (*other.leaves, other.ids, other.dy)):
+                x.copy_(value)
+
+
+@every_recipe
+@pytest.mark.parametrize("mode", ("default", "reduce-overhead", "max-autotune-no-cudagraphs"))
+@pytest.mark.parametrize("sizes", (SIZES[0], WHOLE), ids=lambda s: f"I{s.inner}")
+def test_a_compiled_layer_gives_the_same_bits(sizes, mode, recipe, device):
+    torch._dynamo.reset()
+    inputs = Inputs(sizes, device)
+    wanted = inputs.train(recipe=recipe)
+    compiled = torch.compile(functools.partial(inputs.run, recipe=recipe), fullgraph=True, mode=mode)
+    for i in range(3):  # with CUDA graphs: warms up, records, replays
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [x.clone() for x in inputs.train(compiled)]
+        assert_equal(found, wanted, f"call {i}")
+    torch._dynamo.reset()
+
+
+def save_gemms(context: Any, op: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    is_gemm = str(op).startswith("grouped_gemm.") and "_mm" in str(op)
+    return CheckpointPolicy.MUST_SAVE if is_gemm else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CHECKPOINTS: dict[str, dict[str, Any]] = {
+    "recomputed": {"use_reentrant": False},
+    "reentrant": {"use_reentrant": True},
+    "GEMMs are saved": {
+        "use_reentrant": False,
+        "context_fn": functools.partial(create_selective_checkpoint_contexts, save_gemms),
+    },
+}
+
+
+@every_recipe
+@pytest.mark.parametrize("options", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_gives_the_same_bits(options, recipe, device):
+    inputs = Inputs(WHOLE, device)
+    wanted = inputs.train(recipe=recipe)
+    y = checkpoint(functools.partial(inputs.run, recipe=recipe), *inputs.leaves, **options)
+    y.backward(inputs.dy)  # a reentrant checkpoint does not allow torch.autograd.grad
+    assert_equal([y.detach(), *(leaf.grad for leaf in inputs.leaves)], wanted, "checkpointed")
+
+
+# Memory and kernels
+
+SLACK = 8 * 2**20  # the allocator rounds each large tensor up, by at most 1 MiB
+
+
+def weight_bytes(sizes: Sizes) -> int:
+    """Of one layout of all weights in fp8, with scales."""
+    _, _, num_experts, hidden, inner = sizes
+    blocks = -(-hidden // 128) * (-(-2 * inner // 128) + -(-inner // 128))
+    return num_experts * (3 * inner * hidden + 4 * blocks)
+
+
+def kept_bytes(sizes: Sizes, recipe: str | None) -> int:
+    """Pre-activations and the integers of the routing; with a recipe, also the layout of weights for dgrad."""
+    num_tokens, top_k, num_experts, _, inner = sizes
+    num_rows = num_tokens * top_k
+    return 2 * num_rows * 2 * inner + 4 * (num_experts + 2 * num_rows) + (weight_bytes(sizes) if recipe else 0)
+
+
+def token_bytes(sizes: Sizes, recipe: str | None) -> int:
+    """(T, H) in bf16; and with a recipe, also in fp8 with scales."""
+    per_value = 2 + (1 + 4 / 128 if recipe else 0)
+    return int(sizes.num_tokens * sizes.hidden * per_value)
+
+
+def row_bytes(sizes: Sizes) -> int:
+    """(M, H) in bf16: rows of the down GEMM, of dX, or a gathered copy, which must not be."""
+    return 2 * sizes.num_tokens * sizes.top_k * sizes.hidden
+
+
+def mebibytes(**sizes: int) -> str:
+    return ", ".join(f"{name} {size / 2**20:.1f} MiB" for name, size in sizes.items())
+
+
+@every_recipe
+def test_what_is_kept_for_backward(recipe, device):
+    inputs = Inputs(LARGE, device)
+    inputs.run(recipe=recipe)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    y = inputs.run(recipe=recipe)
+    kept = torch.cuda.memory_allocated(device) - before - y.nbytes
+    expected = kept_bytes(LARGE, recipe)
+    h = kept_bytes(LARGE, None) // 2
+    assert min(h, row_bytes(LARGE)) > SLACK, "this test could not see a tensor that is kept"
+    assert abs(kept - expected) <= SLACK, mebibytes(kept=kept, expected=expected, h=h, rows=row_bytes(LARGE))
+
+
+@every_recipe
+def test_forward_allocates_no_gathered_rows(recipe, device):
+    inputs = Inputs(LARGE, device)
+    inputs.run(recipe=recipe)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    inputs.run(recipe=recipe)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    h = kept_bytes(LARGE, None) // 2
+    weights = weight_bytes(LARGE) if recipe else 0
+    # rows of the down GEMM, y, quantized tokens
+    bound = kept_bytes(LARGE, recipe) + h + weights + row_bytes(LARGE) + token_bytes(LARGE, recipe) + SLACK
+    assert peak <= bound, mebibytes(peak=peak, bound=bound, rows=row_bytes(LARGE), h=h)
+
+
+@every_recipe
+def test_backward_allocates_no_gathered_rows(recipe, device):
+    inputs = Inputs(LARGE, device)
+    inputs.train(recipe=recipe)
+    y = inputs.run(recipe=recipe)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.autograd.grad(y, inputs.leaves, inputs.dy)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    h = kept_bytes(LARGE, None) // 2
+    between = (2 if recipe is None else 2.6) * 2 * h  # dh, h; dpre, and with a recipe dpre in fp8 with its scales
+    weights = inputs.gate_up.nbytes + inputs.down.nbytes
+    # both gradients of weights, rows of dX, dX, quantized tokens
+    bound = int(between) + weights + row_bytes(LARGE) + token_bytes(LARGE, recipe) + SLACK
+    assert peak <= bound, mebibytes(peak=peak, bound=bound, rows=row_bytes(LARGE), h=h)
+
+
+def kernels_of(call: Callable[[], Any]) -> list[str]:
+    """Names of the kernels that ``call`` launches, and of its copies."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [event.name for event in profile.events() if event.device_type.name == "CUDA"]
+
+
+MOVES = ("gather", "copy", "memcpy", "index", "catarray", "scatter_")  # of rows, by a kernel of its own
+
+
+@every_recipe
+@pytest.mark.parametrize("training", (False, True), ids=("forward", "training"))
+@pytest.mark.parametrize("sizes", (SIZES[0], WHOLE), ids=lambda s: f"I{s.inner}")
+def test_no_kernel_moves_rows(sizes, training, recipe, device):
+    inputs = Inputs(sizes, device)
+    grad: AbstractContextManager[object] = nullcontext() if training else torch.no_grad()
+    with grad:
+        names = kernels_of(lambda: inputs.train(recipe=recipe) if training else inputs.run(recipe=recipe))
+    assert "_combine" in names, f"the profiler saw no kernel of this layer: {names}"
+    assert not [name for name in names if any(word in name.lower() for word in MOVES)], names
+
+
+@pytest.mark.parametrize(
+    "recipe, sizes, has_gate",
+    ((None, SIZES[0], False), (None, WHOLE, False), (FP8, SIZES[0], True), (FP8, WHOLE, False)),
+    ids=("no recipe, I704", "no recipe, I640", "fp8, I704", "fp8, I640"),
+)
+def test_forward_has_a_kernel_for_the_gate_only_where_blocks_of_gate_and_up_meet(recipe, sizes, has_gate, device):
+    inputs = Inputs(sizes, device)
+    names = kernels_of(lambda: inputs.run(recipe=recipe))
+    assert "_combine" in names, f"the profiler saw no kernel of this layer: {names}"
+    assert [name for name in names if "activate" in name] == ["_activate_quantize"] * has_gate, names
