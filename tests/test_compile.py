@@ -455,7 +455,8 @@ CALLS = calls_of_autograd_functions()
 
 def test_every_autograd_function_has_a_call():
     ours = {f.__name__ for f in torch.autograd.Function.__subclasses__() if f.__module__.startswith("grouped_gemm.")}
-    assert ours - {"_EachSample"} == {name.split()[0] for name in CALLS}  # the forward of that one never runs
+    # The forward of the first never runs. The second needs a Hopper GPU, where test_moe_fused.py compiles it.
+    assert ours - {"_EachSample", "_FusedExperts"} == {name.split()[0] for name in CALLS}
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
