@@ -289,6 +289,7 @@ def _consume(
                         _store(left, gate_buffer, pre_desc, pre, row, end, column, N, N, True)
                         _store(right, up_buffer, pre_desc, pre, row, end, column + HALF, N, N, True)
                     elif SCALES_PRE:
+                        h = _activate(left, right, ACTIVATION).to(gl.bfloat16)  # first, as it takes fewer registers
                         at = rows * (N // 128) + tile_column
                         gate = _quantize(left, pre_scale + at, rows < end, POWER_OF_TWO)
                         _store(gate, gate_buffer, pre_desc, pre, row, end, column // 2, inner, N, True)
@@ -300,7 +301,8 @@ def _consume(
                         _store(right, up_buffer, pre_desc, pre, row, end, inner + column // 2, N, N, fits)
                 if INTERLEAVED:
                     left, right = acc.reshape([64, HALF, 2]).split()
-                h = _activate(left, right, ACTIVATION)
+                if not SCALES_PRE:
+                    h = _activate(left, right, ACTIVATION)
                 if SCALES_H:
                     at = tile_column * row_scale_stride + scale_row - start + rows
                     h = _quantize(h, out_scale + at, rows < end, POWER_OF_TWO)
