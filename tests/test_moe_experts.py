@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from grouped_gemm import GroupPlan, Recipe, WgradQueue, delay_wgrad, quantize_weights
+from grouped_gemm import GroupPlan, Recipe, WgradQueue, delay_wgrad, gemm_ops, quantize_weights
 from grouped_gemm.moe import Experts, experts_forward, explain_experts, fused, sorted_experts
 from grouped_gemm.moe.activation import ACTIVATIONS, activate
 from grouped_gemm.moe.composed import ExpertWeights
@@ -394,3 +394,8 @@ def test_quantized_weights_are_for_grouped_mm():
     inputs.down = quantize_weights(inputs.down.detach().transpose(1, 2), "fp8_rowwise")
     with pytest.raises(ValueError, match="implementation: expected grouped_mm or auto, because down is quantized"):
         inputs.run(implementation="eager")
+
+
+def test_policies_of_checkpointing_find_the_gemms_of_the_layer():
+    names = {op.__name__.removesuffix(".default") for op in gemm_ops()}
+    assert {"moe_gated_mm", "moe_gathered_mm", "moe_gathered_wgrad"} <= names

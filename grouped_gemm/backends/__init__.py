@@ -63,7 +63,8 @@ def register_ops() -> None:
     """Defines every op of this version under ``torch.ops.grouped_gemm``. Otherwise a backend defines its ops at first
     use.
 
-    Call it before `torch.export.load` of a program that calls `grouped_mm`.
+    Call it before `torch.export.load` of a program that calls `grouped_mm`. The ops of the MoE layer are defined by
+    importing `grouped_gemm.moe`.
     """
     for kind in BackendKind:
         get_backend(kind)
@@ -73,11 +74,12 @@ def gemm_ops() -> list[torch._ops.OpOverload]:
     """The GEMM ops of every backend, which a policy of selective activation checkpointing would save.
 
     In forward, `grouped_mm` calls ``<backend>_grouped_mm``, or ``<backend>_wgrad`` if both operands have 2 dimensions.
+    Those of a fused MoE layer are among them once `grouped_gemm.moe` is imported.
 
     >>> create_selective_checkpoint_contexts([*gemm_ops(), torch.ops.aten.mm.default])
     """
     register_ops()
-    names = sorted(name for name in NAMES if name.endswith(("_grouped_mm", "_wgrad")))
+    names = sorted(name for name in NAMES if name.endswith(("_grouped_mm", "_gathered_mm", "_gated_mm", "_wgrad")))
     return [getattr(torch.ops.grouped_gemm, name).default for name in names]
 
 
