@@ -420,7 +420,7 @@ def compile_moe_steps(arch: str) -> dict[str, Any]:
     """What is between the GEMMs, of bf16 operands: activations in each layout, quantized and not."""
     fp8 = f"*{dtype_of('rowwise', arch)}"
     types = dict.fromkeys(("pre", "h", "dh", "dpre", "x"), "*bf16") | dict.fromkeys(("weights", "dots"), "*fp32")
-    types |= dict.fromkeys(("by_row", "data"), fp8) | dict.fromkeys(("row_scales", "scales"), "*fp32")
+    types |= dict.fromkeys(("by_row", "data"), fp8) | dict.fromkeys(("row_scales", "scales", "pre_scales"), "*fp32")
     types |= dict.fromkeys(("offs", "blocks"), "*i32")
     has_fp8 = ARCHS[arch].fp8 is not None
     numbers = {"LIMIT": limit_of(arch) if has_fp8 else 0.0, "POWER_OF_TWO": False, "NVIDIA": arch.startswith("sm")}
@@ -442,9 +442,15 @@ def compile_moe_steps(arch: str) -> dict[str, Any]:
         build(f"activate quantize {name}", moe_quantize._activate_quantize, rows, **moe_activation.OPTIONS)
         whole = rows | {"ROWS": moe_quantize._BACKWARD_ROWS, "WIDTH": 64 if layout == "interleaved" else 128}
         kernel = moe_quantize._activate_backward_quantize
-        build(f"activate backward quantize {name}", kernel, whole, **moe_activation.OPTIONS)
+        unscaled = whole | {"pre_scales": None}
+        build(f"activate backward quantize {name}", kernel, unscaled, **moe_activation.OPTIONS)
+        types["pre"] = fp8
+        build(f"activate backward quantize {name}, of fp8", kernel, whole, **moe_activation.OPTIONS)
+        types["pre"] = "*bf16"
     if has_fp8:
-        build("tokens", moe_quantize._quantize_tokens, numbers | {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024})
+        tokens = {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024}
+        build("tokens", moe_quantize._quantize_tokens, numbers | tokens)
+        build("values of tokens", moe_quantize._dequantize_tokens, tokens)
     return compiled
 
 

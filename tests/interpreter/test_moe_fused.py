@@ -286,7 +286,7 @@ def test_weights_quantized_for_forward_alone_run_without_gradients():
 # What is kept, and rows in expert order
 
 
-@pytest.mark.parametrize("inner, interleaved", FORMS)
+@pytest.mark.parametrize("inner, interleaved", (FORMS[0], FORMS[3]))
 def test_what_is_kept_in_fp8_costs_the_gradients_little(inner, interleaved):
     inputs, options = Inputs(inner, 136), {"recipe": "fp8_blockwise", "interleaved": interleaved}
     full, kept = inputs.train(**options), inputs.train(keep="recipe", **options)
