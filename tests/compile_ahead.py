@@ -293,6 +293,9 @@ def compile_gathered() -> dict[str, Any]:
     for even in (True, False):
         compiled[f"gemm gathered blockwise {even=}"] = compile_gathered_mm("blockwise", even=even)
         compiled[f"gemm gathered 16 bit {even=}"] = compile_gathered_mm("16 bit", even=even)
+    for kind in ("16 bit", "blockwise"):
+        kernel = compile_gathered_mm(kind, "swiglu", stored=True, far=True)
+        compiled[f"gemm gathered {kind} swiglu, far"] = kernel
     compiled["gemm gathered 16 bit, N contiguous"] = compile_gathered_mm("16 bit", c_contiguous=False)
     for lhs, whole in itertools.product((True, False), repeat=2):
         compiled[f"wgrad gathered {lhs=} {whole=}"] = compile_gathered_wgrad(lhs, whole)
@@ -301,9 +304,10 @@ def compile_gathered() -> dict[str, Any]:
 
 def compile_gathered_mm(
     kind: str, activation: str | None = None, *, interleaved: bool = False, stored: bool = False,
-    quantized: bool = False, c_contiguous: bool = True, even: bool = True,
+    quantized: bool = False, c_contiguous: bool = True, even: bool = True, far: bool = False,
 ) -> Any:  # fmt: skip
-    """``stored``: with pre-activations, ``quantized`` or not; ``even``: the contraction has whole steps."""
+    """``stored``: with pre-activations, ``quantized`` or not; ``even``: the contraction has whole steps; ``far``: rows
+    of x are too far apart for offsets of 32 bits."""
     tile = gathered_mm.TILES[kind + (", gated" if activation else "") + (", stored" if stored else "")]
     dtype = dtype_of(kind, "sm_90")
     scales_h = kind == "blockwise" and activation is not None
@@ -321,9 +325,9 @@ def compile_gathered_mm(
     constants |= {} if scales_h else {"out_scale": None}
     constants |= {
         "KIND": kind, "ACTIVATION": activation, "INTERLEAVED": interleaved, "POWER_OF_TWO": False,
-        "C_CONTIGUOUS": c_contiguous, "EVEN_C": even, "CONSUMERS": tile.consumers,
+        "C_CONTIGUOUS": c_contiguous, "EVEN_C": even, "INT64": far, "CONSUMERS": tile.consumers,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,
-        "REGISTERS": tile.registers, "COPY_WARPS": gathered_mm.COPY_WARPS[kind], "num_warps": 4,
+        "REGISTERS": tile.registers, "COPY_WARPS": 4 if far else gathered_mm.COPY_WARPS[kind], "num_warps": 4,
     }  # fmt: skip
     return compile_kernel(gathered_mm._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
 

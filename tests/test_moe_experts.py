@@ -307,6 +307,28 @@ def test_fused_kernels_say_what_they_do_not_run(changes, message, monkeypatch):
     assert str(fused.refusal(x, replace(experts, **changes))).startswith(message)
 
 
+def test_fused_kernels_take_quantized_weights_of_one_recipe(monkeypatch):
+    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+    monkeypatch.setattr(fused, "_is_readable", lambda w: True)
+    gate_up, down = torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16()
+    weights = {}
+    for recipe in ("fp8_blockwise", "fp8_blockwise_pow2"):
+        weights[recipe] = [quantize_weights(w.transpose(1, 2), recipe, dgrad=True) for w in (gate_up, down)]
+    one, other = weights.values()
+    x, kind = torch.zeros(3, 64, dtype=torch.bfloat16), ACTIVATIONS["swiglu"]
+
+    def refusal(gate_up: Any, down: Any, recipe: Recipe | None) -> str:
+        return str(fused.refusal(x, ExpertWeights((gate_up,), (None,), down, None, kind, False, recipe, "auto")))
+
+    assert refusal(*one, None) == refusal(*one, Recipe.FP8_BLOCKWISE) == "None"
+    for given in ((*one, Recipe.FP8_BLOCKWISE_POW2), (one[0], other[1], None), (one[0], down, None)):
+        assert refusal(*given).startswith("expected quantized weights of one recipe")
+    without = [quantize_weights(w.transpose(1, 2), "fp8_blockwise") for w in (gate_up, down)]
+    assert refusal(*without, None).startswith("expected quantized weights with a layout for dgrad")
+    with torch.no_grad():
+        assert refusal(*without, None) == "None"
+
+
 @pytest.mark.parametrize("accumulates", (False, True))
 @pytest.mark.parametrize("bias", (False, True))
 def test_the_module_computes_weight_gradients_later(accumulates, bias):

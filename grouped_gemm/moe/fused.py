@@ -66,7 +66,10 @@ def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
         return "expected no biases; found some"
     if type(x) not in _PLAIN or x.dtype != torch.bfloat16 or not _is_readable(gate_up) or not _is_readable(down):
         return "expected contiguous bfloat16 tensors, or weights quantized for Triton; found something else"
-    if torch.is_grad_enabled() and any([isinstance(w, QuantizedWeights) and w.dgrad is None for w in (gate_up, down)]):
+    quantized = [w for w in (gate_up, down) if isinstance(w, QuantizedWeights)]
+    if any([w.recipe is not recipe for w in quantized]) or (experts.recipe is None and len(quantized) == 1):
+        return "expected quantized weights of one recipe, that of the call; found others"
+    if torch.is_grad_enabled() and any([w.dgrad is None for w in quantized]):
         return "expected quantized weights with a layout for dgrad, or torch.no_grad(); found neither"
     if not torch.compiler.is_compiling() and is_transformed():
         return "expected no torch.func transform; found one"

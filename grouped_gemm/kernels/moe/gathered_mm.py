@@ -51,7 +51,7 @@ TILES = {
     "blockwise, gated": HopperTile(2, 256, 128, 4, 232, 8),
     "blockwise, gated, stored": HopperTile(2, 256, 128, 3, 232, 8),
 }
-COPY_WARPS = {"16 bit": 4, "blockwise": 2}  # warps that gather
+COPY_WARPS = {"16 bit": 4, "blockwise": 2}  # warps that gather; 4 if offsets take 64 bits, as a thread then has fewer
 _REGISTERS = gl.constexpr(504)  # of a thread of each of three warpgroups together: 65536 / 128, in multiples of 8
 
 
@@ -113,6 +113,7 @@ def _launch(
     box = [tile.block_n // 2, tile.block_k] if c_contiguous else [tile.block_k, tile.block_n]
     pre_desc = None if pre is None else describe_tile(pre, [num_rows, columns], columns, STORED)
     most_tiles = (cdiv(num_rows, 64 * tile.consumers) + num_groups) * cdiv(columns, tile.block_n)
+    is_far = x.shape[0] * x.stride(0) >= 2**31
     with on_device(x):
         launch(
             _kernel, (min(most_tiles, num_processors(x.device)),),
@@ -122,9 +123,10 @@ def _launch(
             *((0, 0) if w_scale is None else w_scale.stride()[1:]),
             constants={
                 "KIND": kind, "ACTIVATION": activation, "INTERLEAVED": interleaved, "POWER_OF_TWO": power_of_two,
-                "C_CONTIGUOUS": c_contiguous, "EVEN_C": c % tile.block_k == 0, "CONSUMERS": tile.consumers,
+                "C_CONTIGUOUS": c_contiguous, "EVEN_C": c % tile.block_k == 0,
+                "INT64": is_far, "CONSUMERS": tile.consumers,
                 "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,
-                "REGISTERS": tile.registers, "COPY_WARPS": COPY_WARPS[kind], "num_warps": 4,
+                "REGISTERS": tile.registers, "COPY_WARPS": 4 if is_far else COPY_WARPS[kind], "num_warps": 4,
             },
         )  # fmt: skip
 
@@ -137,10 +139,18 @@ def _rows_of(source, row, end, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _offsets_of(rows, stride, INT64: gl.constexpr):
+    """Where rows of x begin, as a column; in 32 bits where they suffice, as registers are scarce."""
+    if INT64:
+        rows = rows.to(gl.int64)
+    return gl.expand_dims(rows * stride, 1)
+
+
+@gluon.jit
 def _produce(
     w_desc, lhs_bufs, rhs_bufs, full, empty, x, source, offs, M, E, C, N, x_stride,
     GATED: gl.constexpr, INTERLEAVED: gl.constexpr, C_CONTIGUOUS: gl.constexpr, EVEN_C: gl.constexpr,
-    CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    INT64: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     GROUP_M: gl.constexpr, COPY_WARPS: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
@@ -170,8 +180,8 @@ def _produce(
         cs = gl.expand_dims(gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, ROW)), 0)
         top_rows = _rows_of(source, row, end, gl.SliceLayout(1, ROW))
         bottom_rows = _rows_of(source, row + 64, end, gl.SliceLayout(1, ROW))
-        top = gl.expand_dims(top_rows * stride, 1) + cs
-        bottom = gl.expand_dims(bottom_rows * stride, 1) + cs
+        top = _offsets_of(top_rows, stride, INT64) + cs
+        bottom = _offsets_of(bottom_rows, stride, INT64) + cs
         for c in range(0, C, BLOCK_K):
             mbarrier.wait(empty.index(slot), phase)
             barrier = full.index(slot)
@@ -263,8 +273,8 @@ def _consume(
                     right = finish_block(right, block, row_scale * right_scale, empty, slot)
                     slot, phase = next_slot(slot, phase, STAGES)
             else:
-                WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-                acc = gl.zeros((64, BLOCK_N), gl.float32, WIDE)
+                BOTH: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+                acc = gl.zeros((64, BLOCK_N), gl.float32, BOTH)
                 for step in range(steps):
                     mbarrier.wait(full.index(slot), phase)
                     fence_async_shared()
@@ -366,9 +376,9 @@ def _kernel(
     x, w_desc, out_desc, pre_desc, x_scale, w_scale, out_scale, pre_scale, source, offs, out, pre, M, E, C, N,
     x_stride, row_scale_stride, scale_stride_c, scale_stride_n,
     KIND: gl.constexpr, ACTIVATION: gl.constexpr, INTERLEAVED: gl.constexpr, POWER_OF_TWO: gl.constexpr,
-    C_CONTIGUOUS: gl.constexpr, EVEN_C: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr,
-    COPY_WARPS: gl.constexpr, num_warps: gl.constexpr,
+    C_CONTIGUOUS: gl.constexpr, EVEN_C: gl.constexpr, INT64: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    REGISTERS: gl.constexpr, COPY_WARPS: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     # Arguments of a warpgroup must be values: what does not exist has a placeholder, which nothing reads.
     HAS_PRE: gl.constexpr = pre is not None
@@ -407,6 +417,6 @@ def _kernel(
             KIND, ACTIVATION, HAS_PRE, SCALES_PRE, INTERLEAVED, POWER_OF_TWO, C_CONTIGUOUS, CONSUMERS, BLOCK_N,
             BLOCK_K, STAGES, GROUP_M)),
         (_produce, (w_desc, lhs_bufs, rhs_bufs, full, empty, x, source, offs, M, E, C, N, x_stride,
-            GATED, INTERLEAVED, C_CONTIGUOUS, EVEN_C, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
+            GATED, INTERLEAVED, C_CONTIGUOUS, EVEN_C, INT64, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M,
             COPY_WARPS)),
     ], [4, COPY_WARPS], [REGISTERS, _REGISTERS - 2 * REGISTERS])  # fmt: skip
