@@ -421,3 +421,33 @@ def test_quantized_weights_are_for_grouped_mm():
 def test_policies_of_checkpointing_find_the_gemms_of_the_layer():
     names = {op.__name__.removesuffix(".default") for op in gemm_ops()}
     assert {"moe_gated_mm", "moe_gathered_mm", "moe_gathered_wgrad"} <= names
+
+
+def test_row_weights_past_the_last_group_reach_nothing():
+    inputs, offs = Inputs(), torch.tensor([2, 2, 5, 9, 9], dtype=torch.int32)
+    weights = torch.rand(T)
+    weights[9:] = float("nan")
+    weights.requires_grad_()
+    y = sorted_experts(inputs.x, offs, inputs.gate_up, inputs.down, row_weights=weights)
+    assert not y[9:].any()
+    leaves = [inputs.x, weights, inputs.gate_up, inputs.down]
+    assert all(gradient.isfinite().all() for gradient in gradients(y, leaves))
+
+
+SORTED: dict[str, tuple[dict[str, Any], str]] = {
+    "ends": ({"offs": torch.tensor([T], dtype=torch.int32)}, "offs: expected 5 entries"),
+    "dtype of weights": (
+        {"row_weights": torch.ones(T, dtype=torch.int64)},
+        "row_weights.dtype: expected a float dtype",
+    ),
+    "device of weights": ({"row_weights": torch.ones(T, device="meta")}, "row_weights.device"),
+    "device of down": ({"down": torch.zeros(E, HIDDEN, INNER, device="meta")}, "down.device"),
+}
+
+
+@pytest.mark.parametrize("changes, message", SORTED.values(), ids=SORTED)
+def test_an_operand_of_sorted_experts_that_does_not_fit_is_named(changes, message):
+    inputs = Inputs()
+    arguments = {"rows": inputs.x, "offs": torch.full((E,), T, dtype=torch.int32), "gate_up": inputs.gate_up}
+    with pytest.raises(ValueError, match=message):
+        sorted_experts(**{**arguments, "down": inputs.down, **changes})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm.core.call_spec import dtype_name
-from grouped_gemm.core.preference import KernelPreference, Preference, check_bool
+from grouped_gemm.core.preference import VALIDATE, KernelPreference, Preference, check_bool
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.group_plan import GroupPlan
@@ -146,15 +146,26 @@ def sorted_experts(
     if row_weights is not None:
         if not isinstance(row_weights, Tensor):
             raise TypeError(f"row_weights: expected a torch.Tensor; found {type(row_weights).__name__}")
+        if not row_weights.dtype.is_floating_point:
+            checks.fail("row_weights.dtype", "a float dtype", dtype_name(row_weights.dtype))
+        checks.check_device("row_weights", row_weights, "rows", rows.device)
         if row_weights.shape != rows.shape[:1]:
             checks.fail("row_weights.shape", f"({rows.shape[0]},), the rows of rows", tuple(row_weights.shape))
     rows, experts = _autocast(rows, experts)
     plan = offs if isinstance(offs, GroupPlan) else GroupPlan(offs, rows.shape[0])
     plan.check_rows(rows.shape[0])
+    checks.check_offs(plan.offs, experts.num_experts, rows.device)
     if fused.can_run(rows, experts):
-        return fused.run_sorted(rows, row_weights, experts, plan.offs)
+        ends = plan.offs
+        if VALIDATE.is_on():
+            ends = torch.ops.grouped_gemm.checked_offs(ends, rows.shape[0], plan.group_alignment)
+        return fused.run_sorted(rows, row_weights, experts, ends)
     y = experts.run(grouped(experts, plan), rows)
-    return y if row_weights is None else (y.float() * row_weights.float().unsqueeze(1)).to(y.dtype)
+    if row_weights is None:
+        return y
+    is_row = torch.arange(rows.shape[0], device=rows.device) < plan.offs.amax()
+    weights = torch.where(is_row, row_weights.float(), 0).unsqueeze(1)  # whatever is past the last group's rows
+    return (y.float() * weights).to(y.dtype)
 
 
 def _prepared(
@@ -263,6 +274,8 @@ def _checked(
         biases = tuple(gate_up_bias) if isinstance(gate_up_bias, (tuple, list)) else (gate_up_bias,)
         if len(biases) != len(first):
             checks.fail("gate_up_bias", f"{len(first)} tensors, as gate_up has", len(biases))
+    for name, w in (*(("gate_up", w) for w in first), ("down", down)):
+        checks.check_device(name, w, "x", x.device)
     for name, bias, size in (*(("gate_up_bias", b, width) for b in biases), ("down_bias", down_bias, hidden)):
         if bias is not None:
             checks.check_tensor(name, bias, (2,), checks.DTYPES)

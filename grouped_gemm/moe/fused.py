@@ -17,7 +17,6 @@ T, k, M, E: tokens, slots of a token, routed rows, experts. H, I: hidden and int
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from grouped_gemm.core.vmap import batched_gradient, is_transformed
 from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.kernels.quantize.blocks import token_blocks
 from grouped_gemm.moe import gemms, steps  # noqa: F401  (steps defines ops)
+from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, run_composed
 from grouped_gemm.moe.routing import Routing
 from grouped_gemm.weight_gradients import is_delaying
@@ -67,8 +67,10 @@ def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
     if type(x) not in _PLAIN or x.dtype != torch.bfloat16 or not _is_readable(gate_up) or not _is_readable(down):
         return "expected contiguous bfloat16 tensors, or weights quantized for Triton; found something else"
     quantized = [w for w in (gate_up, down) if isinstance(w, QuantizedWeights)]
-    if any([w.recipe is not recipe for w in quantized]) or (experts.recipe is None and len(quantized) == 1):
-        return "expected quantized weights of one recipe, that of the call; found others"
+    if any([w.recipe is not recipe or w.dtype != x.dtype for w in quantized]) or (
+        experts.recipe is None and len(quantized) == 1
+    ):
+        return "expected quantized weights of one recipe, that of the call, and of the dtype of x; found others"
     if torch.is_grad_enabled() and any([w.dgrad is None for w in quantized]):
         return "expected quantized weights with a layout for dgrad, or torch.no_grad(); found neither"
     if not torch.compiler.is_compiling() and is_transformed():
@@ -89,7 +91,9 @@ def _recipe_of(experts: ExpertWeights) -> Recipe:
 def _is_readable(w: Weights) -> bool:
     if isinstance(w, QuantizedWeights):
         return w.forward_backend is BackendKind.TRITON and w.dgrad_backend in (None, BackendKind.TRITON)
-    return type(w) in _PLAIN and w.dtype == torch.bfloat16 and w.is_contiguous()
+    if type(w) not in _PLAIN or w.dtype != torch.bfloat16 or not w.is_contiguous():
+        return False
+    return torch.compiler.is_compiling() or not w.is_neg()  # compiled code goes through the dispatcher
 
 
 def _runs_on(device: torch.device) -> bool:
@@ -126,7 +130,7 @@ def run_sorted(rows: Tensor, row_weights: Tensor | None, experts: ExpertWeights,
     source = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
     if row_weights is None:
         return _apply(rows, None, experts, offs, source, None)
-    places = torch.where(source < offs[-1], source, -1).unsqueeze(1)
+    places = torch.where(source < offs.amax(), source, -1).unsqueeze(1)  # as the kernels take ends out of order
     return _apply(rows, row_weights.unsqueeze(1), experts, offs, source, places)
 
 
@@ -145,10 +149,8 @@ def _apply(
     if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):
         keep = experts.keep if recipe.is_scaled else "full"
     settings = recipe, experts.activation.name, experts.interleaved, keep
-    composed = None if recipe.is_scaled else experts  # for second derivatives, which rounding to fp8 does not have
-    y: Tensor = _FusedExperts.apply(
-        dense_rows(x), topk_weights, gate_up, down, offs, source, places, settings, composed
-    )
+    topk_weights = None if topk_weights is None else dense_rows(topk_weights)
+    y: Tensor = _FusedExperts.apply(dense_rows(x), topk_weights, gate_up, down, offs, source, places, settings)
     return y
 
 
@@ -180,7 +182,6 @@ class _FusedExperts(torch.autograd.Function):
         source: Tensor,
         places: Tensor | None,
         settings: tuple[Recipe, str, bool, str],
-        experts: ExpertWeights | None,
     ) -> Tensor:
         """y (T, H). ``settings``: recipe, activation, interleaved, and what to keep, see `moe_gated_mm`."""
         recipe, activation, interleaved, keep = settings
@@ -210,7 +211,7 @@ class _FusedExperts(torch.autograd.Function):
                 weights = dense(gate_up), None, dense(down), None
             kept = (tokens, scale, pre, pre_scale) if keep == "recipe" else (x, None, pre, None)
             ctx.save_for_backward(*kept, topk_weights, offs, source, places, *weights)
-        ctx.settings, ctx.experts, ctx.dtype = settings, experts, x.dtype
+        ctx.settings, ctx.dtype = settings, x.dtype
         return y_rows if places is None else ops.moe_combine(y_rows, topk_weights, places)
 
     @staticmethod
@@ -218,7 +219,7 @@ class _FusedExperts(torch.autograd.Function):
         """Gradients of x, topk_weights, gate_up and down."""
         gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
         with batched_gradient(dy):
-            return (*gradients(ctx, dense_rows(dy)), None, None, None, None, None)
+            return (*gradients(ctx, dense_rows(dy)), None, None, None, None)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -259,7 +260,7 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     Raises:
         RuntimeError: the recipe quantizes operands.
     """
-    recipe = ctx.settings[0]
+    recipe, activation, interleaved, _ = ctx.settings
     if recipe.is_scaled:
         raise RuntimeError(
             f"experts_forward: expected create_graph=False with recipe {recipe.value}; found True. "
@@ -267,7 +268,8 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
         )
     x, _, _, _, topk_weights, offs, source, places, gate_up, _, down, _ = ctx.saved_tensors
     inputs = x, topk_weights, gate_up, down
-    experts = replace(ctx.experts, first=(gate_up,), down=down)
+    kind = ACTIVATIONS[activation]
+    experts = ExpertWeights((gate_up,), (None,), down, None, kind, interleaved, None, KernelPreference.AUTO)
     if places is None:
         y = experts.run(grouped(experts, GroupPlan(offs, x.shape[0])), x)
     else:

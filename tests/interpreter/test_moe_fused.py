@@ -333,3 +333,11 @@ def test_rows_in_expert_order(recipe, tolerance, weighted):
     for name, gradient in zip(wanted, gradients):
         other = expected[NAMES.index(name)].view(gradient.shape)
         assert relative_error(gradient, other) <= tolerance * (FP8_DOTS if recipe else 1), name
+
+
+def test_weights_of_slots_in_any_layout():
+    inputs = Inputs(128)
+    y, wide = inputs.run(), torch.rand(T, 2 * K)
+    wide[:, ::2] = inputs.weights.detach()
+    for weights in (inputs.weights.detach().t().contiguous().t(), wide[:, ::2]):
+        assert_equal([inputs.run([inputs.x, weights, inputs.gate_up, inputs.down])], [y], ("y",))
