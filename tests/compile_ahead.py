@@ -423,11 +423,12 @@ def compile_moe(arch: str) -> dict[str, Any]:
 def compile_moe_steps(arch: str) -> dict[str, Any]:
     """What is between the GEMMs, of bf16 operands: activations in each layout, quantized and not."""
     fp8 = f"*{dtype_of('rowwise', arch)}"
-    types = dict.fromkeys(("pre", "h", "dh", "dpre", "x"), "*bf16") | dict.fromkeys(("weights", "dots"), "*fp32")
+    types = dict.fromkeys(("pre", "h", "dh", "dpre", "x"), "*bf16") | dict.fromkeys(("weights", "dweights"), "*fp32")
     types |= dict.fromkeys(("by_row", "data"), fp8) | dict.fromkeys(("row_scales", "scales", "pre_scales"), "*fp32")
-    types |= dict.fromkeys(("offs", "blocks"), "*i32")
+    types |= dict.fromkeys(("offs", "blocks", "source", "places"), "*i32")
     has_fp8 = ARCHS[arch].fp8 is not None
     numbers = {"LIMIT": limit_of(arch) if has_fp8 else 0.0, "POWER_OF_TWO": False, "NVIDIA": arch.startswith("sm")}
+    numbers["K_POWER"] = 8
     tile = numbers | {"SCALE_ALIGNMENT": 4, "BLOCK": 128, "GROUP_M": 8}
     compiled = {}
 

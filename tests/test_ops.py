@@ -132,8 +132,9 @@ def moe_activate_gradient():
 
 def moe_activate_backward():
     for dh, pre in zip(rows(K).values(), rows(2 * K).values()):
-        yield "weights", (dh, pre, torch.rand(len(dh)), "swiglu", True, host_offs().clamp(max=len(dh)))
-        yield "no weights", (dh, pre, None, "swiglu", False, host_offs().clamp(max=len(dh)))
+        offs, (source, places) = host_offs().clamp(max=len(dh)), routing(len(dh), 1)
+        yield "weights", (dh, pre, torch.rand(len(dh), 1), source, places, "swiglu", True, offs)
+        yield "no weights", (dh, pre, None, source, None, "swiglu", False, offs)
 
 
 def blocks(num_rows: int) -> torch.Tensor:
@@ -147,9 +148,10 @@ def moe_activate_quantize():
 
 def moe_activate_backward_quantize():
     for (name, dh), pre in zip(rows(K).items(), rows(2 * K).values()):
-        offs = host_offs().clamp(max=len(dh))
-        for weights in (None, torch.rand(len(dh))):
-            yield name, (dh, pre, weights, blocks(len(dh)), offs, "fp8_blockwise_pow2", "geglu", True)
+        offs, (source, places) = host_offs().clamp(max=len(dh)), routing(len(dh), 1)
+        for weights in (None, torch.rand(len(dh), 1)):
+            weighted = dh, pre, weights, source, places
+            yield name, (*weighted, blocks(len(dh)), offs, "fp8_blockwise_pow2", "geglu", True)
 
 
 def moe_quantize_tokens():
@@ -196,18 +198,6 @@ def moe_gathered_wgrad():
         yield f"{name}, rhs", (dy, x, source, False, offs, torch.float32)
 
 
-def moe_row_weights():
-    for name, x in rows(K).items():
-        _, places = routing(len(x), 3)
-        yield name, (torch.rand(places.shape), places, places.numel())
-
-
-def moe_slot_values():
-    for name, x in rows(K).items():
-        _, places = routing(len(x), 3)
-        yield name, (torch.rand(places.numel()), places, torch.bfloat16)
-
-
 # For each op, a function that yields names and arguments.
 BY_HAND = {
     sample.__name__: sample
@@ -233,8 +223,6 @@ BY_HAND = {
         moe_gathered_mm,
         moe_gathered_wgrad,
         moe_quantize_tokens,
-        moe_row_weights,
-        moe_slot_values,
     )
 }
 # Ops whose backend runs here, but whose kernels do not. tests/interpreter has those that Triton interprets.

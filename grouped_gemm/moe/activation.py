@@ -166,7 +166,7 @@ def _moe_activate_gradient(dh_MI: Tensor, pre_MP: Tensor, activation: str, inter
         from grouped_gemm.kernels.moe import activation as kernel
 
         dh_MI, pre_MP = dense_rows(dh_MI), dense_rows(pre_MP)
-        kernel.activate_backward(dh_MI, pre_MP, None, activation, interleaved, None, dpre_MP, None, None)
+        kernel.activate_backward(dh_MI, pre_MP, None, activation, interleaved, None, dpre_MP, None)
     else:
         dpre_MP.copy_(gradients(ACTIVATIONS[activation], interleaved, dh_MI, pre_MP)[0])
 

@@ -227,19 +227,20 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     gate_up, gate_up_scale, down, down_scale = weights
     recipe, activation, interleaved, _ = ctx.settings
     needs_x, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:4]
-    row_weights = None if topk_weights is None else ops.moe_row_weights(topk_weights, places, source.shape[0])
     tokens, scale = ops.moe_quantize_tokens(dy, recipe.value) if recipe.is_scaled else (dy, None)
     dh = ops.moe_gathered_mm(tokens, scale, source, down, down_scale, offs, ctx.dtype)
     dpre_scale = None
     if recipe.is_scaled:
         blocks = token_blocks(offs, source.shape[0])
-        dpre, h, dots, dpre_rows, dpre_scale = ops.moe_activate_backward_quantize(
-            dh, pre, row_weights, blocks, offs, recipe.value, activation, interleaved, pre_scale
+        dpre, h, dweights, dpre_rows, dpre_scale = ops.moe_activate_backward_quantize(
+            dh, pre, topk_weights, source, places, blocks, offs, recipe.value, activation, interleaved, pre_scale
         )
     else:
-        dpre, h, dots = ops.moe_activate_backward(dh, pre, row_weights, activation, interleaved, offs)
+        dpre, h, dweights = ops.moe_activate_backward(
+            dh, pre, topk_weights, source, places, activation, interleaved, offs
+        )
         dpre_rows = dpre
-    dx = dweights = dgate_up = ddown = None
+    dx = dgate_up = ddown = None
     if needs_down:
         ddown = ops.moe_gathered_wgrad(dy, h, source, True, offs, ctx.dtype)
     if needs_gate_up:
@@ -249,9 +250,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rhs = gate_up, gate_up_scale
         dx_rows = ops.triton_grouped_mm(dpre_rows, dpre_scale, *rhs, None, offs, recipe.value, ctx.dtype)
         dx = dx_rows if places is None else ops.moe_combine(dx_rows, None, places)
-    if needs_weights:
-        dweights = ops.moe_slot_values(dots, places, topk_weights.dtype)
-    return dx, dweights, dgate_up, ddown
+    return dx, dweights if needs_weights else None, dgate_up, ddown
 
 
 def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,8 @@ B: blocks of 128 rows that start anew with each expert. ``blocks`` (B, 4) is fro
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,31 +25,40 @@ from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize import layouts
 from grouped_gemm.moe.activation import ACTIVATIONS, features_of, gradients, value
 
+if TYPE_CHECKING:
+    from grouped_gemm.kernels.moe.activation import Weights
+
 
 @define_op()
 def _moe_activate_backward(
-    dh_MI: Tensor, pre_MP: Tensor, row_weights: Tensor | None, activation: str, interleaved: bool, offs: Tensor
-) -> Steps[tuple[Tensor, Tensor, Tensor]]:
-    """Gradients of an activation whose rows are weighted, with w the weight of a row, 1 without ``row_weights`` (M,).
+    dh_MI: Tensor, pre_MP: Tensor, topk_weights: Tensor | None, source: Tensor, places: Tensor | None, activation: str,
+    interleaved: bool, offs: Tensor,
+) -> Steps[tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Gradients of an activation whose rows are weighted, with w the weight of a row, 1 without ``topk_weights``.
+
+    Args:
+        topk_weights: (T, k) with ``places``, or None.
+        source: (M,) int32, the token of each row; negative: none.
+        places: (T, k) int32, the row of each slot; -1: the slot was dropped.
 
     Returns:
-        dpre (M, P): the gradient of ``pre`` for w * dh; h (M, I): w * value(pre); both in the dtype of ``pre``. dots
-        (M,) fp32: <dh, value(pre)> of each row, the gradient of its weight, in an order that depends on I alone. At and
-        past the last row of ``offs``, dots are 0, and dpre and h are not specified.
+        dpre (M, P): the gradient of ``pre`` for w * dh; h (M, I): w * value(pre); both in the dtype of ``pre``, and not
+        specified at and past the last row of ``offs``. dweights, as ``topk_weights``: <dh, value(pre)> of each slot's
+        row, summed in fp32 in an order that depends on I alone, 0 for dropped slots; of the shape (0,) without weights.
     """
     dpre_MP, h_MI = pre_MP.new_empty(pre_MP.shape), pre_MP.new_empty(dh_MI.shape)
-    dots = dh_MI.new_empty(dh_MI.shape[0], dtype=torch.float32)
-    yield dpre_MP, h_MI, dots
+    dweights = _empty_like(topk_weights, pre_MP)
+    yield dpre_MP, h_MI, dweights
     if runs_kernels(pre_MP.device):
         from grouped_gemm.kernels.moe import activation as kernel
 
+        weights = _weights_of_rows(topk_weights, source, places, dweights)
         kernel.activate_backward(
-            dense_rows(dh_MI), dense_rows(pre_MP), _contiguous(row_weights), activation, interleaved,
-            offs.contiguous(), dpre_MP, h_MI, dots,
-        )  # fmt: skip
+            dense_rows(dh_MI), dense_rows(pre_MP), weights, activation, interleaved, offs.contiguous(), dpre_MP, h_MI
+        )
     else:
-        results = _activate_backward(dh_MI, pre_MP, row_weights, activation, interleaved, offs)
-        for out, result in zip((dpre_MP, h_MI, dots), results):
+        results = _activate_backward(dh_MI, pre_MP, topk_weights, places, activation, interleaved, offs)
+        for out, result in zip((dpre_MP, h_MI, dweights), results):
             out.copy_(result)
 
 
@@ -75,8 +86,8 @@ def _moe_activate_quantize(
 
 @define_op()
 def _moe_activate_backward_quantize(
-    dh_MI: Tensor, pre_MP: Tensor, row_weights: Tensor | None, blocks: Tensor, offs: Tensor, recipe: str,
-    activation: str, interleaved: bool, pre_scale: Tensor | None = None,
+    dh_MI: Tensor, pre_MP: Tensor, topk_weights: Tensor | None, source: Tensor, places: Tensor | None, blocks: Tensor,
+    offs: Tensor, recipe: str, activation: str, interleaved: bool, pre_scale: Tensor | None = None,
 ) -> Steps[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """What `moe_activate_backward` returns, and dpre quantized by rows.
 
@@ -84,27 +95,43 @@ def _moe_activate_backward_quantize(
         pre_scale: (M, ceil(P/128)); None: ``pre`` is not quantized.
 
     Returns:
-        dpre (M, P), h (M, I), dots (M,); data (M, P) fp8 and scales (ceil(P/128), S) of dpre. The last bits of dots may
-        differ from those of `moe_activate_backward`. At and past the last row of ``offs``, nothing is specified.
+        dpre (M, P), h (M, I), dweights (T, k); data (M, P) fp8 and scales (ceil(P/128), S) of dpre. The last bits of
+        dweights may differ from those of `moe_activate_backward`.
     """
     dpre_MP, h_MI = dh_MI.new_empty(pre_MP.shape), dh_MI.new_empty(dh_MI.shape)
-    dots = dh_MI.new_empty(dh_MI.shape[0], dtype=torch.float32)
+    dweights = _empty_like(topk_weights, dh_MI)
     data, scale, _, _ = layouts.activations(pre_MP, offs.shape[0], Recipe(recipe), rows=True, columns=False)
-    yield dpre_MP, h_MI, dots, data, scale
+    yield dpre_MP, h_MI, dweights, data, scale
     if runs_kernels(pre_MP.device):
         from grouped_gemm.kernels.moe import quantize as kernel
 
         kernel.activate_backward_quantize(
-            dense_rows(dh_MI), dense_rows(pre_MP), _contiguous(row_weights), blocks.contiguous(), offs.contiguous(),
-            Recipe(recipe), activation, interleaved, dpre_MP, h_MI, dots, data, scale, pre_scale,
+            dense_rows(dh_MI), dense_rows(pre_MP), _weights_of_rows(topk_weights, source, places, dweights),
+            blocks.contiguous(), offs.contiguous(), Recipe(recipe), activation, interleaved, dpre_MP, h_MI, data, scale,
+            pre_scale,
         )  # fmt: skip
     else:
         if pre_scale is not None:
             pre_MP = reference.dequantize(pre_MP, pre_scale, (1, layouts.TOKEN_BLOCK)).to(dh_MI.dtype)
-        results = _activate_backward(dh_MI, pre_MP, row_weights, activation, interleaved, offs)
-        for out, result in zip((dpre_MP, h_MI, dots), results):
+        results = _activate_backward(dh_MI, pre_MP, topk_weights, places, activation, interleaved, offs)
+        for out, result in zip((dpre_MP, h_MI, dweights), results):
             out.copy_(result)
         _quantize_rows(dpre_MP, blocks, Recipe(recipe), data, scale)
+
+
+def _empty_like(topk_weights: Tensor | None, x: Tensor) -> Tensor:
+    """Contiguous, in the dtype and shape of weights, or of the shape (0,) without them."""
+    return x.new_empty(0) if topk_weights is None else topk_weights.new_empty(topk_weights.shape)
+
+
+def _weights_of_rows(
+    topk_weights: Tensor | None, source: Tensor, places: Tensor | None, dweights: Tensor
+) -> Weights | None:
+    from grouped_gemm.kernels.moe.activation import Weights  # imports Triton
+
+    if topk_weights is None or places is None:
+        return None
+    return Weights(topk_weights.contiguous(), source.contiguous(), places.contiguous(), dweights)
 
 
 @define_op()
@@ -141,54 +168,24 @@ def _moe_dequantize_tokens(data_TD: Tensor, scale: Tensor, dtype: torch.dtype) -
         x_TD.copy_(reference.dequantize(data_TD, scale, (1, layouts.TOKEN_BLOCK)))
 
 
-@define_op()
-def _moe_row_weights(topk_weights: Tensor, places: Tensor, num_rows: Size) -> Steps[Tensor]:
-    """The weight of each routed row, (M,) fp32, from those of slots, (T, k); 0 for a row without a token.
-
-    ``places`` (T, k) int32 has the row of each slot; -1: the slot was dropped.
-    """
-    weights = topk_weights.new_zeros(num_rows, dtype=torch.float32)
-    yield weights
-    if runs_kernels(topk_weights.device):
-        from grouped_gemm.kernels.moe import slots as kernel
-
-        kernel.scatter(topk_weights.contiguous(), places.contiguous(), weights)
-    else:  # dropped slots go to one more row
-        rows = torch.where(places < 0, num_rows, places).flatten().long()
-        weights.copy_(F.pad(weights, (0, 1)).index_copy_(0, rows, topk_weights.flatten().float())[:num_rows])
-
-
-@define_op()
-def _moe_slot_values(dots: Tensor, places: Tensor, dtype: torch.dtype) -> Steps[Tensor]:
-    """``dots[places]``, (T, k) in ``dtype``, from a value for each routed row, (M,) fp32; 0 for dropped slots."""
-    values = dots.new_empty(places.shape, dtype=dtype)
-    yield values
-    if runs_kernels(dots.device):
-        from grouped_gemm.kernels.moe import slots as kernel
-
-        kernel.pick(dots.contiguous(), places.contiguous(), values)
-    else:  # dropped slots read one more value, the last one
-        values.copy_(F.pad(dots, (0, 1))[places.long()])
-
-
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
 # The same in plain torch, without host syncs.
 
 
 def _activate_backward(
-    dh_MI: Tensor, pre_MP: Tensor, row_weights: Tensor | None, activation: str, interleaved: bool, offs: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    kind, dh = ACTIVATIONS[activation], dh_MI.float()
+    dh_MI: Tensor, pre_MP: Tensor, topk_weights: Tensor | None, places: Tensor | None, activation: str,
+    interleaved: bool, offs: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    kind, num_rows, dh = ACTIVATIONS[activation], len(dh_MI), dh_MI.float()
     h = value(kind, interleaved, pre_MP.float())
-    is_used = torch.arange(len(h), device=h.device) < offs.clamp(min=0).amax()
-    dots = torch.where(is_used, (dh * h).sum(1), 0)
-    if row_weights is not None:
-        weights = row_weights.float()[:, None]
-        dh, h = weights * dh, weights * h
-    return gradients(kind, interleaved, dh, pre_MP)[0], h.to(pre_MP.dtype), dots
+    dweights = h.new_empty(0)
+    if topk_weights is not None:
+        assert places is not None, "weights are those of slots"
+        # Dropped slots go to one more row, and read it.
+        rows = torch.where(places < 0, num_rows, places).long()
+        dweights = F.pad((dh * h).sum(1), (0, 1))[rows]
+        weights = h.new_zeros(num_rows + 1).index_copy_(0, rows.flatten(), topk_weights.float().flatten())
+        dh, h = weights[:-1, None] * dh, weights[:-1, None] * h
+    return gradients(kind, interleaved, dh, pre_MP)[0], h.to(pre_MP.dtype), dweights
 
 
 def _rows_of_blocks(blocks: Tensor, num_rows: int) -> Tensor:

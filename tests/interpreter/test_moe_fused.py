@@ -104,8 +104,8 @@ class Seen(TorchDispatchMode):
         return op(*args, **kwargs or {})
 
 
-FUSED = ["moe_gated_mm", "triton_grouped_mm", "moe_combine", "moe_row_weights"]
-AFTER = ["moe_gathered_wgrad", "moe_gathered_wgrad", "triton_grouped_mm", "moe_combine", "moe_slot_values"]
+FUSED = ["moe_gated_mm", "triton_grouped_mm", "moe_combine"]
+AFTER = ["moe_gathered_wgrad", "moe_gathered_wgrad", "triton_grouped_mm", "moe_combine"]
 BACKWARD = {
     None: ["moe_gathered_mm", "moe_activate_backward", *AFTER],
     "fp8_blockwise": ["moe_quantize_tokens", "moe_gathered_mm", "moe_activate_backward_quantize", *AFTER],

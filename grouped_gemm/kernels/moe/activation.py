@@ -4,14 +4,15 @@ They read and write what `moe.activation` describes, in fp32, and round once. Ev
 `gradient_of` is launched with `OPTIONS`: without fused multiply-adds, which a compiler forms in one kernel and not in
 another, a value has the same bits in all of them.
 
-M, D, P: routed rows, intermediate features, features of pre-activations: D, or 2 D with a gate.
+M, T, k: routed rows, tokens, slots of a token. D, P: intermediate features, features of pre-activations: D, or 2 D with
+a gate.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -57,22 +58,20 @@ def activate(pre_MP: Tensor, activation: str, interleaved: bool, h_MD: Tensor) -
 
 
 def activate_backward(
-    dh_MD: Tensor, pre_MP: Tensor, row_weights: Tensor | None, activation: str, interleaved: bool,
-    offs: Tensor | None, dpre_MP: Tensor, h_MD: Tensor | None, dots: Tensor | None,
+    dh_MD: Tensor, pre_MP: Tensor, weights: Weights | None, activation: str, interleaved: bool,
+    offs: Tensor | None, dpre_MP: Tensor, h_MD: Tensor | None,
 ) -> None:  # fmt: skip
-    """Writes the gradient of ``pre``; and h times the weights of rows, and each row's <dh, h>, in a fixed order.
+    """Writes the gradient of ``pre``, h times the weights of rows, and the gradients of the weights, in a fixed order.
 
     Args:
         dh_MD: last axis contiguous.
         pre_MP: as in `activate`.
-        row_weights: (M,), contiguous: factors of ``dh`` and ``h``; None: all are 1.
+        weights: factors of ``dh`` and ``h``; None: all are 1.
         activation: as in `activate`.
         interleaved: as in `activate`.
-        offs: (E,) int32, contiguous: rows past the last group are not written, but their ``dots`` are 0. None: all rows
-            are in groups.
+        offs: (E,) int32, contiguous: rows past the last group are not written. None: all rows are in groups.
         dpre_MP: contiguous, columns as in ``pre``.
         h_MD: contiguous; None: not wanted.
-        dots: (M,) fp32; None: not wanted.
     """
     num_rows, features = dh_MD.shape
     if num_rows == 0:
@@ -82,12 +81,37 @@ def activate_backward(
     height = _BACKWARD_TILE // width
     constants = constants_of(activation, pre_MP, features, interleaved)
     constants |= {"ROWS": height, "WIDTH": width, "E_AT_ONCE": at_once(num_groups)}
+    slots, constants["K_POWER"] = arguments_of(weights)
     with on_device(pre_MP):
         launch(
             _activate_backward, (cdiv(num_rows, height),),
-            dh_MD, pre_MP, row_weights, offs, dpre_MP, h_MD, dots,
+            dh_MD, pre_MP, *slots, offs, dpre_MP, h_MD,
             num_rows, num_groups, features, dh_MD.stride(0), pre_MP.stride(0), constants=constants, **OPTIONS,
         )  # fmt: skip
+
+
+class Weights(NamedTuple):
+    """The weights of routed rows, each that of a slot, and where the gradients of slots go. All are contiguous.
+
+    Attributes:
+        values: (T, k).
+        source: (M,) int32, the token of each row; negative: none.
+        places: (T, k) int32, the row of each slot; -1: the slot was dropped.
+        gradients: (T, k), filled with <dh, h> of each slot's row, 0 for dropped slots.
+    """
+
+    values: Tensor
+    source: Tensor
+    places: Tensor
+    gradients: Tensor
+
+
+def arguments_of(weights: Weights | None) -> tuple[tuple[Tensor | int | None, ...], int]:
+    """The arguments ``weights, source, places, dweights, K`` of a kernel, and its constant K_POWER."""
+    if weights is None:
+        return (None, None, None, None, 0), 1
+    top_k = weights.places.shape[1]
+    return (*weights, top_k), next_power_of_2(top_k)
 
 
 @triton.jit
@@ -237,11 +261,29 @@ def _activate(
     tl.store(h + rows.to(tl.int64) * D + columns, value, mask=is_row & (columns < D))
 
 
-@triton.jit(do_not_specialize=["M", "E"])
+@triton.jit
+def slots_of(source, places, rows, is_row, K, K_POWER: tl.constexpr):
+    """The slots of the tokens of rows, (rows, K_POWER), as offsets in (T, k), and which of them is the row's."""
+    token = tl.load(source + rows, mask=is_row, other=-1)[:, None]
+    steps = tl.arange(0, K_POWER)[None, :]
+    slots = token.to(tl.int64) * K + steps
+    place = tl.load(places + slots, mask=(token >= 0) & (steps < K), other=-1)
+    return slots, place == rows[:, None]
+
+
+@triton.jit
+def store_dropped(places, dweights, part, M, ROWS: tl.constexpr):
+    """Zeros the gradients of dropped slots, ROWS slots in each part. There are as many slots as routed rows."""
+    slots = part * ROWS + tl.arange(0, ROWS)
+    is_dropped = tl.load(places + slots, mask=slots < M, other=0) < 0
+    tl.store(dweights + slots, tl.zeros((ROWS,), dweights.dtype.element_ty), mask=is_dropped)
+
+
+@triton.jit(do_not_specialize=["M", "E", "K"])
 def _activate_backward(
-    dh, pre, weights, offs, dpre, h, dots, M, E, D, dh_stride, pre_stride,
+    dh, pre, weights, source, places, dweights, K, offs, dpre, h, M, E, D, dh_stride, pre_stride,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, NVIDIA: tl.constexpr,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, E_AT_ONCE: tl.constexpr,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, E_AT_ONCE: tl.constexpr, K_POWER: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows, WIDTH features at a time."""
     first_row = tl.program_id(0) * ROWS
@@ -252,7 +294,9 @@ def _activate_backward(
     is_row = (rows < end)[:, None]
     at = rows.to(tl.int64)[:, None]
     if weights is not None:
-        weight = tl.load(weights + rows, mask=rows < end, other=0).to(tl.float32)[:, None]
+        store_dropped(places, dweights, tl.program_id(0), M, ROWS)
+        slots, is_slot = slots_of(source, places, rows, rows < end, K, K_POWER)
+        weight = tl.sum(tl.load(weights + slots, mask=is_slot, other=0).to(tl.float32), 1)[:, None]
     total = tl.zeros((ROWS, WIDTH), tl.float32)
     P = D if LAYOUT == "plain" else 2 * D
     for first in range(0, tl.where(first_row < end, D, 0), WIDTH):
@@ -260,14 +304,11 @@ def _activate_backward(
         mask = is_row & (columns < D)
         slope = tl.load(dh + at * dh_stride + columns, mask=mask, other=0).to(tl.float32)
         gate, up = load_pre(pre + at * pre_stride, is_row, first, D, WIDTH, LAYOUT)
-        if dots is not None or h is not None:
-            value = value_of(gate, up, ACT, LAYOUT, NVIDIA)
-        if dots is not None:
-            total += slope * value
-        if weights is not None:
-            slope *= weight
         if h is not None:
+            value = value_of(gate, up, ACT, LAYOUT, NVIDIA)
             if weights is not None:
+                total += slope * value
+                slope *= weight
                 value *= weight
             tl.store(h + at * D + columns, value.to(h.dtype.element_ty), mask=mask)
         dgate, dup = gradient_of(gate, up, slope, ACT, LAYOUT, NVIDIA)
@@ -281,5 +322,6 @@ def _activate_backward(
             tl.store(line + columns, dgate, mask=mask)
             if LAYOUT == "halves":
                 tl.store(line + D + columns, dup, mask=mask)
-    if dots is not None:
-        tl.store(dots + rows, tl.sum(total, 1), mask=rows < M)
+    if weights is not None:
+        dots = tl.sum(total, 1)[:, None].to(dweights.dtype.element_ty)
+        tl.store(dweights + slots, tl.broadcast_to(dots, slots.shape), mask=is_slot)

@@ -3,8 +3,8 @@
 They write what `quantize.fp8.quantize_activations` would write of the same tensor, bit for bit: values are rounded to
 its dtype first, also where the tensor is never stored. Twins are in `moe.steps`.
 
-T, M, D: tokens, routed rows, features: of tokens, or those between the GEMMs. P: features of pre-activations, D, or 2 D
-with a gate.
+T, k, M, D: tokens, slots of a token, routed rows, features: of tokens, or those between the GEMMs. P: features of
+pre-activations, D, or 2 D with a gate.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -20,11 +20,15 @@ from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on
 from grouped_gemm.kernels.common.scaling import inverse_of, magnitude, scale_of, to_fp8
 from grouped_gemm.kernels.moe.activation import (
     OPTIONS,
+    Weights,
     activate_backward,
+    arguments_of,
     constants_of,
     gradient_of,
     interleave,
     load_pre,
+    slots_of,
+    store_dropped,
     value_of,
 )
 from grouped_gemm.kernels.quantize.fp8 import TILE, quantize_activations, scaling_constants
@@ -63,8 +67,8 @@ def activate_quantize(
 
 
 def activate_backward_quantize(
-    dh_MD: Tensor, pre_MP: Tensor, row_weights: Tensor | None, blocks: Tensor, offs: Tensor, recipe: Recipe,
-    activation: str, interleaved: bool, dpre_MP: Tensor, h_MD: Tensor, dots: Tensor, data_MP: Tensor, scale: Tensor,
+    dh_MD: Tensor, pre_MP: Tensor, weights: Weights | None, blocks: Tensor, offs: Tensor, recipe: Recipe,
+    activation: str, interleaved: bool, dpre_MP: Tensor, h_MD: Tensor, data_MP: Tensor, scale: Tensor,
     pre_scale: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes what `activation.activate_backward` writes, and dpre quantized by rows.
@@ -74,7 +78,7 @@ def activate_backward_quantize(
     Args:
         dh_MD: last axis contiguous.
         pre_MP: last axis contiguous; bfloat16, float16 or float32, or fp8 with ``pre_scale``.
-        row_weights: (M,), contiguous; None: all are 1.
+        weights: those of rows, whose gradients are summed in an order of its own; None: all are 1.
         blocks: from `quantize.fp8.find_blocks`.
         offs: (E,) int32, contiguous.
         recipe: blockwise.
@@ -82,7 +86,6 @@ def activate_backward_quantize(
         interleaved: whether gate and up columns alternate.
         dpre_MP: contiguous, columns as in ``pre``.
         h_MD: contiguous.
-        dots: (M,) fp32: each row's <dh, value>, in an order of its own.
         data_MP: and
         scale: from `layouts.activations` of ``pre`` by rows.
         pre_scale: (M, ceil(P/128)) fp32, contiguous; None: ``pre`` is not quantized.
@@ -94,18 +97,19 @@ def activate_backward_quantize(
         if pre_scale is not None:
             fp8, pre_MP = pre_MP, dh_MD.new_empty(pre_MP.shape)
             dequantize_tokens(fp8, pre_scale, pre_MP)
-        activate_backward(dh_MD, pre_MP, row_weights, activation, interleaved, offs, dpre_MP, h_MD, dots)
+        activate_backward(dh_MD, pre_MP, weights, activation, interleaved, offs, dpre_MP, h_MD)
         nothing = dpre_MP.new_empty(0)
         quantize_activations(dpre_MP, offs, recipe, (data_MP, scale, nothing, nothing), blocks)
         return
     constants |= scaling_constants(dh_MD, recipe, data_MP.dtype) | {"SCALE_ALIGNMENT": SCALE_ALIGNMENT}
     width = TOKEN_BLOCK // 2 if constants["LAYOUT"] == "interleaved" else TOKEN_BLOCK
     constants |= {"BLOCK": TOKEN_BLOCK, "ROWS": _BACKWARD_ROWS, "WIDTH": width}
+    slots, constants["K_POWER"] = arguments_of(weights)
     with on_device(pre_MP):
         launch(
             _activate_backward_quantize, (len(blocks) * (TOKEN_BLOCK // _BACKWARD_ROWS),),
-            dh_MD, pre_MP, pre_scale, row_weights, blocks, dpre_MP, h_MD, dots, data_MP, scale,
-            features, dh_MD.stride(0), pre_MP.stride(0), data_MP.stride(0), scale.stride(0),
+            dh_MD, pre_MP, pre_scale, *slots, blocks, dpre_MP, h_MD, data_MP, scale,
+            dh_MD.shape[0], features, dh_MD.stride(0), pre_MP.stride(0), data_MP.stride(0), scale.stride(0),
             constants=constants, **OPTIONS,
         )  # fmt: skip
 
@@ -197,14 +201,17 @@ def _activate_quantize(
         )
 
 
-@triton.jit(do_not_specialize=["row_scale_stride"])
+@triton.jit(do_not_specialize=["M", "K", "row_scale_stride"])
 def _activate_backward_quantize(
-    dh, pre, pre_scales, weights, blocks, dpre, h, dots, by_row, row_scales,
-    D, dh_stride, pre_stride, row_stride, row_scale_stride,
+    dh, pre, pre_scales, weights, source, places, dweights, K, blocks, dpre, h, by_row, row_scales,
+    M, D, dh_stride, pre_stride, row_stride, row_scale_stride,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, NVIDIA: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     SCALE_ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    K_POWER: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows of one group, WIDTH features at a time."""
+    if weights is not None:
+        store_dropped(places, dweights, tl.program_id(0), M, ROWS)
     block = tl.program_id(0) // (BLOCK // ROWS)
     part = tl.program_id(0) % (BLOCK // ROWS) * ROWS
     rows_left = tl.load(blocks + 4 * block + 2) - part
@@ -216,7 +223,8 @@ def _activate_backward_quantize(
         at = (row + steps)[:, None]
         P = D if LAYOUT == "plain" else 2 * D
         if weights is not None:
-            weight = tl.load(weights + row + steps, mask=steps < rows_left, other=0).to(tl.float32)[:, None]
+            slots, is_slot = slots_of(source, places, (row + steps).to(tl.int32), steps < rows_left, K, K_POWER)
+            weight = tl.sum(tl.load(weights + slots, mask=is_slot, other=0).to(tl.float32), 1)[:, None]
         total = tl.zeros((ROWS, WIDTH), tl.float32)
         for first in range(0, D, WIDTH):
             columns = first + tl.arange(0, WIDTH)[None, :]
@@ -232,8 +240,8 @@ def _activate_backward_quantize(
                     lines + (2 * first if LAYOUT == "interleaved" else P - D + first) // BLOCK, mask=is_row, other=0
                 )
             value = value_of(gate, up, ACT, LAYOUT, NVIDIA)
-            total += slope * value
             if weights is not None:
+                total += slope * value
                 slope *= weight
                 value *= weight
             tl.store(h + at * D + columns, value.to(h.dtype.element_ty), mask=mask)
@@ -257,7 +265,9 @@ def _activate_backward_quantize(
                     dup, target + D, row_stride, scales + ((D + p) // BLOCK).to(tl.int64) * row_scale_stride, steps,
                     rows_left, D - p, LIMIT, POWER_OF_TWO, NVIDIA, SCALE_ALIGNMENT,
                 )  # fmt: skip
-        tl.store(dots + row + steps, tl.sum(total, 1), mask=steps < rows_left)
+        if weights is not None:
+            dots = tl.sum(total, 1)[:, None].to(dweights.dtype.element_ty)
+            tl.store(dweights + slots, tl.broadcast_to(dots, slots.shape), mask=is_slot)
 
 
 @triton.jit(do_not_specialize=["T"])
