@@ -299,6 +299,9 @@ def compile_gathered() -> dict[str, Any]:
     compiled["gemm gathered 16 bit, N contiguous"] = compile_gathered_mm("16 bit", c_contiguous=False)
     for lhs, whole in itertools.product((True, False), repeat=2):
         compiled[f"wgrad gathered {lhs=} {whole=}"] = compile_gathered_wgrad(lhs, whole)
+    for lhs in (True, False):
+        kernel = compile_gathered_wgrad(lhs, whole=False, accumulate=True)
+        compiled[f"wgrad gathered {lhs=}, added to the result"] = kernel
     return compiled
 
 
@@ -332,7 +335,7 @@ def compile_gathered_mm(
     return compile_kernel(gathered_mm._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
 
 
-def compile_gathered_wgrad(gathers_lhs: bool, whole: bool) -> Any:
+def compile_gathered_wgrad(gathers_lhs: bool, whole: bool, accumulate: bool = False) -> Any:
     """``whole``: tiles are stored through shared memory, in bf16; else masked, in fp32."""
     tile = gathered_wgrad.TILE
     types = {"x": "*bf16", "source": "*i32", "offs": "*i32", "out": "*bf16" if whole else "*fp32"}
@@ -342,7 +345,7 @@ def compile_gathered_wgrad(gathers_lhs: bool, whole: bool) -> Any:
     constants |= {
         "GATHERS_LHS": gathers_lhs, "CONSUMERS": tile.consumers,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,
-        "REGISTERS": tile.registers, "num_warps": 4,
+        "REGISTERS": tile.registers, "ACCUMULATE": accumulate, "num_warps": 4,
     }  # fmt: skip
     return compile_kernel(gathered_wgrad._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
 

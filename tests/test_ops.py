@@ -198,6 +198,11 @@ def moe_gathered_wgrad():
         yield f"{name}, rhs", (dy, x, source, False, offs, torch.float32)
 
 
+def moe_gathered_wgrad_add():
+    for name, (*operands, _) in moe_gathered_wgrad():
+        yield name, (torch.randn(len(operands[4]), *(x.shape[1] for x in operands[:2])), *operands)
+
+
 # For each op, a function that yields names and arguments.
 BY_HAND = {
     sample.__name__: sample
@@ -222,6 +227,7 @@ BY_HAND = {
         moe_gather,
         moe_gathered_mm,
         moe_gathered_wgrad,
+        moe_gathered_wgrad_add,
         moe_quantize_tokens,
     )
 }

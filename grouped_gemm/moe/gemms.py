@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grouped_gemm import reference
 from grouped_gemm.backends import runs_kernels
-from grouped_gemm.core.library import Steps, define_op
+from grouped_gemm.core.library import Changed, Steps, define_op
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize import layouts
@@ -123,9 +123,21 @@ def _moe_gathered_wgrad(
 
         kernel.wgrad(_aligned(lhs), _aligned(rhs), source, gathers_lhs, offs, out_EPQ)
         return
-    rows = (lhs if gathers_lhs else rhs).index_select(0, source.clamp(min=0))
-    lhs, rhs = (rows, rhs) if gathers_lhs else (lhs, rows)
-    out_EPQ.copy_(reference.wgrad(lhs, rhs, reference.group_ends(offs, source.shape[0])))
+    out_EPQ.copy_(_gathered_wgrad(lhs, rhs, source, gathers_lhs, offs))
+
+
+@define_op()
+def _moe_gathered_wgrad_add(
+    sum_EPQ: Changed, lhs: Tensor, rhs: Tensor, source: Tensor, gathers_lhs: bool, offs: Tensor
+) -> Steps[None]:
+    """Adds `moe_gathered_wgrad` to ``sum_EPQ`` (E, P, Q), float32, contiguous."""
+    yield None
+    if runs_hopper_kernels(lhs.device):
+        from grouped_gemm.kernels.moe import gathered_wgrad as kernel
+
+        kernel.wgrad(_aligned(lhs), _aligned(rhs), source, gathers_lhs, offs, sum_EPQ, accumulate=True)
+        return
+    sum_EPQ.add_(_gathered_wgrad(lhs, rhs, source, gathers_lhs, offs))
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -144,3 +156,10 @@ def _gathered_mm(
         w = reference.dequantize(w, w_scale, (1, layouts.TOKEN_BLOCK, layouts.TOKEN_BLOCK))
     rows = x.index_select(0, source.clamp(min=0))
     return reference.grouped_mm(rows, w, reference.group_ends(offs, source.shape[0]), dtype=torch.float64)
+
+
+def _gathered_wgrad(lhs: Tensor, rhs: Tensor, source: Tensor, gathers_lhs: bool, offs: Tensor) -> Tensor:
+    """The gradient (E, P, Q) in fp64."""
+    rows = (lhs if gathers_lhs else rhs).index_select(0, source.clamp(min=0))
+    lhs, rhs = (rows, rhs) if gathers_lhs else (lhs, rows)
+    return reference.wgrad(lhs, rhs, reference.group_ends(offs, source.shape[0]))

@@ -40,7 +40,15 @@ _PRODUCER_REGISTERS = gl.constexpr(56)
 _GATHERED = gl.constexpr(TILES_IN_SHARED[2])
 
 
-def wgrad(lhs: Tensor, rhs: Tensor, source: Tensor, gathers_lhs: bool, offs: Tensor, out_EPQ: Tensor) -> None:
+def wgrad(
+    lhs: Tensor,
+    rhs: Tensor,
+    source: Tensor,
+    gathers_lhs: bool,
+    offs: Tensor,
+    out_EPQ: Tensor,
+    accumulate: bool = False,
+) -> None:
     """out[e] = lhs.T @ rhs over the rows of expert e, where row m of one operand is that of token ``source[m]``.
 
     Args:
@@ -50,10 +58,12 @@ def wgrad(lhs: Tensor, rhs: Tensor, source: Tensor, gathers_lhs: bool, offs: Ten
         gathers_lhs: which operand is gathered.
         offs: (E,) int32, contiguous: the end row of each expert. Any values are safe.
         out_EPQ: the result, (E, P, Q), contiguous.
+        accumulate: whether to add to ``out_EPQ``, which is float32 then. An empty expert is neither read nor written.
     """
     num_rows, (num_groups, p, q) = source.shape[0], out_EPQ.shape
     if num_rows == 0:
-        out_EPQ.zero_()
+        if not accumulate:
+            out_EPQ.zero_()
         return
     gathered, in_order = (lhs, rhs) if gathers_lhs else (rhs, lhs)
     desc = describe_ragged(in_order, [TILE.block_k, TILE.block_n if gathers_lhs else 64])
@@ -68,7 +78,7 @@ def wgrad(lhs: Tensor, rhs: Tensor, source: Tensor, gathers_lhs: bool, offs: Ten
             constants={
                 "GATHERS_LHS": gathers_lhs, "CONSUMERS": TILE.consumers, "BLOCK_N": TILE.block_n,
                 "BLOCK_K": TILE.block_k, "STAGES": TILE.num_stages, "GROUP_M": TILE.group_m,
-                "REGISTERS": TILE.registers, "num_warps": 4,
+                "REGISTERS": TILE.registers, "ACCUMULATE": accumulate, "num_warps": 4,
             },
         )  # fmt: skip
 
@@ -132,7 +142,7 @@ def _produce(
 def _consume(
     which: gl.constexpr, lhs_bufs, rhs_bufs, out_bufs, full, empty, out_desc, offs, out, M, E, P, Q,
     GATHERS_LHS: gl.constexpr, TMA_STORE: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
@@ -164,10 +174,13 @@ def _consume(
                 acc = accumulate(acc, lhs.permute((1, 0)), rhs, step, empty, slot, STAGES)
                 slot, phase = next_slot(slot, phase, STAGES)
             acc = finish_accumulating(acc, blocks > 0, empty, slot, STAGES)
+            if ACCUMULATE:
+                p = gl.where(blocks > 0, p, P)  # an expert without rows adds nothing
             if p < P:
                 finish_tile(
-                    acc, out_bufs.index(which), out_desc, offs, offs, out, e, p, q, P, Q, "16 bit", TMA_STORE, False
-                )
+                    acc, out_bufs.index(which), out_desc, offs, offs, out, e, p, q, P, Q,
+                    "16 bit", TMA_STORE, ACCUMULATE,
+                )  # fmt: skip
             tile += gl.num_programs(0)
         first_tile += tiles_p * tiles_q
         start = end
@@ -179,7 +192,8 @@ def _consume(
 def _kernel(
     x, desc, out_desc, source, offs, out, M, E, P, Q, x_stride,
     GATHERS_LHS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr, ACCUMULATE: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     TMA_STORE: gl.constexpr = out_desc is not None
     if out_desc is None:  # a placeholder: arguments of a warpgroup must be values
@@ -196,9 +210,9 @@ def _kernel(
     gl.static_assert(CONSUMERS == 2)
     gl.warp_specialize([
         (_consume, (0, lhs_bufs, rhs_bufs, out_bufs, full, empty, out_desc, offs, out, M, E, P, Q,
-            GATHERS_LHS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
+            GATHERS_LHS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M, ACCUMULATE)),
         (_consume, (1, lhs_bufs, rhs_bufs, out_bufs, full, empty, out_desc, offs, out, M, E, P, Q,
-            GATHERS_LHS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
+            GATHERS_LHS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M, ACCUMULATE)),
         (_produce, (x, desc, lhs_bufs, rhs_bufs, full, empty, source, offs, M, E, P, Q, x_stride,
             GATHERS_LHS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
     ], [4, _COPY_WARPS], [REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip
