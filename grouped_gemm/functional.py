@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm import reference
+from grouped_gemm import reference, weight_gradients
 from grouped_gemm.autograd import GroupedMM, GroupedWgrad, layouts, run_forward, weights_for
 from grouped_gemm.core import vmap
 from grouped_gemm.core.dense import dense_weights, materialized
@@ -24,7 +24,7 @@ from grouped_gemm.selection import checks, dtensor
 from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.route import decision_of, recall, remember, route_of
 from grouped_gemm.selection.spec import autocast, describe, describe_weights, needs_gradient
-from grouped_gemm.weight_gradients import destination_of, is_delaying
+from grouped_gemm.weight_gradients import destination_of
 
 
 def grouped_mm(
@@ -82,9 +82,8 @@ def grouped_mm(
     if not torch.compiler.is_compiling() and vmap.is_transformed():
         call = functools.partial(_grouped_mm, options, accumulate_main_grad=accumulate_main_grad)
         return vmap.each_sample(call, a, b, offs, bias)
-    if torch.compiler.is_compiling() and (accumulate_main_grad or is_delaying()):
-        _break_graphs()
-        return _outside_of_graphs(options, a, b, offs, bias, plan, accumulate_main_grad)
+    if weight_gradients.leaves_graphs(accumulate_main_grad):
+        return weight_gradients.outside_of_graphs(_grouped_mm, options, a, b, offs, bias, plan, accumulate_main_grad)
     return _grouped_mm(options, a, b, offs, bias, plan, accumulate_main_grad)
 
 
@@ -128,20 +127,6 @@ def _grouped_mm(
         return run_forward(a, b, bias, groups, route)[0]
     vmap.check_differentiable()
     return GroupedMM.apply(a, b, bias, groups, route, destination)
-
-
-_outside_of_graphs = _grouped_mm  # becomes a function that Dynamo breaks the graph for
-
-
-def _break_graphs() -> None:
-    """Makes `_outside_of_graphs` what it says. While tracing: before, it would import all of Dynamo."""
-    global _outside_of_graphs
-    if _outside_of_graphs is _grouped_mm:
-        reason = "grouped_mm with accumulate_main_grad or in delay_wgrad runs outside of graphs"
-        _outside_of_graphs = torch.compiler.disable(_grouped_mm, reason=reason)
-
-
-_break_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `route._decided`
 
 
 def explain(

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -38,16 +38,17 @@ class WgradDestination:
         weights: what autograd differentiates.
         parameter: the leaf whose ``main_grad`` the gradient is added to; None: autograd gets it.
         queue: where it waits until `WgradQueue.backward_dw`; None: it is computed in backward.
+        name: what error messages call the weights.
     """
 
-    def __init__(self, weights: Tensor, parameter: Tensor | None, queue: WgradQueue | None) -> None:
-        self.weights, self.parameter, self.queue = weights, parameter, queue
+    def __init__(self, weights: Tensor, parameter: Tensor | None, queue: WgradQueue | None, name: str) -> None:
+        self.weights, self.parameter, self.queue, self._name = weights, parameter, queue, name
 
     def run(self, compute: Compute) -> Tensor | None:
         """Computes the gradient. Returns what autograd gets."""
         if self.parameter is None:
             return compute(None)
-        total = _main_grad_like(self.weights, self.parameter)
+        total = _main_grad_like(self.weights, self.parameter, self._name)
         compute(total)
         torch.autograd.graph.increment_version(total)
         self.parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
@@ -130,12 +131,42 @@ def is_delaying() -> bool:
     return _surrounding.queue is not None
 
 
-def destination_of(weights: Tensor | QuantizedWeights, accumulate_main_grad: bool) -> WgradDestination | None:
+def leaves_graphs(accumulate_main_grad: bool) -> bool:
+    """Whether `outside_of_graphs` has to run this call: Dynamo traces it, and its backward sets attributes of
+    parameters or fills a queue."""
+    if not torch.compiler.is_compiling() or not (accumulate_main_grad or is_delaying()):
+        return False
+    _break_graphs()
+    return True
+
+
+def _run(call: Callable[..., Tensor], *args: Any) -> Tensor:
+    return call(*args)
+
+
+outside_of_graphs = _run  # becomes a function that Dynamo breaks the graph for
+
+
+def _break_graphs() -> None:
+    """Makes `outside_of_graphs` what it says. While tracing: before, it would import all of Dynamo."""
+    global outside_of_graphs
+    if outside_of_graphs is _run:
+        reason = "a call with accumulate_main_grad or in delay_wgrad runs outside of graphs"
+        outside_of_graphs = torch.compiler.disable(_run, reason=reason)
+
+
+_break_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see `route._decided`
+
+
+def destination_of(
+    weights: Tensor | QuantizedWeights, accumulate_main_grad: bool, name: str = "b"
+) -> WgradDestination | None:
     """Where the gradient of ``weights`` goes; None: to autograd, in backward, or it is not needed.
 
     Args:
         weights: as the caller passed them, (E, K, N) or (E, N, K).
         accumulate_main_grad: whether it is added to the parameter's ``main_grad``.
+        name: what error messages call the weights.
 
     Raises:
         TypeError: ``accumulate_main_grad`` is not a bool.
@@ -149,10 +180,10 @@ def destination_of(weights: Tensor | QuantizedWeights, accumulate_main_grad: boo
         return None
     parameter = weights if weights._base is None else weights._base
     if accumulate_main_grad:
-        _main_grad_like(weights, parameter)  # raises here what backward would raise
-        return WgradDestination(weights, parameter, queue)
+        _main_grad_like(weights, parameter, name)  # raises here what backward would raise
+        return WgradDestination(weights, parameter, queue, name)
     if parameter.is_leaf and type(weights) in _PLAIN and type(parameter) in _PLAIN:
-        return WgradDestination(weights, None, queue)
+        return WgradDestination(weights, None, queue, name)
     return None
 
 
@@ -169,19 +200,31 @@ def deliver_wgrad(destination: WgradDestination | None, dy: Tensor, compute: Com
     """
     if destination is None:
         return compute(None)
-    if torch.is_grad_enabled() or vmap.is_batched(dy):
-        found = "create_graph=True" if torch.is_grad_enabled() else "batched gradients"
-        raise RuntimeError(
-            f"grouped_mm: expected a plain backward with accumulate_main_grad or delay_wgrad; found {found}; leave "
-            "both out where gradients are differentiated or batched"
-        )
+    check_backward(dy)
     if destination.queue is None:
         return destination.run(compute)
     destination.queue.append(destination, compute)
     return None
 
 
-def _main_grad_like(weights: Tensor, parameter: Tensor) -> Tensor:
+def check_backward(dy: Tensor) -> None:
+    """Checks that the gradient of weights with a destination may be delivered there.
+
+    Args:
+        dy: the gradient that backward was called with.
+
+    Raises:
+        RuntimeError: ``create_graph`` is True, or gradients are batched.
+    """
+    if torch.is_grad_enabled() or vmap.is_batched(dy):
+        found = "create_graph=True" if torch.is_grad_enabled() else "batched gradients"
+        raise RuntimeError(
+            f"backward: expected a plain one with accumulate_main_grad or delay_wgrad; found {found}; leave both out "
+            "where gradients are differentiated or batched"
+        )
+
+
+def _main_grad_like(weights: Tensor, parameter: Tensor, name: str) -> Tensor:
     """The ``main_grad`` of ``parameter``, viewed as ``weights`` view the parameter.
 
     Raises:
@@ -205,7 +248,7 @@ def _main_grad_like(weights: Tensor, parameter: Tensor) -> Tensor:
         else:
             found += f", computed by {parameter.grad_fn}"
         expected = "all of a contiguous leaf parameter, (E, K, N) or transposed, with accumulate_main_grad"
-        checks.fail("b", expected, found)
+        checks.fail(name, expected, found)
     total = getattr(parameter, "main_grad", None)
     if (
         not isinstance(total, Tensor)
@@ -218,7 +261,7 @@ def _main_grad_like(weights: Tensor, parameter: Tensor) -> Tensor:
         found = "none"
         if isinstance(total, Tensor):
             found = f"{dtype_name(total.dtype)}, {tuple(total.shape)} with strides {total.stride()} on {total.device}"
-        checks.fail("main_grad of b", expected, found)
+        checks.fail(f"main_grad of {name}", expected, found)
     if weights.is_contiguous():
         return total.view(weights.shape)
     num_groups, k, n = weights.shape
