@@ -263,15 +263,20 @@ def test_an_explanation_names_the_implementation_and_why_nothing_is_fused():
         explain_experts(*arguments, recipe="fp4")
 
 
-def test_nothing_is_fused_where_weight_gradients_go_elsewhere_or_wait(monkeypatch):
+def test_layers_are_fused_where_weight_gradients_go_elsewhere_or_wait(monkeypatch):
     monkeypatch.setattr(fused, "_runs_on", lambda device: True)
-    inputs = Inputs(torch.bfloat16, biases=False)
-    arguments = inputs.x, inputs.ids, inputs.weights, inputs.gate_up, inputs.down
-    reason = "expected neither accumulate_main_grad nor delay_wgrad; found one of them"
-    assert reason in explain_experts(*arguments, accumulate_main_grad=True)
+    ids, options = torch.zeros(3, 2, dtype=torch.int64), {"implementation": "grouped_mm"}
+    operands = torch.zeros(3, 64), ids, torch.zeros(3, 2), torch.zeros(2, 64, 64), torch.zeros(2, 64, 32)
+    narrow = [x.bfloat16() if x.is_floating_point() else x for x in operands]
+    assert "wgrads gather their rows; dgrad" in explain_experts(*narrow, **options)
+    assert "wgrads gather their rows and add to main_grad;" in explain_experts(*narrow, accumulate_main_grad=True)
     with delay_wgrad():
-        assert reason in explain_experts(*arguments, implementation="grouped_mm")
-    assert reason not in explain_experts(*arguments, implementation="grouped_mm")
+        assert explain_experts(*narrow, **options).startswith("implementation grouped_mm, fused")
+    assert "expected contiguous bfloat16 tensors" in explain_experts(*operands, accumulate_main_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "add to main_grad" in explain_experts(*operands, accumulate_main_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        assert "expected contiguous bfloat16 tensors" in explain_experts(*operands, accumulate_main_grad=True)
 
 
 @pytest.mark.parametrize("recipe, forward, backward", (

@@ -72,7 +72,7 @@ def experts_forward(
             their dtype; "recipe" keeps both in fp8 if the recipe is blockwise, which halves the memory, and gradients
             are those of the rounded values (docs/numerics.md). Elsewhere it makes no difference.
         accumulate_main_grad: as in `grouped_mm`, for ``gate_up`` and ``down``. It needs the implementation
-            "grouped_mm", which "auto" then picks, and which fuses nothing then.
+            "grouped_mm", which "auto" then picks.
 
     Returns:
         (T, H) in the dtype of ``x``.
@@ -214,7 +214,7 @@ def _autocast(x: Tensor, experts: ExpertWeights) -> tuple[Tensor, ExpertWeights]
     first = [autocast(x, w, bias)[1:] for w, bias in zip(experts.first, experts.first_biases)]
     x, down, down_bias = autocast(x, experts.down, experts.down_bias)
     weights, biases = zip(*first)
-    if experts.accumulate_main_grad or is_delaying():  # `grouped_mm` has to see the parameters, and casts them itself
+    if experts.accumulate_main_grad or is_delaying():  # backward has to find the parameters: the GEMMs cast them
         weights, down = experts.first, experts.down
     return x, replace(experts, first=weights, first_biases=biases, down=down, down_bias=down_bias)
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grouped_gemm import weight_cache
+from grouped_gemm import weight_cache, weight_gradients
 from grouped_gemm.backends import get_backend
 from grouped_gemm.core.dense import dense_rows
 from grouped_gemm.core.library import ops
@@ -36,7 +36,7 @@ from grouped_gemm.moe import gemms, steps  # noqa: F401  (steps defines ops)
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, run_composed
 from grouped_gemm.moe.routing import Routing
-from grouped_gemm.weight_gradients import is_delaying
+from grouped_gemm.weight_gradients import WgradDestination, check_backward, deliver_wgrad, destination_of
 
 _RECIPES = (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 _GATE_BLOCK = 128  # columns of h in a tile of the GEMM of gate and up, and values of a block of scales
@@ -53,8 +53,6 @@ def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
     gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
     if not _runs_on(x.device):
         return f"expected a Hopper GPU where Triton works; found {x.device}"
-    if experts.accumulate_main_grad or is_delaying():
-        return "expected neither accumulate_main_grad nor delay_wgrad; found one of them"
     preference, _ = resolve(KernelPreference.parse(experts.kernel_preference), surrounding.kernel_preference)
     if preference is not KernelPreference.AUTO and preference is not KernelPreference.TRITON:
         return f"expected kernel_preference auto or triton; found {preference.value}"
@@ -91,7 +89,9 @@ def _recipe_of(experts: ExpertWeights) -> Recipe:
 def _is_readable(w: Weights) -> bool:
     if isinstance(w, QuantizedWeights):
         return w.forward_backend is BackendKind.TRITON and w.dgrad_backend in (None, BackendKind.TRITON)
-    if type(w) not in _PLAIN or w.dtype != torch.bfloat16 or not w.is_contiguous():
+    if type(w) not in _PLAIN or not w.is_contiguous():
+        return False
+    if w.dtype != torch.bfloat16 and not torch.is_autocast_enabled(w.device.type):  # `_apply` casts to the dtype of x
         return False
     return torch.compiler.is_compiling() or not w.is_neg()  # compiled code goes through the dispatcher
 
@@ -108,7 +108,8 @@ def explain(experts: ExpertWeights) -> str:
     recipe, act = _recipe_of(experts), experts.activation.name
     inner = experts.down.shape[1 if isinstance(experts.down, QuantizedWeights) else 2]
     gate = f"gate-up gathers its rows and applies {act}"
-    forward, backward = [gate], ["dgrad of down gathers rows of dY", f"gradient of {act}", "wgrads gather their rows"]
+    wgrads = "wgrads gather their rows" + (" and add to main_grad" if experts.accumulate_main_grad else "")
+    forward, backward = [gate], ["dgrad of down gathers rows of dY", f"gradient of {act}", wgrads]
     if recipe.is_scaled:
         gated = _can_gate(inner, recipe, experts.interleaved)
         forward = [f"{gate} and quantizes h"] if gated else ["gate-up gathers its rows", f"{act} quantizes h"]
@@ -129,28 +130,44 @@ def run_sorted(rows: Tensor, row_weights: Tensor | None, experts: ExpertWeights,
     """The experts on rows in expert order, (M, H), where `can_run`. Arguments as of `sorted_experts`, checked."""
     source = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
     if row_weights is None:
-        return _apply(rows, None, experts, offs, source, None)
+        return _run(rows, None, experts, offs, source, None)
     places = torch.where(source < offs.amax(), source, -1).unsqueeze(1)  # as the kernels take ends out of order
-    return _apply(rows, row_weights.unsqueeze(1), experts, offs, source, places)
+    return _run(rows, row_weights.unsqueeze(1), experts, offs, source, places)
 
 
 def run(x: Tensor, topk_weights: Tensor, experts: ExpertWeights, routing: Routing) -> Tensor:
     """The layer, (T, H), where `can_run`. Arguments as of `experts_forward`, checked."""
-    return _apply(x, topk_weights, experts, *routing)
+    return _run(x, topk_weights, experts, *routing)
+
+
+def _run(
+    x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights, offs: Tensor, source: Tensor, places: Tensor | None
+) -> Tensor:
+    """``places`` is None where each token has one row, and rows are results."""
+    if weight_gradients.leaves_graphs(experts.accumulate_main_grad):
+        return weight_gradients.outside_of_graphs(_apply, x, topk_weights, experts, offs, source, places)
+    return _apply(x, topk_weights, experts, offs, source, places)
 
 
 def _apply(
     x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights, offs: Tensor, source: Tensor, places: Tensor | None
 ) -> Tensor:
-    """``places`` is None where each token has one row, and rows are results."""
+    """`_run`, outside of graphs if the gradients of weights have a destination."""
     gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
+    destinations = (
+        destination_of(gate_up, experts.accumulate_main_grad, "gate_up"),
+        destination_of(down, experts.accumulate_main_grad, "down"),
+    )
+    gate_up, down = [w.to(x.dtype) if isinstance(w, Tensor) else w for w in (gate_up, down)]  # as autocast does
     leaves = [leaf for leaf in (x, topk_weights, gate_up, down) if isinstance(leaf, Tensor)]
     keep = "nothing"
     if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):
         keep = experts.keep if recipe.is_scaled else "full"
     settings = recipe, experts.activation.name, experts.interleaved, keep
     topk_weights = None if topk_weights is None else dense_rows(topk_weights)
-    y: Tensor = _FusedExperts.apply(dense_rows(x), topk_weights, gate_up, down, offs, source, places, settings)
+    y: Tensor = _FusedExperts.apply(
+        dense_rows(x), topk_weights, gate_up, down, offs, source, places, settings, destinations
+    )
     return y
 
 
@@ -182,8 +199,13 @@ class _FusedExperts(torch.autograd.Function):
         source: Tensor,
         places: Tensor | None,
         settings: tuple[Recipe, str, bool, str],
+        destinations: tuple[WgradDestination | None, WgradDestination | None],
     ) -> Tensor:
-        """y (T, H). ``settings``: recipe, activation, interleaved, and what to keep, see `moe_gated_mm`."""
+        """y (T, H).
+
+        ``settings``: recipe, activation, interleaved, and what to keep, see `moe_gated_mm`. ``destinations``: of the
+        gradients of gate_up and down.
+        """
         recipe, activation, interleaved, keep = settings
         dgrad = keep != "nothing" and recipe.is_scaled
         gate_up_forward, gate_up_dgrad = _layouts(gate_up, recipe, dgrad)
@@ -211,7 +233,7 @@ class _FusedExperts(torch.autograd.Function):
                 weights = dense(gate_up), None, dense(down), None
             kept = (tokens, scale, pre, pre_scale) if keep == "recipe" else (x, None, pre, None)
             ctx.save_for_backward(*kept, topk_weights, offs, source, places, *weights)
-        ctx.settings, ctx.dtype = settings, x.dtype
+        ctx.settings, ctx.dtype, ctx.destinations = settings, x.dtype, destinations
         return y_rows if places is None else ops.moe_combine(y_rows, topk_weights, places)
 
     @staticmethod
@@ -219,16 +241,16 @@ class _FusedExperts(torch.autograd.Function):
         """Gradients of x, topk_weights, gate_up and down."""
         gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
         with batched_gradient(dy):
-            return (*gradients(ctx, dense_rows(dy)), None, None, None, None)
+            return (*gradients(ctx, dense_rows(dy)), None, None, None, None, None)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, x_scale, pre, pre_scale, topk_weights, offs, source, places, *weights = ctx.saved_tensors
     gate_up, gate_up_scale, down, down_scale = weights
-    recipe, activation, interleaved, _ = ctx.settings
+    (recipe, activation, interleaved, _), dtype = ctx.settings, ctx.dtype
     needs_x, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:4]
     tokens, scale = ops.moe_quantize_tokens(dy, recipe.value) if recipe.is_scaled else (dy, None)
-    dh = ops.moe_gathered_mm(tokens, scale, source, down, down_scale, offs, ctx.dtype)
+    dh = ops.moe_gathered_mm(tokens, scale, source, down, down_scale, offs, dtype)
     dpre_scale = None
     if recipe.is_scaled:
         blocks = token_blocks(offs, source.shape[0])
@@ -240,15 +262,26 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             dh, pre, topk_weights, source, places, activation, interleaved, offs
         )
         dpre_rows = dpre
+
+    def wgrad(lhs: Tensor, rhs: Tensor, gathers_lhs: bool, total: Tensor | None) -> Tensor | None:
+        if total is None:
+            return ops.moe_gathered_wgrad(lhs, rhs, source, gathers_lhs, offs, dtype)
+        ops.moe_gathered_wgrad_add(total, lhs, rhs, source, gathers_lhs, offs)
+        return None
+
+    def gate_up_wgrad(total: Tensor | None) -> Tensor | None:
+        tokens = x if x_scale is None else ops.moe_dequantize_tokens(x, x_scale, dtype)
+        return wgrad(dpre, tokens, False, total)
+
     dx = dgate_up = ddown = None
+    gate_up_destination, down_destination = ctx.destinations
     if needs_down:
-        ddown = ops.moe_gathered_wgrad(dy, h, source, True, offs, ctx.dtype)
+        ddown = deliver_wgrad(down_destination, dy, lambda total: wgrad(dy, h, True, total))
     if needs_gate_up:
-        x = x if x_scale is None else ops.moe_dequantize_tokens(x, x_scale, ctx.dtype)
-        dgate_up = ops.moe_gathered_wgrad(dpre, x, source, False, offs, ctx.dtype)
+        dgate_up = deliver_wgrad(gate_up_destination, dy, gate_up_wgrad)
     if needs_x:
         rhs = gate_up, gate_up_scale
-        dx_rows = ops.triton_grouped_mm(dpre_rows, dpre_scale, *rhs, None, offs, recipe.value, ctx.dtype)
+        dx_rows = ops.triton_grouped_mm(dpre_rows, dpre_scale, *rhs, None, offs, recipe.value, dtype)
         dx = dx_rows if places is None else ops.moe_combine(dx_rows, None, places)
     return dx, dweights if needs_weights else None, dgate_up, ddown
 
@@ -257,7 +290,7 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     """`_gradients` for ``create_graph=True``: those of the composed layer, which has derivatives of any order.
 
     Raises:
-        RuntimeError: the recipe quantizes operands.
+        RuntimeError: the recipe quantizes operands, or gradients of weights have a destination.
     """
     recipe, activation, interleaved, _ = ctx.settings
     if recipe.is_scaled:
@@ -265,6 +298,8 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
             f"experts_forward: expected create_graph=False with recipe {recipe.value}; found True. "
             "Rounding to fp8 has no second derivative: use recipe=None where second derivatives are needed."
         )
+    if ctx.destinations != (None, None):
+        check_backward(dy)
     x, _, _, _, topk_weights, offs, source, places, gate_up, _, down, _ = ctx.saved_tensors
     inputs = x, topk_weights, gate_up, down
     kind = ACTIVATIONS[activation]

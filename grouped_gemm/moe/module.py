@@ -30,7 +30,7 @@ class Experts(torch.nn.Module):
         accumulate_main_grad: as in `experts_forward`.
         delay_wgrad: whether the gradients of ``gate_up`` and ``down`` wait until `backward_dw`, as in
             `grouped_gemm.delay_wgrad`. The implementations "batched_mm" and "eager", and "auto" for a few tokens, need
-            not wait. Nothing is fused then.
+            not wait.
         device: of the parameters.
         dtype: of the parameters; bfloat16, float16 or float32.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from grouped_gemm import quantize_weights
+from grouped_gemm import WgradQueue, delay_wgrad, quantize_weights
 from grouped_gemm.moe import experts_forward, fused, sorted_experts
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.testing import relative_error
@@ -341,3 +343,237 @@ def test_weights_of_slots_in_any_layout():
     wide[:, ::2] = inputs.weights.detach()
     for weights in (inputs.weights.detach().t().contiguous().t(), wide[:, ::2]):
         assert_equal([inputs.run([inputs.x, weights, inputs.gate_up, inputs.down])], [y], ("y",))
+
+
+# Gradients in main_grad, and later
+
+KEPT: dict[str, tuple[dict[str, Any], float]] = {
+    "bf16": ({}, BF16),
+    "fp8": ({"recipe": "fp8_blockwise"}, FP8),
+    "fp8, kept in fp8": ({"recipe": "fp8_blockwise", "keep": "recipe"}, 1.2 * FP8),
+}
+
+
+def give_main_grads(inputs: Inputs) -> None:
+    """Expert 1, which gets no token, has NaN in its ``main_grad``: nothing may read or write it."""
+    generator = torch.Generator().manual_seed(1)
+    for w in (inputs.gate_up, inputs.down):
+        w.main_grad = torch.randn(w.shape, generator=generator)
+        w.main_grad[1] = torch.nan
+
+
+def main_grads(inputs: Inputs) -> list[Tensor]:
+    return [w.main_grad.nan_to_num(nan=-7.0) for w in (inputs.gate_up, inputs.down)]
+
+
+def step(inputs: Inputs, **options: Any) -> list[Tensor]:
+    """y, and the gradients of x and of the weights of slots, of a backward into ``grad``."""
+    inputs.x.grad = inputs.weights.grad = None
+    y = inputs.run(**options)
+    y.backward(inputs.dy.to(y.dtype))
+    return [y.detach(), inputs.x.grad, inputs.weights.grad]
+
+
+@pytest.mark.parametrize("options, tolerance", KEPT.values(), ids=KEPT)
+def test_main_grads_get_the_gradients_of_two_micro_batches(options, tolerance):
+    inputs = Inputs(128)
+    give_main_grads(inputs)
+    weights, before = (inputs.gate_up, inputs.down), main_grads(inputs)
+    versions = [w.main_grad._version for w in weights]
+    with Seen() as seen:
+        results = [step(inputs, accumulate_main_grad=True, **options) for _ in range(2)]
+    assert seen.names.count("moe_gathered_wgrad_add") == 4 and "moe_gathered_wgrad" not in seen.names
+    added = [found - start for found, start in zip(main_grads(inputs), before)]
+    assert not any(x[1].any() for x in added)
+    for result in results:
+        assert_near([*result, *(x / 2 for x in added)], inputs.truth(), tolerance)
+    for w, version in zip(weights, versions):
+        assert w.grad is None and w.grad_added_to_main_grad and w.main_grad._version > version
+
+
+def test_main_grads_are_not_rounded_to_the_dtype_of_the_weights():
+    inputs = Inputs(128)
+    give_main_grads(inputs)
+    for w in (inputs.gate_up, inputs.down):
+        w.main_grad.zero_()
+    *expected, gate_up, down = inputs.train()
+    assert_equal(step(inputs, accumulate_main_grad=True), expected, ("y", *NAMES[:2]))
+    for w, gradient in zip((inputs.gate_up, inputs.down), (gate_up, down)):
+        assert torch.equal(w.main_grad.bfloat16(), gradient) and not torch.equal(w.main_grad, gradient.float())
+
+
+@pytest.mark.parametrize(
+    "options, accumulates",
+    [({}, False), *((options, True) for options, _ in KEPT.values())],
+    ids=("bf16, into grad", *KEPT),
+)
+def test_gradients_that_wait_have_the_same_bits(options, accumulates):
+    inputs, later = Inputs(128), Inputs(128)
+    for one in (inputs, later):
+        give_main_grads(one)
+    options = {**options, "accumulate_main_grad": accumulates}
+    expected = step(inputs, **options)
+    with delay_wgrad() as queue:
+        found = step(later, **options)
+    assert_equal(found, expected, ("y", *NAMES[:2]))
+    assert later.gate_up.grad is None and later.down.grad is None and len(queue) == 2
+    assert not hasattr(later.down, "grad_added_to_main_grad")
+    queue.backward_dw()
+    assert_equal(main_grads(later), main_grads(inputs), NAMES[2:])
+    if not accumulates:
+        assert_equal([later.gate_up.grad, later.down.grad], [inputs.gate_up.grad, inputs.down.grad], NAMES[2:])
+
+
+def test_what_waits_keeps_x_in_fp8_and_no_context():
+    inputs, kept = Inputs(128), []
+
+    class Watched(WgradQueue):
+        def append(self, destination: Any, compute: Any) -> None:
+            kept.append({name: cell.cell_contents for name, cell in zip(compute.__code__.co_freevars, cells(compute))})
+            super().append(destination, compute)
+
+    def cells(function: Any) -> tuple[Any, ...]:
+        return function.__closure__ or ()
+
+    with delay_wgrad(Watched()):
+        step(inputs, recipe="fp8_blockwise", keep="recipe")
+    assert [sorted(names) for names in kept] == [["dy", "h", "wgrad"], ["dpre", "dtype", "wgrad", "x", "x_scale"]]
+    assert kept[1]["x"].dtype == torch.float8_e4m3fn
+    assert sorted(kept[0]["wgrad"].__code__.co_freevars) == ["dtype", "offs", "source"]
+
+
+CHECKPOINTED: dict[str, tuple[bool, bool, dict[str, Any]]] = {
+    "block around it": (False, False, {}),
+    "block around it, reentrant": (False, True, {"accumulate_main_grad": True}),
+    "block inside of it": (True, False, {"accumulate_main_grad": True}),
+    "block inside of it, reentrant": (True, True, {}),
+    "fp8": (False, False, {"accumulate_main_grad": True, "recipe": "fp8_blockwise", "keep": "recipe"}),
+}
+
+
+@pytest.mark.parametrize("inside, use_reentrant, options", CHECKPOINTED.values(), ids=CHECKPOINTED)
+def test_a_checkpointed_layer(inside, use_reentrant, options):
+    """A reentrant checkpoint builds the graph in backward, outside of a block that is around the checkpoint."""
+    inputs, later, queue = Inputs(128), Inputs(128), WgradQueue()
+    for one in (inputs, later):
+        give_main_grads(one)
+    expected = step(inputs, **options)
+
+    def run(x: Tensor, weights: Tensor) -> Tensor:
+        with delay_wgrad(queue) if inside else nullcontext():
+            return later.run([x, weights, later.gate_up, later.down], **options)
+
+    with nullcontext() if inside else delay_wgrad(queue):
+        y = checkpoint(run, later.x, later.weights, use_reentrant=use_reentrant)
+    y.backward(later.dy)
+    assert len(queue) == (0 if use_reentrant and not inside else 2)
+    queue.backward_dw()
+    assert_equal([y.detach(), later.x.grad, later.weights.grad], expected, ("y", *NAMES[:2]))
+    assert_equal(main_grads(later), main_grads(inputs), NAMES[2:])
+    if "accumulate_main_grad" not in options:
+        assert_equal([later.gate_up.grad, later.down.grad], [inputs.gate_up.grad, inputs.down.grad], NAMES[2:])
+
+
+@pytest.mark.parametrize("delays", (False, True))
+def test_autocast_casts_weights_whose_main_grad_gets_the_gradient(delays):
+    inputs, wide = Inputs(128), Inputs(128)
+    wide.gate_up, wide.down = (w.detach().float().requires_grad_() for w in (wide.gate_up, wide.down))
+    for one in (inputs, wide):
+        give_main_grads(one)
+    expected = step(inputs, accumulate_main_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), delay_wgrad() if delays else nullcontext(WgradQueue()) as queue:
+        found = step(wide, accumulate_main_grad=True)
+    assert_equal(found, expected, ("y", *NAMES[:2]))
+    queue.backward_dw()
+    assert_equal(main_grads(wide), main_grads(inputs), NAMES[2:])
+    assert wide.down.grad is None
+
+
+def test_autocast_weights_that_wait():
+    inputs, wide = Inputs(128), Inputs(128)
+    wide.gate_up, wide.down = (w.detach().float().requires_grad_() for w in (wide.gate_up, wide.down))
+    _, _, _, *expected = inputs.train()
+    with torch.autocast("cpu", torch.bfloat16), delay_wgrad() as queue:
+        step(wide)
+    queue.backward_dw()
+    assert_equal([wide.gate_up.grad, wide.down.grad], [x.float() for x in expected], NAMES[2:])
+
+
+@pytest.mark.parametrize("delays", (False, True))
+def test_a_compiled_layer_whose_gradients_go_elsewhere_runs_outside_of_graphs(delays):
+    torch._dynamo.reset()
+    inputs, compiled, queue = Inputs(72), Inputs(72), WgradQueue()
+    for one in (inputs, compiled):
+        give_main_grads(one)
+    options = {"accumulate_main_grad": not delays}
+    expected = step(inputs, **options)
+
+    def layer(fullgraph: bool = False) -> Tensor:
+        run = functools.partial(compiled.run, **options)
+        with delay_wgrad(queue) if delays else nullcontext():
+            return torch.compile(lambda: 2 * run(), backend="aot_eager", fullgraph=fullgraph)()
+
+    y = layer()
+    y.backward(compiled.dy / 2)
+    assert len(queue) == 2 * delays
+    queue.backward_dw()
+    assert_equal([y.detach() / 2, compiled.x.grad, compiled.weights.grad], expected, ("y", *NAMES[:2]))
+    assert_equal(main_grads(compiled), main_grads(inputs), NAMES[2:])
+    if delays:
+        assert_equal([compiled.gate_up.grad, compiled.down.grad], [inputs.gate_up.grad, inputs.down.grad], NAMES[2:])
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="accumulate_main_grad or in delay_wgrad runs outside of graphs"):
+        layer(fullgraph=True)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("delays", (False, True))
+def test_gradients_of_gradients_and_batched_gradients_have_no_destination(delays):
+    inputs, queue = Inputs(72), WgradQueue()
+    give_main_grads(inputs)
+    before = main_grads(inputs)
+    with delay_wgrad(queue) if delays else nullcontext():
+        y = inputs.run(accumulate_main_grad=not delays)
+    with pytest.raises(RuntimeError, match="found create_graph=True"):
+        torch.autograd.grad(y.sum(), inputs.leaves, create_graph=True)
+    batch = torch.stack((inputs.dy, inputs.dy))
+    with pytest.raises(RuntimeError, match="found batched gradients"):
+        torch.autograd.grad(y, inputs.x, batch, is_grads_batched=True, retain_graph=True)
+    assert len(queue) == 0
+    assert_equal(main_grads(inputs), before, NAMES[2:])
+
+
+@pytest.mark.parametrize("name", NAMES[2:])
+def test_weights_without_a_main_grad_are_named(name):
+    inputs = Inputs(72)
+    give_main_grads(inputs)
+    del getattr(inputs, name).main_grad
+    with pytest.raises(ValueError, match=f"main_grad of {name}: expected float32, contiguous, .*; found none"):
+        inputs.run(accumulate_main_grad=True)
+    setattr(inputs, name, 2 * getattr(inputs, name))
+    with pytest.raises(ValueError, match=f"^{name}: expected all of a contiguous leaf parameter"):
+        inputs.run(accumulate_main_grad=True)
+
+
+def test_computed_weights_do_not_wait():
+    inputs = Inputs(72)
+    with delay_wgrad() as queue:
+        y = inputs.run([inputs.x, inputs.weights, 2 * inputs.gate_up, inputs.down])
+    y.backward(inputs.dy)
+    assert inputs.gate_up.grad.any() and inputs.down.grad is None and len(queue) == 1
+
+
+def test_views_of_parameters_and_rows_in_expert_order():
+    inputs, offs = Inputs(128, num_tokens=40), torch.tensor([13, 13, 37], dtype=torch.int32)
+    gate_up, down = (torch.nn.Parameter(w.detach().flatten()) for w in (inputs.gate_up, inputs.down))
+    weights = gate_up.view(inputs.gate_up.shape), down.view(inputs.down.shape)
+    right = torch.autograd.grad(sorted_experts(inputs.x, offs, *weights), (gate_up, down), inputs.dy)
+    for w in (gate_up, down):
+        w.main_grad = torch.zeros(w.shape)
+    with delay_wgrad() as queue:
+        y = sorted_experts(inputs.x, offs, *weights, accumulate_main_grad=True)
+    y.backward(inputs.dy)
+    assert not gate_up.main_grad.any() and len(queue) == 2
+    queue.backward_dw()
+    for w, gradient in zip((gate_up, down), right):
+        assert relative_error(w.main_grad, gradient.float()) <= 2.0**-8
