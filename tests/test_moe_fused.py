@@ -12,6 +12,7 @@ T, k, M, E: tokens, slots of a token, routed rows, experts. H, I: hidden and int
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from kernel_checks import assert_same_bits
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from grouped_gemm import quantize_weights
+from grouped_gemm import WgradQueue, delay_wgrad, quantize_weights
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.moe import experts, experts_forward, implementations
 from grouped_gemm.testing import poisoned_memory, worst_row_error
@@ -390,6 +391,208 @@ def test_a_checkpoint_gives_the_same_bits(how, options, device):
     assert_equal([y.detach(), *(leaf.grad for leaf in inputs.leaves)], wanted, "checkpointed")
 
 
+# Gradients in main_grad, and later
+
+
+def weights_of(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    return inputs.gate_up, inputs.down
+
+
+def give_main_grads(*of: Inputs) -> list[Tensor]:
+    """The same ``main_grad`` for each; NaN for expert 1, which gets no token: nothing may read or write it."""
+    start = [torch.randn(w.shape, device=w.device) for w in weights_of(of[0])]
+    for x in start:
+        x[1] = torch.nan
+    for inputs in of:
+        for w, x in zip(weights_of(inputs), start):
+            w.main_grad = x.clone()
+    return start
+
+
+def main_grads(inputs: Inputs) -> list[Tensor]:
+    return [w.main_grad for w in weights_of(inputs)]
+
+
+def copy_of(inputs: Inputs, dtype: torch.dtype = torch.bfloat16) -> Inputs:
+    """Inputs with the same values. Weights are in ``dtype``."""
+    other = copy.copy(inputs)
+    other.x, other.weights = (leaf.detach().clone().requires_grad_() for leaf in (inputs.x, inputs.weights))
+    other.gate_up, other.down = (w.detach().to(dtype, copy=True).requires_grad_() for w in weights_of(inputs))
+    return other
+
+
+def step(inputs: Inputs, run: Callable[..., Tensor] | None = None, **options: Any) -> list[Tensor]:
+    """y, and the gradients of x and of topk_weights; those of weights are added where ``options`` say."""
+    inputs.x.grad = inputs.weights.grad = None
+    y = (run or inputs.run)(**options)
+    y.backward(inputs.dy)
+    return [y.detach(), inputs.x.grad, inputs.weights.grad]
+
+
+def assert_equal_weight_gradients(found: Inputs, wanted: Inputs, what: str) -> None:
+    for name, w, other in zip(NAMES[3:], weights_of(found), weights_of(wanted)):
+        assert_same_bits(w.main_grad, other.main_grad, f"{what}, main_grad of {name}")
+        assert (w.grad is None) == (other.grad is None), f"{what}, {name}"
+        if w.grad is not None:
+            assert_same_bits(w.grad, other.grad, f"{what}, {name}")
+
+
+@every_size
+@every_form
+def test_main_grads_get_the_gradients_of_two_micro_batches(sizes, options, device):
+    inputs = Inputs(sizes, device)
+    before, wanted, truth = give_main_grads(inputs), inputs.train(**options), inputs.truth()
+    for i in range(2):
+        found = step(inputs, accumulate_main_grad=True, **options)
+        for name, x, other in zip(NAMES, found, wanted):
+            assert_same_bits(x, other, f"micro-batch {i}, {name}")
+    added = []
+    for name, x, start in zip(NAMES[3:], main_grads(inputs), before):
+        assert_same_bits(x[1], start[1], f"{name} of an expert without tokens")
+        added.append((x - start).div_(2))
+        added[-1][1] = 0
+    assert_near([*found, *added], truth, options)
+    assert all(w.grad is None and w.grad_added_to_main_grad for w in weights_of(inputs))
+
+
+def test_main_grads_are_not_rounded_to_bf16(device):
+    inputs = Inputs(WHOLE, device)
+    *_, gate_up, down = inputs.train()
+    for w in weights_of(inputs):
+        w.main_grad = torch.zeros_like(w, dtype=torch.float32)
+    step(inputs, accumulate_main_grad=True)
+    for name, x, rounded in zip(NAMES[3:], main_grads(inputs), (gate_up, down)):
+        assert_same_bits(x.bfloat16(), rounded, f"{name}, rounded")
+        assert not torch.equal(x, rounded.float()), f"{name} has no more bits than bf16"
+
+
+def test_without_tokens_main_grads_stay(device):
+    for sizes, ids in (ROUTINGS["no token"], ROUTINGS["all slots dropped"]):
+        inputs = Inputs(sizes, device, ids(sizes).view(sizes.num_tokens, sizes.top_k).to(device))
+        before = give_main_grads(inputs)
+        step(inputs, accumulate_main_grad=True)
+        for name, x, start in zip(NAMES[3:], main_grads(inputs), before):
+            assert_same_bits(x, start, name)
+
+
+@every_form
+@pytest.mark.parametrize("accumulates", (False, True), ids=("into grad", "into main_grad"))
+def test_gradients_that_wait_have_the_same_bits(accumulates, options, device):
+    inputs = Inputs(WHOLE, device)
+    later, queue = copy_of(inputs), WgradQueue()
+    give_main_grads(inputs, later)
+    for i in range(2):
+        wanted = step(inputs, accumulate_main_grad=accumulates, **options)
+        with delay_wgrad(queue):
+            found = step(later, accumulate_main_grad=accumulates, **options)
+        assert len(queue) == 2 * (i + 1)
+        for name, x, other in zip(NAMES, found, wanted):
+            assert_same_bits(x, other, f"step {i}, {name}")
+    assert all(w.grad is None for w in weights_of(later))
+    queue.backward_dw()
+    assert_equal_weight_gradients(later, inputs, "later")
+
+
+@every_form
+@pytest.mark.parametrize("how", CHECKPOINTS.values(), ids=CHECKPOINTS)
+@pytest.mark.parametrize("inside", (False, True), ids=("block around it", "block inside of it"))
+def test_a_checkpoint_of_gradients_that_wait(inside, how, options, device):
+    """A reentrant checkpoint builds the graph in backward, outside of a block that is around the checkpoint."""
+    inputs = Inputs(WHOLE, device)
+    later, queue = copy_of(inputs), WgradQueue()
+    give_main_grads(inputs, later)
+    wanted = step(inputs, accumulate_main_grad=True, **options)
+
+    def run(x: Tensor, weights: Tensor) -> Tensor:
+        with delay_wgrad(queue) if inside else nullcontext():
+            return later.run(x, weights, *weights_of(later), accumulate_main_grad=True, **options)
+
+    with nullcontext() if inside else delay_wgrad(queue):
+        y = checkpoint(run, later.x, later.weights, **how)
+    y.backward(later.dy)
+    assert len(queue) == (0 if how["use_reentrant"] and not inside else 2)
+    queue.backward_dw()
+    for name, x, other in zip(NAMES, (y.detach(), later.x.grad, later.weights.grad), wanted):
+        assert_same_bits(x, other, name)
+    assert_equal_weight_gradients(later, inputs, "checkpointed")
+
+
+@every_form
+@pytest.mark.parametrize("delays", (False, True))
+def test_autocast_weights_give_the_bits_of_weights_in_bf16(delays, options, device):
+    inputs = Inputs(WHOLE, device)
+    wide = copy_of(inputs, torch.float32)
+    give_main_grads(inputs, wide)
+    wanted, queue = step(inputs, accumulate_main_grad=True, **options), WgradQueue()
+    with torch.autocast("cuda", torch.bfloat16), delay_wgrad(queue) if delays else nullcontext():
+        found = step(wide, accumulate_main_grad=True, **options)
+    queue.backward_dw()
+    for name, x, other in zip(NAMES, found, wanted):
+        assert_same_bits(x, other, name)
+    assert_equal_weight_gradients(wide, inputs, "autocast")
+
+
+@every_form
+@pytest.mark.parametrize("delays", (False, True))
+def test_a_compiled_layer_whose_gradients_go_elsewhere_gives_the_same_bits(delays, options, device):
+    torch._dynamo.reset()
+    inputs = Inputs(WHOLE, device)
+    compiled, queue = copy_of(inputs), WgradQueue()
+    give_main_grads(inputs, compiled)
+    call = torch.compile(functools.partial(compiled.run, accumulate_main_grad=not delays, **options))
+    for i in range(2):
+        wanted = step(inputs, accumulate_main_grad=not delays, **options)
+        with delay_wgrad(queue) if delays else nullcontext():
+            found = step(compiled, call)
+        for name, x, other in zip(NAMES, found, wanted):
+            assert_same_bits(x, other, f"call {i}, {name}")
+    assert len(queue) == 4 * delays
+    queue.backward_dw()
+    assert_equal_weight_gradients(compiled, inputs, "compiled")
+    torch._dynamo.reset()
+
+
+@every_form
+def test_each_replay_of_a_graph_adds_to_main_grads(options, device):
+    inputs = Inputs(WHOLE, device)
+    eager = copy_of(inputs)
+    give_main_grads(inputs, eager)
+
+    def train() -> None:
+        y = inputs.run(accumulate_main_grad=True, **options)
+        torch.autograd.grad(y, (inputs.x, inputs.weights), inputs.dy)
+
+    train()  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    for _ in range(2):
+        graph.replay()
+    for _ in range(3):
+        step(eager, accumulate_main_grad=True, **options)
+    assert_equal_weight_gradients(inputs, eager, "replayed")
+
+
+def test_rows_in_expert_order_add_to_main_grads(device, monkeypatch):
+    def fail(*args: Any) -> Tensor:
+        raise AssertionError("sorted_experts ran composed: fused.can_run refused this call")
+
+    monkeypatch.setattr(experts, "grouped", fail)
+    sizes = WHOLE._replace(top_k=1)
+    offs = torch.tensor([63, 63, 128, 257, 258, 450, 480, 490], dtype=torch.int32, device=device)
+    ids = torch.bucketize(torch.arange(sizes.num_tokens, device=device), offs, right=True)
+    inputs = Inputs(sizes, device, ids.unsqueeze(1))
+    rows = copy_of(inputs)
+    give_main_grads(inputs, rows)
+    step(inputs, accumulate_main_grad=True)
+    y = experts.sorted_experts(
+        rows.x, offs, *weights_of(rows), row_weights=rows.weights[:, 0], accumulate_main_grad=True
+    )
+    y.backward(rows.dy)
+    assert_equal_weight_gradients(rows, inputs, "rows in expert order")
+
+
 # Memory and kernels
 
 SLACK = 8 * 2**20  # the allocator rounds each large tensor up, by at most 1 MiB
@@ -470,20 +673,22 @@ def test_forward_allocates_no_gathered_rows(options, device):
 
 
 @every_form
-def test_backward_allocates_no_gathered_rows(options, device):
+@pytest.mark.parametrize("accumulates", (False, True), ids=("into grad", "into main_grad"))
+def test_backward_allocates_no_gathered_rows(accumulates, options, device):
     inputs = Inputs(LARGE, device)
+    give_main_grads(inputs)
     inputs.train(**options)
-    y = inputs.run(**options)
+    y = inputs.run(accumulate_main_grad=accumulates, **options)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    torch.autograd.grad(y, inputs.leaves, inputs.dy)
+    torch.autograd.grad(y, inputs.leaves[: 2 if accumulates else 4], inputs.dy)
     peak = torch.cuda.max_memory_allocated(device) - before
     h = h_bytes(LARGE)
     num_rows = LARGE.num_tokens * LARGE.top_k
     between = 4 * h + (fp8_bytes(num_rows, 2 * LARGE.inner) if options else 0)  # dh, h and dpre; dpre in fp8
-    weights = inputs.gate_up.nbytes + inputs.down.nbytes
-    # both gradients of weights, rows of dX, dX, quantized tokens, and x again if it was kept in fp8
+    weights = 0 if accumulates else inputs.gate_up.nbytes + inputs.down.nbytes
+    # both gradients of weights if not in main_grad; rows of dX, dX, quantized tokens, and x again if kept in fp8
     bound = between + weights + row_bytes(LARGE) + token_bytes(LARGE, options) + inputs.x.nbytes + SLACK
     assert peak <= bound, mebibytes(peak=peak, bound=bound, rows=row_bytes(LARGE), h=h)
 
