@@ -338,7 +338,7 @@ def compile_gathered_mm(
 def compile_gathered_wgrad(gathers_lhs: bool, whole: bool, accumulate: bool = False) -> Any:
     """``whole``: tiles are stored through shared memory, in bf16; else masked, in fp32."""
     tile = gathered_wgrad.TILE
-    types = {"x": "*bf16", "source": "*i32", "offs": "*i32", "out": "*bf16" if whole else "*fp32"}
+    types = {"x": "*bf16", "next_tile": "*i32", "source": "*i32", "offs": "*i32", "out": "*bf16" if whole else "*fp32"}
     types["desc"] = ragged_descriptor(tile.block_k, tile.block_n if gathers_lhs else 64)
     types["out_desc"] = descriptor("bf16", 64, 128)
     constants: dict[str, Any] = {} if whole else {"out_desc": None}

@@ -3,6 +3,10 @@
 It is built like `gemm.k_grouped_hopper`, but four warps fill the ring: the operand in expert order through ragged
 descriptors, the other one row by row with cp.async. Rows past the end of a group are zero in both.
 
+Groups may differ much in size, and a tile takes as long as its group has rows. So a program asks for its next tile when
+it has loaded the last one: a counter in global memory hands out tiles in their order. The producer writes the number of
+a tile beside the operands of its first step. Which program computes a tile does not change its bits.
+
 M, T, E: routed rows, tokens, experts. P, Q: features of the first and the second operand.
 """
 
@@ -31,13 +35,15 @@ from grouped_gemm.kernels.common.hopper import (
     tile_position,
 )
 from grouped_gemm.kernels.common.launch import cdiv, launch, num_processors, on_device
-from grouped_gemm.kernels.gemm.k_grouped_hopper import finish_tile, next_blocks
+from grouped_gemm.kernels.gemm.k_grouped_hopper import finish_tile
 
 # H100, triton 3.6.0, 2026-11-26.
 TILE = HopperTile(2, 256, 64, 4, 224, 2)
 _COPY_WARPS = gl.constexpr(4)  # warps that gather
 _PRODUCER_REGISTERS = gl.constexpr(56)
 _GATHERED = gl.constexpr(TILES_IN_SHARED[2])
+_NUMBERS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+_ONE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # one value, for each thread of four warps
 
 
 def wgrad(
@@ -74,7 +80,7 @@ def wgrad(
     with on_device(lhs):
         launch(
             _kernel, (min(tiles, num_processors(lhs.device)),),
-            gathered, desc, out_desc, source, offs, out_EPQ, num_rows, num_groups, p, q, gathered.stride(0),
+            gathered, desc, out_desc, source.new_zeros(1), source, offs, out_EPQ, num_rows, num_groups, p, q, gathered.stride(0),
             constants={
                 "GATHERS_LHS": gathers_lhs, "CONSUMERS": TILE.consumers, "BLOCK_N": TILE.block_n,
                 "BLOCK_K": TILE.block_k, "STAGES": TILE.num_stages, "GROUP_M": TILE.group_m,
@@ -84,8 +90,29 @@ def wgrad(
 
 
 @gluon.jit
+def _seek_expert(offs, M, tile, tiles, e, start, end, first_tile):
+    """Advances to the expert that has ``tile``, one of ``tiles`` for each.
+
+    Returns:
+        The expert, its first row, one past its last row, and its first tile.
+    """
+    while tile >= first_tile + tiles:
+        first_tile += tiles
+        start = end
+        e += 1
+        end = gl.maximum(start, gl.minimum(gl.load(offs + e), M))
+    return e, start, end, first_tile
+
+
+@gluon.jit
+def _steps(start, end, BLOCK_K: gl.constexpr):
+    """The number of steps of a tile. An expert without rows takes one, of zeros, because a step announces the tile."""
+    return gl.maximum((end - start + BLOCK_K - 1) // BLOCK_K, 1)
+
+
+@gluon.jit
 def _produce(
-    x, desc, lhs_bufs, rhs_bufs, full, empty, source, offs, M, E, P, Q, x_stride,
+    x, desc, lhs_bufs, rhs_bufs, tile_bufs, full, empty, next_tile, source, offs, M, E, P, Q, x_stride,
     GATHERS_LHS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
@@ -96,51 +123,66 @@ def _produce(
     ROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [_COPY_WARPS, 1], [1, 0])
     tiles_p = (P + BLOCK_M - 1) // BLOCK_M
     tiles_q = (Q + BLOCK_N - 1) // BLOCK_N
+    tiles = tiles_p * tiles_q
     stride = x_stride // 8 * 8  # rows start at multiples of 16 bytes, which the compiler must know
     lines = gl.arange(0, BLOCK_K, layout=gl.SliceLayout(1, ROW))
     WIDTH: gl.constexpr = 64 if GATHERS_LHS else BLOCK_N
     cs = gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, ROW)), 0)
+    zero = gl.to_tensor(0)
+    e, start, end, first_tile = zero - 1, zero, zero, zero - tiles
     tile = gl.program_id(0)
-    first_tile = 0
-    start = 0
     slot = 0
     phase = 1
-    for e in range(E):
-        end, blocks = next_blocks(offs, M, e, start, BLOCK_K)
-        while tile < first_tile + tiles_p * tiles_q:
-            tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, GROUP_M)
-            p = tile_p * BLOCK_M
-            q = tile_q * BLOCK_N
-            next_rows = gl.load(source + start + lines, mask=start + lines < end, other=0)
-            for step in range(blocks):
-                row = start + step * BLOCK_K
-                is_row = gl.expand_dims(row + lines < end, 1)
-                at = x + gl.expand_dims(next_rows.to(gl.int64) * stride, 1) + cs
-                row += BLOCK_K
-                next_rows = gl.load(source + row + lines, mask=row + lines < end, other=0)  # while these are copied
-                mbarrier.wait(empty.index(slot), phase)
-                barrier = full.index(slot)
-                mbarrier.expect(barrier, BYTES)
-                token = FAR - (end - start) + step * BLOCK_K
-                if GATHERS_LHS:
-                    load(desc, [FAR, end, token, q], barrier, rhs_bufs.index(slot))
-                    for i in gl.static_range(CONSUMERS):
-                        mask = is_row & (cs < P - p - 64 * i)
-                        copy_rows(at + (p + 64 * i), mask, lhs_bufs.index(slot * CONSUMERS + i))
-                else:
-                    for i in gl.static_range(CONSUMERS):
-                        load(desc, [FAR, end, token, p + 64 * i], barrier, lhs_bufs.index(slot * CONSUMERS + i))
-                    copy_rows(at + q, is_row & (cs < Q - q), rhs_bufs.index(slot))
-                async_copy.mbarrier_arrive(barrier, increment_count=False)
-                slot, phase = next_slot(slot, phase, STAGES)
-            tile += gl.num_programs(0)
-        first_tile += tiles_p * tiles_q
-        start = end
+    while tile < E * tiles:
+        e, start, end, first_tile = _seek_expert(offs, M, tile, tiles, e, start, end, first_tile)
+        tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, GROUP_M)
+        p = tile_p * BLOCK_M
+        q = tile_q * BLOCK_N
+        next_rows = gl.load(source + start + lines, mask=start + lines < end, other=0)
+        for step in range(_steps(start, end, BLOCK_K)):
+            row = start + step * BLOCK_K
+            is_row = gl.expand_dims(row + lines < end, 1)
+            at = x + gl.expand_dims(next_rows.to(gl.int64) * stride, 1) + cs
+            row += BLOCK_K
+            next_rows = gl.load(source + row + lines, mask=row + lines < end, other=0)  # while these are copied
+            mbarrier.wait(empty.index(slot), phase)
+            if step == 0:
+                _announce(tile_bufs.index(slot), tile)
+            barrier = full.index(slot)
+            mbarrier.expect(barrier, BYTES)
+            token = FAR - (end - start) + step * BLOCK_K
+            if GATHERS_LHS:
+                load(desc, [FAR, end, token, q], barrier, rhs_bufs.index(slot))
+                for i in gl.static_range(CONSUMERS):
+                    mask = is_row & (cs < P - p - 64 * i)
+                    copy_rows(at + (p + 64 * i), mask, lhs_bufs.index(slot * CONSUMERS + i))
+            else:
+                for i in gl.static_range(CONSUMERS):
+                    load(desc, [FAR, end, token, p + 64 * i], barrier, lhs_bufs.index(slot * CONSUMERS + i))
+                copy_rows(at + q, is_row & (cs < Q - q), rhs_bufs.index(slot))
+            async_copy.mbarrier_arrive(barrier, increment_count=False)
+            slot, phase = next_slot(slot, phase, STAGES)
+        tile = gl.num_programs(0) + gl.atomic_add(next_tile, 1, sem="relaxed")
+    mbarrier.wait(empty.index(slot), phase)
+    _announce(tile_bufs.index(slot), tile)  # no tile of the GEMM: the end
+    mbarrier.expect(full.index(slot), 0)
+    async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
+
+
+@gluon.jit
+def _announce(buffer, tile):
+    """Writes the number of a tile to shared memory, for `_announced`."""
+    buffer.store(gl.full([1], 0, gl.int32, _ONE) + tile)
+
+
+@gluon.jit
+def _announced(buffer):
+    return gl.max(buffer.load(_ONE), 0)
 
 
 @gluon.jit
 def _consume(
-    which: gl.constexpr, lhs_bufs, rhs_bufs, out_bufs, full, empty, out_desc, offs, out, M, E, P, Q,
+    which: gl.constexpr, lhs_bufs, rhs_bufs, tile_bufs, out_bufs, full, empty, out_desc, offs, out, M, E, P, Q,
     GATHERS_LHS: gl.constexpr, TMA_STORE: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
@@ -150,47 +192,47 @@ def _consume(
     )
     tiles_p = (P + BLOCK_M - 1) // BLOCK_M
     tiles_q = (Q + BLOCK_N - 1) // BLOCK_N
-    tile = gl.program_id(0)
-    first_tile = 0
-    start = 0
+    tiles = tiles_p * tiles_q
+    zero = gl.to_tensor(0)
+    e, start, end, first_tile = zero - 1, zero, zero, zero - tiles
     slot = 0
     phase = 0
-    for e in range(E):
-        end, blocks = next_blocks(offs, M, e, start, BLOCK_K)
-        while tile < first_tile + tiles_p * tiles_q:
-            tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, GROUP_M)
-            p = tile_p * BLOCK_M + which * 64
-            q = tile_q * BLOCK_N
-            acc = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
-            for step in range(blocks):
-                mbarrier.wait(full.index(slot), phase)
-                fence_async_shared()
-                lhs = lhs_bufs.index(slot * CONSUMERS + which)
-                rhs = rhs_bufs.index(slot)
-                if GATHERS_LHS:
-                    rhs = rhs.reshape([BLOCK_K, BLOCK_N])
-                else:
-                    lhs = lhs.reshape([BLOCK_K, 64])
-                acc = accumulate(acc, lhs.permute((1, 0)), rhs, step, empty, slot, STAGES)
-                slot, phase = next_slot(slot, phase, STAGES)
-            acc = finish_accumulating(acc, blocks > 0, empty, slot, STAGES)
-            if ACCUMULATE:
-                p = gl.where(blocks > 0, p, P)  # an expert without rows adds nothing
-            if p < P:
-                finish_tile(
-                    acc, out_bufs.index(which), out_desc, offs, offs, out, e, p, q, P, Q,
-                    "16 bit", TMA_STORE, ACCUMULATE,
-                )  # fmt: skip
-            tile += gl.num_programs(0)
-        first_tile += tiles_p * tiles_q
-        start = end
+    mbarrier.wait(full.index(slot), phase)
+    tile = _announced(tile_bufs.index(slot))
+    while tile < E * tiles:
+        e, start, end, first_tile = _seek_expert(offs, M, tile, tiles, e, start, end, first_tile)
+        tile_p, tile_q = tile_position(tile - first_tile, tiles_p, tiles_q, GROUP_M)
+        p = tile_p * BLOCK_M + which * 64
+        q = tile_q * BLOCK_N
+        acc = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
+        for step in range(_steps(start, end, BLOCK_K)):
+            mbarrier.wait(full.index(slot), phase)
+            fence_async_shared()
+            lhs = lhs_bufs.index(slot * CONSUMERS + which)
+            rhs = rhs_bufs.index(slot)
+            if GATHERS_LHS:
+                rhs = rhs.reshape([BLOCK_K, BLOCK_N])
+            else:
+                lhs = lhs.reshape([BLOCK_K, 64])
+            acc = accumulate(acc, lhs.permute((1, 0)), rhs, step, empty, slot, STAGES)
+            slot, phase = next_slot(slot, phase, STAGES)
+        acc = finish_accumulating(acc, True, empty, slot, STAGES)
+        if ACCUMULATE:
+            p = gl.where(start < end, p, P)  # an expert without rows adds nothing
+        if p < P:
+            finish_tile(
+                acc, out_bufs.index(which), out_desc, offs, offs, out, e, p, q, P, Q, "16 bit", TMA_STORE,
+                ACCUMULATE,
+            )  # fmt: skip
+        mbarrier.wait(full.index(slot), phase)
+        tile = _announced(tile_bufs.index(slot))
     if TMA_STORE:
         tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["M", "E"])
 def _kernel(
-    x, desc, out_desc, source, offs, out, M, E, P, Q, x_stride,
+    x, desc, out_desc, next_tile, source, offs, out, M, E, P, Q, x_stride,
     GATHERS_LHS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr, REGISTERS: gl.constexpr, ACCUMULATE: gl.constexpr,
     num_warps: gl.constexpr,
@@ -206,13 +248,14 @@ def _kernel(
     out_bufs = lhs_bufs
     if TMA_STORE:
         out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 64, 128], out_desc.layout)
+    tile_bufs = gl.allocate_shared_memory(gl.int32, [STAGES, 1], _NUMBERS)
     full, empty = make_barriers(STAGES, CONSUMERS, 32 * _COPY_WARPS)
     gl.static_assert(CONSUMERS == 2)
     gl.warp_specialize([
-        (_consume, (0, lhs_bufs, rhs_bufs, out_bufs, full, empty, out_desc, offs, out, M, E, P, Q,
+        (_consume, (0, lhs_bufs, rhs_bufs, tile_bufs, out_bufs, full, empty, out_desc, offs, out, M, E, P, Q,
             GATHERS_LHS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M, ACCUMULATE)),
-        (_consume, (1, lhs_bufs, rhs_bufs, out_bufs, full, empty, out_desc, offs, out, M, E, P, Q,
+        (_consume, (1, lhs_bufs, rhs_bufs, tile_bufs, out_bufs, full, empty, out_desc, offs, out, M, E, P, Q,
             GATHERS_LHS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M, ACCUMULATE)),
-        (_produce, (x, desc, lhs_bufs, rhs_bufs, full, empty, source, offs, M, E, P, Q, x_stride,
+        (_produce, (x, desc, lhs_bufs, rhs_bufs, tile_bufs, full, empty, next_tile, source, offs, M, E, P, Q, x_stride,
             GATHERS_LHS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
     ], [4, _COPY_WARPS], [REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip
