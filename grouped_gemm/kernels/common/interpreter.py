@@ -2,14 +2,16 @@
 
 Triton's interpreter rounds fp8 wrongly, truncates fp32 to bf16, and computes on the raw bits of bf16 operands. Before
 Triton 3.9 it does not support e4m3fnuz either. `hardware_arithmetic` converts floats with torch and computes bf16 and
-fp8 operands in fp32. It applies to one launch at a time, so other kernels in the process are interpreted as usual.
-`tl.sum` over bf16 stays wrong: cast first.
+fp8 operands in fp32. It also leaves out work whose results Triton does not use, a third of the time. It applies to one
+launch at a time, so other kernels in the process are interpreted as usual. `tl.sum` over bf16 stays wrong: cast first.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +49,15 @@ def _convert_float(x, source, target, rounding_mode):
         limit = torch.finfo(_FLOATS[target]).max
         values = values.float().clamp(-limit, limit)
     return values.to(_FLOATS[target]).view(_FROM_TORCH[size]).numpy().view(_RAW[size]).reshape(np.shape(x))
+
+
+_np_dtype_of_scalar = functools.cache(interpreter._get_np_dtype)
+
+
+def _get_np_dtype(dtype):
+    """Triton's own, which makes a dict at every call."""
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if scalar.is_ptr() else _np_dtype_of_scalar(scalar)
 
 
 def _as_fp32(handle):
@@ -108,7 +119,12 @@ def _patch_lang_once():
 
 
 _BUILDER = interpreter.InterpreterBuilder
+_OPTIONS = interpreter.interpreter_builder.options
+# Triton computes whether each operation on integers overflows, and asserts the result only in debug mode.
+_WITHOUT_UNUSED = dataclasses.replace(_OPTIONS, sanitize_overflow=_OPTIONS.sanitize_overflow and _OPTIONS.debug)
 _REPLACED: tuple[tuple[Any, str, Any], ...] = (
+    (interpreter.interpreter_builder, "options", _WITHOUT_UNUSED),
+    (interpreter, "_get_np_dtype", _get_np_dtype),
     (interpreter, "_convert_float", _convert_float),
     (interpreter, "_patch_lang_core", _patch_lang_core),
     (_BUILDER, "create_dot", _create_dot),
