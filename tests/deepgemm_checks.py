@@ -14,17 +14,19 @@ from grouped_gemm.core.preference import BackendKind
 FP8 = torch.float8_e4m3fn
 BACKEND = get_backend(BackendKind.DEEPGEMM)
 # ends of groups, M, alignment: ragged, with empty groups and rows past the last one; ends out of order and range; only
-# empty groups; one row; many groups; whole blocks, with and without a tail that is not one
+# empty groups; one row; more blocks than a program of the plan's kernel has; whole blocks, with and without a tail that
+# is not one
 GROUPS = (
     ([0, 130, 130, 131, 300], 310, 1),
     ([-5, 200, 40, 999], 263, 1),
     ([0, 0], 20, 1),
     ([1], 1, 1),
-    (list(range(1, 41)), 50, 1),
+    (list(range(1, 11)), 13, 1),
     ([128, 128, 384], 384, 128),
     ([256, 512], 555, 256),
     ([0, 0], 130, 128),
 )
+MANY_GROUPS = list(range(1, 41)), 50, 1
 
 
 def placed(ends: list[int], num_rows: int) -> list[tuple[slice, int, int]]:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from deepgemm_checks import GROUPS, check_activations, check_plan
+from deepgemm_checks import GROUPS, MANY_GROUPS, check_activations, check_plan
 
 from grouped_gemm import (
     CallSpec,
@@ -279,7 +279,7 @@ def gpu_case(recipe: Recipe, shape: Shape, device: torch.device, b_contiguous: s
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ends, num_rows, alignment", GROUPS, ids=str)
+@pytest.mark.parametrize("ends, num_rows, alignment", (*GROUPS, MANY_GROUPS), ids=str)
 @pytest.mark.parametrize("recipe", (BLOCKWISE, POW2), ids=lambda r: r.value)
 def test_plan_and_quantizer_bit_for_bit(ends, num_rows, alignment, recipe, device):
     if machine_of(device).arch not in ("sm_90", "sm_100"):

@@ -14,6 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch_checks import (
     BACKEND,
     GROUPS,
+    MANY_GROUPS,
     check_activations,
     check_mx_activations,
     check_mx_weights,
@@ -141,7 +142,7 @@ def test_auto_takes_it_where_triton_is_missing(machine, chosen):
     assert found.backends == (chosen,)
 
 
-@pytest.mark.parametrize("ends, num_rows", GROUPS, ids=str)
+@pytest.mark.parametrize("ends, num_rows", (*GROUPS, MANY_GROUPS), ids=str)
 def test_the_plan(ends, num_rows):
     check_plan(ends, num_rows)
 
@@ -189,7 +190,7 @@ def test_compiles_once_for_any_number_of_rows(recipe, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ends, num_rows", GROUPS, ids=str)
+@pytest.mark.parametrize("ends, num_rows", (*GROUPS, MANY_GROUPS), ids=str)
 @pytest.mark.parametrize("recipe", ROWWISE_RECIPES, ids=lambda r: r.value)
 def test_plan_quantizer_and_zeros_bit_for_bit(ends, num_rows, recipe, device):
     if not torch_native._has_triton(device):
@@ -209,7 +210,7 @@ def quantizing_device(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("ends, num_rows", GROUPS, ids=str)
+@pytest.mark.parametrize("ends, num_rows", (*GROUPS, MANY_GROUPS), ids=str)
 def test_mx_activations_bit_for_bit(ends, num_rows, quantizing_device):
     check_mx_activations(ends, num_rows, quantizing_device)
 
