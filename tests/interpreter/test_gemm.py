@@ -55,13 +55,16 @@ def assert_near(found, truth, bound):
 
 
 @pytest.mark.parametrize(
-    "dtype, k, n, contiguous",
+    "dtype, k, n, contiguous, tma",
     (
-        (torch.bfloat16, 48, 80, "k"),
-        (torch.bfloat16, 48, 80, "n"),
-        (torch.float16, 50, 37, "k"),
-        (torch.float32, 36, 20, "n"),
+        (torch.bfloat16, 48, 80, "k", True),
+        (torch.bfloat16, 48, 80, "k", False),
+        (torch.bfloat16, 48, 80, "n", True),
+        (torch.bfloat16, 48, 80, "n", False),
+        (torch.float16, 50, 37, "k", False),  # no descriptors: rows are not a multiple of 16 bytes
+        (torch.float32, 36, 20, "n", True),
     ),
+    indirect=("tma",),
     ids=str,
 )
 @pytest.mark.parametrize("ends, num_rows", GROUPS, ids=str)
@@ -176,7 +179,7 @@ SCALED = (Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
 
 
 @pytest.mark.parametrize("recipe", (Recipe.NONE, *SCALED), ids=lambda r: r.value)
-@pytest.mark.parametrize("contiguous", ("k", "n"))
+@pytest.mark.parametrize("contiguous, tma", (("k", True), ("n", False)), indirect=("tma",), ids=str)
 def test_a_gradient_that_is_added_has_the_bits_of_one_that_is_stored(recipe, contiguous, tma):
     k, n = (48, 80) if tma else (50, 37)
     a, _, _, dy, offs = case([5, 5, 40, 60], 64, k, n, torch.bfloat16, contiguous)

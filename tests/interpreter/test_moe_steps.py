@@ -27,6 +27,7 @@ BACKWARDS = (
     ("geglu", True, torch.float32, 136),
     ("gelu_tanh", False, torch.float16, 136),
 )
+BACKWARDS_WITHOUT_WEIGHTS = (BACKWARDS[0], *BACKWARDS[2:4], BACKWARDS[5])  # one of each kernel and layout
 every_backward = pytest.mark.parametrize("activation, interleaved, dtype, features", BACKWARDS, ids=str)
 
 
@@ -42,7 +43,7 @@ def test_blocks_of_the_tests_are_those_of_the_kernel(sizes):
 
 @every_form
 def test_activations(activation, interleaved, dtype):
-    checks.check_activate(activation, interleaved, dtype, 72, CPU, FEW)
+    checks.check_activate(activation, interleaved, dtype, 72, CPU, (1, 0, 20))  # several programs, of 8 or 16 rows
 
 
 def test_several_steps_of_features():
@@ -57,10 +58,15 @@ def test_activate_and_quantize(activation, interleaved, dtype):
 
 
 @every_backward
-@pytest.mark.parametrize("with_weights", (True, False), ids=("weights", "no weights"))
-def test_gradients_are_quantized(activation, interleaved, dtype, features, with_weights):
+def test_gradients_are_quantized(activation, interleaved, dtype, features):
     given = checks.operands(features, activation, dtype, CPU, checks.SIZES if features == 128 else FEW)
-    checks.check_activate_backward_quantize(activation, interleaved, RECIPES[with_weights], with_weights, given)
+    checks.check_activate_backward_quantize(activation, interleaved, Recipe.FP8_BLOCKWISE_POW2, True, given)
+
+
+@pytest.mark.parametrize("activation, interleaved, dtype, features", BACKWARDS_WITHOUT_WEIGHTS, ids=str)
+def test_gradients_without_weights_are_quantized(activation, interleaved, dtype, features):
+    given = checks.operands(features, activation, dtype, CPU, FEW)
+    checks.check_activate_backward_quantize(activation, interleaved, Recipe.FP8_BLOCKWISE, False, given)
 
 
 @pytest.mark.parametrize("sizes, unused", (((0, 0), 0), ((0, 0), 20)), ids=("no rows", "no rows in groups"))
