@@ -17,29 +17,32 @@ from grouped_gemm.core.preference import BackendKind
 
 pytest.importorskip("triton")
 
-FILES = sorted(path.name for path in Path(__file__).with_name("interpreter").glob("test_*.py"))
-SLOWEST = ("test_deepgemm.py", "test_torch_native.py", "test_gemm.py")
+FOLDER = Path(__file__).with_name("interpreter")
+SLOWEST = ("test_moe_fused.py", "test_torch_native.py", "test_deepgemm.py", "test_gemm.py")
+# The files of each process. Those that share one take as long as two of the slowest; a process takes seconds to start.
+FILES = {"others": sorted(path.name for path in FOLDER.glob("test_*.py") if path.name not in SLOWEST)}
+FILES |= {Path(file).stem: [file] for file in SLOWEST}
 
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
-    """Log and exit code of each file of tests/interpreter."""
+    """Log and exit code of each process, by its name in FILES."""
     logs = tmp_path_factory.mktemp("interpreted")
     environment = processes.environment(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
-    def run(file: str) -> tuple[Path, int]:
-        log = logs / f"{file}.log"
-        path = Path(__file__).with_name("interpreter") / file
-        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", path]
+    def run(name: str) -> tuple[Path, int]:
+        log = logs / f"{name}.log"
+        paths = [FOLDER / file for file in FILES[name]]
+        command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *paths]
         return log, processes.run(command, log, environment)
 
-    with processes.two_at_a_time(request, "file", run) as running:
+    with processes.two_at_a_time(request, "name", run) as running:
         yield running
 
 
-@pytest.mark.parametrize("file", sorted(FILES, key=lambda file: file not in SLOWEST))  # the slowest first
-def test_kernels_under_the_interpreter(file, runs):
-    log, code = runs[file].result()
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_under_the_interpreter(name, runs):
+    log, code = runs[name].result()
     text = log.read_text()
     failing = re.findall(r"^(?:FAILED|ERROR) .*", text, re.MULTILINE)
     assert code == 0, "\n".join([f"exit code {code}; the whole log is {log}", *failing, text[-6000:]])
