@@ -195,7 +195,7 @@ def test_compiles_once_for_any_number_of_rows():
 
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
-    for num_rows in (100, 130, 200, 300):
+    for num_rows in (100, 130, 300):  # with 0, 1 and 2 whole blocks
         a = torch.randn(num_rows, 128).bfloat16().requires_grad_()
         offs = torch.tensor([5, 5, num_rows - 3], dtype=torch.int32)
         results = [compiled(a, offs), layer(a, offs)]
