@@ -263,6 +263,18 @@ def test_an_explanation_names_the_implementation_and_why_nothing_is_fused():
         explain_experts(*arguments, recipe="fp4")
 
 
+def test_auto_gathers_weights_for_a_few_rows_where_nothing_is_fused(monkeypatch):
+    def explained(rows: int) -> str:
+        x, weights = torch.zeros(rows, 64, dtype=torch.bfloat16), torch.zeros(2, 128, 64, dtype=torch.bfloat16)
+        return explain_experts(x, torch.zeros(rows, 1).long(), torch.ones(rows, 1), weights, weights[:, :64])
+
+    assert explained(1) == "implementation batched_mm"
+    assert explained(64).startswith("implementation grouped_mm, composed")
+    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+    monkeypatch.setattr(fused, "_is_readable", lambda w: True)
+    assert explained(1).startswith("implementation grouped_mm, fused")
+
+
 def test_layers_are_fused_where_weight_gradients_go_elsewhere_or_wait(monkeypatch):
     monkeypatch.setattr(fused, "_runs_on", lambda device: True)
     ids, options = torch.zeros(3, 2, dtype=torch.int64), {"implementation": "grouped_mm"}
@@ -365,12 +377,12 @@ def test_experts_add_to_main_grad(is_pair):
     weights = [*gate_up, inputs.down] if is_pair else [gate_up, inputs.down]
     options: dict[str, Any] = {"gate_up_bias": None, "down_bias": None}
     expected = gradients(
-        experts_forward(inputs.x[:4], inputs.ids[:4], inputs.weights[:4], gate_up, inputs.down, **options), weights
+        experts_forward(inputs.x[:1], inputs.ids[:1], inputs.weights[:1], gate_up, inputs.down, **options), weights
     )
     for w in weights:
         w.main_grad = torch.zeros_like(w)
     y = experts_forward(
-        inputs.x[:4], inputs.ids[:4], inputs.weights[:4], gate_up, inputs.down, accumulate_main_grad=True, **options
+        inputs.x[:1], inputs.ids[:1], inputs.weights[:1], gate_up, inputs.down, accumulate_main_grad=True, **options
     )  # few rows, for which "auto" would pick batched_mm
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y).float())
     assert_near([w.main_grad for w in weights], expected, 1e-6)
