@@ -80,7 +80,8 @@ def wgrad(
     with on_device(lhs):
         launch(
             _kernel, (min(tiles, num_processors(lhs.device)),),
-            gathered, desc, out_desc, source.new_zeros(1), source, offs, out_EPQ, num_rows, num_groups, p, q, gathered.stride(0),
+            gathered, desc, out_desc, source.new_zeros(1), source, offs, out_EPQ, num_rows, num_groups, p, q,
+            gathered.stride(0),
             constants={
                 "GATHERS_LHS": gathers_lhs, "CONSUMERS": TILE.consumers, "BLOCK_N": TILE.block_n,
                 "BLOCK_K": TILE.block_k, "STAGES": TILE.num_stages, "GROUP_M": TILE.group_m,
