@@ -31,7 +31,7 @@ def draw(run: dict[str, Any], path: Path) -> None:
     panels = [panel for panel in panels if panel[2]]
     figure = Figure(figsize=(13, 1.2 + 4.4 * max(len(panels), 1)), dpi=120, layout="constrained")
     versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
-    figure.suptitle(f"The experts of an MoE layer on {run['device']} ({versions})", x=0.01, ha="left", weight="bold",
+    figure.suptitle(f"The experts of an MoE layer on {run['device']}\n{versions}", x=0.01, ha="left", weight="bold",
                     color=_INK)  # fmt: skip
     axes = figure.subplots(max(len(panels), 1), 1, squeeze=False)[:, 0]
     for axis, (panel, pass_, rows) in zip(axes, panels):
