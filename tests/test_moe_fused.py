@@ -24,9 +24,10 @@ from kernel_checks import assert_same_bits
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from grouped_gemm import WgradQueue, delay_wgrad, quantize_weights
+from grouped_gemm import KernelPreference, Recipe, WgradQueue, delay_wgrad, quantize_weights
+from grouped_gemm.cli import demo
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.moe import experts, experts_forward, implementations
+from grouped_gemm.moe import Experts, experts, experts_forward, implementations
 from grouped_gemm.testing import poisoned_memory, worst_row_error
 
 pytestmark = pytest.mark.gpu
@@ -654,6 +655,16 @@ def test_what_is_kept_for_backward(options, device):
     h = h_bytes(LARGE)
     assert min(h, row_bytes(LARGE)) > SLACK, "this test could not see a tensor that is kept"
     assert abs(kept - expected) <= SLACK, mebibytes(kept=kept, expected=expected, h=h, rows=row_bytes(LARGE))
+
+
+def test_a_model_learns_as_well_if_backward_reads_fp8(device, monkeypatch):
+    def trained(keep: str) -> demo.Curve:
+        monkeypatch.setattr(demo, "Experts", functools.partial(Experts, keep=keep))
+        return demo.train(Recipe.parse(FP8), KernelPreference.TRITON, steps=120, device=device, progress=False)
+
+    full, in_fp8 = trained("full"), trained("recipe")
+    assert not in_fp8.losses.equal(full.losses)  # else nothing was kept in fp8
+    assert in_fp8.is_close_to(full), (in_fp8.final, full.final)
 
 
 @every_form
