@@ -65,6 +65,18 @@ class WgradQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
+    def __reduce__(self) -> tuple[type[WgradQueue], tuple[()]]:
+        """Copies and pickles as an empty queue.
+
+        Raises:
+            RuntimeError: gradients wait, which belong to the parameters of this process.
+        """
+        if self._waiting:
+            raise RuntimeError(
+                f"WgradQueue: expected no gradients that wait; found {len(self)}; call backward_dw() first"
+            )
+        return WgradQueue, ()
+
     def append(self, destination: WgradDestination, compute: Compute) -> None:
         """Adds a gradient. `deliver_wgrad` calls it."""
         self._waiting.append((destination, compute))

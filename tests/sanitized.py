@@ -17,6 +17,7 @@ from routings import routing
 
 from grouped_gemm import Recipe, grouped_mm, reference
 from grouped_gemm.core.machine import machine_of
+from grouped_gemm.moe import experts_forward
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
 
@@ -60,6 +61,26 @@ def moe(num_tokens: int, top_k: int, features: int, device: str) -> None:
         raise SystemExit("expected finite results; found NaN or Inf")
 
 
+def fused(num_tokens: int, hidden: int, inner: int, device: str) -> None:
+    """A fused layer in bf16 and in fp8, kept in fp8 and not, with gradients, into main_grad as well."""
+    x, dy = (torch.randn(num_tokens, hidden, device=device, dtype=torch.bfloat16) for _ in range(2))
+    gate_up, down = (
+        (0.1 * torch.randn(6, *shape, device=device)).bfloat16().requires_grad_()
+        for shape in ((2 * inner, hidden), (hidden, inner))
+    )
+    ids = torch.randint(-1, 5, (num_tokens, 3), device=device)  # expert 5 gets no token
+    leaves = x.requires_grad_(), torch.rand(num_tokens, 3, device=device, requires_grad=True), gate_up, down
+    totals = [torch.zeros_like(w, dtype=torch.float32) for w in (gate_up, down)]
+    gate_up.main_grad, down.main_grad = totals  # type: ignore[attr-defined]
+    for recipe, keep in ((None, "full"), ("fp8_blockwise", "full"), ("fp8_blockwise", "recipe")):
+        y = experts_forward(x, ids, *leaves[1:], recipe=recipe, keep=keep)
+        results = [y, *torch.autograd.grad(y, leaves, dy)]
+        y = experts_forward(x, ids, *leaves[1:], recipe=recipe, keep=keep, accumulate_main_grad=True)
+        y.backward(dy)
+        if not all(result.isfinite().all() for result in (*results, *totals)):
+            raise SystemExit("expected finite results; found NaN or Inf")
+
+
 def main(device: str, large: Sequence[int], k: int, n: int) -> None:
     """``k`` and ``n`` are multiples of 16. Sizes next to them, which TMA cannot read, run as well."""
     torch.manual_seed(0)
@@ -83,6 +104,9 @@ def main(device: str, large: Sequence[int], k: int, n: int) -> None:
     for top_k, features in ((8, k), (3, k + 3), (17, n)):
         print(f"gather and combine, k = {top_k}, H = {features}", flush=True)
         moe(max(large), top_k, features, device)
+    for inner in (k, 64 + 8):  # whole blocks of 128, and not
+        print(f"experts, I = {inner}", flush=True)
+        fused(200, 128, inner, device)
     if device != "cpu":
         torch.cuda.synchronize()
     print("done", flush=True)

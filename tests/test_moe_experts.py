@@ -153,15 +153,79 @@ def test_quantized_weights_serve_both_gemms():
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_nan_in_one_token_reaches_only_its_output(implementation):
+def test_nan_in_one_token_reaches_only_its_output_and_its_experts(implementation):
     inputs = Inputs(torch.bfloat16)
     before = inputs.run(implementation=implementation)
+    dbefore = gradients(before, [inputs.gate_up, inputs.down])
     with torch.no_grad():
         inputs.x[6] = float("nan")
     after = inputs.run(implementation=implementation)
     assert after[6].isnan().all()
     others = torch.arange(T) != 6
     assert torch.equal(after[others], before[others])
+    is_its_own = torch.isin(torch.arange(E), inputs.ids[6])
+    for one, other in zip(gradients(after, [inputs.gate_up, inputs.down]), dbefore):
+        assert one[is_its_own].isnan().flatten(1).any(1).all()
+        assert torch.equal(one[~is_its_own], other[~is_its_own])
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_in_expert_order_by_each_implementation(implementation):
+    inputs = Inputs()
+    offs, options = torch.tensor([2, 2, 5, 9, 9], dtype=torch.int32), {"row_weights": inputs.weights[:, 0]}
+    results = [
+        sorted_experts(inputs.x, offs, inputs.gate_up, inputs.down, implementation=name, **options)
+        for name in ("grouped_mm", implementation)
+    ]
+    assert not results[1][9:].any()
+    leaves = inputs.x, inputs.weights, inputs.gate_up, inputs.down
+    assert_near([results[1], *gradients(results[1], leaves)], [results[0], *gradients(results[0], leaves)], 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ("grouped_mm", "batched_mm", "eager_fused"))
+def test_batched_gradients_are_those_of_each_sample(implementation):
+    inputs = Inputs()
+    y = inputs.run(implementation=implementation)
+    dy = torch.randn(3, *y.shape, device=y.device)
+    batched = torch.autograd.grad(y, inputs.leaves, dy, is_grads_batched=True, retain_graph=True)
+    for i in range(3):
+        expected = torch.autograd.grad(y, inputs.leaves, dy[i], retain_graph=True)
+        assert_near([grad[i] for grad in batched], expected, 1e-6)
+
+
+def test_transforms_are_refused():
+    inputs = Inputs()
+    with pytest.raises(RuntimeError, match=r"expected no torch\.func transform; found vmap"):
+        torch.func.vmap(lambda x: experts_forward(x, inputs.ids, inputs.weights, inputs.gate_up, inputs.down))(
+            inputs.x.detach().expand(2, -1, -1)
+        )
+
+
+@pytest.mark.parametrize("implementation", ("auto", "batched_mm"))
+def test_a_program_with_any_number_of_tokens(implementation):
+    experts = Experts(E, HIDDEN, INNER, implementation=implementation).requires_grad_(False)
+    inputs = Inputs()
+    tokens = torch.export.Dim("T", min=2, max=4096)
+    operands = inputs.x.detach().cpu(), inputs.ids.cpu(), inputs.weights.detach().cpu()
+    program = torch.export.export(experts, operands, dynamic_shapes=({0: tokens},) * 3)
+    for num_tokens in (2, T):
+        few = [x[:num_tokens] for x in operands]
+        torch.testing.assert_close(program.module()(*few), experts(*few))
+
+
+@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens, k", ((0, 2), (2, 0)))
+def test_no_routed_rows(implementation, tokens, k, recipe):
+    inputs = Inputs(torch.bfloat16, biases=False)
+    inputs.x = inputs.x.detach()[:tokens].requires_grad_()
+    ids, weights = torch.zeros(tokens, k, dtype=torch.int64), torch.rand(tokens, k)
+    options: dict[str, Any] = {"implementation": implementation, "recipe": recipe}
+    y = experts_forward(
+        inputs.x, ids.to(inputs.x.device), weights.to(inputs.x.device), inputs.gate_up, inputs.down, **options
+    )
+    assert y.shape == (tokens, HIDDEN) and not y.any()
+    assert not torch.autograd.grad(y.sum(), inputs.gate_up)[0].any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -256,7 +320,7 @@ def test_an_explanation_names_the_implementation_and_why_nothing_is_fused():
     arguments = inputs.x, inputs.ids, inputs.weights, inputs.gate_up, inputs.down
     assert explain_experts(*arguments, implementation="batched_mm") == "implementation batched_mm"
     text = explain_experts(*arguments, implementation="grouped_mm", kernel_preference="emulated")
-    assert text.startswith("implementation grouped_mm, composed of")
+    assert text.startswith("implementation grouped_mm, not fused: expected ")
     if inputs.x.is_cpu:
         assert "expected a Hopper GPU where Triton works; found cpu" in text
     with pytest.raises(ValueError, match="recipe: expected"):
@@ -269,7 +333,7 @@ def test_auto_gathers_weights_for_a_few_rows_where_nothing_is_fused(monkeypatch)
         return explain_experts(x, torch.zeros(rows, 1).long(), torch.ones(rows, 1), weights, weights[:, :64])
 
     assert explained(1) == "implementation batched_mm"
-    assert explained(64).startswith("implementation grouped_mm, composed")
+    assert explained(64).startswith("implementation grouped_mm, not fused")
     monkeypatch.setattr(fused, "_runs_on", lambda device: True)
     monkeypatch.setattr(fused, "_is_readable", lambda w: True)
     assert explained(1).startswith("implementation grouped_mm, fused")
@@ -284,11 +348,13 @@ def test_layers_are_fused_where_weight_gradients_go_elsewhere_or_wait(monkeypatc
     assert "wgrads gather their rows and add to main_grad;" in explain_experts(*narrow, accumulate_main_grad=True)
     with delay_wgrad():
         assert explain_experts(*narrow, **options).startswith("implementation grouped_mm, fused")
-    assert "expected contiguous bfloat16 tensors" in explain_experts(*operands, accumulate_main_grad=True)
+    assert "expected x in bfloat16; found Tensor in float32" in explain_experts(*operands, accumulate_main_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert "add to main_grad" in explain_experts(*operands, accumulate_main_grad=True)
     with torch.autocast("cpu", torch.float16):
-        assert "expected contiguous bfloat16 tensors" in explain_experts(*operands, accumulate_main_grad=True)
+        assert "expected x in bfloat16; found Tensor in float16" in explain_experts(
+            *operands, accumulate_main_grad=True
+        )
 
 
 @pytest.mark.parametrize("recipe, forward, backward", (
@@ -307,10 +373,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": ({}, "None"),
     "recipe": ({"recipe": Recipe.MXFP8}, "expected recipe none, fp8_blockwise, fp8_blockwise_pow2; found mxfp8"),
     "backend": ({"kernel_preference": "torch"}, "expected kernel_preference auto or triton; found torch"),
-    "activation": ({"activation": ACTIVATIONS["relu"]}, "expected a gated activation"),
+    "activation": ({"activation": ACTIVATIONS["relu"]}, "expected a gated activation; found relu"),
     "bias": ({"down_bias": torch.zeros(2, 64)}, "expected no biases"),
-    "dtype": ({"down": torch.zeros(2, 64, 32)}, "expected contiguous bfloat16 tensors"),
-    "order": ({"down": torch.zeros(2, 32, 64, dtype=torch.bfloat16).transpose(1, 2)}, "expected contiguous bfloat16"),
+    "dtype": ({"down": torch.zeros(2, 64, 32)}, "expected down contiguous in bfloat16, or quantized for Triton; found"),
+    "order": ({"down": torch.zeros(2, 32, 64, dtype=torch.bfloat16).transpose(1, 2)}, "expected down contiguous in"),
     "sizes": ({"down": torch.zeros(2, 64, 36, dtype=torch.bfloat16)}, "expected H a multiple of 64 and I of 8"),
 }
 
@@ -401,6 +467,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "implementation: expected grouped_mm or auto, because of accumulate_main_grad; found batched_mm",
     ),
     "keep": ({"keep": "nothing"}, "keep: expected full or recipe; found 'nothing'"),
+    "backend": ({"kernel_preference": "cutlass", "implementation": "eager"}, "kernel_preference: expected"),
 }
 
 
@@ -408,6 +475,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_bad_option_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         Inputs().run(**options)
+    if "shape" not in message:
+        with pytest.raises(ValueError, match=message):
+            Experts(E, HIDDEN, INNER, **options)
 
 
 @pytest.mark.parametrize(
@@ -419,6 +489,8 @@ def test_a_bad_option_is_named(options, message):
         ("down", torch.zeros(E, HIDDEN + 1, INNER), r"down.shape: expected \(E, H, I\) with H = 24"),
         ("gate_up", torch.zeros(E + 1, 2 * INNER, HIDDEN), r"gate_up.shape: expected \(5, 32, 24\)"),
         ("x", torch.zeros(T), "x: expected a tensor of rank 2"),
+        ("down", torch.zeros(E, HIDDEN, INNER).half(), "down.dtype: expected float32, the dtype of x; found float16"),
+        ("down", torch.zeros(E, HIDDEN, 0), "down.shape: expected .* at least 1; found"),
     ),
 )
 def test_an_operand_that_does_not_fit_is_named(name, value, message):

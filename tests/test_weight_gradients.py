@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 import threading
 import weakref
 from typing import Any
@@ -361,3 +363,15 @@ def test_blocks_nest_and_hold_for_their_thread():
         run().sum().backward()
     run().sum().backward()
     assert (len(outer), len(inner)) == (1, 1)
+
+
+def test_a_queue_is_copied_only_when_it_is_empty():
+    w, x = torch.randn(1, 16, 16, requires_grad=True), torch.randn(4, 16)
+    queue = WgradQueue()
+    assert len(copy.deepcopy(queue)) == 0
+    with delay_wgrad(queue):
+        y = grouped_mm(x, w, torch.tensor([4], dtype=torch.int32))
+    y.sum().backward()
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(RuntimeError, match="found 1; call backward_dw"):
+            copied(queue)

@@ -23,6 +23,7 @@ from torch import Tensor
 from grouped_gemm.backends import runs_kernels
 from grouped_gemm.core.dense import dense_rows
 from grouped_gemm.core.library import Steps, define_op, ops
+from grouped_gemm.core.vmap import batched_gradient
 
 _ALPHA, _LIMIT = 1.702, 7.0  # of gpt-oss
 
@@ -141,7 +142,9 @@ class _Activate(torch.autograd.Function):
             return None, None, *gradients(ACTIVATIONS[ctx.name], ctx.interleaved, dh, first, up)
         if torch.is_grad_enabled():
             return None, None, *gradients(ACTIVATIONS[ctx.name], ctx.interleaved, dh, first), None
-        return None, None, ops.moe_activate_gradient(dense_rows(dh), dense_rows(first), ctx.name, ctx.interleaved), None
+        with batched_gradient(dh):
+            dfirst = ops.moe_activate_gradient(dense_rows(dh), dense_rows(first), ctx.name, ctx.interleaved)
+        return None, None, dfirst, None
 
 
 @define_op()

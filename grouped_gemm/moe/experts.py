@@ -16,6 +16,8 @@ from grouped_gemm.core.call_spec import dtype_name
 from grouped_gemm.core.preference import VALIDATE, KernelPreference, Preference, check_bool
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.core.tracing import holds
+from grouped_gemm.core.vmap import is_transformed
 from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.moe import fused, implementations
 from grouped_gemm.moe.activation import ACTIVATIONS
@@ -65,8 +67,9 @@ def experts_forward(
         gate_up_bias: (E, 2I), a pair of (E, I), or (E, I), as ``gate_up``.
         down_bias: (E, H).
         implementation: "grouped_mm" sorts the tokens by expert and runs grouped GEMMs. "batched_mm" gathers each routed
-            row's weights: for a few rows. "eager" loops over experts in plain torch, as a reference; "eager_fused" is
-            the same loop with gate and up in one matmul and one host sync. "auto" picks one of the first two.
+            row's weights: for a few rows; with a recipe, an exported program of it holds for one T. "eager" loops over
+            experts in plain torch, as a reference; "eager_fused" is the same loop with gate and up in one matmul and
+            one host sync. "auto" picks one of the first two.
         kernel_preference: as in `grouped_mm`.
         keep: what is kept for backward where kernels are fused: "full" keeps x and the pre-activations of the gate in
             their dtype; "recipe" keeps both in fp8 if the recipe is blockwise, which halves the memory, and gradients
@@ -79,8 +82,10 @@ def experts_forward(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it, what was expected and what was found.
+        RuntimeError: the call is inside a torch.func transform, such as vmap or grad.
         NoBackendError: no backend can run the GEMMs.
     """
+    _check_no_transform("experts_forward")
     x, experts = _prepared(
         x, topk_ids, topk_weights, gate_up, down, recipe, activation, interleaved, gate_up_bias, down_bias,
         implementation, kernel_preference, keep, accumulate_main_grad,
@@ -112,6 +117,7 @@ def sorted_experts(
     interleaved: bool = False,
     gate_up_bias: Tensor | tuple[Tensor, Tensor] | None = None,
     down_bias: Tensor | None = None,
+    implementation: str = "auto",
     kernel_preference: Preference = KernelPreference.AUTO,
     keep: str = "full",
     accumulate_main_grad: bool = False,
@@ -129,6 +135,7 @@ def sorted_experts(
         interleaved: as in `experts_forward`.
         gate_up_bias: as in `experts_forward`.
         down_bias: as in `experts_forward`.
+        implementation: as in `experts_forward`; "auto" is "grouped_mm".
         kernel_preference: as in `experts_forward`.
         keep: as in `experts_forward`.
         accumulate_main_grad: as in `experts_forward`.
@@ -137,11 +144,12 @@ def sorted_experts(
         (M, H) in the dtype of ``rows``, zero at and past ``offs[-1]``.
 
     Raises:
-        TypeError, ValueError, NoBackendError: as `experts_forward`.
+        TypeError, ValueError, RuntimeError, NoBackendError: as `experts_forward`.
     """
+    _check_no_transform("sorted_experts")
     experts = _checked(
-        rows, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference, "grouped_mm",
-        keep, accumulate_main_grad,
+        "rows", rows, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference,
+        implementation, keep, accumulate_main_grad,
     )  # fmt: skip
     if row_weights is not None:
         if not isinstance(row_weights, Tensor):
@@ -151,10 +159,15 @@ def sorted_experts(
         checks.check_device("row_weights", row_weights, "rows", rows.device)
         if row_weights.shape != rows.shape[:1]:
             checks.fail("row_weights.shape", f"({rows.shape[0]},), the rows of rows", tuple(row_weights.shape))
-    rows, experts = _autocast(rows, experts)
+    rows, experts = _autocast("rows", rows, experts)
     plan = offs if isinstance(offs, GroupPlan) else GroupPlan(offs, rows.shape[0])
     plan.check_rows(rows.shape[0])
     checks.check_offs(plan.offs, experts.num_experts, rows.device)
+    if implementation not in ("auto", "grouped_mm"):
+        order = torch.arange(rows.shape[0], device=rows.device)
+        ids = torch.searchsorted(plan.offs.cummax(0).values, order, right=True).unsqueeze(1)  # E past the last group
+        weights = torch.ones_like(order, dtype=torch.float32) if row_weights is None else row_weights
+        return implementations.run(implementation, rows, ids, weights.unsqueeze(1), experts)
     if fused.can_run(rows, experts):
         ends = plan.offs
         if VALIDATE.is_on():
@@ -190,8 +203,8 @@ def _prepared(
         TypeError, ValueError: an argument does not fit.
     """
     experts = _checked(
-        x, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference, implementation,
-        keep, accumulate_main_grad,
+        "x", x, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference,
+        implementation, keep, accumulate_main_grad,
     )  # fmt: skip
     checks.check_topk_ids(topk_ids, experts.num_experts)
     if not isinstance(topk_weights, Tensor):
@@ -204,12 +217,29 @@ def _prepared(
             checks.fail(f"{name}.shape", f"(T, k) with T = {x.shape[0]}, as x has it", tuple(value.shape))
     if topk_ids.shape != topk_weights.shape:
         checks.fail("topk_weights.shape", f"{tuple(topk_ids.shape)}, as topk_ids has it", tuple(topk_weights.shape))
-    return _autocast(x, experts)
+    return _autocast("x", x, experts)
 
 
-def _autocast(x: Tensor, experts: ExpertWeights) -> tuple[Tensor, ExpertWeights]:
-    """Both in autocast's dtype, if autocast is on for the device of ``x``."""
+def _check_no_transform(name: str) -> None:
+    if not torch.compiler.is_compiling() and is_transformed():
+        raise RuntimeError(
+            f"{name}: expected no torch.func transform; found vmap, grad or another one; use torch.autograd.grad, with "
+            "is_grads_batched for several gradients"
+        )
+
+
+def _autocast(argument: str, x: Tensor, experts: ExpertWeights) -> tuple[Tensor, ExpertWeights]:
+    """Both in autocast's dtype, if autocast is on for the device of ``x``, which is the caller's ``argument``.
+
+    Raises:
+        ValueError: autocast is off, and weights have another dtype than ``x``.
+    """
     if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        for name, weights in (("gate_up", experts.first), ("down", (experts.down,))):
+            for w in weights:
+                if w.dtype != x.dtype:
+                    expected = f"{dtype_name(x.dtype)}, the dtype of {argument}"
+                    checks.fail(f"{name}.dtype", expected, dtype_name(w.dtype))
         return x, experts
     first = [autocast(x, w, bias)[1:] for w, bias in zip(experts.first, experts.first_biases)]
     x, down, down_bias = autocast(x, experts.down, experts.down_bias)
@@ -219,7 +249,33 @@ def _autocast(x: Tensor, experts: ExpertWeights) -> tuple[Tensor, ExpertWeights]
     return x, replace(experts, first=weights, first_biases=biases, down=down, down_bias=down_bias)
 
 
+def check_options(
+    activation: str, interleaved: bool, recipe: Recipe | str | None, implementation: str,
+    kernel_preference: Preference, keep: str, accumulate_main_grad: bool,
+) -> Recipe | None:  # fmt: skip
+    """Checks what does not depend on tensors. Returns the recipe.
+
+    Raises:
+        TypeError, ValueError: an option is unknown, or two exclude each other.
+    """
+    if activation not in tuple(ACTIVATIONS):
+        checks.fail("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    if implementation not in IMPLEMENTATIONS:
+        checks.fail("implementation", f"one of {', '.join(IMPLEMENTATIONS)}", repr(implementation))
+    check_bool("interleaved", interleaved)
+    check_bool("accumulate_main_grad", accumulate_main_grad)
+    if accumulate_main_grad and implementation not in ("auto", "grouped_mm"):
+        checks.fail("implementation", "grouped_mm or auto, because of accumulate_main_grad", implementation)
+    if interleaved and not ACTIVATIONS[activation].is_gated:
+        checks.fail("interleaved", f"False, as {activation} has no gate", interleaved)
+    if keep not in ("full", "recipe"):
+        checks.fail("keep", "full or recipe", repr(keep))
+    KernelPreference.parse(kernel_preference)
+    return None if recipe is None else Recipe.parse(recipe)
+
+
 def _checked(
+    argument: str,
     x: Tensor,
     gate_up: Weights | tuple[Weights, Weights],
     down: Weights,
@@ -233,28 +289,22 @@ def _checked(
     keep: str = "full",
     accumulate_main_grad: bool = False,
 ) -> ExpertWeights:
-    """The experts of a call.
+    """The experts of a call. ``argument`` is the caller's name of ``x``.
 
     Raises:
         TypeError, ValueError: an argument does not fit.
     """
-    checks.check_tensor("x", x, (2,), checks.DTYPES)
-    if activation not in ACTIVATIONS:
-        checks.fail("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
-    if implementation not in IMPLEMENTATIONS:
-        checks.fail("implementation", f"one of {', '.join(IMPLEMENTATIONS)}", repr(implementation))
-    check_bool("accumulate_main_grad", accumulate_main_grad)
-    if accumulate_main_grad and implementation not in ("auto", "grouped_mm"):
-        checks.fail("implementation", "grouped_mm or auto, because of accumulate_main_grad", implementation)
+    checks.check_tensor(argument, x, (2,), checks.DTYPES)
+    parsed = check_options(
+        activation, interleaved, recipe, implementation, kernel_preference, keep, accumulate_main_grad
+    )
     kind, is_pair = ACTIVATIONS[activation], isinstance(gate_up, (tuple, list))
     first: tuple[Weights, ...] = tuple(gate_up) if isinstance(gate_up, (tuple, list)) else (gate_up,)
     if is_pair and (len(first) != 2 or not kind.is_gated):
         expected = "a pair (gate, up)" if kind.is_gated else f"one tensor (E, I, H), as {activation} has no gate"
         checks.fail("gate_up", expected, f"{len(first)} tensors")
-    if interleaved and (is_pair or not kind.is_gated):
+    if interleaved and is_pair:
         checks.fail("interleaved", "False, as gate_up has no gate and up rows in one tensor", interleaved)
-    if keep not in ("full", "recipe"):
-        checks.fail("keep", "full or recipe", repr(keep))
     for name, w in (*(("gate_up", w) for w in first), ("down", down)):
         if isinstance(w, QuantizedWeights):
             if implementation not in ("auto", "grouped_mm"):
@@ -263,25 +313,27 @@ def _checked(
             checks.check_tensor(name, w, (3,), checks.DTYPES)
     hidden, (num_experts, out, inner) = x.shape[1], shape_of(down)
     if out != hidden:
-        checks.fail("down.shape", f"(E, H, I) with H = {hidden}, as x has it", (num_experts, out, inner))
+        checks.fail("down.shape", f"(E, H, I) with H = {hidden}, as {argument} has it", (num_experts, out, inner))
+    if holds(num_experts == 0) or holds(inner == 0) or holds(hidden == 0):
+        checks.fail("down.shape", "(E, H, I), each at least 1", (num_experts, out, inner))
     width = inner if is_pair or not kind.is_gated else 2 * inner
     for w in first:
         if shape_of(w) != (num_experts, width, hidden):
-            expected = f"{(num_experts, width, hidden)}: E and I as in down, H as in x"
+            expected = f"{(num_experts, width, hidden)}: E and I as in down, H as in {argument}"
             checks.fail("gate_up.shape", expected, shape_of(w))
     biases: tuple[Tensor | None, ...] = (None,) * len(first)
     if gate_up_bias is not None:
         biases = tuple(gate_up_bias) if isinstance(gate_up_bias, (tuple, list)) else (gate_up_bias,)
         if len(biases) != len(first):
-            checks.fail("gate_up_bias", f"{len(first)} tensors, as gate_up has", len(biases))
+            checks.fail("gate_up_bias", "a pair" if is_pair else "one tensor", f"{len(biases)} tensors")
     for name, w in (*(("gate_up", w) for w in first), ("down", down)):
-        checks.check_device(name, w, "x", x.device)
+        checks.check_device(name, w, argument, x.device)
     for name, bias, size in (*(("gate_up_bias", b, width) for b in biases), ("down_bias", down_bias, hidden)):
         if bias is not None:
             checks.check_tensor(name, bias, (2,), checks.DTYPES)
+            checks.check_device(name, bias, argument, x.device)
             if bias.shape != (num_experts, size):
                 checks.fail(f"{name}.shape", str((num_experts, size)), tuple(bias.shape))
-    parsed = None if recipe is None else Recipe.parse(recipe)
     return ExpertWeights(
         first, biases, down, down_bias, kind, interleaved, parsed, kernel_preference, keep, accumulate_main_grad
     )

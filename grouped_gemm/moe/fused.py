@@ -8,9 +8,9 @@ With a recipe, wgrads stay in bf16. In fp8 they would need operands that are tra
 rows; that takes longer than the faster GEMMs save (docs/performance.md).
 
 Kept for backward: x, the weights or their dgrad layout, pre-activations, and the integers of the routing. With
-``keep="recipe"``, x and pre-activations are kept in fp8; gradients are those of the rounded values. Rows of dY
-are not weighted before they are multiplied: the gradient of the gate multiplies by the weights of rows, and also finds
-their gradient, dS = <dh, h>.
+``keep="recipe"``, x and pre-activations are kept in fp8; gradients are those of the rounded values. The rows
+of dY enter dgrad unweighted. The kernel of the gate's gradient applies the weights of rows and computes their gradient,
+dS = <dh, h>.
 
 T, k, M, E: tokens, slots of a token, routed rows, experts. H, I: hidden and intermediate features.
 """
@@ -24,12 +24,13 @@ from torch import Tensor
 
 from grouped_gemm import weight_cache, weight_gradients
 from grouped_gemm.backends import get_backend
+from grouped_gemm.core.call_spec import dtype_name
 from grouped_gemm.core.dense import dense_rows
 from grouped_gemm.core.library import ops
 from grouped_gemm.core.preference import BackendKind, KernelPreference, resolve, surrounding
 from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
-from grouped_gemm.core.vmap import batched_gradient, is_transformed
+from grouped_gemm.core.vmap import batched_gradient
 from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.kernels.quantize.blocks import token_blocks
 from grouped_gemm.moe import gemms, steps  # noqa: F401  (steps defines ops)
@@ -58,12 +59,17 @@ def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
         return f"expected kernel_preference auto or triton; found {preference.value}"
     if recipe not in _RECIPES:
         return f"expected recipe {', '.join([recipe.value for recipe in _RECIPES])}; found {recipe.value}"
-    if not experts.activation.is_gated or len(experts.first) > 1:
-        return "expected a gated activation, with gate and up in one tensor; found something else"
+    if not experts.activation.is_gated:
+        return f"expected a gated activation; found {experts.activation.name}"
+    if len(experts.first) > 1:
+        return "expected gate and up in one tensor; found two"
     if experts.first_biases[0] is not None or experts.down_bias is not None:
         return "expected no biases; found some"
-    if type(x) not in _PLAIN or x.dtype != torch.bfloat16 or not _is_readable(gate_up) or not _is_readable(down):
-        return "expected contiguous bfloat16 tensors, or weights quantized for Triton; found something else"
+    if type(x) not in _PLAIN or x.dtype != torch.bfloat16:
+        return f"expected x in bfloat16; found {type(x).__name__} in {dtype_name(x.dtype)}"
+    for name, w in (("gate_up", gate_up), ("down", down)):
+        if not _is_readable(w):
+            return f"expected {name} contiguous in bfloat16, or quantized for Triton; found {_form(w)}"
     quantized = [w for w in (gate_up, down) if isinstance(w, QuantizedWeights)]
     if any([w.recipe is not recipe or w.dtype != x.dtype for w in quantized]) or (
         experts.recipe is None and len(quantized) == 1
@@ -71,8 +77,6 @@ def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
         return "expected quantized weights of one recipe, that of the call, and of the dtype of x; found others"
     if torch.is_grad_enabled() and any([w.dgrad is None for w in quantized]):
         return "expected quantized weights with a layout for dgrad, or torch.no_grad(); found neither"
-    if not torch.compiler.is_compiling() and is_transformed():
-        return "expected no torch.func transform; found one"
     hidden, inner = x.shape[1], down.shape[1] if isinstance(down, QuantizedWeights) else down.shape[2]
     # TMA reads rows at multiples of 16 bytes. In bf16, dgrad of down contracts H in whole steps of 64.
     h_unit, i_unit = (16, 16) if recipe.is_scaled else (64, 8)
@@ -94,6 +98,13 @@ def _is_readable(w: Weights) -> bool:
     if w.dtype != torch.bfloat16 and not torch.is_autocast_enabled(w.device.type):  # `_apply` casts to the dtype of x
         return False
     return torch.compiler.is_compiling() or not w.is_neg()  # compiled code goes through the dispatcher
+
+
+def _form(w: Weights) -> str:
+    """What `_is_readable` looks at."""
+    if isinstance(w, QuantizedWeights):
+        return f"weights for {' and '.join([b.value for b in (w.forward_backend, w.dgrad_backend) if b is not None])}"
+    return f"{type(w).__name__} in {dtype_name(w.dtype)} with strides {tuple(w.stride())}"
 
 
 def _runs_on(device: torch.device) -> bool:

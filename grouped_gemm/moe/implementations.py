@@ -20,8 +20,8 @@ from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
 
 IMPLEMENTATIONS = ("auto", "grouped_mm", "batched_mm", "eager_fused", "eager")
-# Routed rows up to which "auto" gathers the weights of each row. On a CPU that is faster up to 4 to 8 rows of a small
-# layer. On an H100, where kernels are fused, it takes 1.7 times as long already for one token of two experts.
+# Routed rows up to which "auto" gathers the weights of each row. On a CPU, batched_mm wins up to 4 to 8 rows of a small
+# layer. On an H100 the fused layer wins from one token on.
 _FEW_ROWS = 4
 
 
@@ -38,7 +38,7 @@ def explain(name: str, x: Tensor, topk_ids: Tensor, experts: ExpertWeights) -> s
     refusal = fused.refusal(x, experts)
     if refusal is None:
         return f"implementation grouped_mm, fused:\n{fused.explain(experts)}"
-    return f"implementation grouped_mm, composed of gather, grouped_mm, activation and combine; fused kernels {refusal}"
+    return f"implementation grouped_mm, not fused: {refusal}. It runs gather, grouped_mm, activation and combine."
 
 
 def _run_grouped(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
@@ -125,10 +125,12 @@ _RUNS: dict[str, Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]] = {
 
 
 def _choose(name: str, x: Tensor, topk_ids: Tensor, experts: ExpertWeights) -> str:
-    if name != "auto":
+    if name != "auto" and not tracing.holds(topk_ids.numel() == 0):
         return name
     weights = (*experts.first, experts.down)
     only_grouped = experts.accumulate_main_grad or any(isinstance(w, QuantizedWeights) for w in weights)
-    if only_grouped or experts.is_scaled or not tracing.holds(topk_ids.numel() <= _FEW_ROWS):
+    if torch.compiler.is_compiling() or only_grouped or experts.is_scaled:  # compiled, a choice would bound T
+        return "grouped_mm"
+    if not 0 < topk_ids.numel() <= _FEW_ROWS:
         return "grouped_mm"
     return "grouped_mm" if fused.can_run(x, experts) else "batched_mm"

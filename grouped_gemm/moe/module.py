@@ -8,8 +8,7 @@ from torch import Tensor
 from grouped_gemm.core.preference import KernelPreference, Preference, check_bool
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.moe.activation import ACTIVATIONS
-from grouped_gemm.moe.experts import experts_forward
-from grouped_gemm.selection import checks
+from grouped_gemm.moe.experts import check_options, experts_forward
 from grouped_gemm.weight_gradients import WgradQueue, delay_wgrad
 
 
@@ -29,8 +28,8 @@ class Experts(torch.nn.Module):
         keep: as in `experts_forward`.
         accumulate_main_grad: as in `experts_forward`.
         delay_wgrad: whether the gradients of ``gate_up`` and ``down`` wait until `backward_dw`, as in
-            `grouped_gemm.delay_wgrad`. The implementations "batched_mm" and "eager", and "auto" for a few tokens, need
-            not wait.
+            `grouped_gemm.delay_wgrad`. "batched_mm", and without a recipe "eager" and "eager_fused", compute these
+            gradients in backward. So may "auto" for up to 4 routed rows.
         device: of the parameters.
         dtype: of the parameters; bfloat16, float16 or float32.
 
@@ -41,7 +40,7 @@ class Experts(torch.nn.Module):
         down_bias: (E, H); None without biases.
 
     Raises:
-        ValueError: no activation has this name.
+        TypeError, ValueError: an option is unknown, or two exclude each other, as in `experts_forward`.
     """
 
     def __init__(
@@ -63,8 +62,7 @@ class Experts(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            checks.fail("activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+        check_options(activation, interleaved, recipe, implementation, kernel_preference, keep, accumulate_main_grad)
         width = 2 * intermediate if ACTIVATIONS[activation].is_gated else intermediate
 
         def empty(*shape: int) -> torch.nn.Parameter:

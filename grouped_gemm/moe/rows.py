@@ -23,6 +23,7 @@ from torch import Tensor
 from grouped_gemm.backends import runs_kernels
 from grouped_gemm.core.dense import dense_rows
 from grouped_gemm.core.library import Steps, define_op, ops
+from grouped_gemm.core.vmap import batched_gradient
 
 
 def gather(x: Tensor, source: Tensor, places: Tensor) -> Tensor:
@@ -77,12 +78,13 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, drows_MH: Tensor) -> tuple[Tensor | None, ...]:
         """dX (T, H) and dweights (T, k)."""
         x_TH, weights, source, places = ctx.saved_tensors
-        drows_MH = dense_rows(drows_MH)
         dx = dweights = None
-        if ctx.needs_input_grad[0]:
-            dx = _Combine.apply(drows_MH, weights, source, places)
-        if ctx.needs_input_grad[1]:
-            dweights = _Dots.apply(x_TH, drows_MH, weights, source, places)
+        with batched_gradient(drows_MH):
+            drows_MH = dense_rows(drows_MH)
+            if ctx.needs_input_grad[0]:
+                dx = _Combine.apply(drows_MH, weights, source, places)
+            if ctx.needs_input_grad[1]:
+                dweights = _Dots.apply(x_TH, drows_MH, weights, source, places)
         return dx, dweights, None, None
 
 
@@ -100,15 +102,16 @@ class _Combine(torch.autograd.Function):
         """dRows (M, H) and dweights (T, k), from one kernel; with ``create_graph=True`` from one for each."""
         rows_MH, weights, source, places = ctx.saved_tensors
         for_rows, for_weights, *_ = ctx.needs_input_grad
-        dy_TH = dense_rows(dy_TH)
         drows = dweights = None
-        if for_rows and for_weights and not torch.is_grad_enabled():
-            drows, dweights = ops.moe_combine_backward(dy_TH, rows_MH, weights, source, places, True)
-            return drows, dweights, None, None
-        if for_rows:
-            drows = _Gather.apply(dy_TH, weights, source, places)
-        if for_weights:
-            dweights = _Dots.apply(dy_TH, rows_MH, weights, source, places)
+        with batched_gradient(dy_TH):
+            dy_TH = dense_rows(dy_TH)
+            if for_rows and for_weights and not torch.is_grad_enabled():
+                drows, dweights = ops.moe_combine_backward(dy_TH, rows_MH, weights, source, places, True)
+                return drows, dweights, None, None
+            if for_rows:
+                drows = _Gather.apply(dy_TH, weights, source, places)
+            if for_weights:
+                dweights = _Dots.apply(dy_TH, rows_MH, weights, source, places)
         return drows, dweights, None, None
 
 
@@ -125,12 +128,13 @@ class _Dots(torch.autograd.Function):
     def backward(ctx: Any, ddots: Tensor) -> tuple[Tensor | None, ...]:
         """dX (T, H) and dRows (M, H)."""
         x_TH, rows_MH, source, places = ctx.saved_tensors
-        ddots = dense_rows(ddots)
         dx = drows = None
-        if ctx.needs_input_grad[0]:
-            dx = _Combine.apply(rows_MH, ddots, source, places)
-        if ctx.needs_input_grad[1]:
-            drows = _Gather.apply(x_TH, ddots, source, places)
+        with batched_gradient(ddots):
+            ddots = dense_rows(ddots)
+            if ctx.needs_input_grad[0]:
+                dx = _Combine.apply(rows_MH, ddots, source, places)
+            if ctx.needs_input_grad[1]:
+                drows = _Gather.apply(x_TH, ddots, source, places)
         return dx, drows, None, None, None
 
 

@@ -4,8 +4,9 @@ It is built like `gemm.k_grouped_hopper`, but four warps fill the ring: the oper
 descriptors, the other one row by row with cp.async. Rows past the end of a group are zero in both.
 
 Groups may differ much in size, and a tile takes as long as its group has rows. So a program asks for its next tile when
-it has loaded the last one: a counter in global memory hands out tiles in their order. The producer writes the number of
-a tile beside the operands of its first step. Which program computes a tile does not change its bits.
+it has loaded the operands of its current one: a counter in global memory hands out tiles in their order. The producer
+writes the number of a tile beside the operands of its first step. Which program computes a tile does not change its
+bits.
 
 M, T, E: routed rows, tokens, experts. P, Q: features of the first and the second operand.
 """
@@ -107,7 +108,7 @@ def _seek_expert(offs, M, tile, tiles, e, start, end, first_tile):
 
 @gluon.jit
 def _steps(start, end, BLOCK_K: gl.constexpr):
-    """The number of steps of a tile. An expert without rows takes one, of zeros, because a step announces the tile."""
+    """The steps of a tile. An expert without rows takes one step of zeros, since a tile's first step has its number."""
     return gl.maximum((end - start + BLOCK_K - 1) // BLOCK_K, 1)
 
 

@@ -1,7 +1,7 @@
 """Kernels of an MoE layer that quantize by rows what they load or compute, for recipes that quantize in blocks.
 
 They write what `quantize.fp8.quantize_activations` would write of the same tensor, bit for bit: values are rounded to
-its dtype first, also where the tensor is never stored. Twins are in `moe.steps`.
+its dtype first, even if the tensor is never stored. Twins are in `moe.steps`.
 
 T, k, M, D: tokens, slots of a token, routed rows, features: of tokens, or those between the GEMMs. P: features of
 pre-activations, D, or 2 D with a gate.
@@ -51,8 +51,8 @@ def activate_quantize(
         recipe: blockwise.
         activation: a name in `moe.activation.ACTIVATIONS`.
         interleaved: whether gate and up columns alternate.
-        data_MD: and
-        scale: from `layouts.activations` by rows.
+        data_MD: fp8, from `layouts.activations` by rows.
+        scale: its scales, from the same call.
     """
     features = data_MD.shape[1]
     constants = constants_of(activation, pre_MP, features, interleaved)
@@ -78,7 +78,8 @@ def activate_backward_quantize(
     Args:
         dh_MD: last axis contiguous.
         pre_MP: last axis contiguous; bfloat16, float16 or float32, or fp8 with ``pre_scale``.
-        weights: those of rows, whose gradients are summed in an order of its own; None: all are 1.
+        weights: those of rows; None: all are 1. Their gradients are summed in another order than in
+            `activate_backward`.
         blocks: from `quantize.fp8.find_blocks`.
         offs: (E,) int32, contiguous.
         recipe: blockwise.
@@ -86,8 +87,8 @@ def activate_backward_quantize(
         interleaved: whether gate and up columns alternate.
         dpre_MP: contiguous, columns as in ``pre``.
         h_MD: contiguous.
-        data_MP: and
-        scale: from `layouts.activations` of ``pre`` by rows.
+        data_MP: fp8, from `layouts.activations` of ``pre`` by rows.
+        scale: its scales, from the same call.
         pre_scale: (M, ceil(P/128)) fp32, contiguous; None: ``pre`` is not quantized.
     """
     features = dh_MD.shape[1]
