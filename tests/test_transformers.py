@@ -1,0 +1,465 @@
+"""transformers' models by ``experts_implementation="grouped_gemm"``, against transformers' own eager experts.
+
+Models are tiny, and randomly initialised from their configs. The experts of each class are compared in float32 and in
+bfloat16, for given routings. Whole models are compared in float32: there the routers of both see the same numbers up to
+rounding, and pick the same experts. Errors are relative, over all elements.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from grouped_gemm.moe import experts_forward
+
+# Tests of another activation's experts get its warning, which has a test of its own.
+pytestmark = pytest.mark.filterwarnings("ignore:grouped_gemm. .* is not fused into them")
+transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[transformers]'")
+
+from grouped_gemm.integrations import transformers as integration  # noqa: E402
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+GROUPS = {"n_routed_experts": 4, "intermediate_size": 64, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "chunk_size": 16, "n_groups": 2}
+
+# The class of each model, what its config has besides SIZES, and the activation that is known; None: its own.
+MODELS: dict[str, tuple[str, str, dict[str, Any], str | None]] = {
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {"num_experts": 4, "intermediate_size": 64}, "swiglu"),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {"num_experts": 4, "intermediate_size": 64, "shared_expert_intermediate_size": 32},
+        "swiglu",
+    ),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, "intermediate_size": 48}, "swiglu"),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {**GROUPS, **LATENT, "first_k_dense_replace": 1},
+        "swiglu",
+    ),
+    "glm4_moe": ("Glm4MoeConfig", "Glm4MoeForCausalLM", {**GROUPS, "first_k_dense_replace": 1}, "swiglu"),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {"num_local_experts": 4, "intermediate_size": 48, **WINDOWS},
+        "swiglu_clamped",
+    ),
+    "nemotron_h": (
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {**GROUPS, **MAMBA, "layers_block_type": ["attention", "moe"], "moe_shared_expert_intermediate_size": 32},
+        None,  # relu2
+    ),
+    "openai_privacy_filter": (
+        "OpenAIPrivacyFilterConfig",
+        "OpenAIPrivacyFilterForTokenClassification",
+        {"num_local_experts": 4, "intermediate_size": 48, "sliding_window": 8},
+        "swiglu_clamped",
+    ),
+    "minimax_m3_vl": (
+        "MiniMaxM3VLTextConfig",
+        "MiniMaxM3VLForCausalLM",
+        {"num_local_experts": 4, "intermediate_size": 48, "rotary_dim": 4, "dense_intermediate_size": 32}
+        | {"shared_intermediate_size": 32, "mlp_layer_types": ["sparse"] * 2, "layer_types": ["full_attention"] * 2},
+        "swiglu_clamped",
+    ),
+    "deepseek_v4": (
+        "DeepseekV4Config",
+        "DeepseekV4ForCausalLM",
+        {"n_routed_experts": 4, "num_local_experts": 4, "intermediate_size": 48},
+        None,
+    ),
+    "hy_v4": (
+        "HYV4Config",
+        "HYV4ForCausalLM",
+        {"n_routed_experts": 4, "num_local_experts": 4, "intermediate_size": 64, "mlp_layer_types": ["sparse"] * 2},
+        None,
+    ),
+    "glm5_next": ("Glm5NextTextConfig", "", {"n_routed_experts": 4, "num_local_experts": 4}, None),  # the experts only
+}
+CAUSAL = [name for name, (_, model, _, _) in MODELS.items() if model.endswith("CausalLM")]
+every_model = pytest.mark.parametrize("name", [name for name, (_, model, _, _) in MODELS.items() if model])
+every_class = pytest.mark.parametrize("name", MODELS)
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of outputs and gradients
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    integration.register()
+    integration._known.clear()  # each test verifies the gates of its modules
+
+
+def config_of(name: str) -> Any:
+    kind, _, options, _ = MODELS[name]
+    return getattr(transformers, kind)(**{**SIZES, **options})
+
+
+def initialize(module: Module) -> None:
+    """Pre-activations with a standard deviation of 4, so that gates clamp some of them; outputs of 1."""
+    for name, p in module.named_parameters():
+        if "bias" in name:
+            p.data.normal_()
+        else:
+            fan_in = p.shape[1] if module.is_transposed else p.shape[2]
+            p.data.normal_(std=(1 if name == "down_proj" else 4) * fan_in**-0.5)
+
+
+def experts_in(model: Module) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "has_gate") and hasattr(module, "down_proj")]
+
+
+@functools.cache
+def original(name: str) -> Any:
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = getattr(transformers, MODELS[name][1])(config_of(name))
+    for module in experts_in(model):
+        initialize(module)
+    return model.eval()
+
+
+def model_of(name: str, implementation: str = "grouped_gemm") -> Any:
+    """A copy of the same model each time."""
+    model = copy.deepcopy(original(name))
+    model.set_experts_implementation(implementation)
+    return model
+
+
+def experts_of(
+    name: str, implementation: str = "grouped_gemm", dtype: torch.dtype = torch.float32, **config: Any
+) -> Any:
+    """The experts of a model's class, with the same weights each time."""
+    package = __import__(f"transformers.models.{name}.modeling_{name}", fromlist=["*"])
+    kind = next(v for n, v in vars(package).items() if n.endswith("Experts") and hasattr(v, "_apply_gate"))
+    options = config_of(name)
+    for key, value in config.items():
+        setattr(options, key, value)
+    options._experts_implementation = implementation
+    module = kind(options)
+    torch.manual_seed(2)
+    initialize(module)
+    return module.to(dtype)
+
+
+def inputs(dtype: torch.dtype = torch.float32, tokens: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    """x (T, H), ids (T, 2) and weights (T, 2); one of the four experts gets no token."""
+    torch.manual_seed(3)
+    x = torch.randn(tokens, SIZES["hidden_size"]).to(dtype)
+    scores = torch.rand(tokens, 3).topk(2)
+    return x.requires_grad_(), scores.indices, scores.values.to(dtype).requires_grad_()
+
+
+def gradients_of(module: Module, *args: Tensor) -> dict[str, Tensor]:
+    """The output and all gradients."""
+    y = module(*args)
+    torch.manual_seed(4)
+    leaves = {f"input {i}": x for i, x in enumerate(args) if x.requires_grad} | dict(module.named_parameters())
+    found = torch.autograd.grad(y, list(leaves.values()), torch.randn_like(y))
+    return {"output": y, **dict(zip(leaves, found))}
+
+
+def error(x: Tensor, truth: Tensor) -> float:
+    x, truth = x.detach().double(), truth.detach().double()
+    return float((x - truth).norm() / truth.norm())
+
+
+def assert_close(
+    found: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float, peer: dict[str, Tensor] | None = None
+) -> None:
+    """1.5 times the error of ``peer`` is allowed as well: at the limit of a clamp, rounding decides on the gradient."""
+    assert found.keys() == truth.keys()
+    for name in truth:
+        allowed = max(tolerance, 0 if peer is None else 1.5 * error(peer[name], truth[name]))
+        assert error(found[name], truth[name]) <= allowed, name
+
+
+def tokens_for(model: Any) -> Tensor:
+    torch.manual_seed(5)
+    return torch.randint(3, SIZES["vocab_size"], (2, 7))
+
+
+def step(model: Any) -> dict[str, Tensor]:
+    """Logits, and the gradients of all parameters that have one."""
+    model.zero_grad()
+    logits = model(input_ids=tokens_for(model)).logits
+    torch.manual_seed(6)
+    logits.backward(torch.randn_like(logits))
+    return {"logits": logits.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+# The experts of each class
+
+
+@every_class
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_experts_agree_with_eager(name, dtype):
+    """In bfloat16 the truth is eager's result in float32, for the same values."""
+    found = gradients_of(experts_of(name, dtype=dtype), *inputs(dtype))
+    x, ids, weights = inputs(dtype)
+    rounded = x.detach().float().requires_grad_(), ids, weights.detach().float().requires_grad_()
+    truth = gradients_of(experts_of(name, "eager", dtype).float(), *rounded)
+    peer = gradients_of(experts_of(name, "batched_mm", dtype), x, ids, weights)
+    assert_close(found, truth, TOLERANCE[dtype], peer if dtype == torch.bfloat16 else None)
+    assert found["output"].dtype == dtype
+
+
+@every_class
+def test_one_token_agrees_with_eager(name):
+    """As in decode."""
+    x, ids, weights = inputs(tokens=1)
+    assert_close(
+        {"output": experts_of(name)(x, ids, weights)},
+        {"output": experts_of(name, "eager")(x, ids, weights)},
+        TOLERANCE[torch.float32],
+    )
+
+
+@every_class
+def test_slots_of_other_ranks_add_nothing(name):
+    """Under expert parallelism they have the id ``num_experts`` and the weight 0."""
+    x, ids, weights = inputs()
+    module = experts_of(name)
+    is_foreign = torch.rand(ids.shape) < 0.5
+    local = torch.where(is_foreign, 0, weights)
+    truth = gradients_of(experts_of(name, "eager"), x, ids, local.detach())
+    found = gradients_of(module, x, torch.where(is_foreign, module.num_experts, ids), local.detach())
+    assert_close(found, truth, TOLERANCE[torch.float32])
+    nothing = module(x, torch.full_like(ids, module.num_experts), torch.zeros_like(weights))
+    assert not nothing.any()
+
+
+@every_class
+def test_autocast_computes_in_its_dtype(name):
+    x, ids, weights = inputs()
+    truth = gradients_of(experts_of(name, "eager"), x, ids, weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients_of(experts_of(name), x, ids, weights)
+        peer = gradients_of(experts_of(name, "batched_mm"), x, ids, weights)
+    assert found["output"].dtype == torch.float32 and torch.equal(found["output"], found["output"].bfloat16().float())
+    assert_close(found, truth, 2e-2, peer)
+
+
+@every_class
+def test_float32_tokens_meet_bfloat16_weights(name):
+    """Norms of some models return float32."""
+    x, ids, weights = inputs()
+    y = experts_of(name, dtype=torch.bfloat16)(x, ids, weights)
+    assert y.dtype == torch.float32
+    assert error(y, experts_of(name, "eager")(x, ids, weights)) < 2e-2
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v4", "nemotron_h"])
+def test_compiled_experts_agree(name):
+    """Their gates are verified while they are traced."""
+    module = experts_of(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for tokens in (24, 40):
+        found, truth = (gradients_of(m, *inputs(tokens=tokens)) for m in (compiled, module))
+        assert_close({key.removeprefix("_orig_mod."): value for key, value in found.items()}, truth, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v4", "gpt_oss"])
+def test_the_recipe_quantizes(name):
+    integration.register("fp8_blockwise", name="grouped_gemm_fp8")
+    x, ids, weights = inputs(torch.bfloat16)
+    module = experts_of(name, "grouped_gemm_fp8", torch.bfloat16)
+    y = module(x, ids, weights)
+    assert 5e-3 < error(y, experts_of(name, dtype=torch.bfloat16)(x, ids, weights)) < 0.1
+    if name == "qwen3_moe":
+        call = experts_forward(x, ids, weights, module.gate_up_proj, module.down_proj, recipe="fp8_blockwise")
+        assert torch.equal(y, call)
+
+
+# Whole models
+
+
+@every_model
+def test_a_model_agrees_with_eager(name):
+    assert_close(step(model_of(name)), step(model_of(name, "eager")), 1e-4)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_generate_finds_the_same_tokens(name):
+    """Prefill and decode."""
+    found, truth = (
+        model_of(name, implementation).generate(
+            tokens_for(None)[:1], max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        for implementation in ("grouped_gemm", "eager")
+    )
+    assert torch.equal(found.sequences, truth.sequences)
+    assert error(torch.stack(found.logits), torch.stack(truth.logits)) < 1e-4
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved tensor hooks", "reentrant"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "deepseek_v4", "nemotron_h"])
+def test_checkpointed_gradients_have_the_same_bits(name, use_reentrant):
+    """Gates are verified inside of the first checkpoint, and not again when it is recomputed."""
+    model = model_of(name).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    found, truth = step(model), step(model_of(name).train())
+    assert found.keys() == truth.keys()
+    assert all(torch.equal(found[key], truth[key]) for key in truth)
+
+
+def test_a_compiled_model_agrees():
+    model = model_of("qwen3_moe")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        ids = tokens_for(model)
+        assert error(compiled(ids).logits, model(ids).logits) < 1e-5
+
+
+def test_from_pretrained_takes_the_name(tmp_path):
+    model = model_of("qwen3_moe", "eager")
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, experts_implementation="grouped_gemm")
+    assert loaded.config._experts_implementation == "grouped_gemm"
+    assert error(loaded(tokens_for(model)).logits, model(tokens_for(model)).logits) < 1e-4
+
+
+# Gates
+
+
+@every_class
+def test_a_gate_is_known_by_what_it_computes(name):
+    expected = MODELS[name][3]
+    integration._warned.clear()
+    module = experts_of(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module(*inputs())
+        module(*inputs())
+        experts_of(name)(*inputs())
+    assert integration._known[module][1] == expected
+    told = [str(warning.message) for warning in caught if "not fused" in str(warning.message)]
+    assert len(told) == (expected is None)
+    assert not told or type(module).__name__ in told[0]
+
+
+@pytest.mark.parametrize(
+    "act, expected",
+    [
+        ("silu", "swiglu"),
+        ("gelu", "geglu"),
+        ("gelu_pytorch_tanh", "geglu_tanh"),
+        ("gelu_new", "geglu_tanh"),
+        ("relu", "reglu"),
+        ("quick_gelu", None),
+        ("relu2", None),
+    ],
+)
+def test_the_activation_of_a_config(act, expected):
+    assert integration._known_activation(experts_of("qwen3_moe", hidden_act=act)) == expected
+    x, ids, weights = inputs()
+    found = gradients_of(experts_of("qwen3_moe", hidden_act=act), x, ids, weights)
+    assert_close(found, gradients_of(experts_of("qwen3_moe", "eager", hidden_act=act), x, ids, weights), 1e-5)
+
+
+@pytest.mark.parametrize("act, expected", [("silu", "silu"), ("gelu", "gelu"), ("relu", "relu"), ("relu2", None)])
+def test_the_activation_of_experts_without_a_gate(act, expected):
+    assert integration._known_activation(experts_of("nemotron_h", mlp_hidden_act=act)) == expected
+
+
+def test_another_limit_is_another_gate():
+    module = experts_of("gpt_oss")
+    assert integration._known_activation(module) == "swiglu_clamped"
+    module.limit = 5.0
+    assert integration._known_activation(module) is None
+    truth = experts_of("gpt_oss", "eager")
+    truth.limit = 5.0
+    assert_close(gradients_of(module, *inputs()), gradients_of(truth, *inputs()), 1e-5)
+
+
+def own_gate(gate: Callable[[Any, Tensor], Tensor]) -> Any:
+    """Experts of a class that overrides its gate."""
+    module = experts_of("qwen3_moe")
+    module.__class__ = type("Own", (type(module),), {"_apply_gate": gate})
+    return module
+
+
+def other_gradient(self: Any, pre: Tensor) -> Tensor:
+    gate, up = pre.chunk(2, dim=-1)
+    return self.act_fn(gate) * up.detach()
+
+
+def refuses_float64(self: Any, pre: Tensor) -> Tensor:
+    if pre.dtype == torch.float64:
+        raise TypeError("no float64")
+    gate, up = pre.chunk(2, dim=-1)
+    return self.act_fn(gate) * up
+
+
+def interleaved(self: Any, pre: Tensor) -> Tensor:
+    return self.act_fn(pre[..., 0::2]) * pre[..., 1::2]
+
+
+@pytest.mark.parametrize("gate", [other_gradient, refuses_float64, interleaved], ids=lambda gate: gate.__name__)
+def test_a_gate_that_is_not_verified_runs_as_it_is(gate):
+    module = own_gate(gate)
+    assert integration._known_activation(module) is None
+    truth = own_gate(gate)
+    truth.config._experts_implementation = "grouped_mm"  # eager of this class does not call its gate
+    assert_close(gradients_of(module, *inputs()), gradients_of(truth, *inputs()), 1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, lambda: torch.device("meta")])
+def test_a_gate_is_verified_in_every_mode(mode):
+    module = experts_of("gpt_oss")
+    with mode():
+        assert integration._known_activation(module) == "swiglu_clamped"
+
+
+# Registration
+
+
+def test_a_name_before_its_registration_is_refused_by_transformers():
+    with pytest.raises(ValueError, match="not supported"):
+        model_of("qwen3_moe", "grouped_gemm_of_nobody")
+
+
+@pytest.mark.parametrize("name", ["eager", "grouped_mm", "batched_mm", "", None])
+def test_names_of_transformers_are_refused(name):
+    with pytest.raises(ValueError, match=r"^name: expected a name that transformers does not use itself"):
+        integration.register(name=name)
+
+
+@pytest.mark.parametrize("options", [{"recipe": "fp9"}, {"kernel_preference": "abacus"}, {"keep": "half"}])
+def test_wrong_options_are_refused(options):
+    with pytest.raises(ValueError):
+        integration.register(**options)
+
+
+def test_transformers_keeps_its_own_implementations():
+    from transformers.integrations import moe
+
+    assert moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"] is moe.grouped_mm_experts_forward
+    assert moe.ALL_EXPERTS_FUNCTIONS["batched_mm"] is moe.batched_mm_experts_forward
