@@ -209,8 +209,7 @@ def quantize_weights(
     if scale is None:
         forward, backward = weights_for(b, recipe, route.forward, route.dgrad)
     else:
-        blocks, fp8_dtype = reference.weight_blocks(recipe, 1), machine_of(b.device).fp8_dtype
-        data, scale = reference.convert_fp8(b, scale, blocks, fp8_dtype)
+        data, scale = reference.convert_fp8(b, scale, reference.weight_blocks(recipe, 1), _fp8_dtype(b.device))
         forward, backward = layouts(
             route.forward,
             route.dgrad,
@@ -218,3 +217,10 @@ def quantize_weights(
         )
     assert forward is not None and route.forward is not None, "the forward layout is always requested"
     return QuantizedWeights(b.shape, dtype, forward, backward, route.forward, route.dgrad)
+
+
+def _fp8_dtype(device: torch.device) -> torch.dtype:
+    return machine_of(device).fp8_dtype
+
+
+_fp8_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `selection.route._decided`

@@ -497,3 +497,15 @@ def test_a_state_whose_codes_have_another_dtype_is_refused():
     state["forward_scale"] = state["forward_scale"].view(torch.float32)
     with pytest.raises(RuntimeError, match=r"forward_scale: expected the bits as torch\.int32; found torch\.float32"):
         layer.load_state_dict(state)
+
+
+def test_a_checkpoint_is_taken_over_in_compiled_code():
+    w, scale = torch.randn(3, 128, 256).to(torch.float8_e4m3fn), torch.rand(3, 1, 2) + 0.5
+
+    def multiply(a: Tensor, w: Tensor, scale: Tensor) -> Tensor:
+        weights = quantize_weights(w.transpose(1, 2), "fp8_blockwise", scale=scale.transpose(1, 2))
+        return grouped_mm(a, weights, torch.tensor([5, 5, 9], dtype=torch.int32))
+
+    a = torch.randn(9, 256, dtype=torch.bfloat16)
+    compiled = torch.compile(multiply, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(a, w, scale), multiply(a, w, scale))
