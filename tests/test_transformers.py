@@ -346,6 +346,174 @@ def test_from_pretrained_takes_the_name(tmp_path):
     assert error(loaded(tokens_for(model)).logits, model(tokens_for(model)).logits) < 1e-4
 
 
+# FP8 experts
+
+
+def fp8_experts(
+    intermediate: int = 128,
+    scale_format: str = "float",
+    block_size: tuple[int, int] | None = (128, 128),
+    scheme: str = "dynamic",
+    **config: Any,
+) -> Any:
+    """The experts that transformers puts into an FP8 model, with random weights and scales in their formats."""
+    from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
+
+    model = torch.nn.Module()
+    model.layer = torch.nn.ModuleDict({"experts": experts_of("qwen3_moe", **config)})
+    model.config = options = model.layer["experts"].config
+    options.hidden_size = 192
+    options.moe_intermediate_size = options.intermediate_size = intermediate
+    quantization = transformers.FineGrainedFP8Config(
+        weight_block_size=block_size, activation_scheme=scheme, scale_fmt=scale_format
+    )
+    module = replace_with_fp8_linear(model, quantization_config=quantization).layer["experts"].to_empty(device="cpu")
+    torch.manual_seed(7)
+    for parameter in ("gate_up_proj", "down_proj"):
+        w, scale = (module.get_parameter(parameter + suffix).data for suffix in ("", "_scale_inv"))
+        if w.dtype == torch.float8_e4m3fn:
+            w.copy_(torch.randn(w.shape).clamp(-3, 3) * 100)
+            scale.copy_(2.0 ** torch.randint(-11, -8, scale.shape))
+    return module
+
+
+def dequantized(module: Any) -> tuple[Tensor, Tensor]:
+    """gate_up and down in float32. Blocks of gate and of up begin at their own first rows."""
+    gate_up, down = module.gate_up_proj.float(), module.down_proj.float()
+    scales = module.gate_up_proj_scale_inv.float()
+    halves = zip(gate_up.chunk(2, 1), scales.chunk(2, 1)) if scales.shape[1] % 2 == 0 else [(gate_up, scales)]
+
+    def scaled(w: Tensor, scale: Tensor) -> Tensor:
+        sides = [128 if size > 1 else w.shape[axis] for axis, size in enumerate(scale.shape) if axis]
+        wide = scale.repeat_interleave(sides[0], 1).repeat_interleave(sides[1], 2)
+        return w * wide[:, : w.shape[1], : w.shape[2]]
+
+    first = torch.cat([scaled(*half) for half in halves], 1)
+    return first, scaled(down, module.down_proj_scale_inv.float())
+
+
+def fp8_inputs(tokens: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+    _, ids, weights = inputs(tokens=tokens)
+    return torch.randn(tokens, 192).bfloat16(), ids, weights.detach().bfloat16()
+
+
+FORMATS = [
+    {"intermediate": 128},
+    {"intermediate": 128, "scale_format": "ue8m0"},
+    {"intermediate": 64},  # a scale for the gate, and one for up, in one block of both
+    {"intermediate": 96},
+    {"intermediate": 192},  # three blocks of gate and up together
+    {"intermediate": 128, "block_size": None},
+    {"intermediate": 200, "block_size": None},
+    {"intermediate": 128, "swiglu_limit": 1.0},
+]
+
+
+@pytest.mark.parametrize("options", FORMATS, ids=lambda options: "-".join(str(value) for value in options.values()))
+@torch.no_grad()
+def test_fp8_experts_agree_with_their_dequantized_weights(options):
+    """Activations are quantized: 3 bits of mantissa, in both GEMMs."""
+    module, (x, ids, weights) = fp8_experts(**options), fp8_inputs()
+    y = module(x, ids, weights)
+    assert y.dtype == x.dtype
+    limit = options.get("swiglu_limit")
+    assert integration._known_activation(module) == (None if limit else "swiglu")
+    gate_up, down = dequantized(module)
+    truth = torch.zeros(x.shape)
+    for t, experts in enumerate(ids.tolist()):
+        for j, e in enumerate(experts):
+            truth[t] += weights[t, j].float() * (down[e] @ module._apply_gate(gate_up[e] @ x[t].float()))
+    assert error(y, truth) < 0.07
+
+
+def test_an_fp8_model_takes_fp8_experts_by_the_same_name():
+    """Prefill and decode. Only the experts are FP8: transformers' linear layers in FP8 need a GPU."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_fp8_linear
+
+    config = config_of("qwen3_moe")
+    config.num_hidden_layers = 1  # in a second one, the router might pick other experts
+    torch.manual_seed(1)
+    truth = transformers.Qwen3MoeForCausalLM._from_config(config, experts_implementation="grouped_gemm").eval()
+    initialize(truth.model.layers[0].mlp.experts)
+    model = replace_with_fp8_linear(
+        copy.deepcopy(truth), ["proj", "gate", "lm_head"], transformers.FineGrainedFP8Config()
+    )
+    experts = model.model.layers[0].mlp.experts.to_empty(device="cpu")
+    assert isinstance(experts, FP8Experts)
+    for name in ("gate_up_proj", "down_proj"):
+        w = truth.get_parameter(f"model.layers.0.mlp.experts.{name}").data
+        getattr(experts, name).data.copy_(w.clamp(-12, 12) * 32)
+        getattr(experts, f"{name}_scale_inv").data.fill_(1 / 32)
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    found, expected = (m.generate(tokens_for(m)[:1], **options).logits[0] for m in (model, truth))
+    assert experts in integration._kept and error(found, expected) < 0.1
+
+
+@torch.no_grad()
+def test_fp8_experts_are_one_call():
+    from grouped_gemm import quantize_weights
+
+    module, (x, ids, weights) = fp8_experts(), fp8_inputs()
+    gate_up, down = (
+        quantize_weights(w.transpose(1, 2), "fp8_blockwise", scale=scale.transpose(1, 2))
+        for w, scale in (
+            (module.gate_up_proj, module.gate_up_proj_scale_inv),
+            (module.down_proj, module.down_proj_scale_inv),
+        )
+    )
+    assert torch.equal(module(x, ids, weights), experts_forward(x, ids, weights, gate_up, down, recipe="fp8_blockwise"))
+
+
+@torch.no_grad()
+def test_fp8_weights_are_taken_over_once_and_after_a_change():
+    module, call = fp8_experts(), fp8_inputs()
+    y = module(*call)
+    _, first, _ = integration._kept[module]
+    module(*call)
+    assert integration._kept[module][1] is first
+    assert first.forward.data.data_ptr() == module.gate_up_proj.data_ptr()  # no second copy
+    module.load_state_dict({key: value * 2 if "scale" in key else value for key, value in module.state_dict().items()})
+    doubled = module(*call)
+    assert integration._kept[module][1] is not first and error(doubled, y) > 1
+    module.down_proj_scale_inv.data = module.down_proj_scale_inv.data / 2
+    assert torch.equal(module(*call), doubled / 2)
+
+
+@torch.no_grad()
+def test_a_change_that_is_not_seen_is_found_by_validation(monkeypatch):
+    module, call = fp8_experts(scale_format="ue8m0"), fp8_inputs()
+    module(*call)
+    module.down_proj_scale_inv.data.copy_(torch.ones(()))
+    monkeypatch.setenv("GROUPED_GEMM_VALIDATE", "1")
+    with pytest.raises(RuntimeError, match="no version counter has changed"):
+        module(*call)
+
+
+def test_fp8_experts_pass_a_gradient_to_their_tokens():
+    module, (x, ids, weights) = fp8_experts(), fp8_inputs()
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(module(x, ids, weights).sum(), x)
+    gate_up, down = (w.bfloat16() for w in dequantized(module))
+    (truth,) = torch.autograd.grad(experts_forward(x, ids, weights, gate_up, down).sum(), x)
+    assert error(dx, truth) < 0.1
+
+
+@torch.no_grad()
+def test_compiled_fp8_experts_agree():
+    module = fp8_experts()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for tokens in (24, 40):
+        call = fp8_inputs(tokens)
+        assert torch.equal(compiled(*call), module(*call))
+
+
+@pytest.mark.parametrize("options", [{"scheme": "static"}, {"block_size": (64, 64)}, {"expert_dtype": "fp4"}], ids=str)
+def test_another_fp8_format_is_refused(options):
+    with pytest.raises(ValueError, match=r"expected FP8 experts .*; found .*set_experts_implementation"):
+        fp8_experts(**options)(*fp8_inputs())
+
+
 # Gates
 
 
