@@ -16,6 +16,7 @@ ARGUMENTS = {
     "moe_layer.py": ["--steps", "16"],
     "override_existing_model.py": [],
     "quantized_weights.py": [],
+    "transformers_experts.py": [],
 }
 
 
@@ -74,3 +75,10 @@ def test_an_override_changes_the_recipe_of_a_model(run):
     error = float(re.search(r"output (0\.\d+)", out)[1])
     assert 0.01 < error < 0.1
     assert "the decorated layer gives the same: True" in out
+
+
+def test_a_transformers_model_agrees_with_its_own_experts(run):
+    pytest.importorskip("transformers", reason="needs transformers: pip install '.[transformers]'")
+    out = run("transformers_experts.py")
+    assert float(re.search(r"difference of logits: (\S+)", out)[1]) < 0.02
+    assert re.search(r"generated: \[(\d+, ){7}\d+\]", out)
