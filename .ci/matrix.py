@@ -16,6 +16,7 @@ OLDEST_TRITON = "triton==3.6.0"  # the floors in pyproject.toml
 OLDEST_TORCH = "torch==2.10.0"
 NEWEST_TRITON = "triton==3.9.0"
 NEWEST_TORCH = "torch==2.15.0"
+NEWEST_TRANSFORMERS = "transformers==5.24.0"
 EXTRAS = {"deepgemm": "deepgemm"}  # the extras of pyproject.toml that backends need on their machines
 
 
@@ -31,6 +32,7 @@ class Row:
         env: environment variables.
         python: its version.
         pins: requirements that replace those in constraints.txt.
+        extras: extras of pyproject.toml that the tests need, on every machine.
         without: distributions that are uninstalled after the installation.
         has_fake_deep_gemm: whether `import deep_gemm` gets tests/fake_deep_gemm.py.
         must_be_ready: backends that doctor must find ready, if it lists them.
@@ -44,6 +46,7 @@ class Row:
     env: tuple[tuple[str, str], ...] = ()
     python: str = "3.11"
     pins: tuple[str, ...] = ()
+    extras: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     has_fake_deep_gemm: bool = False
     must_be_ready: tuple[str, ...] = ()
@@ -70,6 +73,10 @@ def _compiled_ahead(triton: str) -> Row:
         min_passed=6,
         pins=(triton,),
     )
+
+
+def _with_transformers(name: str, pins: tuple[str, ...] = ()) -> Row:
+    return Row(name, pytest="tests/test_transformers.py", min_passed=150, pins=pins, extras=("transformers",))
 
 
 def _on_a_gpu(name: str, machine: str, *backends: str, pins: tuple[str, ...] = ()) -> Row:
@@ -109,6 +116,8 @@ ROWS = (
         has_fake_deep_gemm=True,
     ),
     Row("two processes of gloo", pytest="tests/test_ranks.py tests/test_shards.py", min_passed=30),
+    _with_transformers("transformers"),
+    _with_transformers("newest transformers", pins=(NEWEST_TRANSFORMERS,)),
     Row("without triton", min_passed=4200, without=("triton",), must_be_ready=("emulated", "torch")),
     Row("oldest Python, torch and triton", min_passed=4200, python="3.10", pins=(OLDEST_TORCH, OLDEST_TRITON)),
     Row("newest Python, torch and triton", min_passed=4200, python="3.13", pins=(NEWEST_TORCH, NEWEST_TRITON)),

@@ -41,7 +41,7 @@ def install(row: Row, directory: Path) -> Path:
     if not pins.exists() or pins.read_text() != constraints(row):  # make compares its modification time
         pins.write_text(constraints(row))
     run("make", "venv", f"VENV={venv}", f"CONSTRAINTS={pins}", f"PYTHON=python{row.python}")
-    extras = [EXTRAS[name] for name in row.backends if name in EXTRAS and row.machine]
+    extras = [*row.extras, *(EXTRAS[name] for name in row.backends if name in EXTRAS and row.machine)]
     if extras:
         run(python, "-m", "pip", "install", "--no-build-isolation", "-c", pins, "-e", f".[{','.join(extras)}]")
     if row.without:

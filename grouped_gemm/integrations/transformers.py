@@ -201,7 +201,7 @@ def _check_format(module: Any) -> None:
         raise ValueError(
             "grouped_gemm: expected FP8 experts in float8_e4m3fn, with a scale for each 128x128 block or each matrix, "
             f"and activations with dynamic scales; found {found}. Use "
-            'model.set_experts_implementation("grouped_mm") for this model.'
+            'model.set_experts_implementation("eager") for this model.'
         )
 
 
