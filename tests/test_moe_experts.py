@@ -106,6 +106,18 @@ def test_a_recipe_quantizes_the_gemms(implementation, recipe):
     assert not torch.equal(y, inputs.run(implementation=implementation))
 
 
+@pytest.mark.parametrize("recipe", ("fp8_rowwise", "fp8_rowwise_pow2", "fp8_blockwise", "fp8_blockwise_pow2", "mxfp8"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_recipe_with_every_activation(activation, recipe):
+    inputs = Inputs(torch.bfloat16, gated=ACTIVATIONS[activation].is_gated)
+    options: dict[str, Any] = {"implementation": "grouped_mm", "activation": activation}
+    y, truth = inputs.run(recipe=recipe, **options), inputs.truth(activation)
+    assert_near([y], [truth], 0.08)
+    # Quantized, a pre-activation near zero may change its sign, which switches a rectifier.
+    tolerance = 0.5 if activation in ("relu", "reglu") else 0.12
+    assert_near(gradients(y, inputs.leaves), gradients(truth, inputs.leaves), tolerance)
+
+
 def test_grouped_mm_and_the_loop_over_sorted_rows_give_the_same_bits():
     inputs = Inputs(torch.bfloat16)
     one, other = (inputs.run(implementation=name, recipe="fp8_blockwise") for name in ("grouped_mm", "eager_fused"))
