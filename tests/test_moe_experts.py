@@ -399,7 +399,7 @@ def test_fused_kernels_say_what_they_do_not_run(changes, message, monkeypatch):
     weights = torch.zeros(2, 64, 64, dtype=torch.bfloat16), torch.zeros(2, 64, 32, dtype=torch.bfloat16)
     experts = ExpertWeights((weights[0],), (None,), weights[1], None, ACTIVATIONS["swiglu"], False, None, "auto")
     x = torch.zeros(3, 64, dtype=torch.bfloat16)
-    assert str(fused.refusal(x, replace(experts, **changes))).startswith(message)
+    assert str(fused.refusal(x, None, replace(experts, **changes))).startswith(message)
 
 
 def test_fused_kernels_take_quantized_weights_of_one_recipe(monkeypatch):
@@ -413,12 +413,14 @@ def test_fused_kernels_take_quantized_weights_of_one_recipe(monkeypatch):
     x, kind = torch.zeros(3, 64, dtype=torch.bfloat16), ACTIVATIONS["swiglu"]
 
     def refusal(gate_up: Any, down: Any, recipe: Recipe | None) -> str:
-        return str(fused.refusal(x, ExpertWeights((gate_up,), (None,), down, None, kind, False, recipe, "auto")))
+        return str(fused.refusal(x, None, ExpertWeights((gate_up,), (None,), down, None, kind, False, recipe, "auto")))
 
     assert refusal(*one, None) == refusal(*one, Recipe.FP8_BLOCKWISE) == "None"
     for given in ((*one, Recipe.FP8_BLOCKWISE_POW2), (one[0], other[1], None), (one[0], down, None)):
         assert refusal(*given).startswith("expected quantized weights of one recipe")
     without = [quantize_weights(w.transpose(1, 2), "fp8_blockwise") for w in (gate_up, down)]
+    assert refusal(*without, None) == "None"  # nothing needs a gradient
+    x.requires_grad_()
     assert refusal(*without, None).startswith("expected quantized weights with a layout for dgrad")
     with torch.no_grad():
         assert refusal(*without, None) == "None"

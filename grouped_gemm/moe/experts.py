@@ -102,7 +102,8 @@ def explain_experts(*args: Any, **options: Any) -> str:
     call = inspect.signature(experts_forward).bind(*args, **options)
     call.apply_defaults()
     x, experts = _prepared(**call.arguments)
-    return implementations.explain(call.arguments["implementation"], x, call.arguments["topk_ids"], experts)
+    name, ids, weights = (call.arguments[argument] for argument in ("implementation", "topk_ids", "topk_weights"))
+    return implementations.explain(name, x, ids, weights, experts)
 
 
 def sorted_experts(
@@ -168,7 +169,7 @@ def sorted_experts(
         ids = torch.searchsorted(plan.offs.cummax(0).values, order, right=True).unsqueeze(1)  # E past the last group
         weights = torch.ones_like(order, dtype=torch.float32) if row_weights is None else row_weights
         return implementations.run(implementation, rows, ids, weights.unsqueeze(1), experts)
-    if fused.can_run(rows, experts):
+    if fused.can_run(rows, row_weights, experts):
         ends = plan.offs
         if VALIDATE.is_on():
             ends = torch.ops.grouped_gemm.checked_offs(ends, rows.shape[0], plan.group_alignment)

@@ -44,13 +44,13 @@ _GATE_BLOCK = 128  # columns of h in a tile of the GEMM of gate and up, and valu
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def can_run(x: Tensor, experts: ExpertWeights) -> bool:
-    """Whether these kernels run ``experts`` on ``x`` (T, H)."""
-    return refusal(x, experts) is None
+def can_run(x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights) -> bool:
+    """Whether these kernels run ``experts`` on ``x`` (T, H), with weights of slots or without."""
+    return refusal(x, topk_weights, experts) is None
 
 
-def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
-    """Why these kernels do not run ``experts`` on ``x`` (T, H), as "expected ...; found ..."; None: they do."""
+def refusal(x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights) -> str | None:
+    """Why these kernels do not run a call of `can_run`, as "expected ...; found ..."; None: they do."""
     gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
     if not _runs_on(x.device):
         return f"expected a Hopper GPU where Triton works; found {x.device}"
@@ -75,7 +75,7 @@ def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
         experts.recipe is None and len(quantized) == 1
     ):
         return "expected quantized weights of one recipe, that of the call, and of the dtype of x; found others"
-    if torch.is_grad_enabled() and any([w.dgrad is None for w in quantized]):
+    if any([w.dgrad is None for w in quantized]) and _needs_gradients(x, topk_weights, gate_up, down):
         return "expected quantized weights with a layout for dgrad, or torch.no_grad(); found neither"
     hidden, inner = x.shape[1], down.shape[1] if isinstance(down, QuantizedWeights) else down.shape[2]
     # TMA reads rows at multiples of 16 bytes. In bf16, dgrad of down contracts H in whole steps of 64.
@@ -88,6 +88,10 @@ def refusal(x: Tensor, experts: ExpertWeights) -> str | None:
 def _recipe_of(experts: ExpertWeights) -> Recipe:
     gate_up = experts.first[0]
     return experts.recipe or (gate_up.recipe if isinstance(gate_up, QuantizedWeights) else Recipe.NONE)
+
+
+def _needs_gradients(*leaves: Weights | None) -> bool:
+    return torch.is_grad_enabled() and any([x.requires_grad for x in leaves if isinstance(x, Tensor)])
 
 
 def _is_readable(w: Weights) -> bool:
@@ -170,9 +174,8 @@ def _apply(
         destination_of(down, experts.accumulate_main_grad, "down"),
     )
     gate_up, down = [w.to(x.dtype) if isinstance(w, Tensor) else w for w in (gate_up, down)]  # as autocast does
-    leaves = [leaf for leaf in (x, topk_weights, gate_up, down) if isinstance(leaf, Tensor)]
     keep = "nothing"
-    if torch.is_grad_enabled() and any([leaf.requires_grad for leaf in leaves]):
+    if _needs_gradients(x, topk_weights, gate_up, down):
         keep = experts.keep if recipe.is_scaled else "full"
     settings = recipe, experts.activation.name, experts.interleaved, keep
     topk_weights = None if topk_weights is None else dense_rows(topk_weights)

@@ -27,15 +27,15 @@ _FEW_ROWS = 4
 
 def run(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
     """The layer, (T, H), by the implementation of this ``name``. Arguments as of `experts_forward`, checked."""
-    return _RUNS[_choose(name, x, topk_ids, experts)](x, topk_ids, topk_weights, experts)
+    return _RUNS[_choose(name, x, topk_ids, topk_weights, experts)](x, topk_ids, topk_weights, experts)
 
 
-def explain(name: str, x: Tensor, topk_ids: Tensor, experts: ExpertWeights) -> str:
+def explain(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> str:
     """What `run` would do, and what of it is fused."""
-    chosen = _choose(name, x, topk_ids, experts)
+    chosen = _choose(name, x, topk_ids, topk_weights, experts)
     if chosen != "grouped_mm":
         return f"implementation {chosen}"
-    refusal = fused.refusal(x, experts)
+    refusal = fused.refusal(x, topk_weights, experts)
     if refusal is None:
         return f"implementation grouped_mm, fused:\n{fused.explain(experts)}"
     return f"implementation grouped_mm, not fused: {refusal}. It runs gather, grouped_mm, activation and combine."
@@ -43,7 +43,7 @@ def explain(name: str, x: Tensor, topk_ids: Tensor, experts: ExpertWeights) -> s
 
 def _run_grouped(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
     routing = route(topk_ids, experts.num_experts)
-    if fused.can_run(x, experts):
+    if fused.can_run(x, topk_weights, experts):
         return fused.run(x, topk_weights, experts, routing)
     return run_composed(x, topk_weights, experts, routing)
 
@@ -126,7 +126,7 @@ _RUNS: dict[str, Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]] = {
 }
 
 
-def _choose(name: str, x: Tensor, topk_ids: Tensor, experts: ExpertWeights) -> str:
+def _choose(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> str:
     if name == "batched_mm" and tracing.holds(topk_ids.numel() == 0):  # it has no weights to gather
         return "grouped_mm"
     if name != "auto":
@@ -137,4 +137,4 @@ def _choose(name: str, x: Tensor, topk_ids: Tensor, experts: ExpertWeights) -> s
         return "grouped_mm"
     if not 0 < topk_ids.numel() <= _FEW_ROWS:
         return "grouped_mm"
-    return "grouped_mm" if fused.can_run(x, experts) else "batched_mm"
+    return "grouped_mm" if fused.can_run(x, topk_weights, experts) else "batched_mm"
