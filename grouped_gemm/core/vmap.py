@@ -83,6 +83,19 @@ def check_differentiable() -> None:
         raise RuntimeError(_NOT_DIFFERENTIABLE)
 
 
+def check_no_transform(name: str) -> None:
+    """Checks that the call of the function ``name`` is not inside any transform, such as vmap or grad.
+
+    Raises:
+        RuntimeError: it is.
+    """
+    if not torch.compiler.is_compiling() and is_transformed():
+        raise RuntimeError(
+            f"{name}: expected no torch.func transform; found vmap, grad or another one; use torch.autograd.grad, with "
+            "is_grads_batched for several gradients"
+        )
+
+
 class _EachSample(torch.autograd.Function):
     """Only for its vmap rule, which calls the function one level below, where autograd records it."""
 

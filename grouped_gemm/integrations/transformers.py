@@ -26,7 +26,7 @@ from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import grouped_mm, quantize_weights
 from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.moe.activation import ACTIVATIONS, Activation
-from grouped_gemm.moe.composed import Weights, shape_of
+from grouped_gemm.moe.composed import Weights, as_b, shape_of
 from grouped_gemm.moe.experts import experts_forward
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
@@ -159,8 +159,7 @@ def _run_weights(
     plan = GroupPlan(offs, source.shape[0])
 
     def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
-        b = w if isinstance(w, QuantizedWeights) else w.transpose(1, 2)
-        return grouped_mm(rows, b, plan, recipe=recipe, bias=bias, kernel_preference=options.kernel_preference)
+        return grouped_mm(rows, as_b(w), plan, recipe=recipe, bias=bias, kernel_preference=options.kernel_preference)
 
     rows = gather(x, source, places)
     if isinstance(first, tuple):

@@ -94,7 +94,7 @@ def grouped(experts: ExpertWeights, plan: GroupPlan) -> Callable[[Tensor, Weight
     def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
         return grouped_mm(
             rows,
-            _as_b(w),
+            as_b(w),
             plan,
             recipe=experts.recipe,
             bias=bias,
@@ -119,6 +119,6 @@ def shape_of(w: Weights) -> tuple[int, ...]:
     return tuple(w.shape)
 
 
-def _as_b(w: Weights) -> Weights:
+def as_b(w: Weights) -> Weights:
     """Weights as `grouped_mm` takes them."""
     return w if isinstance(w, QuantizedWeights) else w.transpose(1, 2)

@@ -17,7 +17,7 @@ from grouped_gemm.core.preference import VALIDATE, KernelPreference, Preference,
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.core.tracing import holds
-from grouped_gemm.core.vmap import is_transformed
+from grouped_gemm.core.vmap import check_no_transform
 from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.moe import fused, implementations
 from grouped_gemm.moe.activation import ACTIVATIONS
@@ -85,7 +85,7 @@ def experts_forward(
         RuntimeError: the call is inside a torch.func transform, such as vmap or grad.
         NoBackendError: no backend can run the GEMMs.
     """
-    _check_no_transform("experts_forward")
+    check_no_transform("experts_forward")
     x, experts = _prepared(
         x, topk_ids, topk_weights, gate_up, down, recipe, activation, interleaved, gate_up_bias, down_bias,
         implementation, kernel_preference, keep, accumulate_main_grad,
@@ -147,7 +147,7 @@ def sorted_experts(
     Raises:
         TypeError, ValueError, RuntimeError, NoBackendError: as `experts_forward`.
     """
-    _check_no_transform("sorted_experts")
+    check_no_transform("sorted_experts")
     experts = _checked(
         "rows", rows, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference,
         implementation, keep, accumulate_main_grad,
@@ -164,15 +164,17 @@ def sorted_experts(
     plan = offs if isinstance(offs, GroupPlan) else GroupPlan(offs, rows.shape[0])
     plan.check_rows(rows.shape[0])
     checks.check_offs(plan.offs, experts.num_experts, rows.device)
-    if implementation not in ("auto", "grouped_mm"):
+    by_slots = implementation not in ("auto", "grouped_mm")
+    is_composed = not by_slots and not fused.can_run(rows, row_weights, experts)
+    ends = plan.offs
+    if VALIDATE.is_on() and not is_composed:  # `grouped_mm` checks them itself
+        ends = torch.ops.grouped_gemm.checked_offs(ends, rows.shape[0], plan.group_alignment)
+    if by_slots:
         order = torch.arange(rows.shape[0], device=rows.device)
-        ids = torch.searchsorted(plan.offs.cummax(0).values, order, right=True).unsqueeze(1)  # E past the last group
+        ids = torch.searchsorted(ends.cummax(0).values, order, right=True).unsqueeze(1)  # E past the last group
         weights = torch.ones_like(order, dtype=torch.float32) if row_weights is None else row_weights
         return implementations.run(implementation, rows, ids, weights.unsqueeze(1), experts)
-    if fused.can_run(rows, row_weights, experts):
-        ends = plan.offs
-        if VALIDATE.is_on():
-            ends = torch.ops.grouped_gemm.checked_offs(ends, rows.shape[0], plan.group_alignment)
+    if not is_composed:
         return fused.run_sorted(rows, row_weights, experts, ends)
     y = experts.run(grouped(experts, plan), rows)
     if row_weights is None:
@@ -219,14 +221,6 @@ def _prepared(
     if topk_ids.shape != topk_weights.shape:
         checks.fail("topk_weights.shape", f"{tuple(topk_ids.shape)}, as topk_ids has it", tuple(topk_weights.shape))
     return _autocast("x", x, experts)
-
-
-def _check_no_transform(name: str) -> None:
-    if not torch.compiler.is_compiling() and is_transformed():
-        raise RuntimeError(
-            f"{name}: expected no torch.func transform; found vmap, grad or another one; use torch.autograd.grad, with "
-            "is_grads_batched for several gradients"
-        )
 
 
 def _autocast(argument: str, x: Tensor, experts: ExpertWeights) -> tuple[Tensor, ExpertWeights]:

@@ -8,8 +8,8 @@ With a recipe, wgrads stay in bf16. In fp8 they would need operands that are tra
 rows; that takes longer than the faster GEMMs save (docs/performance.md).
 
 Kept for backward: x, the weights or their dgrad layout, pre-activations, and the integers of the routing. With
-``keep="recipe"``, x and pre-activations are kept in fp8; gradients are those of the rounded values. The rows
-of dY enter dgrad unweighted. The kernel of the gate's gradient applies the weights of rows and computes their gradient,
+``keep="recipe"``, x and pre-activations are kept in fp8; gradients are those of the rounded values. The rows of dY
+enter dgrad unweighted. The kernel of the gate's gradient applies the weights of rows and computes their gradient,
 dS = <dh, h>.
 
 T, k, M, E: tokens, slots of a token, routed rows, experts. H, I: hidden and intermediate features.
@@ -37,6 +37,7 @@ from grouped_gemm.moe import gemms, steps  # noqa: F401  (steps defines ops)
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, run_composed
 from grouped_gemm.moe.routing import Routing
+from grouped_gemm.selection.spec import needs_gradient
 from grouped_gemm.weight_gradients import WgradDestination, check_backward, deliver_wgrad, destination_of
 
 _RECIPES = (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
@@ -91,7 +92,7 @@ def _recipe_of(experts: ExpertWeights) -> Recipe:
 
 
 def _needs_gradients(*leaves: Weights | None) -> bool:
-    return torch.is_grad_enabled() and any([x.requires_grad for x in leaves if isinstance(x, Tensor)])
+    return any([needs_gradient(x) for x in leaves if isinstance(x, Tensor)])
 
 
 def _is_readable(w: Weights) -> bool:

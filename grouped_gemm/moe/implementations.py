@@ -133,8 +133,12 @@ def _choose(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, expert
         return name
     weights = (*experts.first, experts.down)
     only_grouped = experts.accumulate_main_grad or any(isinstance(w, QuantizedWeights) for w in weights)
-    if torch.compiler.is_compiling() or only_grouped or experts.is_scaled:  # compiled, a choice would bound T
+    if (
+        torch.compiler.is_compiling()  # a choice by the number of rows would bound T
+        or only_grouped
+        or experts.is_scaled
+        or not 0 < topk_ids.numel() <= _FEW_ROWS
+        or fused.can_run(x, topk_weights, experts)
+    ):
         return "grouped_mm"
-    if not 0 < topk_ids.numel() <= _FEW_ROWS:
-        return "grouped_mm"
-    return "grouped_mm" if fused.can_run(x, topk_weights, experts) else "batched_mm"
+    return "batched_mm"
