@@ -1,4 +1,4 @@
-"""The steps between the grouped GEMMs of a fused MoE layer, as ops: activations, quantizers, values of slots and rows.
+"""The steps between the grouped GEMMs of a fused MoE layer, as ops: activations, their gradients, and quantizers.
 
 Each is one or two kernels where this package's kernels run. Elsewhere it is plain torch without host syncs.
 Those that quantize are for recipes in blocks of 128. Their results have the layouts of `kernels.quantize.layouts`, and

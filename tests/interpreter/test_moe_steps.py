@@ -1,4 +1,4 @@
-"""The kernels between a MoE layer's GEMMs: activations, what is quantized with them, and values of slots and rows."""
+"""The kernels between the GEMMs of a MoE layer: activations, and what is quantized with them."""
 
 from __future__ import annotations
 
