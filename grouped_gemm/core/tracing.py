@@ -60,6 +60,19 @@ def row_class_of(num_rows: int, num_groups: int) -> RowClass:
     return RowClass.SMALL if guard_or_false(num_rows <= most_small) else RowClass.LARGE
 
 
+def is_at_most(size: int, limit: int) -> bool:
+    """Whether ``size <= limit``. False in exported programs, and where it would narrow stated bounds of ``size``."""
+    if _is_exporting():
+        return False
+    if not torch.compiler.is_compiling():
+        return size <= limit
+    from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+    if statically_known_true(size > 2) or statically_known_true(size < 2**48):  # as in `row_class_of`
+        return statically_known_true(size <= limit)
+    return guard_or_false(size <= limit)
+
+
 def _is_exporting() -> bool:
     return torch.compiler.is_exporting()
 

@@ -38,6 +38,8 @@ class ExpertWeights:  # no NamedTuple: Dynamo of torch 2.10 does not trace a pro
         kernel_preference: of the GEMMs.
         keep: what fused kernels keep for backward, "full" or "recipe".
         accumulate_main_grad: whether backward adds the gradients of the weights to ``main_grad``.
+        batch_invariant: whether a token's result must not depend on the other tokens of the call.
+        weight_only: whether the weights alone are quantized, by ``recipe``, and the GEMMs compute in the dtype of x.
     """
 
     first: tuple[Weights, ...]
@@ -50,6 +52,8 @@ class ExpertWeights:  # no NamedTuple: Dynamo of torch 2.10 does not trace a pro
     kernel_preference: Preference
     keep: str = "full"
     accumulate_main_grad: bool = False
+    batch_invariant: bool = False
+    weight_only: bool = False
 
     @property
     def is_scaled(self) -> bool:

@@ -19,13 +19,15 @@ from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.core.tracing import holds
 from grouped_gemm.core.vmap import check_no_transform
 from grouped_gemm.group_plan import GroupPlan
-from grouped_gemm.moe import fused, implementations
+from grouped_gemm.moe import decode, fused, implementations
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.composed import ExpertWeights, Weights, grouped, shape_of
 from grouped_gemm.moe.implementations import IMPLEMENTATIONS
 from grouped_gemm.selection import checks
 from grouped_gemm.selection.spec import autocast
 from grouped_gemm.weight_gradients import is_delaying
+
+WEIGHT_ONLY = "fp8_weight_only"  # a recipe of a layer, not of a GEMM
 
 
 def experts_forward(
@@ -44,6 +46,7 @@ def experts_forward(
     kernel_preference: Preference = KernelPreference.AUTO,
     keep: str = "full",
     accumulate_main_grad: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """The experts of a MoE layer: y[t] = sum over j of topk_weights[t, j] * expert(topk_ids[t, j], x[t]).
 
@@ -59,23 +62,29 @@ def experts_forward(
             into one; or (E, I, H) for an activation without a gate. Or such weights from `quantize_weights`, which
             takes them transposed: ``quantize_weights(gate_up.transpose(1, 2), recipe)``.
         down: (E, H, I), or quantized in the same way.
-        recipe: how the operands of the GEMMs are quantized, as in `grouped_mm`.
+        recipe: how the operands of the GEMMs are quantized, as in `grouped_mm`. Or "fp8_weight_only", for inference:
+            weights in blocks of 128x128 as in fp8_blockwise, or such weights from `quantize_weights`, while GEMMs
+            compute in the dtype of ``x``. It pays for few tokens. For many, each call makes dense copies of weights.
         activation: "swiglu", "geglu", "geglu_tanh", "reglu", or "swiglu_clamped", that of gpt-oss:
             gate * sigmoid(1.702 * gate) * (up + 1) with gate clamped to at most 7 and up to [-7, 7]. Without a gate:
             "silu", "gelu", "gelu_tanh", "relu".
         interleaved: whether gate and up rows alternate in ``gate_up`` and its bias.
         gate_up_bias: (E, 2I), a pair of (E, I), or (E, I), as ``gate_up``.
         down_bias: (E, H).
-        implementation: "grouped_mm" sorts the tokens by expert and runs grouped GEMMs. "batched_mm" gathers each routed
+        implementation: "grouped_mm" sorts the tokens by expert and runs grouped GEMMs. "decode" reads the weights of
+            each active expert once: for few tokens on a Hopper GPU, without gradients. "batched_mm" gathers each routed
             row's weights: for a few rows; with a recipe, an exported program of it holds for one T. "eager" loops over
             experts in plain torch, as a reference; "eager_fused" is the same loop with gate and up in one matmul and
-            one host sync. "auto" picks one of the first two.
+            one host sync. "auto" picks one of the first three.
         kernel_preference: as in `grouped_mm`.
         keep: what is kept for backward where kernels are fused: "full" keeps x and the pre-activations of the gate in
             their dtype; "recipe" keeps both in fp8 if the recipe is blockwise, which halves the memory, and gradients
             are those of the rounded values (docs/numerics.md). Elsewhere it makes no difference.
         accumulate_main_grad: as in `grouped_mm`, for ``gate_up`` and ``down``. It needs the implementation
             "grouped_mm", which "auto" then picks.
+        batch_invariant: whether a token has the same result, bit for bit, whatever other tokens are in the call: in
+            decode as in prefill, with gradients or without. It takes the fused kernels for any T, which is slower than
+            "decode" for few tokens, and raises where they do not run. On a CPU it multiplies row by row.
 
     Returns:
         (T, H) in the dtype of ``x``.
@@ -88,7 +97,7 @@ def experts_forward(
     check_no_transform("experts_forward")
     x, experts = _prepared(
         x, topk_ids, topk_weights, gate_up, down, recipe, activation, interleaved, gate_up_bias, down_bias,
-        implementation, kernel_preference, keep, accumulate_main_grad,
+        implementation, kernel_preference, keep, accumulate_main_grad, batch_invariant,
     )  # fmt: skip
     return implementations.run(implementation, x, topk_ids, topk_weights, experts)
 
@@ -122,6 +131,7 @@ def sorted_experts(
     kernel_preference: Preference = KernelPreference.AUTO,
     keep: str = "full",
     accumulate_main_grad: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """The experts on rows that are in expert order already, for trainers and expert parallelism.
 
@@ -140,6 +150,7 @@ def sorted_experts(
         kernel_preference: as in `experts_forward`.
         keep: as in `experts_forward`.
         accumulate_main_grad: as in `experts_forward`.
+        batch_invariant: as in `experts_forward`.
 
     Returns:
         (M, H) in the dtype of ``rows``, zero at and past ``offs[-1]``.
@@ -150,7 +161,7 @@ def sorted_experts(
     check_no_transform("sorted_experts")
     experts = _checked(
         "rows", rows, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference,
-        implementation, keep, accumulate_main_grad,
+        implementation, keep, accumulate_main_grad, batch_invariant,
     )  # fmt: skip
     if row_weights is not None:
         if not isinstance(row_weights, Tensor):
@@ -160,11 +171,15 @@ def sorted_experts(
         checks.check_device("row_weights", row_weights, "rows", rows.device)
         if row_weights.shape != rows.shape[:1]:
             checks.fail("row_weights.shape", f"({rows.shape[0]},), the rows of rows", tuple(row_weights.shape))
+    _check_forward_only(experts, rows, row_weights)
     rows, experts = _autocast("rows", rows, experts)
     plan = offs if isinstance(offs, GroupPlan) else GroupPlan(offs, rows.shape[0])
     plan.check_rows(rows.shape[0])
     checks.check_offs(plan.offs, experts.num_experts, rows.device)
     by_slots = implementation not in ("auto", "grouped_mm")
+    if not by_slots:
+        experts = decode.without_quantized(experts, rows.dtype)
+        by_slots = batch_invariant and not fused.can_run(rows, row_weights, experts)
     is_composed = not by_slots and not fused.can_run(rows, row_weights, experts)
     ends = plan.offs
     if VALIDATE.is_on() and not is_composed:  # `grouped_mm` checks them itself
@@ -199,6 +214,7 @@ def _prepared(
     kernel_preference: Preference,
     keep: str,
     accumulate_main_grad: bool,
+    batch_invariant: bool,
 ) -> tuple[Tensor, ExpertWeights]:
     """``x`` and the experts of a call of `experts_forward`, checked, and cast where autocast is on.
 
@@ -207,7 +223,7 @@ def _prepared(
     """
     experts = _checked(
         "x", x, gate_up, down, gate_up_bias, down_bias, activation, interleaved, recipe, kernel_preference,
-        implementation, keep, accumulate_main_grad,
+        implementation, keep, accumulate_main_grad, batch_invariant,
     )  # fmt: skip
     checks.check_topk_ids(topk_ids, experts.num_experts)
     if not isinstance(topk_weights, Tensor):
@@ -220,6 +236,7 @@ def _prepared(
             checks.fail(f"{name}.shape", f"(T, k) with T = {x.shape[0]}, as x has it", tuple(value.shape))
     if topk_ids.shape != topk_weights.shape:
         checks.fail("topk_weights.shape", f"{tuple(topk_ids.shape)}, as topk_ids has it", tuple(topk_weights.shape))
+    _check_forward_only(experts, x, topk_weights)
     return _autocast("x", x, experts)
 
 
@@ -246,9 +263,9 @@ def _autocast(argument: str, x: Tensor, experts: ExpertWeights) -> tuple[Tensor,
 
 def check_options(
     activation: str, interleaved: bool, recipe: Recipe | str | None, implementation: str,
-    kernel_preference: Preference, keep: str, accumulate_main_grad: bool,
-) -> Recipe | None:  # fmt: skip
-    """Checks what does not depend on tensors. Returns the recipe.
+    kernel_preference: Preference, keep: str, accumulate_main_grad: bool, batch_invariant: bool,
+) -> tuple[Recipe | None, bool]:  # fmt: skip
+    """Checks what does not depend on tensors. Returns the recipe, and whether it is for weights only.
 
     Raises:
         TypeError, ValueError: an option is unknown, or two exclude each other.
@@ -266,7 +283,31 @@ def check_options(
     if keep not in ("full", "recipe"):
         checks.fail("keep", "full or recipe", repr(keep))
     KernelPreference.parse(kernel_preference)
-    return None if recipe is None else Recipe.parse(recipe)
+    check_bool("batch_invariant", batch_invariant)
+    if batch_invariant and implementation not in ("auto", "grouped_mm"):
+        checks.fail("implementation", "grouped_mm or auto, because of batch_invariant", implementation)
+    return parse_recipe(recipe)
+
+
+def parse_recipe(recipe: Recipe | str | None) -> tuple[Recipe | None, bool]:
+    """The recipe, and whether it is for weights only.
+
+    Raises:
+        ValueError: there is no such recipe.
+    """
+    if isinstance(recipe, str) and recipe.lower() == WEIGHT_ONLY:
+        return Recipe.FP8_BLOCKWISE, True
+    if isinstance(recipe, str) and recipe.lower() not in [known.value for known in Recipe]:
+        known = ", ".join([*(known.value for known in Recipe), WEIGHT_ONLY])
+        checks.fail("recipe", f"a Recipe or one of {known}", repr(recipe))
+    return None if recipe is None else Recipe.parse(recipe), False
+
+
+def _check_forward_only(experts: ExpertWeights, *others: Tensor | None) -> None:
+    """Raises ValueError if gradients are wanted that a recipe for weights only does not have."""
+    leaves = (*others, *experts.first, experts.down, *experts.first_biases, experts.down_bias)
+    if experts.weight_only and (fused.needs_gradients(*leaves) or experts.accumulate_main_grad):
+        checks.fail("recipe", "one with gradients, or torch.no_grad()", f"{WEIGHT_ONLY}, which is for forward only")
 
 
 def _checked(
@@ -281,8 +322,9 @@ def _checked(
     recipe: Recipe | str | None,
     kernel_preference: Preference,
     implementation: str,
-    keep: str = "full",
-    accumulate_main_grad: bool = False,
+    keep: str,
+    accumulate_main_grad: bool,
+    batch_invariant: bool,
 ) -> ExpertWeights:
     """The experts of a call. ``argument`` is the caller's name of ``x``.
 
@@ -290,8 +332,8 @@ def _checked(
         TypeError, ValueError: an argument does not fit.
     """
     checks.check_tensor(argument, x, (2,), checks.DTYPES)
-    parsed = check_options(
-        activation, interleaved, recipe, implementation, kernel_preference, keep, accumulate_main_grad
+    parsed, weight_only = check_options(
+        activation, interleaved, recipe, implementation, kernel_preference, keep, accumulate_main_grad, batch_invariant
     )
     kind, is_pair = ACTIVATIONS[activation], isinstance(gate_up, (tuple, list))
     first: tuple[Weights, ...] = tuple(gate_up) if isinstance(gate_up, (tuple, list)) else (gate_up,)
@@ -302,8 +344,11 @@ def _checked(
         checks.fail("interleaved", "False, as gate_up has no gate and up rows in one tensor", interleaved)
     for name, w in (*(("gate_up", w) for w in first), ("down", down)):
         if isinstance(w, QuantizedWeights):
-            if implementation not in ("auto", "grouped_mm"):
+            if implementation not in ("auto", "grouped_mm", "decode") and not weight_only:
                 checks.fail("implementation", f"grouped_mm or auto, because {name} is quantized", implementation)
+            if weight_only and w.recipe not in (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2):
+                checks.fail(f"{name}.recipe", f"fp8_blockwise, because of {WEIGHT_ONLY}", w.recipe.value)
+            parsed = w.recipe if weight_only else parsed
         else:
             checks.check_tensor(name, w, (3,), checks.DTYPES)
     hidden, (num_experts, out, inner) = x.shape[1], shape_of(down)
@@ -330,5 +375,6 @@ def _checked(
             if bias.shape != (num_experts, size):
                 checks.fail(f"{name}.shape", str((num_experts, size)), tuple(bias.shape))
     return ExpertWeights(
-        first, biases, down, down_bias, kind, interleaved, parsed, kernel_preference, keep, accumulate_main_grad
-    )
+        first, biases, down, down_bias, kind, interleaved, parsed, kernel_preference, keep, accumulate_main_grad,
+        batch_invariant, weight_only,
+    )  # fmt: skip

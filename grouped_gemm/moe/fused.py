@@ -42,7 +42,7 @@ from grouped_gemm.weight_gradients import WgradDestination, check_backward, deli
 
 _RECIPES = (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 _GATE_BLOCK = 128  # columns of h in a tile of the GEMM of gate and up, and values of a block of scales
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def can_run(x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights) -> bool:
@@ -52,31 +52,28 @@ def can_run(x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights) -> b
 
 def refusal(x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights) -> str | None:
     """Why these kernels do not run a call of `can_run`, as "expected ...; found ..."; None: they do."""
-    gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
+    gate_up, down, recipe = experts.first[0], experts.down, recipe_of(experts)
     if not _runs_on(x.device):
         return f"expected a Hopper GPU where Triton works; found {x.device}"
-    preference, _ = resolve(KernelPreference.parse(experts.kernel_preference), surrounding.kernel_preference)
-    if preference is not KernelPreference.AUTO and preference is not KernelPreference.TRITON:
-        return f"expected kernel_preference auto or triton; found {preference.value}"
-    if recipe not in _RECIPES:
-        return f"expected recipe {', '.join([recipe.value for recipe in _RECIPES])}; found {recipe.value}"
+    found = refusal_of_options(experts)
+    if found is not None:
+        return found
     if not experts.activation.is_gated:
         return f"expected a gated activation; found {experts.activation.name}"
     if len(experts.first) > 1:
         return "expected gate and up in one tensor; found two"
     if experts.first_biases[0] is not None or experts.down_bias is not None:
         return "expected no biases; found some"
-    if type(x) not in _PLAIN or x.dtype != torch.bfloat16:
+    if type(x) not in PLAIN or x.dtype != torch.bfloat16:
         return f"expected x in bfloat16; found {type(x).__name__} in {dtype_name(x.dtype)}"
     for name, w in (("gate_up", gate_up), ("down", down)):
         if not _is_readable(w):
             return f"expected {name} contiguous in bfloat16, or quantized for Triton; found {_form(w)}"
+    found = refusal_of_quantized(x, experts)
+    if found is not None:
+        return found
     quantized = [w for w in (gate_up, down) if isinstance(w, QuantizedWeights)]
-    if any([w.recipe is not recipe or w.dtype != x.dtype for w in quantized]) or (
-        experts.recipe is None and len(quantized) == 1
-    ):
-        return "expected quantized weights of one recipe, that of the call, and of the dtype of x; found others"
-    if any([w.dgrad is None for w in quantized]) and _needs_gradients(x, topk_weights, gate_up, down):
+    if any([w.dgrad is None for w in quantized]) and needs_gradients(x, topk_weights, gate_up, down):
         return "expected quantized weights with a layout for dgrad, or torch.no_grad(); found neither"
     hidden, inner = x.shape[1], down.shape[1] if isinstance(down, QuantizedWeights) else down.shape[2]
     # TMA reads rows at multiples of 16 bytes. In bf16, dgrad of down contracts H in whole steps of 64.
@@ -86,19 +83,50 @@ def refusal(x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights) -> s
     return None
 
 
-def _recipe_of(experts: ExpertWeights) -> Recipe:
+def refusal_of_options(experts: ExpertWeights) -> str | None:
+    """Why Triton's kernels of a layer do not run with this kernel preference or recipe; None: they do."""
+    preference, _ = resolve(KernelPreference.parse(experts.kernel_preference), surrounding.kernel_preference)
+    if preference is not KernelPreference.AUTO and preference is not KernelPreference.TRITON:
+        return f"expected kernel_preference auto or triton; found {preference.value}"
+    recipe = recipe_of(experts)
+    if recipe not in _RECIPES:
+        return f"expected recipe {', '.join([recipe.value for recipe in _RECIPES])}; found {recipe.value}"
+    return None
+
+
+def refusal_of_quantized(x: Tensor, experts: ExpertWeights) -> str | None:
+    """Why they do not run with these weights that `quantize_weights` made; None: they do, or none are."""
+    weights, recipe = (*experts.first, experts.down), recipe_of(experts)
+    quantized = [w for w in weights if isinstance(w, QuantizedWeights)]
+    if any([w.recipe is not recipe or w.dtype != x.dtype for w in quantized]) or (
+        experts.recipe is None and 0 < len(quantized) < len(weights)
+    ):
+        return "expected quantized weights of one recipe, that of the call, and of the dtype of x; found others"
+    return None
+
+
+def recipe_of(experts: ExpertWeights) -> Recipe:
+    """The recipe of the call, or that of weights from `quantize_weights`."""
     gate_up = experts.first[0]
     return experts.recipe or (gate_up.recipe if isinstance(gate_up, QuantizedWeights) else Recipe.NONE)
 
 
-def _needs_gradients(*leaves: Weights | None) -> bool:
+def needs_gradients(*leaves: Weights | None) -> bool:
+    """Whether the gradient of any of them is wanted."""
     return any([needs_gradient(x) for x in leaves if isinstance(x, Tensor)])
+
+
+def is_for_triton(w: Weights, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels read ``w`` in forward, in any strides."""
+    if isinstance(w, QuantizedWeights):
+        return w.forward_backend is BackendKind.TRITON
+    return w.dtype == dtype and (torch.compiler.is_compiling() or not w.is_neg())
 
 
 def _is_readable(w: Weights) -> bool:
     if isinstance(w, QuantizedWeights):
         return w.forward_backend is BackendKind.TRITON and w.dgrad_backend in (None, BackendKind.TRITON)
-    if type(w) not in _PLAIN or not w.is_contiguous():
+    if type(w) not in PLAIN or not w.is_contiguous():
         return False
     if w.dtype != torch.bfloat16 and not torch.is_autocast_enabled(w.device.type):  # `_apply` casts to the dtype of x
         return False
@@ -121,7 +149,7 @@ _runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `sel
 
 def explain(experts: ExpertWeights) -> str:
     """What the kernels of forward and backward fuse, one to a line."""
-    recipe, act = _recipe_of(experts), experts.activation.name
+    recipe, act = recipe_of(experts), experts.activation.name
     inner = experts.down.shape[1 if isinstance(experts.down, QuantizedWeights) else 2]
     gate = f"gate-up gathers its rows and applies {act}"
     wgrads = "wgrads gather their rows" + (" and add to main_grad" if experts.accumulate_main_grad else "")
@@ -169,14 +197,14 @@ def _apply(
     x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights, offs: Tensor, source: Tensor, places: Tensor | None
 ) -> Tensor:
     """`_run`, outside of graphs if the gradients of weights have a destination."""
-    gate_up, down, recipe = experts.first[0], experts.down, _recipe_of(experts)
+    gate_up, down, recipe = experts.first[0], experts.down, recipe_of(experts)
     destinations = (
         destination_of(gate_up, experts.accumulate_main_grad, "gate_up"),
         destination_of(down, experts.accumulate_main_grad, "down"),
     )
     gate_up, down = [w.to(x.dtype) if isinstance(w, Tensor) else w for w in (gate_up, down)]  # as autocast does
     keep = "nothing"
-    if _needs_gradients(x, topk_weights, gate_up, down):
+    if needs_gradients(x, topk_weights, gate_up, down):
         keep = experts.keep if recipe.is_scaled else "full"
     settings = recipe, experts.activation.name, experts.interleaved, keep
     topk_weights = None if topk_weights is None else dense_rows(topk_weights)
@@ -186,7 +214,7 @@ def _apply(
     return y
 
 
-def _layouts(w: Weights, recipe: Recipe, dgrad: bool) -> Layouts:
+def layouts_of(w: Weights, recipe: Recipe, dgrad: bool) -> Layouts:
     """Weights (E, out, in) for forward and, if wanted, for dgrad, as the Triton backend reads them."""
     if isinstance(w, QuantizedWeights):
         return w.forward, w.dgrad
@@ -194,7 +222,7 @@ def _layouts(w: Weights, recipe: Recipe, dgrad: bool) -> Layouts:
     return weight_cache.quantize(backend, w.transpose(1, 2), recipe, forward=True, dgrad=dgrad)
 
 
-def _operand(w: Quantized | None) -> tuple[Tensor, Tensor | None]:
+def operand(w: Quantized | None) -> tuple[Tensor, Tensor | None]:
     """Data (E, C, O), C contracted, and its scales in the same order."""
     assert w is not None, "weights were quantized for this pass"
     if w.axis == 1:
@@ -223,9 +251,9 @@ class _FusedExperts(torch.autograd.Function):
         """
         recipe, activation, interleaved, keep = settings
         dgrad = keep != "nothing" and recipe.is_scaled
-        gate_up_forward, gate_up_dgrad = _layouts(gate_up, recipe, dgrad)
-        down_forward, down_dgrad = _layouts(down, recipe, dgrad)
-        w, w_scale = _operand(gate_up_forward)
+        gate_up_forward, gate_up_dgrad = layouts_of(gate_up, recipe, dgrad)
+        down_forward, down_dgrad = layouts_of(down, recipe, dgrad)
+        w, w_scale = operand(gate_up_forward)
         tokens, scale = ops.moe_quantize_tokens(x, recipe.value) if recipe.is_scaled else (x, None)
         if _can_gate(w.shape[2] // 2, recipe, interleaved):
             h, h_scale, pre, pre_scale = ops.moe_gated_mm(
@@ -238,12 +266,12 @@ class _FusedExperts(torch.autograd.Function):
             pre_scale = None
             if keep == "recipe":
                 pre, pre_scale = ops.moe_quantize_tokens(pre, recipe.value)
-        w, w_scale = _operand(down_forward)
+        w, w_scale = operand(down_forward)
         h_scale = h_scale if recipe.is_scaled else None
         y_rows = ops.triton_grouped_mm(h, h_scale, w, w_scale, None, offs, recipe.value, x.dtype)
         if keep != "nothing":
             if recipe.is_scaled:
-                weights = *_operand(gate_up_dgrad), *_operand(down_dgrad)
+                weights = *operand(gate_up_dgrad), *operand(down_dgrad)
             else:
                 weights = dense(gate_up), None, dense(down), None
             kept = (tokens, scale, pre, pre_scale) if keep == "recipe" else (x, None, pre, None)

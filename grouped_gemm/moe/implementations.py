@@ -14,31 +14,42 @@ from torch import Tensor
 from grouped_gemm.core import tracing
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.group_plan import GroupPlan
-from grouped_gemm.moe import fused
+from grouped_gemm.moe import decode, fused
 from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, run_composed
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
 
-IMPLEMENTATIONS = ("auto", "grouped_mm", "batched_mm", "eager_fused", "eager")
+IMPLEMENTATIONS = ("auto", "grouped_mm", "decode", "batched_mm", "eager_fused", "eager")
 # Routed rows up to which "auto" gathers the weights of each row. On a CPU, batched_mm wins up to 4 to 8 rows of a small
 # layer. On an H100 the fused layer wins from one token on.
 _FEW_ROWS = 4
 
 
 def run(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
-    """The layer, (T, H), by the implementation of this ``name``. Arguments as of `experts_forward`, checked."""
-    return _RUNS[_choose(name, x, topk_ids, topk_weights, experts)](x, topk_ids, topk_weights, experts)
+    """The layer, (T, H), by the implementation of this ``name``. Arguments as of `experts_forward`, checked.
+
+    Raises:
+        ValueError: the call is not one for this implementation, or nothing that is batch-invariant runs it.
+    """
+    chosen = _choose(name, x, topk_ids, topk_weights, experts)
+    if chosen != "decode":
+        experts = decode.without_quantized(experts, x.dtype)
+    return _RUNS[chosen](x, topk_ids, topk_weights, experts)
 
 
 def explain(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> str:
     """What `run` would do, and what of it is fused."""
     chosen = _choose(name, x, topk_ids, topk_weights, experts)
+    if chosen == "decode":
+        return f"implementation decode, fused:\n{decode.explain(experts)}"
+    note = "\n  Before that, the weights are dequantized." if experts.weight_only else ""
     if chosen != "grouped_mm":
-        return f"implementation {chosen}"
+        return f"implementation {chosen}{note}"
+    experts = decode.like_dense(experts, x.dtype)
     refusal = fused.refusal(x, topk_weights, experts)
     if refusal is None:
-        return f"implementation grouped_mm, fused:\n{fused.explain(experts)}"
-    return f"implementation grouped_mm, not fused: {refusal}. It runs gather, grouped_mm, activation and combine."
+        return f"implementation grouped_mm, fused:\n{fused.explain(experts)}{note}"
+    return f"implementation grouped_mm, not fused: {refusal}. It runs gather, grouped_mm, activation and combine.{note}"
 
 
 def _run_grouped(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
@@ -118,19 +129,41 @@ def _one_expert(experts: ExpertWeights, e: int) -> Callable[[Tensor, Weights, Te
     return multiply
 
 
+def _run_row_by_row(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
+    """Each routed row in GEMMs of its own, so that no other row decides how it is computed. For a CPU; a host sync."""
+    rows, num_experts = [x.new_zeros(0, x.shape[1])], experts.num_experts
+    ids = topk_ids.flatten().tolist()
+    for slot, e in enumerate(ids):
+        row = x[slot // topk_ids.shape[1]].unsqueeze(0)
+        rows.append(experts.run(_one_expert(experts, e), row) if 0 <= e < num_experts else torch.zeros_like(row))
+    is_kept = (topk_ids >= 0) & (topk_ids < num_experts)
+    return _weighted_sum(torch.cat(rows).view(*topk_ids.shape, x.shape[1]), topk_weights, is_kept)
+
+
 _RUNS: dict[str, Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]] = {
     "grouped_mm": _run_grouped,
+    "decode": decode.run,
     "batched_mm": _run_batched,
     "eager_fused": _run_eager_fused,
     "eager": _run_eager,
+    "row by row": _run_row_by_row,
 }
 
 
 def _choose(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> str:
     if name == "batched_mm" and tracing.holds(topk_ids.numel() == 0):  # it has no weights to gather
         return "grouped_mm"
+    if name == "decode":
+        refusal = decode.refusal(x, topk_ids, topk_weights, experts)
+        if refusal is not None:
+            raise ValueError(f"implementation decode: {refusal}")
+        return name
+    if experts.batch_invariant:
+        return _choose_invariant(x, topk_weights, experts)
     if name != "auto":
         return name
+    if decode.is_faster(topk_ids, experts) and decode.refusal(x, topk_ids, topk_weights, experts) is None:
+        return "decode"
     weights = (*experts.first, experts.down)
     only_grouped = experts.accumulate_main_grad or any(isinstance(w, QuantizedWeights) for w in weights)
     if (
@@ -142,3 +175,17 @@ def _choose(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, expert
     ):
         return "grouped_mm"
     return "batched_mm"
+
+
+def _choose_invariant(x: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> str:
+    """The implementation by which a token's result does not depend on other tokens: fused kernels, whatever T is.
+
+    Raises:
+        ValueError: fused kernels do not run the call.
+    """
+    refusal = fused.refusal(x, topk_weights, decode.like_dense(experts, x.dtype))
+    if refusal is None:
+        return "grouped_mm"
+    if x.device.type == "cpu" and not experts.accumulate_main_grad:
+        return "row by row"
+    raise ValueError(f"batch_invariant: the kernels whose results do not depend on the batch do not run: {refusal}")

@@ -27,6 +27,7 @@ class Experts(torch.nn.Module):
         kernel_preference: as in `experts_forward`.
         keep: as in `experts_forward`.
         accumulate_main_grad: as in `experts_forward`.
+        batch_invariant: as in `experts_forward`.
         delay_wgrad: whether the gradients of ``gate_up`` and ``down`` wait until `backward_dw`, as in
             `grouped_gemm.delay_wgrad`. "batched_mm", and without a recipe "eager" and "eager_fused", compute these
             gradients in backward. So may "auto" for up to 4 routed rows.
@@ -57,12 +58,16 @@ class Experts(torch.nn.Module):
         kernel_preference: Preference = KernelPreference.AUTO,
         keep: str = "full",
         accumulate_main_grad: bool = False,
+        batch_invariant: bool = False,
         delay_wgrad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_options(activation, interleaved, recipe, implementation, kernel_preference, keep, accumulate_main_grad)
+        check_options(
+            activation, interleaved, recipe, implementation, kernel_preference, keep, accumulate_main_grad,
+            batch_invariant,
+        )  # fmt: skip
         width = 2 * intermediate if ACTIVATIONS[activation].is_gated else intermediate
 
         def empty(*shape: int) -> torch.nn.Parameter:
@@ -73,7 +78,7 @@ class Experts(torch.nn.Module):
         self.down_bias = empty(num_experts, hidden) if bias else None
         self.activation, self.interleaved = activation, interleaved
         self.recipe, self.implementation, self.kernel_preference = recipe, implementation, kernel_preference
-        self.keep, self.accumulate_main_grad = keep, accumulate_main_grad
+        self.keep, self.accumulate_main_grad, self.batch_invariant = keep, accumulate_main_grad, batch_invariant
         check_bool("delay_wgrad", delay_wgrad)
         self._waiting = WgradQueue() if delay_wgrad else None
         self.reset_parameters()
@@ -117,6 +122,7 @@ class Experts(torch.nn.Module):
             kernel_preference=self.kernel_preference,
             keep=self.keep,
             accumulate_main_grad=self.accumulate_main_grad,
+            batch_invariant=self.batch_invariant,
         )
 
     def extra_repr(self) -> str:

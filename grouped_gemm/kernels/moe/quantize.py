@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on_device
@@ -115,7 +116,9 @@ def activate_backward_quantize(
         )  # fmt: skip
 
 
-def quantize_tokens(x_TD: Tensor, recipe: Recipe, data_TD: Tensor, scale: Tensor) -> None:
+def quantize_tokens(
+    x_TD: Tensor, recipe: Recipe, data_TD: Tensor, scale: Tensor, signals: bool = False, overlaps: bool = False
+) -> None:
     """Quantizes rows without groups.
 
     Args:
@@ -123,18 +126,21 @@ def quantize_tokens(x_TD: Tensor, recipe: Recipe, data_TD: Tensor, scale: Tensor
         recipe: blockwise.
         data_TD: fp8, last axis contiguous.
         scale: (T, ceil(D/128)) fp32, contiguous.
+        signals: whether the next kernel may start before this one has ended.
+        overlaps: whether this kernel may start before the one that writes ``x`` has ended, which signals it.
     """
     num_tokens, features = x_TD.shape
     if num_tokens == 0:
         return
     width = max(min(next_power_of_2(features), 1024), TOKEN_BLOCK)
     height = _TOKENS_TILE // width
-    constants = scaling_constants(x_TD, recipe, data_TD.dtype) | {"BLOCK": TOKEN_BLOCK, "ROWS": height, "WIDTH": width}
+    constants = scaling_constants(x_TD, recipe, data_TD.dtype)
+    constants |= {"BLOCK": TOKEN_BLOCK, "ROWS": height, "WIDTH": width, "PDL": signals}
     with on_device(x_TD):
         launch(
             _quantize_tokens, (cdiv(num_tokens, height), cdiv(features, width)),
             x_TD, data_TD, scale, num_tokens, features, x_TD.stride(0), data_TD.stride(0),
-            constants=constants, num_warps=4,
+            constants=constants, num_warps=4, launch_pdl=overlaps,
         )  # fmt: skip
 
 
@@ -275,9 +281,12 @@ def _activate_backward_quantize(
 def _quantize_tokens(
     x, data, scales, T, D, x_stride, data_stride,
     LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows by WIDTH features, a multiple of BLOCK."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     first = tl.program_id(1) * WIDTH
     columns = first + tl.arange(0, WIDTH)[None, :]
