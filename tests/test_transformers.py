@@ -11,13 +11,16 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Module
 
+from grouped_gemm import BackendKind, Recipe
 from grouped_gemm.moe import experts_forward
 
 try:
@@ -362,6 +365,7 @@ def fp8_experts(
     scale_format: str = "float",
     block_size: tuple[int, int] | None = (128, 128),
     scheme: str = "dynamic",
+    hidden: int = 192,
     **config: Any,
 ) -> Any:
     """The experts that transformers puts into an FP8 model, with random weights and scales in their formats."""
@@ -370,7 +374,7 @@ def fp8_experts(
     model = torch.nn.Module()
     model.layer = torch.nn.ModuleDict({"experts": experts_of("qwen3_moe", **config)})
     model.config = options = model.layer["experts"].config
-    options.hidden_size = 192
+    options.hidden_size = hidden
     options.moe_intermediate_size = options.intermediate_size = intermediate
     quantization = transformers.FineGrainedFP8Config(
         weight_block_size=block_size, activation_scheme=scheme, scale_fmt=scale_format
@@ -399,9 +403,18 @@ def dequantized(module: Any) -> tuple[Tensor, Tensor]:
     return first, scaled(down, module.down_proj_scale_inv.float())
 
 
-def fp8_inputs(tokens: int = 24) -> tuple[Tensor, Tensor, Tensor]:
+def fp8_inputs(tokens: int = 24, hidden: int = 192) -> tuple[Tensor, Tensor, Tensor]:
     _, ids, weights = inputs(tokens=tokens)
-    return torch.randn(tokens, 192).bfloat16(), ids, weights.detach().bfloat16()
+    return torch.randn(tokens, hidden).bfloat16(), ids, weights.detach().bfloat16()
+
+
+def with_weights(module: Any, gate_up: Tensor, down: Tensor, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """The experts with the gate of ``module`` and these weights, in float32."""
+    y = torch.zeros(x.shape)
+    for t, experts in enumerate(ids.tolist()):
+        for j, e in enumerate(experts):
+            y[t] += weights[t, j].float() * (down[e] @ module._apply_gate(gate_up[e] @ x[t].float()))
+    return y
 
 
 FORMATS = [
@@ -420,17 +433,69 @@ FORMATS = [
 @torch.no_grad()
 def test_fp8_experts_agree_with_their_dequantized_weights(options):
     """Activations are quantized: 3 bits of mantissa, in both GEMMs."""
-    module, (x, ids, weights) = fp8_experts(**options), fp8_inputs()
-    y = module(x, ids, weights)
-    assert y.dtype == x.dtype
+    module, call = fp8_experts(**options), fp8_inputs()
+    y = module(*call)
+    assert y.dtype == call[0].dtype
     limit = options.get("swiglu_limit")
     assert integration._known_activation(module) == (None if limit else "swiglu")
+    assert error(y, with_weights(module, *dequantized(module), *call)) < 0.07
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e8m0fnu], ids=str)
+@pytest.mark.parametrize("options", FORMATS[:7], ids=lambda options: "-".join(str(value) for value in options.values()))
+@torch.no_grad()
+def test_scales_of_other_dtypes_give_the_same_bits(options, dtype):
+    """Scales are powers of two here, which all dtypes have."""
+    module, call = fp8_experts(**options), fp8_inputs()
+    y = module(*call)
+    for name in ("gate_up_proj_scale_inv", "down_proj_scale_inv"):
+        setattr(module, name, torch.nn.Parameter(getattr(module, name).float().to(dtype), requires_grad=False))
+    assert torch.equal(module(*call), y)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 / 8, 2**15], ids=["calibrated", "too small", "too large"])
+@torch.no_grad()
+def test_static_scales_are_replaced_by_dynamic_ones(factor, monkeypatch):
+    """Ours are at least as close to the dequantized weights as transformers' own loop with the static scales."""
+    from transformers.integrations import finegrained_fp8
+
+    module, call = fp8_experts(block_size=None, scheme="static"), fp8_inputs()
     gate_up, down = dequantized(module)
-    truth = torch.zeros(x.shape)
-    for t, experts in enumerate(ids.tolist()):
-        for j, e in enumerate(experts):
-            truth[t] += weights[t, j].float() * (down[e] @ module._apply_gate(gate_up[e] @ x[t].float()))
-    assert error(y, truth) < 0.07
+    h = module._apply_gate(torch.einsum("th,eih->eti", call[0].float(), gate_up))
+    for name, operand in (("gate_up_proj", call[0].float()), ("down_proj", h)):
+        getattr(module, f"{name}_activation_scale").fill_(factor * operand.abs().max() / 448)
+    ours = module(*call)
+
+    def as_their_kernel(x: Tensor, w: Tensor, scale: Tensor, *_: Any, activation_scale: Tensor, **__: Any) -> Tensor:
+        rounded = (x.float() / activation_scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * activation_scale
+        wide = scale.repeat_interleave(w.shape[0] // scale.shape[0], 0)
+        return (rounded @ (w.float() * wide).T).to(x.dtype)
+
+    monkeypatch.setattr(finegrained_fp8, "fp8_linear", as_their_kernel)
+    module.config._experts_implementation = "eager"
+    truth = with_weights(module, gate_up, down, *call)
+    errors = error(ours, truth), error(module(*call), truth)
+    assert errors[0] < 0.07 and errors[0] < errors[1] and (factor == 1 or errors[1] > 0.2), errors
+
+
+@pytest.mark.parametrize("intermediate, block_size", [(128, (128, 128)), (128, None), (200, None), (192, (128, 128))])
+@torch.no_grad()
+def test_weights_that_transformers_quantizes_while_it_loads(intermediate, block_size):
+    """One scale for gate and up together, or blocks across both. With 192 features, down stays in bfloat16."""
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    config = transformers.FineGrainedFP8Config(weight_block_size=block_size)
+    quantize = Fp8Quantize(SimpleNamespace(quantization_config=config))
+    module, call = fp8_experts(intermediate, block_size=block_size, hidden=256), fp8_inputs(hidden=256)
+    torch.manual_seed(8)
+    originals = [torch.randn(p.shape).bfloat16() / 16 for p in (module.gate_up_proj, module.down_proj)]
+    for name, w in zip(("gate_up_proj", "down_proj"), originals):
+        for key, value in quantize.convert({name: w}).items():
+            setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
+    assert module.down_proj.dtype == (torch.bfloat16 if intermediate == 192 else torch.float8_e4m3fn)
+    truth = with_weights(module, *(w.float() for w in originals), *call)
+    for _ in range(2):  # taken over, and kept
+        assert error(module(*call), truth) < 0.08
 
 
 def test_an_fp8_model_takes_fp8_experts_by_the_same_name():
@@ -471,19 +536,81 @@ def test_fp8_experts_are_one_call():
     assert torch.equal(module(x, ids, weights), experts_forward(x, ids, weights, gate_up, down, recipe="fp8_blockwise"))
 
 
+@pytest.fixture
+def counted(monkeypatch) -> list[torch.Size]:
+    """The shapes of the weights that are taken over, in order."""
+    shapes: list[torch.Size] = []
+
+    def quantize_weights(b: Tensor, *args: Any, **options: Any) -> Any:
+        shapes.append(b.shape)
+        return original(b, *args, **options)
+
+    original = integration.quantize_weights
+    monkeypatch.setattr(integration, "quantize_weights", quantize_weights)
+    return shapes
+
+
+@pytest.mark.parametrize("options", [{}, {"scale_format": "ue8m0"}, {"intermediate": 96}], ids=str)
 @torch.no_grad()
-def test_fp8_weights_are_taken_over_once_and_after_a_change():
-    module, call = fp8_experts(), fp8_inputs()
+def test_fp8_weights_are_taken_over_once_and_after_a_change(options, counted):
+    module, call = fp8_experts(**options), fp8_inputs()
     y = module(*call)
-    _, first, _ = integration._kept[module]
-    module(*call)
-    assert integration._kept[module][1] is first
-    assert first.forward.data.data_ptr() == module.gate_up_proj.data_ptr()  # no second copy
-    module.load_state_dict({key: value * 2 if "scale" in key else value for key, value in module.state_dict().items()})
+    once = len(counted)
+    assert torch.equal(module(*call), y) and len(counted) == once
+    scales = {key: (2 * w.float()).to(w.dtype) for key, w in module.state_dict().items() if "scale" in key}
+    module.load_state_dict(module.state_dict() | scales)
     doubled = module(*call)
-    assert integration._kept[module][1] is not first and error(doubled, y) > 1
-    module.down_proj_scale_inv.data = module.down_proj_scale_inv.data / 2
+    assert len(counted) == 2 * once and error(doubled, y) > 1
+    module.down_proj_scale_inv.data = (module.down_proj_scale_inv.data.float() / 2).to(module.down_proj_scale_inv.dtype)
     assert torch.equal(module(*call), doubled / 2)
+    fresh = fp8_experts(**options)
+    module.load_state_dict(fresh.state_dict(), assign=True)
+    assert torch.equal(module(*call), y)
+
+
+@torch.no_grad()
+def test_a_transposed_view_of_the_same_storage_is_taken_over_again():
+    module, call = fp8_experts(intermediate=192), fp8_inputs()
+    y = module(*call)
+    module.down_proj.data = module.down_proj.data.transpose(1, 2)
+    assert error(module(*call), y) > 0.5
+    module.down_proj.data = module.down_proj.data.transpose(1, 2)
+    assert torch.equal(module(*call), y)
+
+
+@pytest.mark.parametrize("move", ["to", "_apply", "data"])
+@pytest.mark.parametrize("dgrad", [False, True], ids=["forward", "forward and dgrad"])
+def test_moved_weights_leave_no_memory_behind(move, dgrad):
+    """Neither the old storages nor what was copied from them."""
+    module, call = fp8_experts(scale_format="ue8m0"), fp8_inputs()
+    y = module(call[0].requires_grad_(dgrad), *call[1:]).detach()
+    old = [StorageWeakRef(p.untyped_storage()) for p in module.parameters()]
+    assert module in integration._kept
+    if move == "data":
+        for p in module.parameters():
+            p.data = p.data.clone()
+    elif move == "_apply":
+        module._apply(torch.clone)
+    else:
+        module.to("meta")
+    assert all(storage.expired() for storage in old)
+    assert module not in integration._kept
+    assert move == "to" or torch.equal(module(*call), y)
+
+
+@pytest.mark.parametrize("kind", ["emulated", "triton"])
+def test_gate_and_up_as_two_operands_are_read_where_they_are(kind):
+    """Views with gaps between experts, where the blocks of gate and up begin at their own rows."""
+    from grouped_gemm.backends import get_backend
+
+    module = fp8_experts(intermediate=96)
+    for half, scale in zip(
+        module.gate_up_proj.detach().chunk(2, 1), module.gate_up_proj_scale_inv.detach().chunk(2, 1)
+    ):
+        operand, _ = get_backend(BackendKind(kind)).adopt_weights(
+            half.transpose(1, 2), scale.transpose(1, 2), Recipe.FP8_BLOCKWISE, forward=True, dgrad=False
+        )
+        assert operand.data.data_ptr() == half.data_ptr()
 
 
 @torch.no_grad()
@@ -517,13 +644,31 @@ def test_compiled_fp8_experts_agree():
         assert torch.equal(y, truth) if integration._TRACES_MODULES else error(y, truth) < 2e-2
 
 
-@pytest.mark.parametrize("options", [{"scheme": "static"}, {"block_size": (64, 64)}, {"is_fp4": True}], ids=str)
-def test_another_fp8_format_is_refused(options):
-    is_fp4 = options.pop("is_fp4", False)
-    module = fp8_experts(**options)
-    if is_fp4:  # two values in a byte
-        module.down_proj = torch.nn.Parameter(module.down_proj.view(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"expected FP8 experts .*; found .*set_experts_implementation"):
+@pytest.mark.parametrize(
+    "name, dtype, block_size, found",
+    [
+        ("down_proj", torch.int8, (128, 128), "weights in int8"),  # FP4: two values in a byte
+        ("gate_up_proj", torch.uint8, (128, 128), "weights in uint8"),
+        ("gate_up_proj", torch.float8_e5m2, (128, 128), "weights in float8_e5m2"),
+        ("down_proj", torch.float8_e4m3fn, (64, 64), r"blocks of \(64, 64\)"),
+        ("down_proj", torch.float8_e4m3fn, (1, 32), r"blocks of \(1, 32\)"),
+    ],
+)
+def test_another_fp8_format_is_refused(name, dtype, block_size, found):
+    module = fp8_experts(block_size=block_size)
+    setattr(module, name, torch.nn.Parameter(getattr(module, name).detach().view(dtype), requires_grad=False))
+    with pytest.raises(ValueError, match=f"expected FP8 experts .*; found {found}. .*set_experts_implementation"):
+        module(*fp8_inputs())
+
+
+def test_wrong_scales_are_refused():
+    """As under transformers' plans of tensor parallelism, which shard FP8 weights without their scales."""
+    module = fp8_experts(intermediate=256)
+    for name in ("gate_up_proj", "down_proj"):
+        w = getattr(module, name).detach()
+        half = torch.cat([part.chunk(2, 1)[0] for part in w.chunk(2, 1)], 1) if "up" in name else w.chunk(2, 2)[0]
+        setattr(module, name, torch.nn.Parameter(half, requires_grad=False))
+    with pytest.raises(ValueError, match=r"^scale: expected shape"):
         module(*fp8_inputs())
 
 

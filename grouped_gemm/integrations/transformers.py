@@ -6,22 +6,22 @@ T, k, H, I: tokens, experts per token, hidden and intermediate features. E, M: e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
+from typing import Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from packaging.version import Version
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Module, Parameter
 
 from grouped_gemm.core.call_spec import dtype_name
 from grouped_gemm.core.machine import is_capturing
 from grouped_gemm.core.preference import VALIDATE, KernelPreference, Preference, resolve, surrounding
-from grouped_gemm.core.quantized import QuantizedWeights
+from grouped_gemm.core.quantized import Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import grouped_mm, quantize_weights
 from grouped_gemm.group_plan import GroupPlan
@@ -56,9 +56,10 @@ def register(
     an id outside [0, E), such as those of expert parallelism, add nothing.
 
     The experts of an FP8 model (float8_e4m3fn, a scale for each 128x128 block or each matrix) take the recipe
-    fp8_blockwise with the weights and scales of the checkpoint. They are taken over once per module, and again when a
-    parameter has a new version or storage. What changes them otherwise, such as ``p.data.copy_``, is not noticed;
-    GROUPED_GEMM_VALIDATE=1 then raises `RuntimeError`. Another format raises `ValueError` in the forward pass.
+    fp8_blockwise with the weights and scales of the checkpoint. Activations always get dynamic scales, also where the
+    checkpoint has static ones. Weights are taken over once per module, and again when a parameter has a new version or
+    storage. What changes them otherwise, such as ``p.data.copy_``, is not noticed; GROUPED_GEMM_VALIDATE=1 then raises
+    `RuntimeError`. Another format raises `ValueError` in the forward pass.
 
     Args:
         recipe: how the operands of the GEMMs are quantized, as in `grouped_gemm.grouped_mm`. None: not at all. An FP8
@@ -137,10 +138,15 @@ def _run_weights(
     recipe: Recipe | None,
     options: _Options,
 ) -> Tensor:
-    """The experts with these weights, (E, out, in), and the activation of ``module``."""
+    """The experts with these weights, (E, out, in), and the activation of ``module``.
+
+    If only some of them are quantized, ``recipe`` is theirs, and the others are multiplied as they are.
+    """
+    quantized = [isinstance(w, QuantizedWeights) for w in (*(first if isinstance(first, tuple) else (first,)), down)]
+    is_mixed = any(quantized) and not all(quantized)
     # An older Dynamo calls no function with a module while it traces: there, the module's own gate is traced.
     activation = _known_activation(module) if _TRACES_MODULES or not torch.compiler.is_compiling() else None
-    if activation is not None:
+    if activation is not None and not is_mixed:
         return experts_forward(
             x,
             topk_ids,
@@ -159,7 +165,8 @@ def _run_weights(
     plan = GroupPlan(offs, source.shape[0])
 
     def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
-        return grouped_mm(rows, as_b(w), plan, recipe=recipe, bias=bias, kernel_preference=options.kernel_preference)
+        own = None if is_mixed and isinstance(w, Tensor) else recipe
+        return grouped_mm(rows, as_b(w), plan, recipe=own, bias=bias, kernel_preference=options.kernel_preference)
 
     rows = gather(x, source, places)
     if isinstance(first, tuple):
@@ -179,36 +186,65 @@ def _run_fp8(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor
     Raises:
         ValueError: the weights have another format.
     """
-    if module.down_proj.element_size() > 1:  # these experts were left in the dtype of the model
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    first, down = getattr(module, name), module.down_proj
+    # A model that is quantized while it is loaded keeps weights in its dtype whose sizes are no multiples of a block.
+    names = [n for n, w in ((name, first), ("down_proj", down)) if w.element_size() == 1]
+    if not names:
         return _run(module, hidden, topk_ids, topk_weights, options)
-    _check_format(module)
+    _check_format(module, names)
     device = hidden.device.type
     x = hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
     dgrad = torch.is_grad_enabled() and x.requires_grad
-    first, down = _adopted(module, x.dtype, dgrad, options.kernel_preference)
-    y = _run_weights(module, x, topk_ids, topk_weights, first, down, (None, None), Recipe.FP8_BLOCKWISE, options)
+    adopted = dict(zip(names, _adopted(module, names, x.dtype, dgrad, options.kernel_preference)))
+    weights = adopted.get(name, first), adopted.get("down_proj", down)
+    y = _run_weights(module, x, topk_ids, topk_weights, *weights, (None, None), Recipe.FP8_BLOCKWISE, options)
     return y if y.dtype == hidden.dtype else y.to(hidden.dtype)
 
 
-def _check_format(module: Any) -> None:
-    """Raises ValueError if the experts have another format than blocks of 128x128 or one scale per matrix."""
+def _check_format(module: Any, names: list[str]) -> None:
+    """Raises ValueError if these weights have another format than blocks of 128x128 or one scale per matrix."""
     found = None
-    if module.down_proj.dtype != torch.float8_e4m3fn:
-        found = f"weights in {dtype_name(module.down_proj.dtype)}"
+    dtypes = [w.dtype for w in [getattr(module, name) for name in names] if w.dtype != torch.float8_e4m3fn]
+    if dtypes:
+        found = f"weights in {dtype_name(dtypes[0])}"
     elif module.block_size is not None and tuple(module.block_size) != (128, 128):
         found = f"blocks of {tuple(module.block_size)}"
-    elif module.activation_scheme != "dynamic":
-        found = f"activations with {module.activation_scheme} scales"
     if found is not None:
         raise ValueError(
-            "grouped_gemm: expected FP8 experts in float8_e4m3fn, with a scale for each 128x128 block or each matrix, "
-            f"and activations with dynamic scales; found {found}. Use "
-            'model.set_experts_implementation("eager") for this model.'
+            "grouped_gemm: expected FP8 experts in float8_e4m3fn, with a scale for each 128x128 block or each matrix; "
+            f'found {found}. Use model.set_experts_implementation("eager") for this model.'
         )
 
 
-_First: TypeAlias = QuantizedWeights | tuple[QuantizedWeights, QuantizedWeights]
-_kept: WeakKeyDictionary[Module, tuple[tuple[object, ...], _First, QuantizedWeights]] = WeakKeyDictionary()
+_Adopted: TypeAlias = QuantizedWeights | tuple[QuantizedWeights, QuantizedWeights]  # one parameter
+
+
+class _Kept(NamedTuple):
+    """Weights that were taken over. They own no storage of a parameter, so moving a parameter frees its memory.
+
+    Attributes:
+        state: of the parameters when they were taken over, and the options.
+        weights: with a `_View` in place of each tensor that is a view of a parameter.
+        watched: weak references that drop the entry, and the copies in it, when a parameter's storage is freed.
+    """
+
+    state: tuple[object, ...]
+    weights: list[_Adopted]
+    watched: list[weakref.ref[Any]]
+
+
+class _View(NamedTuple):
+    """A view of one of the parameters."""
+
+    owner: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+_kept: WeakKeyDictionary[Module, _Kept] = WeakKeyDictionary()
+_gathered: WeakSet[Module] = WeakSet()  # modules whose parameters FSDP2 gathers
 _WRONG = (
     "grouped_gemm: expected the FP8 experts of {name} to have the values that they had when they were taken over; "
     "found others, but no version counter has changed: they were changed through p.data, a collective or similar. "
@@ -217,48 +253,52 @@ _WRONG = (
 
 
 def _adopted(
-    module: Any, dtype: torch.dtype, dgrad: bool, preference: KernelPreference
-) -> tuple[_First, QuantizedWeights]:
-    """The weights as `quantize_weights` takes them over, kept until a parameter changes.
+    module: Any, names: list[str], dtype: torch.dtype, dgrad: bool, preference: KernelPreference
+) -> list[_Adopted]:
+    """The weights with these names as `quantize_weights` takes them over, kept until a parameter changes.
 
-    Compiled code takes them over in each call, which moves scales only.
+    Compiled code takes them over in each call, which moves scales only. So do modules under FSDP2, which refills
+    parameters in place without a new version.
 
     Raises:
         RuntimeError: under GROUPED_GEMM_VALIDATE=1, a parameter has changed without a new version.
     """
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    tensors = (
-        getattr(module, name),
-        getattr(module, f"{name}_scale_inv"),
-        module.down_proj,
-        module.down_proj_scale_inv,
-    )
-    options = dtype, dgrad, preference
+    tensors = [getattr(module, name + suffix) for name in names for suffix in ("", "_scale_inv")]
+
+    def adopt() -> list[_Adopted]:
+        pairs = zip(names, tensors[0::2], tensors[1::2])
+        return [_adopt(w, scale, name == "gate_up_proj", dtype, dgrad, preference) for name, w, scale in pairs]
+
     if (
         torch.compiler.is_compiling()
         or is_capturing(tensors[0])  # what a graph writes has no values yet
         or any([t.is_inference() or type(t) not in (Tensor, Parameter) for t in tensors])  # no version counters
+        or module in _gathered
     ):
-        return _adopt(tensors, module.has_gate, *options)
-    # A storage is known by a weak reference, so that no other one can get its address. And no other stream waits for
-    # the kernels that convert scales.
+        return adopt()
+    # An entry ends with its storages, so no other one can have their addresses. And no other stream waits for the
+    # kernels that convert scales.
     stream = torch.cuda.current_stream(tensors[0].device).cuda_stream if tensors[0].is_cuda else None
-    versions = [(t._version, StorageWeakRef(t.untyped_storage()), t.storage_offset(), t.shape) for t in tensors]
-    state = dtype, dgrad, resolve(preference, surrounding.kernel_preference), stream, *versions
+    versions = [(t._version, t.data_ptr(), t.shape, t.stride()) for t in tensors]
+    state = names, dtype, dgrad, resolve(preference, surrounding.kernel_preference), stream, *versions
     kept = _kept.get(module)
-    if kept is None or kept[0] != state:
-        kept = _kept[module] = state, *_adopt(tensors, module.has_gate, *options)
-    elif VALIDATE.is_on():
-        fresh = _adopt(tensors, module.has_gate, *options)
-        if any(not _same(one, other) for one, other in zip(_flat(kept[1:]), _flat(fresh))):
-            raise RuntimeError(_WRONG.format(name=type(module).__name__))
-    return kept[1], kept[2]
+    if kept is None or kept.state != state:
+        weights = adopt()
+        if not _is_gathered(module):
+            released = [_changed(w, lambda x: _released(x, tensors)) for w in weights]
+            _kept[module] = _Kept(state, released, _watch(module, tensors))
+        return weights
+    owners = [t.detach() for t in tensors]
+    weights = [_changed(w, lambda x: owners[x[0]].as_strided(*x[1:]) if type(x) is _View else x) for w in kept.weights]
+    if VALIDATE.is_on() and any(not _same(*pair) for pair in zip(_flat(weights), _flat(adopt()), strict=True)):
+        raise RuntimeError(_WRONG.format(name=type(module).__name__))
+    return weights
 
 
 def _adopt(
-    tensors: tuple[Tensor, ...], has_gate: bool, dtype: torch.dtype, dgrad: bool, preference: KernelPreference
-) -> tuple[_First, QuantizedWeights]:
-    first, first_scale, down, down_scale = [t.detach() for t in tensors]
+    w: Tensor, scale: Tensor, is_stacked: bool, dtype: torch.dtype, dgrad: bool, preference: KernelPreference
+) -> _Adopted:
+    """The weights of one parameter; ``is_stacked``: gate rows before up rows."""
 
     def adopt(w: Tensor, scale: Tensor) -> QuantizedWeights:
         return quantize_weights(
@@ -270,21 +310,68 @@ def _adopt(
             kernel_preference=preference,
         )
 
-    rows, lines = first.shape[1], first_scale.shape[1]
+    w, scale = w.detach(), scale.detach()
+    rows, lines = w.shape[1], scale.shape[1]
     blocks = -(-(rows // 2) // 128)  # along the rows of gate, and of up
-    if has_gate and lines == 2 and first_scale.shape[2] == 1:  # one scale for the gate's matrix, one for up's
-        first_scale = first_scale.float().repeat_interleave(blocks, 1).expand(-1, -1, -(-first.shape[2] // 128))
+    if is_stacked and lines == 2 and scale.shape[2] == 1:  # one scale for the gate's matrix, one for up's
+        scale = scale.float().repeat_interleave(blocks, 1).expand(-1, -1, -(-w.shape[2] // 128))
         lines = 2 * blocks
-    if not has_gate or rows % 256 == 0 or lines != 2 * blocks:
-        return adopt(first, first_scale), adopt(down, down_scale)
+    if not is_stacked or rows % 256 == 0 or lines != 2 * blocks:
+        return adopt(w, scale)
     # Gate and up were quantized before they were stacked: the blocks of up begin at row I.
-    gate, up = (adopt(w, scale) for w, scale in zip(first.chunk(2, 1), first_scale.chunk(2, 1)))
-    return (gate, up), adopt(down, down_scale)
+    gate, up = zip(w.chunk(2, 1), scale.chunk(2, 1))
+    return adopt(*gate), adopt(*up)
 
 
-def _flat(weights: tuple[Any, ...]) -> Iterator[QuantizedWeights]:
-    for w in weights:
-        yield from w if isinstance(w, tuple) else (w,)
+def _changed(weights: _Adopted, change: Callable[[Any], Any]) -> Any:
+    """``weights`` after ``change`` of each tensor; a shared tensor is changed once."""
+    if isinstance(weights, tuple):
+        return tuple([_changed(w, change) for w in weights])
+    one, other = weights.forward, weights.dgrad
+    forward = Quantized(change(one.data), change(one.scale), *one.form)
+    dgrad = None
+    if other is not None:
+        data = forward.data if other.data is one.data else change(other.data)
+        scale = forward.scale if other.scale is one.scale else change(other.scale)
+        dgrad = Quantized(data, scale, *other.form)
+    backends = weights.forward_backend, weights.dgrad_backend
+    return QuantizedWeights(weights.shape, weights.dtype, forward, dgrad, *backends)
+
+
+def _released(x: Tensor, tensors: list[Tensor]) -> Tensor | _View:
+    """Which view of a parameter ``x`` is; or ``x`` itself, if it has a storage of its own."""
+    for owner, t in enumerate(tensors):
+        if t.untyped_storage()._cdata == x.untyped_storage()._cdata and t.dtype == x.dtype:
+            return _View(owner, x.size(), x.stride(), int(x.storage_offset()))
+    return x
+
+
+def _watch(module: Module, tensors: list[Tensor]) -> list[weakref.ref[Any]]:
+    """Weak references that drop what is kept for ``module`` when one of the storages is freed."""
+    owner = weakref.ref(module)
+
+    def drop(_: Any) -> None:
+        if (module := owner()) is not None:
+            _kept.pop(module, None)
+
+    return [weakref.ref(t.untyped_storage(), drop) for t in tensors]
+
+
+def _is_gathered(module: Module) -> bool:
+    """Whether FSDP2 gathers the parameters of ``module`` for its forward pass. Remembers those that it does."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    roots: list[Any] = [other for other in _module_state_mapping if isinstance(other, FSDPModule)]
+    if any(part is module for root in roots for part in root.modules()):
+        _gathered.add(module)
+    return module in _gathered
+
+
+def _flat(weights: list[_Adopted]) -> list[QuantizedWeights]:
+    return [part for w in weights for part in (w if isinstance(w, tuple) else (w,))]
 
 
 def _same(one: QuantizedWeights, other: QuantizedWeights) -> bool:
