@@ -249,6 +249,19 @@ def test_a_checkpoints_weights(recipe):
     assert_near(found[1], expected[1], 3e-3 if recipe.weight_lines > 1 else 5e-2)
 
 
+def test_a_checkpoints_weights_with_gaps_between_experts(tma):
+    """Gate and up, views of one tensor, whose blocks begin at their own rows: they are not copied."""
+    a, b, _, _, offs = case([5, 5, 40, 60], 64, 144, 192, torch.bfloat16, "k")
+    recipe = Recipe.FP8_BLOCKWISE
+    data, scale = reference.quantize(b.detach(), reference.weight_blocks(recipe, 1), recipe, torch.float8_e4m3fn)
+    data, results = data.transpose(1, 2).contiguous().transpose(1, 2), []
+    for backend in ("triton", "emulated"):
+        up = quantize_weights(data[:, :, 96:], recipe, scale=scale[:, :, :1], kernel_preference=backend)
+        assert up.forward.data.data_ptr() == data[:, :, 96:].data_ptr()
+        results.append(grouped_mm(a.detach(), up, offs, kernel_preference=backend))
+    assert_near(*results, 3e-3)
+
+
 # A cached launch serves other M of its row class, and no other calls.
 
 
