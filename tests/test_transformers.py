@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import warnings
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,6 +121,22 @@ every_class = pytest.mark.parametrize("name", MODELS)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}  # of outputs and gradients
 
 
+@functools.cache
+def sources() -> dict[str, str]:
+    """The source of each package of models that transformers has."""
+    if transformers is None:
+        return {}
+    files = (Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")
+    return {path.parent.name: path.read_text() for path in sorted(files) if path.stem == f"modeling_{path.parent.name}"}
+
+
+@functools.cache
+def decorated() -> dict[str, str]:
+    """The classes that use transformers' interface of experts, and their packages."""
+    pattern = r"^@use_experts_implementation(?:\(.*?\))?\nclass (\w+)\("
+    return {name: package for package, text in sources().items() for name in re.findall(pattern, text, re.M)}
+
+
 @pytest.fixture(autouse=True)
 def registered() -> None:
     integration.register()
@@ -132,7 +151,7 @@ def config_of(name: str) -> Any:
 def initialize(module: Module) -> None:
     """Pre-activations with a standard deviation of 4, so that gates clamp some of them; outputs of 1."""
     for name, p in module.named_parameters():
-        if "bias" in name:
+        if p.dim() < 3:  # a bias, or the weight of a norm
             p.data.normal_()
         else:
             fan_in = p.shape[1] if module.is_transposed else p.shape[2]
@@ -307,6 +326,30 @@ def test_the_recipe_quantizes(name):
         assert torch.equal(y, call)
 
 
+@pytest.mark.parametrize("package, name", [(package, name) for name, package in decorated().items()])
+def test_every_class_of_the_interface_agrees_with_eager(package, name):
+    """Whatever transformers is installed. Classes of 5.17 and 5.24 read no other attributes of their configs."""
+    sizes = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4)
+    sizes |= dict.fromkeys(("hidden_size", "moe_hidden_size"), 32)
+    sizes |= dict.fromkeys(("intermediate_size", "moe_intermediate_size"), 48)
+    acts = dict.fromkeys(("hidden_act", "hidden_activation", "mlp_hidden_act"), "silu")
+    numbers = {
+        "swiglu_limit": 7.0,
+        "swiglu_alpha": 1.702,
+        "mlp_gate_softcap": 7.0,
+        "mlp_up_softcap": 7.0,
+        "post_norm_eps": 1e-6,
+    }
+    config = SimpleNamespace(**sizes, **acts, **numbers, moe_latent_size=None)
+    results = []
+    for config._experts_implementation in ("grouped_gemm", "eager"):
+        module = getattr(import_module(f"transformers.models.{package}.modeling_{package}"), name)(config)
+        torch.manual_seed(2)
+        initialize(module)
+        results.append(gradients_of(module, *inputs()))
+    assert_close(*results, TOLERANCE[torch.float32])
+
+
 # Whole models
 
 
@@ -466,7 +509,7 @@ def test_static_scales_are_replaced_by_dynamic_ones(factor, monkeypatch):
         getattr(module, f"{name}_activation_scale").fill_(factor * operand.abs().max() / 448)
     ours = module(*call)
 
-    def as_their_kernel(x: Tensor, w: Tensor, scale: Tensor, *_: Any, activation_scale: Tensor, **__: Any) -> Tensor:
+    def as_their_kernel(x, w, scale, block_size=None, bias=None, activation_scale=None, allow_deepgemm=True):
         rounded = (x.float() / activation_scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * activation_scale
         wide = scale.repeat_interleave(w.shape[0] // scale.shape[0], 0)
         return (rounded @ (w.float() * wide).T).to(x.dtype)
@@ -493,32 +536,43 @@ def test_weights_that_transformers_quantizes_while_it_loads(intermediate, block_
         for key, value in quantize.convert({name: w}).items():
             setattr(module, key, torch.nn.Parameter(value, requires_grad=False))
     assert module.down_proj.dtype == (torch.bfloat16 if intermediate == 192 else torch.float8_e4m3fn)
-    truth = with_weights(module, *(w.float() for w in originals), *call)
+    truth = with_weights(module, originals[0].float(), originals[1].float(), *call)
     for _ in range(2):  # taken over, and kept
         assert error(module(*call), truth) < 0.08
 
 
-def test_an_fp8_model_takes_fp8_experts_by_the_same_name():
-    """Prefill and decode. Only the experts are FP8: transformers' linear layers in FP8 need a GPU."""
+def fp8_model() -> Any:
+    """A Qwen3-MoE whose experts are FP8: transformers' linear layers in FP8 need a GPU."""
     from transformers.integrations.finegrained_fp8 import FP8Experts, replace_with_fp8_linear
 
-    config = config_of("qwen3_moe")
-    config.num_hidden_layers = 1  # in a second one, the router might pick other experts
-    torch.manual_seed(1)
-    truth = transformers.Qwen3MoeForCausalLM._from_config(config, experts_implementation="grouped_gemm").eval()
-    initialize(truth.model.layers[0].mlp.experts)
-    model = replace_with_fp8_linear(
-        copy.deepcopy(truth), ["proj", "gate", "lm_head"], transformers.FineGrainedFP8Config()
-    )
-    experts = model.model.layers[0].mlp.experts.to_empty(device="cpu")
+    quantization = transformers.FineGrainedFP8Config()
+    model = replace_with_fp8_linear(one_layer(), ["proj", "gate", "lm_head"], quantization)
+    originals, experts = one_layer().model.layers[0].mlp.experts, model.model.layers[0].mlp.experts
     assert isinstance(experts, FP8Experts)
+    experts.to_empty(device="cpu")
     for name in ("gate_up_proj", "down_proj"):
-        w = truth.get_parameter(f"model.layers.0.mlp.experts.{name}").data
-        getattr(experts, name).data.copy_(w.clamp(-12, 12) * 32)
+        getattr(experts, name).data.copy_(getattr(originals, name).data.clamp(-12, 12) * 32)
         getattr(experts, f"{name}_scale_inv").data.fill_(1 / 32)
+    model.config.quantization_config = quantization
+    return model
+
+
+def one_layer() -> Any:
+    """The same model each time. In a second layer, the router might pick other experts after rounding."""
+    config = config_of("qwen3_moe")
+    config.num_hidden_layers = 1
+    torch.manual_seed(1)
+    model = transformers.Qwen3MoeForCausalLM._from_config(config, experts_implementation="grouped_gemm").eval()
+    initialize(model.model.layers[0].mlp.experts)
+    return model
+
+
+def test_an_fp8_model_takes_fp8_experts_by_the_same_name():
+    """Prefill and decode."""
+    model = fp8_model()
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    found, expected = (m.generate(tokens_for(m)[:1], **options).logits[0] for m in (model, truth))
-    assert experts in integration._kept and error(found, expected) < 0.1
+    found, expected = (m.generate(tokens_for(m)[:1], **options).logits[0] for m in (model, one_layer()))
+    assert model.model.layers[0].mlp.experts in integration._kept and error(found, expected) < 0.1
 
 
 @torch.no_grad()
@@ -762,6 +816,42 @@ def test_a_gate_is_verified_in_every_mode(mode):
     module = experts_of("gpt_oss")
     with mode():
         assert integration._known_activation(module) == "swiglu_clamped"
+
+
+# What other versions of transformers have
+
+
+def test_a_norm_of_each_experts_output_runs():
+    """``has_post_expert_norm`` of transformers 5.24."""
+    module, (x, ids, weights) = experts_of("qwen3_moe"), inputs()
+    module.has_post_expert_norm, module.post_expert_norm = True, torch.nn.RMSNorm(32)
+    truth = torch.zeros(x.shape)
+    for t, experts in enumerate(ids.tolist()):
+        for j, e in enumerate(experts):
+            row = module.down_proj[e] @ module._apply_gate(module.gate_up_proj[e] @ x[t])
+            truth[t] += weights[t, j] * module.post_expert_norm(row)
+    assert error(module(x, ids, weights), truth) < 1e-5
+    nothing = module(x, torch.full_like(ids, module.num_experts), torch.zeros_like(weights))
+    assert not nothing.any()
+
+
+def test_experts_with_an_option_that_is_not_known_are_refused(monkeypatch):
+    from transformers.integrations import moe
+
+    def use_experts_implementation(experts_class=None, *, has_gate=True, has_magic=False):
+        """As a later version may have it."""
+
+    monkeypatch.setattr(moe, "use_experts_implementation", use_experts_implementation)
+    monkeypatch.setattr(integration, "_unknown", {})
+    integration.register()
+    module = experts_of("qwen3_moe")
+    module.has_magic = False
+    module(*inputs())
+    module.has_magic = True
+    with pytest.raises(
+        ValueError, match=r"^grouped_gemm: expected experts .*; found has_magic=True in Qwen3MoeExperts"
+    ):
+        module(*inputs())
 
 
 # Registration

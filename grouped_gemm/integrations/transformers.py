@@ -5,6 +5,7 @@ T, k, H, I: tokens, experts per token, hidden and intermediate features. E, M: e
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import weakref
 from collections.abc import Callable
@@ -33,6 +34,11 @@ from grouped_gemm.moe.rows import combine, gather
 from grouped_gemm.selection import checks
 
 _OURS: set[str] = set()  # names that `register` has added
+_ARGUMENTS = {  # of transformers' decorator for experts: what this module knows that classes differ in
+    *("experts_class", "experts_interface", "is_concatenated", "is_transposed"),
+    *("has_bias", "has_gate", "has_post_expert_norm"),
+}
+_unknown: dict[str, object] = {}  # others that the installed version has, and their defaults
 _TRACES_MODULES = Version(torch.__version__) >= Version("2.13")
 
 
@@ -74,7 +80,7 @@ def register(
     """
     try:
         from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
     except ImportError as error:
         raise ImportError(
             "grouped_gemm.integrations.transformers: expected transformers >= 5.17; found none, or one without "
@@ -99,6 +105,8 @@ def register(
     def fp8_experts(self: Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return _run_fp8(self, hidden_states, top_k_index, top_k_weights, options)
 
+    arguments = inspect.signature(use_experts_implementation).parameters.items()
+    _unknown.update({argument: value.default for argument, value in arguments if argument not in _ARGUMENTS})
     ALL_EXPERTS_FUNCTIONS.register(name, experts)
     ALL_FP8_EXPERTS_FUNCTIONS.register(name, fp8_experts)
     _OURS.add(name)
@@ -141,12 +149,23 @@ def _run_weights(
     """The experts with these weights, (E, out, in), and the activation of ``module``.
 
     If only some of them are quantized, ``recipe`` is theirs, and the others are multiplied as they are.
+
+    Raises:
+        ValueError: the class of ``module`` does something that only a later transformers has.
     """
+    for argument, default in _unknown.items():
+        if getattr(module, argument, default) != default:
+            raise ValueError(
+                "grouped_gemm: expected experts without options that a later transformers has added; found "
+                f"{argument}={getattr(module, argument)} in {type(module).__name__}. Use "
+                'model.set_experts_implementation("grouped_mm") for this model.'
+            )
     quantized = [isinstance(w, QuantizedWeights) for w in (*(first if isinstance(first, tuple) else (first,)), down)]
     is_mixed = any(quantized) and not all(quantized)
     # An older Dynamo calls no function with a module while it traces: there, the module's own gate is traced.
     activation = _known_activation(module) if _TRACES_MODULES or not torch.compiler.is_compiling() else None
-    if activation is not None and not is_mixed:
+    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+    if activation is not None and not is_mixed and norm is None:
         return experts_forward(
             x,
             topk_ids,
@@ -174,7 +193,8 @@ def _run_weights(
     else:
         pre = multiply(rows, first, biases[0])
     h = module._apply_gate(pre) if module.has_gate else module.act_fn(pre)
-    return combine(multiply(h, down, biases[1]), topk_weights, source, places)
+    y = multiply(h, down, biases[1])
+    return combine(y if norm is None else norm(y), topk_weights, source, places)
 
 
 # Models with FP8 experts. Their weights are those of a checkpoint, and are taken over with their scales.
