@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import re
+import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
 import torch
+from processes import environment
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Module
@@ -724,6 +729,28 @@ def test_wrong_scales_are_refused():
         setattr(module, name, torch.nn.Parameter(half, requires_grad=False))
     with pytest.raises(ValueError, match=r"^scale: expected shape"):
         module(*fp8_inputs())
+
+
+# Several ranks
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "plans"])
+def test_two_ranks(kind, tmp_path):
+    """FSDP2, and transformers' plans of tensor and expert parallelism: transformers_ranks.py has the checks."""
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    if kind == "plans" and not transformers.__version__.startswith("5.17."):
+        pytest.skip(f"other versions than 5.17 apply plans in other ways; found {transformers.__version__}")
+    command = [sys.executable, Path(__file__).with_name("transformers_ranks.py"), tmp_path / "meeting", kind]
+    logs = [tmp_path / f"rank {rank}.log" for rank in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        variables = [environment(RANK=str(rank), OMP_NUM_THREADS="1") for rank in range(2)]
+        codes = list(pool.map(lambda log, own: processes.run(command, log, own, 300), logs, variables))
+    for log in logs:
+        lines = log.read_text().splitlines()
+        wrong = [json.loads(line) for line in lines if line.startswith("{")]
+        assert wrong == [{}], "\n".join(["", *(text for one in wrong for text in one.values()), *lines[-40:]])
+    assert codes == [0, 0]
 
 
 # Gates
