@@ -355,6 +355,19 @@ def test_every_class_of_the_interface_agrees_with_eager(package, name):
     assert_close(*results, TOLERANCE[torch.float32])
 
 
+def test_the_docs_list_the_classes_of_transformers():
+    if not transformers.__version__.startswith("5.17."):
+        pytest.skip(f"docs/serving.md lists the classes of transformers 5.17; found {transformers.__version__}")
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    tables = (
+        re.search(rf"^### {title}\n(.*?)^##", page, re.M | re.S)[1] for title in ("On the interface", "Not on it")
+    )
+    listed = [set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?)\|", table, re.M)))) for table in tables]
+    assert listed[0] == set(decorated())
+    others = {name for text in sources().values() for name in re.findall(r"^class (\w*Experts)\(", text, re.M)}
+    assert listed[1] == others - set(decorated()) | {"DogeCDMoE"}  # its experts are rows of two embeddings
+
+
 # Whole models
 
 
