@@ -21,6 +21,7 @@ RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)
 TRITON = get_backend(BackendKind.TRITON)
 FP8 = torch.float8_e4m3fn
 failures: list[str] = []
+not_measured: dict[str, None] = {}  # lines, in order
 
 
 def attempt(what: str, function: Callable[[], Any]) -> Any:
@@ -33,6 +34,19 @@ def attempt(what: str, function: Callable[[], Any]) -> Any:
         traceback.print_exc(limit=-4)
         torch.cuda.empty_cache()
         return None
+
+
+def reason_of(error: Exception) -> str:
+    """The type and the message of an error, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def leave_out(what: str, reason: str) -> None:
+    """Records what is not measured, and why."""
+    line = f"{what}: {reason}"
+    if line not in not_measured:
+        not_measured[line] = None
+        print(f"left out  {line}", flush=True)
 
 
 def milliseconds(what: str, function: Callable[[], Any]) -> float | None:
@@ -93,7 +107,7 @@ def interleaved_samples(
         try:
             function()
         except Exception as error:
-            errors[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            errors[name] = reason_of(error)
         return name in errors
 
     def prepare(name: T) -> None:

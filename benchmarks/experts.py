@@ -35,7 +35,6 @@ T, k, E, H, I: tokens, experts per token, experts, hidden and intermediate featu
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import statistics
@@ -52,7 +51,18 @@ import _chart
 import _experts_chart
 import _experts_parity as parity
 import torch
-from _common import RECIPES, attempt, failures, interleaved_samples, relative_error, synchronize
+from _calls import MIB, allocated, captured, figures, free, peak
+from _common import (
+    RECIPES,
+    attempt,
+    failures,
+    interleaved_samples,
+    leave_out,
+    not_measured,
+    reason_of,
+    relative_error,
+    synchronize,
+)
 from _experts_layers import (
     BF16,
     IMPLEMENTATIONS,
@@ -87,10 +97,8 @@ TINY = {"tiny": Case(4, 32, 16, 2, 24)}  # for --device cpu
 BASES = ("eager", "torch", "sonic")  # whose times are divided by those of others
 ROUTED = ("grouped_mm", "torch", "sonic")  # run with every routing
 ERROR = {False: 1e-2, True: 0.1}  # of a layer without and with a recipe: fp8 rounds each operand by 2.6%, rms
-MIB = 2**20
 
 results: list[dict[str, Any]] = []
-not_measured: dict[str, None] = {}  # lines, in order
 
 
 class Call(NamedTuple):
@@ -115,13 +123,6 @@ class Call(NamedTuple):
 def record(row: dict[str, Any]) -> None:
     results.append(row)
     print(describe(row), flush=True)
-
-
-def leave_out(what: str, reason: str) -> None:
-    line = f"{what}: {reason}"
-    if line not in not_measured:
-        not_measured[line] = None
-        print(f"left out  {line}", flush=True)
 
 
 # -- parity and host
@@ -166,7 +167,7 @@ def time_host(args: argparse.Namespace) -> None:
                     try:
                         record(row | {"us": measure()})
                     except Exception as error:
-                        leave_out(name(row), _text(error))
+                        leave_out(name(row), reason_of(error))
 
 
 # -- layers
@@ -199,7 +200,7 @@ def layers_of(
                 try:
                     layer = operands.peer(layer_name, routing)
                 except Exception as error:
-                    leave_out(what, _text(error))
+                    leave_out(what, reason_of(error))
                 else:
                     yield call, layer
 
@@ -263,7 +264,7 @@ def measure_group(
             else:
                 calls[call] = run
         except Exception as error:
-            errors[call] = _text(error)
+            errors[call] = reason_of(error)
     options: dict[str, Any] = {"seconds": 0.0, "rounds": (3, 3)} if args.device == "cpu" else {}
     samples, failed = interleaved_samples(calls, **options)
     errors |= failed
@@ -288,23 +289,12 @@ def measure_group(
             if pass_ == "forward" and call.routing == "random":
                 row["error"] = error_of(calls[call](), layer.interleaved)
         except Exception as error:
-            (failures.append if call.is_ours else print)(f"{name(row)}: {_text(error)}")
+            (failures.append if call.is_ours else print)(f"{name(row)}: {reason_of(error)}")
         record(row)
         if call.is_ours and row["error"] is not None and not row["error"] < ERROR[call.variant.recipe.is_scaled]:
             failures.append(f"{name(row)}: error {row['error']}")
         if call.variant.weights == "once" and not operands.cache.nbytes:
             failures.append(f"{name(row)}: expected quantized weights in the weight cache; found none")
-
-
-def figures(samples: list[float]) -> dict[str, float]:
-    """Mean, median, p10 and p90."""
-    tenths = statistics.quantiles(samples, n=10, method="inclusive")
-    return {
-        "mean": statistics.fmean(samples),
-        "median": statistics.median(samples),
-        "p10": tenths[0],
-        "p90": tenths[-1],
-    }
 
 
 def speedups(call: Call, calls: dict[Call, Any], medians: dict[Call, float]) -> dict[str, float | None]:
@@ -347,69 +337,11 @@ def compiled(layer: Layer, call: Call) -> Layer:
     return layer._replace(forward=forward)
 
 
-def captured(run: Callable[[], Any]) -> tuple[Callable[[], Any], float]:
-    """Replays of a CUDA graph of ``run``, which return what it returned, and the peak of its memory in MiB.
-
-    Raises:
-        RuntimeError: ``run`` has a host sync. This is found before the capture, since torch's random numbers and its
-            allocator may not work after a capture that failed.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-        before_debugging = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode(before_debugging)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    before = _allocated()
-    torch.cuda.reset_peak_memory_stats()
-    with torch.cuda.graph(graph):
-        outputs = run()
-    most = (torch.cuda.max_memory_allocated() - before) / MIB
-
-    def replay() -> Any:
-        graph.replay()
-        return outputs
-
-    return replay, most
-
-
-def peak(run: Callable[[], Any]) -> float:
-    """MiB that a call needs at most beyond what is allocated before it."""
-    before = _allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / MIB
-
-
 def kept(layer: Layer) -> float:
     """MiB that forward leaves for backward: allocated after it, less what was before and less its output."""
-    before = _allocated()
+    before = allocated()
     y = layer.forward()
-    return (_allocated() - before - y.untyped_storage().nbytes()) / MIB
-
-
-def _allocated() -> int:
-    gc.collect()
-    torch.cuda.synchronize()
-    return torch.cuda.memory_allocated()
-
-
-def free() -> None:
-    """Returns memory to the GPU, so that the next size finds it in one piece."""
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return (allocated() - before - y.untyped_storage().nbytes()) / MIB
 
 
 # -- the run
