@@ -76,7 +76,8 @@ def _compiled_ahead(triton: str) -> Row:
 
 
 def _with_transformers(name: str, pins: tuple[str, ...] = ()) -> Row:
-    return Row(name, pytest="tests/test_transformers.py", min_passed=150, pins=pins, extras=("transformers",))
+    tests = "tests/test_transformers.py tests/test_bench_serve.py"
+    return Row(name, pytest=tests, min_passed=165, pins=pins, extras=("transformers",))
 
 
 def _on_a_gpu(name: str, machine: str, *backends: str, pins: tuple[str, ...] = ()) -> Row:
