@@ -28,7 +28,9 @@ from grouped_gemm.functional import grouped_mm, quantize_weights
 from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.moe.activation import ACTIVATIONS, Activation
 from grouped_gemm.moe.composed import Weights, as_b, shape_of
-from grouped_gemm.moe.experts import experts_forward
+from grouped_gemm.moe.decode import dequantized
+from grouped_gemm.moe.experts import WEIGHT_ONLY, check_options, experts_forward
+from grouped_gemm.moe.fused import runs_fused
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
 from grouped_gemm.selection import checks
@@ -48,6 +50,7 @@ def register(
     name: str = "grouped_gemm",
     kernel_preference: Preference = KernelPreference.AUTO,
     keep: str = "full",
+    batch_invariant: bool = False,
 ) -> None:
     """Adds an implementation of experts to transformers, which a model then takes by its name.
 
@@ -68,11 +71,12 @@ def register(
     `RuntimeError`. Another format raises `ValueError` in the forward pass.
 
     Args:
-        recipe: how the operands of the GEMMs are quantized, as in `grouped_gemm.grouped_mm`. None: not at all. An FP8
-            model has its own.
+        recipe: how the operands of the GEMMs are quantized, as in `grouped_gemm.moe.experts_forward`. None: not at all.
+            An FP8 model has its own, but with "fp8_weight_only" its activations are not quantized.
         name: the name. With several names, models in one process may have several recipes.
         kernel_preference: as in `grouped_gemm.grouped_mm`.
         keep: as in `grouped_gemm.moe.experts_forward`.
+        batch_invariant: as in `grouped_gemm.moe.experts_forward`.
 
     Raises:
         ImportError: transformers is not installed, or has no registries of experts.
@@ -93,11 +97,10 @@ def register(
         or (name in ALL_EXPERTS_FUNCTIONS and name not in _OURS)
     ):
         checks.fail("name", "a name that transformers does not use itself", repr(name))
-    if keep not in ("full", "recipe"):
-        checks.fail("keep", "full or recipe", repr(keep))
-    options = _Options(
-        None if recipe is None else Recipe.parse(recipe), KernelPreference.parse(kernel_preference), keep
+    parsed, weight_only = check_options(
+        "swiglu", False, recipe, "auto", kernel_preference, keep, False, batch_invariant
     )
+    options = _Options(parsed, weight_only, KernelPreference.parse(kernel_preference), keep, batch_invariant)
 
     def experts(self: Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return _run(self, hidden_states, top_k_index, top_k_weights, options)
@@ -117,8 +120,10 @@ class _Options:
     """What `register` was called with, checked."""
 
     recipe: Recipe | None
+    weight_only: bool
     kernel_preference: KernelPreference
     keep: str
+    batch_invariant: bool
 
 
 def _run(module: Any, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, options: _Options) -> Tensor:
@@ -151,7 +156,8 @@ def _run_weights(
     If only some of them are quantized, ``recipe`` is theirs, and the others are multiplied as they are.
 
     Raises:
-        ValueError: the class of ``module`` does something that only a later transformers has.
+        ValueError: the class of ``module`` does something that only a later transformers has, or the result would
+            depend on the batch although it must not.
     """
     for argument, default in _unknown.items():
         if getattr(module, argument, default) != default:
@@ -172,18 +178,26 @@ def _run_weights(
             topk_weights,
             first,
             down,
-            recipe=recipe,
+            recipe=WEIGHT_ONLY if options.weight_only else recipe,
             activation=activation,
             interleaved=module.has_gate and not module.is_concatenated,
             gate_up_bias=biases[0],
             down_bias=biases[1],
             kernel_preference=options.kernel_preference,
             keep=options.keep,
+            batch_invariant=options.batch_invariant,
+        )
+    if options.batch_invariant:
+        raise ValueError(
+            "grouped_gemm: batch_invariant: expected experts with an activation that this package knows, all quantized "
+            f"or none, and without a norm; found {type(module).__name__}. Register without it for this model."
         )
     offs, source, places = route(topk_ids, shape_of(down)[0])
     plan = GroupPlan(offs, source.shape[0])
 
     def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
+        if options.weight_only and (isinstance(w, QuantizedWeights) or not is_mixed):
+            return grouped_mm(rows, as_b(dequantized(w, Recipe.FP8_BLOCKWISE, x.dtype)), plan, bias=bias)
         own = None if is_mixed and isinstance(w, Tensor) else recipe
         return grouped_mm(rows, as_b(w), plan, recipe=own, bias=bias, kernel_preference=options.kernel_preference)
 
@@ -319,6 +333,10 @@ def _adopt(
     w: Tensor, scale: Tensor, is_stacked: bool, dtype: torch.dtype, dgrad: bool, preference: KernelPreference
 ) -> _Adopted:
     """The weights of one parameter; ``is_stacked``: gate rows before up rows."""
+    # With AUTO, in the layout that fused kernels read.
+    asked, _ = resolve(preference, surrounding.kernel_preference)
+    if asked is KernelPreference.AUTO and runs_fused(w.device):
+        preference = KernelPreference.TRITON
 
     def adopt(w: Tensor, scale: Tensor) -> QuantizedWeights:
         return quantize_weights(

@@ -140,8 +140,9 @@ def without_quantized(experts: ExpertWeights, dtype: torch.dtype) -> ExpertWeigh
     """Experts whose weights alone are quantized, with dense copies of them in ``dtype``. Others unchanged."""
     if not experts.weight_only:
         return experts
-    first = tuple(_dequantized(w, experts, dtype) for w in experts.first)
-    down = _dequantized(experts.down, experts, dtype)
+    recipe = fused.recipe_of(experts)
+    first = tuple(dequantized(w, recipe, dtype) for w in experts.first)
+    down = dequantized(experts.down, recipe, dtype)
     return replace(experts, first=first, down=down, recipe=None, weight_only=False)
 
 
@@ -154,8 +155,8 @@ def like_dense(experts: ExpertWeights, dtype: torch.dtype) -> ExpertWeights:
     return replace(experts, first=first, down=down, recipe=None, weight_only=False)
 
 
-def _dequantized(w: Weights, experts: ExpertWeights, dtype: torch.dtype) -> Tensor:
-    """Weights (E, out, in), in ``dtype``, of weights that are quantized or will be.
+def dequantized(w: Weights, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+    """Weights (E, out, in), in ``dtype``, of weights that are quantized, or that ``recipe`` quantizes first.
 
     Raises:
         ValueError: they are in the layout of another backend.
@@ -166,9 +167,7 @@ def _dequantized(w: Weights, experts: ExpertWeights, dtype: torch.dtype) -> Tens
         quantized = w.forward
     else:
         backend = get_backend(BackendKind.TRITON if runs_kernels(w.device) else BackendKind.EMULATED)
-        found, _ = weight_cache.quantize(
-            backend, w.transpose(1, 2), fused.recipe_of(experts), forward=True, dgrad=False
-        )
+        found, _ = weight_cache.quantize(backend, w.transpose(1, 2), recipe, forward=True, dgrad=False)
         assert found is not None, "the forward layout is always requested"
         quantized = found
     assert quantized.scale is not None, "the recipe has scales"

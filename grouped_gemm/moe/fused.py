@@ -53,7 +53,7 @@ def can_run(x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights) -> b
 def refusal(x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights) -> str | None:
     """Why these kernels do not run a call of `can_run`, as "expected ...; found ..."; None: they do."""
     gate_up, down, recipe = experts.first[0], experts.down, recipe_of(experts)
-    if not _runs_on(x.device):
+    if not runs_fused(x.device):
         return f"expected a Hopper GPU where Triton works; found {x.device}"
     found = refusal_of_options(experts)
     if found is not None:
@@ -140,11 +140,12 @@ def _form(w: Weights) -> str:
     return f"{type(w).__name__} in {dtype_name(w.dtype)} with strides {tuple(w.stride())}"
 
 
-def _runs_on(device: torch.device) -> bool:
+def runs_fused(device: torch.device) -> bool:
+    """Whether these kernels run on ``device`` at all."""
     return gemms.runs_hopper_kernels(device)
 
 
-_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `selection.route._decided`
+runs_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `selection.route._decided`
 
 
 def explain(experts: ExpertWeights) -> str:
