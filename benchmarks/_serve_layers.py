@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -197,6 +198,33 @@ def register() -> None:
     integration.register(Recipe.FP8_BLOCKWISE, name=RECIPE)
 
 
+def offer_deep_gemm() -> None:
+    """Hands transformers an installed package ``deep_gemm``, where it cannot load its own build from the Hub."""
+    import transformers.integrations.deepgemm as integration
+    import transformers.integrations.finegrained_fp8 as fp8
+
+    if integration.is_deepgemm_loadable() or find_spec("deep_gemm") is None:
+        return
+    with suppress(ImportError, OSError, AttributeError):  # another version: DeepGEMM is left out with its own reason
+        import deep_gemm
+        from deep_gemm.utils import per_token_cast_to_fp8
+
+        integration._DEEPGEMM = integration.DeepGEMM(
+            fp8_fp4_matmul=deep_gemm.fp8_fp4_gemm_nt,
+            grouped_fp8_fp4_matmul_nt=deep_gemm.m_grouped_fp8_fp4_gemm_nt_contiguous,
+            grouped_fp8_fp4_matmul_nn=deep_gemm.m_grouped_fp8_fp4_gemm_nn_contiguous,
+            grouped_bf16_matmul_nt=deep_gemm.m_grouped_bf16_gemm_nt_contiguous,
+            grouped_bf16_matmul_nn=deep_gemm.m_grouped_bf16_gemm_nn_contiguous,
+            per_token_cast_to_fp8=per_token_cast_to_fp8,
+            transform_sf_into_required_layout=deep_gemm.transform_sf_into_required_layout,
+            transform_weights_for_mega_moe=None,
+            get_symm_buffer_for_mega_moe=None,
+            fp8_fp4_mega_moe=None,
+            m_alignment=deep_gemm.get_mk_alignment_for_contiguous_layout(),
+        )
+        integration.is_deepgemm_loadable = fp8.is_deepgemm_loadable = lambda raise_error=False: True
+
+
 def is_ours(name: str) -> bool:
     return name in ("grouped_gemm", RECIPE)
 
@@ -252,4 +280,6 @@ def missing() -> str:
         register()
     except ImportError as error:
         return str(error)
+    if torch.cuda.is_available():
+        offer_deep_gemm()
     return ""

@@ -134,8 +134,8 @@ def quantize_tokens(
         return
     width = max(min(next_power_of_2(features), 1024), TOKEN_BLOCK)
     height = _TOKENS_TILE // width
-    constants = scaling_constants(x_TD, recipe, data_TD.dtype)
-    constants |= {"BLOCK": TOKEN_BLOCK, "ROWS": height, "WIDTH": width, "PDL": signals}
+    sizes = {"BLOCK": TOKEN_BLOCK, "ROWS": height, "WIDTH": width, "PDL": signals}
+    constants = scaling_constants(x_TD, recipe, data_TD.dtype) | sizes
     with on_device(x_TD):
         launch(
             _quantize_tokens, (cdiv(num_tokens, height), cdiv(features, width)),
