@@ -3,7 +3,8 @@
     python examples/transformers_experts.py
     python examples/transformers_experts.py --model Qwen/Qwen3-30B-A3B --recipe fp8_blockwise
 
-Without --model, it is a tiny Qwen3-MoE with random weights, which needs no network. It needs transformers >= 5.17.
+Without --model, it is a Qwen3-MoE with random weights, which needs no network: a tiny one on a CPU, and on a GPU two layers
+with the sizes of Qwen3-30B-A3B. It needs transformers >= 5.17.
 """
 
 from __future__ import annotations
@@ -16,22 +17,30 @@ import torch
 from grouped_gemm.integrations.transformers import register
 
 
-def tiny_model() -> Any:
-    """A Qwen3-MoE of two layers with eight experts each."""
+def random_model(is_tiny: bool) -> Any:
+    """A Qwen3-MoE of two layers, in bf16."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    config = Qwen3MoeConfig(
-        vocab_size=256,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=8,
-        num_experts_per_tok=2,
-        moe_intermediate_size=128,
-        eos_token_id=None,
-    )
+    sizes = {
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+    }
+    if not is_tiny:
+        sizes = {
+            "hidden_size": 2048,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        }
+    config = Qwen3MoeConfig(vocab_size=256, num_hidden_layers=2, eos_token_id=None, **sizes)
     return Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
 
 
@@ -46,7 +55,8 @@ def main() -> None:
     register(args.recipe)  # before the name is used
     torch.manual_seed(0)
     if args.model is None:
-        model = tiny_model().to(args.device).eval()
+        with torch.device(args.device):
+            model = random_model(is_tiny=args.device == "cpu").eval()
     else:
         from transformers import AutoModelForCausalLM
 
