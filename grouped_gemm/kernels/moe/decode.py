@@ -1,12 +1,17 @@
 """The experts of a MoE layer for few tokens, bound by reading the weights of the active experts once.
 
-Two GEMMs and a sum, one kernel each. A program multiplies a tile of an expert's weights by all rows of that expert, so
-the operands are swapped: weights are the first one, whose side has to be long, and rows the second. Programs find their
-rows by themselves in the ids of the tokens, so there is no kernel that routes, and quantize them while they load.
+Two GEMMs and a sum are one kernel each; if rows are in fp8, a quantizer comes before each GEMM. A program multiplies a
+tile of an expert's weights by all rows of that expert, so the operands are swapped: weights are the first one, whose
+side has to be long, and rows the second. Programs find their rows by themselves in the ids of the slots, so there is no
+kernel that routes.
 
 The contraction of the second GEMM is split where there would be too few programs for the GPU. The parts are sums in
 fp32, which the last kernel adds up, always in the same order. How it is split depends on the number of tokens, never on
 their experts.
+
+On Hopper, a kernel may start before the one before it has ended (programmatic dependent launch). Then it waits before
+it reads anything but ids and weights, which no kernel of this chain writes. All programs of all kernels wait, so
+whatever a kernel reads has been written, by the kernel before it or by one before that.
 
 T, k, M = T * k, E: tokens, slots of a token, slots, experts. H, I: hidden and intermediate features. In a GEMM, C is
 the contraction and N are the rows of an expert's weights that become columns of the result.
