@@ -456,7 +456,7 @@ def compile_moe_steps(arch: str) -> dict[str, Any]:
         build(f"activate backward quantize {name}, of fp8", kernel, whole, **moe_activation.OPTIONS)
         types["pre"] = "*bf16"
     if has_fp8:
-        tokens = {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024}
+        tokens = {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024, "PDL": False}
         build("tokens", moe_quantize._quantize_tokens, numbers | tokens)
         build("values of tokens", moe_quantize._dequantize_tokens, tokens)
     return compiled

@@ -136,11 +136,12 @@ def quantize_tokens(
     height = _TOKENS_TILE // width
     sizes = {"BLOCK": TOKEN_BLOCK, "ROWS": height, "WIDTH": width, "PDL": signals}
     constants = scaling_constants(x_TD, recipe, data_TD.dtype) | sizes
+    options = {"launch_pdl": True} if overlaps else {}  # AMD's compiler does not know this option
     with on_device(x_TD):
         launch(
             _quantize_tokens, (cdiv(num_tokens, height), cdiv(features, width)),
             x_TD, data_TD, scale, num_tokens, features, x_TD.stride(0), data_TD.stride(0),
-            constants=constants, num_warps=4, launch_pdl=overlaps,
+            constants=constants, num_warps=4, **options,
         )  # fmt: skip
 
 
