@@ -17,6 +17,7 @@ from grouped_gemm.moe.composed import ExpertWeights
 from grouped_gemm.moe.implementations import IMPLEMENTATIONS
 
 E, HIDDEN, INNER, T, K = 5, 24, 16, 11, 3
+DIFFERENTIABLE = tuple(name for name in IMPLEMENTATIONS if name != "decode")  # test_moe_decode.py has that one
 
 
 class Inputs:
@@ -73,7 +74,7 @@ def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float) -
         assert (x.double() - truth.double()).norm() <= tolerance * truth.double().norm()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DIFFERENTIABLE)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_an_implementation_is_the_loop_in_fp64(implementation, activation):
     inputs = Inputs(gated=ACTIVATIONS[activation].is_gated)
@@ -81,7 +82,7 @@ def test_an_implementation_is_the_loop_in_fp64(implementation, activation):
     assert_near([y, *gradients(y, inputs.leaves)], [truth, *gradients(truth, inputs.leaves)], 1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DIFFERENTIABLE)
 @pytest.mark.parametrize("form", ("interleaved", "pair", "without biases"))
 def test_gate_and_up_come_in_any_form(implementation, form):
     inputs = Inputs(biases=form != "without biases")
@@ -164,7 +165,7 @@ def test_quantized_weights_serve_both_gemms():
         assert torch.equal(y, inputs.run(implementation="grouped_mm", recipe="fp8_rowwise"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DIFFERENTIABLE)
 def test_nan_in_one_token_reaches_only_its_output_and_its_experts(implementation):
     inputs = Inputs(torch.bfloat16)
     before = inputs.run(implementation=implementation)
@@ -181,7 +182,7 @@ def test_nan_in_one_token_reaches_only_its_output_and_its_experts(implementation
         assert torch.equal(one[~is_its_own], other[~is_its_own])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DIFFERENTIABLE)
 def test_rows_in_expert_order_by_each_implementation(implementation):
     inputs = Inputs()
     offs, options = torch.tensor([2, 2, 5, 9, 9], dtype=torch.int32), {"row_weights": inputs.weights[:, 0]}
@@ -226,7 +227,7 @@ def test_a_program_with_any_number_of_tokens(implementation):
 
 
 @pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DIFFERENTIABLE)
 @pytest.mark.parametrize("tokens, k", ((0, 2), (2, 0)))
 def test_no_routed_rows(implementation, tokens, k, recipe):
     inputs = Inputs(torch.bfloat16, biases=False)
@@ -240,7 +241,7 @@ def test_no_routed_rows(implementation, tokens, k, recipe):
     assert not torch.autograd.grad(y.sum(), inputs.gate_up)[0].any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DIFFERENTIABLE)
 @pytest.mark.parametrize("tokens, k", ((0, 2), (1, 1), (3, E)))
 def test_few_tokens(implementation, tokens, k):
     inputs = Inputs()
@@ -291,7 +292,7 @@ def test_the_module_trains():
     assert losses[-1] < 0.98 * losses[0]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DIFFERENTIABLE)
 def test_autocast_casts_the_operands(implementation):
     inputs = Inputs()
     with torch.autocast("cpu", torch.bfloat16):
@@ -304,7 +305,7 @@ def test_autocast_casts_the_operands(implementation):
     assert_near(found, gradients(truth, inputs.leaves), 0.03)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", DIFFERENTIABLE)
 def test_gradients_that_wait_under_autocast(implementation):
     inputs, queue = Inputs(), WgradQueue()
     with torch.autocast("cpu", torch.bfloat16):
@@ -517,8 +518,15 @@ def test_an_operand_that_does_not_fit_is_named(name, value, message):
 def test_quantized_weights_are_for_grouped_mm():
     inputs = Inputs(torch.bfloat16)
     inputs.down = quantize_weights(inputs.down.detach().transpose(1, 2), "fp8_rowwise")
-    with pytest.raises(ValueError, match="implementation: expected grouped_mm or auto, because down is quantized"):
+    message = "implementation: expected auto, grouped_mm or decode, because down is quantized; found eager"
+    with pytest.raises(ValueError, match=message):
         inputs.run(implementation="eager")
+
+
+def test_decode_says_why_it_does_not_run():
+    message = "^implementation decode: expected (a Hopper GPU|no gradients).*; found"
+    with pytest.raises(ValueError, match=message):
+        Inputs(torch.bfloat16).run(implementation="decode")
 
 
 def test_policies_of_checkpointing_find_the_gemms_of_the_layer():

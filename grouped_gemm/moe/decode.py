@@ -20,7 +20,7 @@ from grouped_gemm import reference, weight_cache
 from grouped_gemm.backends import get_backend, runs_kernels
 from grouped_gemm.core import tracing
 from grouped_gemm.core.call_spec import dtype_name
-from grouped_gemm.core.dense import dense_rows
+from grouped_gemm.core.dense import dense_rows, dense_weights
 from grouped_gemm.core.library import Steps, define_op, ops
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import QuantizedWeights
@@ -53,14 +53,16 @@ def _is_measured(device: torch.device) -> bool:
     return device.type == "cuda" and runs_hopper_kernels(device)
 
 
-_is_measured._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `selection.route._decided`
-
-
 def _runs_on(device: torch.device) -> bool:
     return runs_hopper_kernels(device) or (device.type == "cpu" and runs_kernels(device))
 
 
-_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _runs_triton(device: torch.device) -> bool:
+    return runs_kernels(device)
+
+
+for _decided in (_is_measured, _runs_on, _runs_triton):
+    _decided._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `selection.route._decided`
 
 
 def refusal(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> str | None:
@@ -85,6 +87,8 @@ def refusal(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWe
     found = fused.refusal_of_quantized(x, experts)
     if found is not None:
         return found
+    if any([isinstance(w, Tensor) and w.shape[2] * w.stride(2) >= 2**31 for w in weights]):  # offsets have 32 bits
+        return "expected weights whose rows span less than 2^31 values; found others"
     if len(experts.first) == 2 and _strides(experts.first[0]) != _strides(experts.first[1]):
         return "expected gate and up with the same strides; found others"
     is_stacked = experts.activation.is_gated and len(experts.first) == 1 and not experts.interleaved
@@ -119,7 +123,7 @@ def run(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeight
     first, first_scale = _operand(experts.first[0], recipe)
     up, up_scale = _operand(experts.first[1], recipe) if len(experts.first) == 2 else (None, None)
     down, down_scale = _operand(experts.down, recipe)
-    biases = [None if b is None else b.to(x.dtype).contiguous() for b in (*experts.first_biases, experts.down_bias)]
+    biases = [None if b is None else dense_rows(b.to(x.dtype)) for b in (*experts.first_biases, experts.down_bias)]
     up_bias = biases[1] if len(experts.first) == 2 else None
     y: Tensor = ops.moe_decode(
         x, topk_ids, topk_weights, first, first_scale, biases[0], up, up_scale, up_bias, down, down_scale, biases[-1],
@@ -166,8 +170,9 @@ def dequantized(w: Weights, recipe: Recipe, dtype: torch.dtype) -> Tensor:
             checks.fail("recipe fp8_weight_only", "weights quantized for triton or emulated", w.forward_backend.value)
         quantized = w.forward
     else:
-        backend = get_backend(BackendKind.TRITON if runs_kernels(w.device) else BackendKind.EMULATED)
-        found, _ = weight_cache.quantize(backend, w.transpose(1, 2), recipe, forward=True, dgrad=False)
+        backend = get_backend(BackendKind.TRITON if _runs_triton(w.device) else BackendKind.EMULATED)
+        b, _ = dense_weights(w.transpose(1, 2))
+        found, _ = weight_cache.quantize(backend, b, recipe, forward=True, dgrad=False)
         assert found is not None, "the forward layout is always requested"
         quantized = found
     assert quantized.scale is not None, "the recipe has scales"
@@ -194,6 +199,8 @@ def _moe_decode(
     """
     y_TH = torch.empty_like(x_TH, memory_format=torch.contiguous_format)
     yield y_TH
+    if topk_ids.numel() > _LIMIT:  # `refusal` does not know a data-dependent T
+        checks.fail("topk_ids", f"at most {_LIMIT} slots, T * k, for implementation decode", topk_ids.numel())
     x_TH = dense_rows(x_TH)
     if runs_kernels(x_TH.device):
         from grouped_gemm.kernels.moe import decode as kernel
@@ -203,6 +210,9 @@ def _moe_decode(
             None if up is None else kernel.Projection(up, up_scale, up_bias),
             kernel.Projection(down, down_scale, down_bias), kind, Recipe(recipe), activation, interleaved, y_TH,
         )  # fmt: skip
+        return
+    if topk_ids.numel() == 0:
+        y_TH.zero_()
         return
     act = ACTIVATIONS[activation]
     quantizes = Recipe(recipe) if kind == "blockwise" else None

@@ -345,7 +345,9 @@ def _checked(
     for name, w in (*(("gate_up", w) for w in first), ("down", down)):
         if isinstance(w, QuantizedWeights):
             if implementation not in ("auto", "grouped_mm", "decode") and not weight_only:
-                checks.fail("implementation", f"grouped_mm or auto, because {name} is quantized", implementation)
+                checks.fail(
+                    "implementation", f"auto, grouped_mm or decode, because {name} is quantized", implementation
+                )
             if weight_only and w.recipe not in (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2):
                 checks.fail(f"{name}.recipe", f"fp8_blockwise, because of {WEIGHT_ONLY}", w.recipe.value)
             parsed = w.recipe if weight_only else parsed

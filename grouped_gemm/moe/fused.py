@@ -25,7 +25,7 @@ from torch import Tensor
 from grouped_gemm import weight_cache, weight_gradients
 from grouped_gemm.backends import get_backend
 from grouped_gemm.core.call_spec import dtype_name
-from grouped_gemm.core.dense import dense_rows
+from grouped_gemm.core.dense import dense_rows, dense_weights
 from grouped_gemm.core.library import ops
 from grouped_gemm.core.preference import BackendKind, KernelPreference, resolve, surrounding
 from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
@@ -220,7 +220,7 @@ def layouts_of(w: Weights, recipe: Recipe, dgrad: bool) -> Layouts:
     if isinstance(w, QuantizedWeights):
         return w.forward, w.dgrad
     backend = get_backend(BackendKind.TRITON)
-    return weight_cache.quantize(backend, w.transpose(1, 2), recipe, forward=True, dgrad=dgrad)
+    return weight_cache.quantize(backend, dense_weights(w.transpose(1, 2))[0], recipe, forward=True, dgrad=dgrad)
 
 
 def operand(w: Quantized | None) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from grouped_gemm.core.preference import KernelPreference, Preference, check_bool
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.moe.activation import ACTIVATIONS
-from grouped_gemm.moe.experts import check_options, experts_forward
+from grouped_gemm.moe.experts import WEIGHT_ONLY, check_options, experts_forward, parse_recipe
 from grouped_gemm.weight_gradients import WgradQueue, delay_wgrad
 
 
@@ -128,6 +128,7 @@ class Experts(torch.nn.Module):
     def extra_repr(self) -> str:
         """Sizes and options."""
         num_experts, hidden, intermediate = self.down.shape
-        recipe = "none" if self.recipe is None else Recipe.parse(self.recipe).value
+        parsed, weight_only = parse_recipe(self.recipe)
+        recipe = WEIGHT_ONLY if weight_only else (parsed or Recipe.NONE).value
         sizes = f"{num_experts}, hidden={hidden}, intermediate={intermediate}"
         return f"{sizes}, {self.activation}, recipe={recipe}, bias={self.down_bias is not None}"

@@ -317,8 +317,9 @@ def _mm(
         gdc_wait()
     for first in range(0, count, BLOCK_M):
         order = first + tl.arange(0, BLOCK_M)
-        chosen = is_here[:, None] & (rank[:, None] == 1 + order[None, :])
-        slot = tl.sum(tl.where(chosen, tl.arange(0, SLOTS)[:, None], 0), 0).to(tl.int64)
+        # The slot of a row is the number of slots before it. Ranks rise, so it needs no other vector of all slots.
+        slot = tl.sum((rank[:, None] <= order[None, :]).to(tl.int32), 0)
+        slot = tl.where(order < count, slot, 0).to(tl.int64)
         is_row = (order < count)[None, :]
         row_at = (x + slot // K * x_stride)[None, :]
         if KIND == "blockwise":
