@@ -34,21 +34,27 @@ from grouped_gemm.kernels.gemm import k_grouped, k_grouped_hopper, m_grouped, m_
 from grouped_gemm.kernels.gemm.tiles import Tile
 from grouped_gemm.kernels.moe import activation as moe_activation
 from grouped_gemm.kernels.moe import combine as moe_combine
+from grouped_gemm.kernels.moe import decode as moe_decode
 from grouped_gemm.kernels.moe import gather as moe_gather
 from grouped_gemm.kernels.moe import gathered_mm, gathered_wgrad, routing
 from grouped_gemm.kernels.moe import quantize as moe_quantize
 from grouped_gemm.kernels.quantize import blockwise, packed_bf16, rowwise
 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
 from grouped_gemm.kernels.quantize import mx as quantize_mx
+from grouped_gemm.moe.decode import _MOST_ROWS
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Arguments that need not be multiples of 16; all other pointers and integers are.
 _UNALIGNED = (
     "M",
     "E",
+    "K",
     "S",
     "B",
     "k",
+    "blocks",
+    "bias_stride",
+    "up_row",
     "column_stride",
     "lhs_scale_stride",
     "row_scale_stride",
@@ -462,6 +468,57 @@ def compile_moe_steps(arch: str) -> dict[str, Any]:
     return compiled
 
 
+def compile_decode() -> dict[str, Any]:
+    """The kernels of a MoE layer's decode: each tile, for few slots and for the most that "auto" takes."""
+    compiled: dict[str, Any] = {}
+    for (gemm, kind), tile in moe_decode.TILES.items():
+        few = compile_decode_gemm(gemm, kind, tile, 8, BY_SLOT=True)
+        many = compile_decode_gemm(gemm, kind, tile, _MOST_ROWS[kind], even=False)
+        compiled |= {f"gemm decode {gemm} {kind} {tuple(tile)}{name}": k for name, k in ((", few", few), ("", many))}
+    for kind, changes in (
+        ("16 bit", {"w_stride_c": None}),
+        ("blockwise", {"SLOTS": 1, "ACT": "gelu", "LAYOUT": "plain"}),
+        ("blockwise", {"ACT": "swiglu_clamped", "row_step": 2}),
+    ):
+        kernel = compile_decode_gemm("gate_up", kind, moe_decode.TILES["gate_up", kind], 8, **changes)
+        compiled[f"gemm decode gate_up {kind} {changes}"] = kernel
+    for rows, parts, block_h in (("bf16", 1, 1024), ("fp32", 4, 256)):
+        types = {"rows": f"*{rows}", "ids": "*i64", "weights": "*fp32", "y": "*bf16"}
+        constants = {"TOP_K": 8, "UNROLLED": 8, "PARTS": parts, "BLOCK_H": block_h, "PDL": True}
+        kernel = compile_kernel(moe_decode._sum, "sm_90", types, constants, num_warps=max(1, block_h // 256))
+        compiled[f"moe sum {parts=}"] = kernel
+    types = {"x": "*bf16", "data": "*fp8e4nv", "scales": "*fp32"}
+    numbers = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True}
+    tokens = numbers | {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024, "PDL": True}
+    kernel = compile_kernel(moe_quantize._quantize_tokens, "sm_90", types, tokens, num_warps=4)
+    compiled["moe tokens, overlapping"] = kernel
+    return compiled
+
+
+def compile_decode_gemm(
+    gemm: str, kind: str, tile: moe_decode.Tile, slots: int, even: bool = True, **changes: Any
+) -> Any:
+    """``even``: the contraction has whole steps, weights are prefetched and down is split; else there are biases.
+    ``changes``: of constants; None: the argument is not one."""
+    is_down = gemm == "down"
+    w, x = "bf16" if kind == "16 bit" else "fp8e4nv", "fp8e4nv" if kind == "blockwise" else "bf16"
+    types = {"x": f"*{x}", "ids": "*i64", "w": f"*{w}", "out": "*fp32" if is_down and even else "*bf16"}
+    types |= {"x_scale": "*fp32", "scale": "*fp32", "bias": "*bf16"}
+    strides = {"w_stride_c": 1, "row_step": 1, "scale_stride_n": 1}
+    constants: dict[str, Any] = {name: value for name, value in (strides | changes).items() if value is not None}
+    constants = {
+        "ACT": None if is_down else "silu", "LAYOUT": "plain" if is_down else "halves", "NVIDIA": True, "KIND": kind,
+        "BY_SLOT": False, "SLOTS": slots, "PDL": True, "EVEN_C": even,
+        "PREFETCH": moe_decode._PREFETCHED if even and "w_stride_c" in constants else 0,
+        "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "UNROLL": tile.unroll,
+        "STAGES": tile.num_stages,
+    } | constants  # fmt: skip
+    constants |= dict.fromkeys(("x_scale",) if kind != "blockwise" else ())
+    constants |= dict.fromkeys(("scale",) if kind == "16 bit" else ())
+    constants |= dict.fromkeys(("bias",) if even else ())
+    return compile_kernel(moe_decode._mm, "sm_90", types, constants, num_warps=tile.num_warps)
+
+
 def facts_of(name: str, compiled: Any) -> dict[str, Any]:
     """Shared memory, spilled bytes, and the matrix instructions in the assembly."""
     found = {"kernel": name, "shared": compiled.metadata.shared}
@@ -517,7 +574,7 @@ def main(arch: str) -> None:
     moe = compile_moe(arch) | compile_moe_steps(arch) if arch in ("sm_80", "sm_90", "gfx942") else {}
     for name, compiled in moe.items():
         print(json.dumps(facts_of(f"moe {name}", compiled)), flush=True)
-    hopper_kernels = compile_hopper() | compile_gathered() if ARCHS[arch].kernels == "hopper" else {}
+    hopper_kernels = compile_hopper() | compile_gathered() | compile_decode() if ARCHS[arch].kernels == "hopper" else {}
     for name, compiled in hopper_kernels.items():
         print(json.dumps(facts_of(name, compiled)), flush=True)
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grouped_gemm import NoBackendError, Recipe, grouped_mm, reference, testing
 from grouped_gemm.core.library import NAMES, Changed, Size, Steps, _shortcut, ops, schema_of
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.moe import gemms, steps  # noqa: F401 - define ops
+from grouped_gemm.moe import decode, gemms, steps  # noqa: F401 - define ops
 
 RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)  # the others differ in values
 M, K, N = 50, 40, 72  # no multiple of 32 or 128: every last block is short
@@ -168,8 +168,33 @@ def sources(x: torch.Tensor) -> torch.Tensor:
 
 def quantized(x: torch.Tensor, b: torch.Tensor):
     """``x`` and weights, with their scales in blocks of 128."""
-    recipe, fp8 = Recipe.FP8_BLOCKWISE, machine_of(x.device).fp8_dtype
-    return *ops.moe_quantize_tokens(x, recipe.value), *reference.quantize(b, (1, 128, 128), recipe, fp8)
+    return *ops.moe_quantize_tokens(x, "fp8_blockwise"), *in_blocks(b)
+
+
+def in_blocks(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.quantize(w, (1, 128, 128), Recipe.FP8_BLOCKWISE, machine_of(w.device).fp8_dtype)
+
+
+def moe_dequantize_tokens():
+    for name, (x, recipe) in moe_quantize_tokens():
+        yield name, (*ops.moe_quantize_tokens(x, recipe), torch.float16)
+
+
+def moe_decode():
+    """E = 4, H = 40, I = 36: gate and up in one tensor, in two, and no gate."""
+    for (name, x), b in zip(rows(K).items(), weights().values()):
+        x = x[:5]
+        ids = torch.randint(-1, 5, (2, len(x))).t()
+        slots, down, bias = (x, ids, torch.rand(ids.shape)), torch.randn(4, K, 36).bfloat16(), torch.randn(4, N)
+        plain, kinds = (None, None, None), ("16 bit", "none")
+        yield f"{name}, one", (*slots, b.mT, None, bias, *plain, down, None, bias[:, :K], *kinds, "swiglu", True)
+        half = b.mT[:, :36], None, None
+        yield f"{name}, two", (*slots, *half, *half, down, None, None, *kinds, "geglu", False)
+        yield f"{name}, no gate", (*slots, *half, *plain, down, None, None, *kinds, "relu", False)
+        first, last = in_blocks(b.mT), in_blocks(down)
+        for kind in ("blockwise", "weight only"):
+            kinds = kind, "fp8_blockwise"
+            yield f"{name}, {kind}", (*slots, *first, None, *plain, *last, None, *kinds, "swiglu", False)
 
 
 def moe_gathered_mm():
@@ -223,6 +248,8 @@ BY_HAND = {
         moe_activate_quantize,
         moe_combine,
         moe_combine_backward,
+        moe_decode,
+        moe_dequantize_tokens,
         moe_gated_mm,
         moe_gather,
         moe_gathered_mm,
