@@ -28,6 +28,7 @@ LAYERS = (
     ("moe.module",),
     ("moe.experts",),
     ("moe.implementations",),
+    ("moe.decode",),
     ("moe.fused",),
     ("moe.composed", "moe.gemms", "moe.steps"),
     ("moe.activation", "moe.routing", "moe.rows"),
@@ -48,6 +49,7 @@ LAYERS = (
     ("backends.*.package",),
     ("backends.*.quantize*", "kernels.quantize.blocks"),
     ("backends.base",),
+    ("kernels.moe.decode",),
     ("kernels.moe.quantize",),
     (
         "kernels.gemm.k_grouped",

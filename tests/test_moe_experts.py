@@ -347,13 +347,13 @@ def test_auto_gathers_weights_for_a_few_rows_where_nothing_is_fused(monkeypatch)
 
     assert explained(1) == "implementation batched_mm"
     assert explained(64).startswith("implementation grouped_mm, not fused")
-    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+    monkeypatch.setattr(fused, "runs_fused", lambda device: True)
     monkeypatch.setattr(fused, "_is_readable", lambda w: True)
     assert explained(1).startswith("implementation grouped_mm, fused")
 
 
 def test_layers_are_fused_where_weight_gradients_go_elsewhere_or_wait(monkeypatch):
-    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+    monkeypatch.setattr(fused, "runs_fused", lambda device: True)
     ids, options = torch.zeros(3, 2, dtype=torch.int64), {"implementation": "grouped_mm"}
     operands = torch.zeros(3, 64), ids, torch.zeros(3, 2), torch.zeros(2, 64, 64), torch.zeros(2, 64, 32)
     narrow = [x.bfloat16() if x.is_floating_point() else x for x in operands]
@@ -396,7 +396,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED)
 def test_fused_kernels_say_what_they_do_not_run(changes, message, monkeypatch):
-    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+    monkeypatch.setattr(fused, "runs_fused", lambda device: True)
     weights = torch.zeros(2, 64, 64, dtype=torch.bfloat16), torch.zeros(2, 64, 32, dtype=torch.bfloat16)
     experts = ExpertWeights((weights[0],), (None,), weights[1], None, ACTIVATIONS["swiglu"], False, None, "auto")
     x = torch.zeros(3, 64, dtype=torch.bfloat16)
@@ -404,7 +404,7 @@ def test_fused_kernels_say_what_they_do_not_run(changes, message, monkeypatch):
 
 
 def test_fused_kernels_take_quantized_weights_of_one_recipe(monkeypatch):
-    monkeypatch.setattr(fused, "_runs_on", lambda device: True)
+    monkeypatch.setattr(fused, "runs_fused", lambda device: True)
     monkeypatch.setattr(fused, "_is_readable", lambda w: True)
     gate_up, down = torch.randn(2, 64, 64).bfloat16(), torch.randn(2, 64, 32).bfloat16()
     weights = {}
