@@ -139,12 +139,13 @@ def test_the_module_runs_them(recipe, device):
 @every_recipe
 def test_autocast_casts_the_operands(recipe, device):
     layer = Layer(Call(recipe, biases=True), device)
-    y = layer.run_dense()
+    y, (_, *others) = layer.run_dense(), quantized_operands(layer)
     for name in ("x", "down", "down_bias"):
         setattr(layer, name, getattr(layer, name).float())
     layer.first, layer.first_biases = [w.float() for w in layer.first], [b.float() for b in layer.first_biases]
     with torch.autocast(device.type, torch.bfloat16):
         assert_same_bits(layer.run_dense(), y, "y")
+        assert_same_bits(experts_forward(layer.x, *others, **layer.options()), y, "y of quantized weights")
 
 
 # Which calls they run
