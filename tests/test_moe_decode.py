@@ -19,7 +19,7 @@ from kernel_checks import assert_same_bits
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from grouped_gemm import quantize_weights
+from grouped_gemm import QuantizedWeights, Recipe, quantize_weights
 from grouped_gemm.core.library import ops
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
@@ -166,11 +166,8 @@ def wide(*shape: int) -> Tensor:
     return torch.zeros(*shape[:-1], shape[-1] + 8, dtype=torch.bfloat16)[..., : shape[-1]]
 
 
-def quantized(w: Tensor, recipe: str = "fp8_blockwise") -> Any:
-    preference = None if recipe.startswith("fp8_blockwise") else "emulated"
-    if preference is not None:
-        return quantize_weights(w.transpose(1, 2), recipe, kernel_preference=preference)
-    return checks.quantize(w, checks.parse_recipe(recipe)[0])
+def quantized(w: Tensor, recipe: str = "fp8_blockwise") -> QuantizedWeights:
+    return checks.quantize(w, Recipe.parse(recipe))
 
 
 class Wrapped(Tensor):
@@ -515,14 +512,10 @@ BAD_WEIGHTS: dict[str, tuple[Change, str]] = {
 @pytest.mark.usefixtures("on_twins")
 @pytest.mark.parametrize("changes, message", BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
 def test_what_weights_in_fp8_do_not_take(changes, message):
-    for call in (operands(), operands(implementation="grouped_mm"), operands(implementation="auto")):
-        call |= {"recipe": WEIGHT_ONLY, "x": torch.zeros(3, 64, dtype=torch.bfloat16)} | changes
-        if "accumulate_main_grad" in changes and call["implementation"] == "decode":
-            continue
-        call["gate_up"] = torch.zeros(4, 64, 64, dtype=call["down"].dtype)
-        call["x"] = call["x"].to(call["down"].dtype)
+    dtype = changes["down"].dtype if "down" in changes else torch.bfloat16
+    for implementation in ("auto", "grouped_mm"):
         with pytest.raises(ValueError, match=message):
-            experts_forward(**call)
+            experts_forward(**operands(dtype=dtype, implementation=implementation, recipe=WEIGHT_ONLY) | changes)
 
 
 @pytest.mark.usefixtures("on_twins")
