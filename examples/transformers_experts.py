@@ -3,8 +3,8 @@
     python examples/transformers_experts.py
     python examples/transformers_experts.py --model Qwen/Qwen3-30B-A3B --recipe fp8_blockwise
 
-Without --model, it is a Qwen3-MoE with random weights, which needs no network: a tiny one on a CPU, and on a GPU two layers
-with the sizes of Qwen3-30B-A3B. It needs transformers >= 5.17.
+Without --model, it is a Qwen3-MoE with random weights, which needs no network: a tiny one on a CPU, and on a GPU two
+layers with the sizes of Qwen3-30B-A3B. It needs transformers >= 5.17.
 """
 
 from __future__ import annotations
