@@ -28,6 +28,7 @@ from grouped_gemm.selection.spec import autocast
 from grouped_gemm.weight_gradients import is_delaying
 
 WEIGHT_ONLY = "fp8_weight_only"  # a recipe of a layer, not of a GEMM
+_RECIPES = tuple(recipe.value for recipe in Recipe)  # Dynamo of torch 2.11 does not iterate over an Enum
 
 
 def experts_forward(
@@ -297,9 +298,8 @@ def parse_recipe(recipe: Recipe | str | None) -> tuple[Recipe | None, bool]:
     """
     if isinstance(recipe, str) and recipe.lower() == WEIGHT_ONLY:
         return Recipe.FP8_BLOCKWISE, True
-    if isinstance(recipe, str) and recipe.lower() not in [known.value for known in Recipe]:
-        known = ", ".join([*(known.value for known in Recipe), WEIGHT_ONLY])
-        checks.fail("recipe", f"a Recipe or one of {known}", repr(recipe))
+    if isinstance(recipe, str) and recipe.lower() not in _RECIPES:
+        checks.fail("recipe", f"a Recipe or one of {', '.join((*_RECIPES, WEIGHT_ONLY))}", repr(recipe))
     return None if recipe is None else Recipe.parse(recipe), False
 
 
