@@ -27,7 +27,7 @@ LAYERS = (
     ("moe", "moe.*"),
     ("moe.module",),
     ("moe.experts",),
-    ("moe.implementations",),
+    ("moe.expert_parallel", "moe.implementations"),
     ("moe.decode",),
     ("moe.fused",),
     ("moe.composed", "moe.gemms", "moe.steps"),

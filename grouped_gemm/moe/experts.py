@@ -23,7 +23,7 @@ from grouped_gemm.moe import decode, fused, implementations
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.composed import ExpertWeights, Weights, grouped, shape_of
 from grouped_gemm.moe.implementations import IMPLEMENTATIONS
-from grouped_gemm.selection import checks
+from grouped_gemm.selection import checks, dtensor
 from grouped_gemm.selection.spec import autocast
 from grouped_gemm.weight_gradients import is_delaying
 
@@ -48,6 +48,7 @@ def experts_forward(
     keep: str = "full",
     accumulate_main_grad: bool = False,
     batch_invariant: bool = False,
+    mesh: Any = None,
 ) -> Tensor:
     """The experts of a MoE layer: y[t] = sum over j of topk_weights[t, j] * expert(topk_ids[t, j], x[t]).
 
@@ -86,6 +87,11 @@ def experts_forward(
         batch_invariant: whether a token has the same result, bit for bit, whatever other tokens are in the call: in
             decode as in prefill, with gradients or without. It takes the fused kernels for any T, which is slower than
             "decode" for few tokens, and raises where they do not run. On a CPU it multiplies row by row.
+        mesh: for expert parallelism, the ranks that share the experts: a `DeviceMesh` of one dimension, a process
+            group, or a dispatcher, such as `grouped_gemm.moe.expert_parallel.AllToAll`. Weights and biases are then
+            those of this rank's experts, the same number on each rank, or DTensors that are sharded over experts, and
+            ``topk_ids`` count all experts. Every rank must make the call. The host reads how many tokens go where,
+            unless a dispatcher has a capacity.
 
     Returns:
         (T, H) in the dtype of ``x``.
@@ -96,11 +102,51 @@ def experts_forward(
         NoBackendError: no backend can run the GEMMs.
     """
     check_no_transform("experts_forward")
+    if mesh is not None:
+        options = {
+            "recipe": recipe, "activation": activation, "interleaved": interleaved, "implementation": implementation,
+            "kernel_preference": kernel_preference, "keep": keep, "accumulate_main_grad": accumulate_main_grad,
+            "batch_invariant": batch_invariant,
+        }  # fmt: skip
+        return _across_ranks(mesh, x, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, options)
     x, experts = _prepared(
         x, topk_ids, topk_weights, gate_up, down, recipe, activation, interleaved, gate_up_bias, down_bias,
         implementation, kernel_preference, keep, accumulate_main_grad, batch_invariant,
     )  # fmt: skip
     return implementations.run(implementation, x, topk_ids, topk_weights, experts)
+
+
+def _across_ranks(
+    mesh: Any, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Any, down: Any, gate_up_bias: Any,
+    down_bias: Any, options: dict[str, Any],
+) -> Tensor:  # fmt: skip
+    """`experts_forward` with the experts of several ranks."""
+    from grouped_gemm.moe import expert_parallel  # imports torch.distributed
+
+    _check_slots(x, topk_ids, topk_weights)
+    gate_up, gate_up_bias = (
+        [_local(w) for w in p] if isinstance(p, (tuple, list)) else _local(p) for p in (gate_up, gate_up_bias)
+    )
+    down, down_bias = _local(down), _local(down_bias)
+    recipe, weight_only = parse_recipe(options["recipe"])
+    dispatcher = expert_parallel.dispatcher_of(mesh, shape_of(down)[0], None if weight_only else recipe)
+    arrived = dispatcher.dispatch(x, topk_ids, topk_weights)
+    options |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
+    if isinstance(arrived, expert_parallel.SortedRows):
+        plan = GroupPlan(arrived.offs, arrived.rows.shape[0], group_alignment=arrived.group_alignment)
+        y = sorted_experts(arrived.rows, plan, gate_up, down, row_weights=arrived.row_weights, **options)
+    else:
+        y = experts_forward(arrived.x, arrived.topk_ids, arrived.topk_weights, gate_up, down, **options)
+    return dispatcher.combine(y, arrived.handle)
+
+
+def _local(w: Any) -> Any:
+    """The experts of this rank, if ``w`` is a DTensor that is sharded over them."""
+    if not dtensor.is_dtensor(w):
+        return w
+    if not all(p.is_shard(0) for p in w.placements):
+        checks.fail("weights", "DTensors that are Shard(0), with mesh", w.placements)
+    return w.to_local()
 
 
 def explain_experts(*args: Any, **options: Any) -> str:
@@ -111,6 +157,7 @@ def explain_experts(*args: Any, **options: Any) -> str:
     """
     call = inspect.signature(experts_forward).bind(*args, **options)
     call.apply_defaults()
+    del call.arguments["mesh"]  # what each rank runs does not depend on where its tokens come from
     x, experts = _prepared(**call.arguments)
     name, ids, weights = (call.arguments[argument] for argument in ("implementation", "topk_ids", "topk_weights"))
     return implementations.explain(name, x, ids, weights, experts)
@@ -227,6 +274,16 @@ def _prepared(
         implementation, keep, accumulate_main_grad, batch_invariant,
     )  # fmt: skip
     checks.check_topk_ids(topk_ids, experts.num_experts)
+    _check_slots(x, topk_ids, topk_weights)
+    _check_forward_only(experts, x, topk_weights)
+    return _autocast("x", x, experts)
+
+
+def _check_slots(x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """Raises TypeError or ValueError if ids and weights do not fit each other or ``x``."""
+    for name, value in (("x", x), ("topk_ids", topk_ids)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor; found {type(value).__name__}")
     if not isinstance(topk_weights, Tensor):
         raise TypeError(f"topk_weights: expected a torch.Tensor; found {type(topk_weights).__name__}")
     if not topk_weights.dtype.is_floating_point:
@@ -237,8 +294,6 @@ def _prepared(
             checks.fail(f"{name}.shape", f"(T, k) with T = {x.shape[0]}, as x has it", tuple(value.shape))
     if topk_ids.shape != topk_weights.shape:
         checks.fail("topk_weights.shape", f"{tuple(topk_ids.shape)}, as topk_ids has it", tuple(topk_weights.shape))
-    _check_forward_only(experts, x, topk_weights)
-    return _autocast("x", x, experts)
 
 
 def _autocast(argument: str, x: Tensor, experts: ExpertWeights) -> tuple[Tensor, ExpertWeights]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class Experts(torch.nn.Module):
         keep: as in `experts_forward`.
         accumulate_main_grad: as in `experts_forward`.
         batch_invariant: as in `experts_forward`.
+        mesh: as in `experts_forward`: the ranks that share the experts. ``num_experts`` are then those of this rank.
         delay_wgrad: whether the gradients of ``gate_up`` and ``down`` wait until `backward_dw`, as in
             `grouped_gemm.delay_wgrad`. "batched_mm", and without a recipe "eager" and "eager_fused", compute these
             gradients in backward. So may "auto" for up to 4 routed rows.
@@ -59,6 +62,7 @@ class Experts(torch.nn.Module):
         keep: str = "full",
         accumulate_main_grad: bool = False,
         batch_invariant: bool = False,
+        mesh: Any = None,
         delay_wgrad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -79,6 +83,7 @@ class Experts(torch.nn.Module):
         self.activation, self.interleaved = activation, interleaved
         self.recipe, self.implementation, self.kernel_preference = recipe, implementation, kernel_preference
         self.keep, self.accumulate_main_grad, self.batch_invariant = keep, accumulate_main_grad, batch_invariant
+        self.mesh = mesh
         check_bool("delay_wgrad", delay_wgrad)
         self._waiting = WgradQueue() if delay_wgrad else None
         self.reset_parameters()
@@ -123,6 +128,7 @@ class Experts(torch.nn.Module):
             keep=self.keep,
             accumulate_main_grad=self.accumulate_main_grad,
             batch_invariant=self.batch_invariant,
+            mesh=self.mesh,
         )
 
     def extra_repr(self) -> str:
