@@ -65,6 +65,35 @@ def operands(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.devi
     return (*(leaf.requires_grad_() for leaf in leaves), *routing(num_tokens, top_k, device=device))
 
 
+@pytest.mark.parametrize("num_rows", (10, 14, 40), ids=("all used", "some unused", "more than slots"))
+@pytest.mark.parametrize("with_weights", (False, True), ids=("no weights", "weights"))
+def test_any_number_of_rows(num_rows, with_weights, device):
+    """As in expert parallelism: unused rows lie anywhere, and all rows may be used although slots were dropped."""
+    torch.manual_seed(0)
+    x, weights = torch.randn(6, 40, device=device), torch.rand(6, 3, device=device)
+    slots = torch.randperm(18)[:10]
+    places = torch.full((18,), -1, dtype=torch.int32).index_copy(0, slots, torch.randperm(num_rows)[:10].int())
+    places[slots[0]] = num_rows - 1 if num_rows - 1 not in places else places[slots[0]]
+    source = torch.full((num_rows + 1,), -1, dtype=torch.int32)
+    source[places.long()] = torch.arange(18, dtype=torch.int32) // 3  # dropped slots share the last entry
+    source, places = source[:-1].to(device), places.view(6, 3).to(device)
+    if with_weights:
+        rows = torch.randn(num_rows, 40, device=device, requires_grad=True)
+        (found,) = torch.autograd.grad(combine(rows, weights, source, places), rows, x)
+        by_row = weights.new_zeros(num_rows + 1)
+        by_row[places.long()] = weights
+        expected = true_rows(x, source) * by_row[:-1, None]
+    else:
+        found, expected = gather(x, source, places), true_rows(x, source)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_rows_without_tokens_are_zero(device):
+    places = torch.empty(0, 2, dtype=torch.int32, device=device)
+    source = torch.full((7,), -1, dtype=torch.int32, device=device)
+    assert not gather(torch.empty(0, 16, device=device), source, places).any()
+
+
 @every_shape
 @every_dtype
 def test_gather_and_its_gradient(shape, dtype, device):

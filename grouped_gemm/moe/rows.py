@@ -7,9 +7,10 @@ each other's gradients.
 On a GPU where the Triton backend runs, and on a CPU under Triton's interpreter, each is one kernel. Elsewhere it is
 plain torch.
 
-T, k, M = T * k, H: tokens, slots of a token, routed rows, features. Two tensors describe a routing:
+T, k, M, H: tokens, slots of a token, routed rows, features. M may be any number, T * k if `route` routes. Two tensors
+describe a routing:
 
-- ``source`` (M,) int32: the token of each row; -1: the row is not used. Rows that are not used are the last ones.
+- ``source`` (M,) int32: the token of each row; -1: the row is not used.
 - ``places`` (T, k) int32: the row of each slot; -1: the slot was dropped.
 """
 
@@ -189,11 +190,21 @@ def _moe_combine_backward(
 
 
 def _gather(x_TH: Tensor, weights: Tensor | None, source: Tensor, places: Tensor, out_MH: Tensor) -> None:
-    last = max(len(out_MH) - 1, 0)  # not used if any slot was dropped
+    if len(x_TH) == 0 or len(out_MH) == 0:
+        out_MH.zero_()
+        return
+    last = len(out_MH) - 1  # what dropped slots write to; it is written again at the end
     for j, place in enumerate(places.long().unbind(1)):
-        rows = x_TH if weights is None else (x_TH.float() * weights[:, j, None].float()).to(x_TH.dtype)
-        out_MH.index_copy_(0, torch.where(place < 0, last, place), rows)
+        out_MH.index_copy_(0, torch.where(place < 0, last, place), _weighted(x_TH, weights, j))
+    token = source[-1:].clamp(min=0)
+    for j, place in enumerate(places.index_select(0, token).unbind(1)):
+        own = x_TH.index_select(0, token), None if weights is None else weights.index_select(0, token)
+        out_MH[-1:] = torch.where((place == last).unsqueeze(1), _weighted(*own, j), out_MH[-1:])
     out_MH.masked_fill_(source[:, None] < 0, 0)
+
+
+def _weighted(x_TH: Tensor, weights: Tensor | None, slot: int) -> Tensor:
+    return x_TH if weights is None else (x_TH.float() * weights[:, slot, None].float()).to(x_TH.dtype)
 
 
 def _combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tensor) -> None:

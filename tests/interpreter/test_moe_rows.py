@@ -56,6 +56,20 @@ def test_combine(num_tokens, top_k, features, dtype, weights_dtype):
     assert_same_bits(found, expected, "y")
 
 
+@pytest.mark.parametrize("num_rows", (4, 5, 23))
+def test_gather_of_any_number_of_rows(num_rows):
+    torch.manual_seed(0)
+    places = torch.tensor([[3, -1], [-1, 0], [1, num_rows - 1 if num_rows > 4 else 2]], dtype=torch.int32)
+    source = torch.full((num_rows + 1,), -1, dtype=torch.int32)
+    source[places.long()] = torch.arange(3, dtype=torch.int32)[:, None].expand(-1, 2)
+    x, weights, source = torch.randn(3, 20), torch.rand(3, 2), source[:-1].contiguous()
+    for given in (None, weights):
+        found, expected = of_nan((num_rows, 20), x.dtype), of_nan((num_rows, 20), x.dtype)
+        gather.gather(x, None, given, source, places, found, None)
+        moe_rows._gather(x, given, source, places, expected)
+        assert_same_bits(found, expected, "rows")
+
+
 @every_case
 def test_gather_with_and_without_weights(num_tokens, top_k, features, dtype, weights_dtype):
     x, rows, weights, source, places = operands(num_tokens, top_k, features, dtype, weights_dtype)

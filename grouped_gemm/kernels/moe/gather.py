@@ -35,25 +35,28 @@ def gather(
         dots: (T, k), contiguous; summed in fp32, and zero for dropped slots. None: they are not wanted.
     """
     if places.numel() == 0:
+        if out_MH is not None:
+            out_MH.zero_()
         return
-    (num_tokens, top_k), features = places.shape, x_TH.shape[1]
+    (num_tokens, top_k), features, num_rows = places.shape, x_TH.shape[1], source.shape[0]
     slots = min(next_power_of_2(top_k), _MOST_SLOTS)
     block_h = min(next_power_of_2(features), _TILE // slots)
     constants = {"TOP_K": top_k, "SLOTS": slots, "BLOCK_H": block_h}
     strides = (x_TH.stride(0), *(0 if x is None else x.stride(0) for x in (rows_MH, weights)))
     with on_device(x_TH):
         launch(
-            _gather, (num_tokens,), x_TH, rows_MH, weights, source, places, out_MH, dots, features, *strides,
+            _gather, (num_tokens,), x_TH, rows_MH, weights, source, places, out_MH, dots, num_rows, features, *strides,
             constants=constants, num_warps=max(1, slots * block_h // 512),
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gather(
-    x, rows, weights, source, places, out, dots, H, x_stride, rows_stride, weights_stride,
+    x, rows, weights, source, places, out, dots, M, H, x_stride, rows_stride, weights_stride,
     TOP_K: tl.constexpr, SLOTS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """The rows and dot products of token t; and zeros in rows t * k to t * k + k, as far as they are not used.
+    """The rows and dot products of token t; and zeros in rows t * k to t * k + k, as far as they are not used, and in
+    every T * k-th row after them.
 
     A program for each token reads the token from memory once. One for each row would read it k times.
     """
@@ -81,9 +84,11 @@ def _gather(
         if dots is not None:
             tl.store(dots + t * TOP_K + slots, tl.sum(total, 1).to(dots.dtype.element_ty), mask=slots < TOP_K)
         if out is not None:  # in a loop of its own, because addresses take registers
-            row = (t * TOP_K + slots)[:, None]
-            is_unused = tl.load(source + row, mask=slots[:, None] < TOP_K, other=0) < 0
-            nothing = tl.zeros((SLOTS, BLOCK_H), out.dtype.element_ty)
-            for h in range(0, H, BLOCK_H):
-                hs = h + tl.arange(0, BLOCK_H)[None, :]
-                tl.store(out + row * H + hs, nothing, mask=is_unused & (hs < H))
+            for start in range(t * TOP_K, M, tl.num_programs(0) * TOP_K):
+                row = (start + slots)[:, None]
+                exists = (slots[:, None] < TOP_K) & (row < M)
+                is_unused = tl.load(source + row, mask=exists, other=0) < 0
+                nothing = tl.zeros((SLOTS, BLOCK_H), out.dtype.element_ty)
+                for h in range(0, H, BLOCK_H):
+                    hs = h + tl.arange(0, BLOCK_H)[None, :]
+                    tl.store(out + row * H + hs, nothing, mask=is_unused & (hs < H))

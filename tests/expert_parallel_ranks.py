@@ -1,0 +1,326 @@
+"""Several ranks run a MoE layer with experts of all of them. Prints the errors.
+
+    RANK=<rank> python tests/expert_parallel_ranks.py <device type> <ranks> <rendezvous file>
+
+Prints a line of JSON for each check: its name, and the error or an empty string. `test_expert_parallel` starts the ranks.
+Every check compares with the same layer in one process. All ranks make the same random numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from grouped_gemm.moe import Experts, experts_forward
+from grouped_gemm.moe.expert_parallel import AllToAll, SortedRows
+from grouped_gemm.moe.routing import route
+from grouped_gemm.moe.rows import combine, gather
+
+E, H, I, TOP_K = 8, 256, 128, 3  # noqa: E741
+BLOCKWISE = "fp8_blockwise"
+# Relative errors of the result and of the gradients of x, topk_weights, gate_up and down.
+CLOSE = {
+    (torch.float32, None): (1e-6, 1e-6, 1e-6, 1e-6, 1e-6),
+    (torch.bfloat16, None): (5e-3, 5e-3, 1e-3, 1e-3, 1e-3),  # a result is rounded once more for each rank
+    (torch.bfloat16, BLOCKWISE): (1e-2, 5e-2, 0.1, 6e-2, 6e-2),  # tokens and gradients of results were in fp8
+}
+
+
+class Job(NamedTuple):
+    """One rank."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    def own(self, whole: list[Any]) -> Any:
+        return whole[self.rank]
+
+    def experts(self, w: Tensor) -> Tensor:
+        return w.chunk(self.ranks)[self.rank].clone()
+
+
+class Layer(NamedTuple):
+    """Operands of all ranks: lists have one item for each."""
+
+    gate_up: Tensor
+    down: Tensor
+    x: list[Tensor]
+    ids: list[Tensor]
+    weights: list[Tensor]
+    dy: list[Tensor]
+
+
+def layer(job: Job, dtype: torch.dtype, tokens: list[int], ids: Callable[[int], Tensor] | None = None) -> Layer:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(shape, generator=generator)).to(job.device, dtype)
+
+    def chosen(t: int) -> Tensor:
+        rows = [torch.randperm(E, generator=generator)[:TOP_K] for _ in range(t)]
+        return torch.stack(rows) if rows else torch.zeros(0, TOP_K, dtype=torch.int64)
+
+    return Layer(
+        randn(E, 2 * I, H, scale=H**-0.5),
+        randn(E, H, I, scale=I**-0.5),
+        [randn(t, H) for t in tokens],
+        [(ids or chosen)(t).to(job.device) for t in tokens],
+        [torch.rand(t, TOP_K, generator=generator).to(job.device) for t in tokens],
+        [randn(t, H) for t in tokens],
+    )
+
+
+def whole(job: Job, given: Layer, recipe: str | None) -> tuple[Tensor, ...]:
+    """This rank's part of result and gradients of the layer in one process."""
+    leaves = [t.detach().requires_grad_() for t in (torch.cat(given.x), torch.cat(given.weights), *given[:2])]
+    x, weights, gate_up, down = leaves
+    y = experts_forward(x, torch.cat(given.ids), weights, gate_up, down, recipe=recipe)
+    sizes = [len(x) for x in given.x]
+    dx, dweights, dgate_up, ddown = torch.autograd.grad(y, leaves, torch.cat(given.dy))
+    rows = [job.own(list(t.split(sizes))) for t in (y, dx, dweights)]
+    return (*rows, job.experts(dgate_up), job.experts(ddown))
+
+
+def parallel(job: Job, given: Layer, mesh: Any, **options: Any) -> tuple[Tensor, ...]:
+    """The same with the experts of all ranks."""
+    own = job.own(given.x), job.own(given.weights), job.experts(given.gate_up), job.experts(given.down)
+    x, weights, gate_up, down = leaves = [t.detach().clone().requires_grad_() for t in own]
+    y = experts_forward(x, job.own(given.ids), weights, gate_up, down, mesh=mesh, **options)
+    return (y, *torch.autograd.grad(y, leaves, job.own(given.dy)))
+
+
+def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], limits: tuple[float, ...]) -> None:
+    for name, one, other, limit in zip(("y", "dx", "dweights", "dgate_up", "ddown"), found, expected, limits):
+        assert one.shape == other.shape, f"{name}: {one.shape}, {other.shape}"
+        error = (one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30)
+        assert error <= limit, f"{name}: relative error {error:.1e}, at most {limit:.0e}"
+
+
+def agree(job: Job, tokens: list[int], mesh: Any = None, ids: Callable[[int], Tensor] | None = None) -> None:
+    for (dtype, recipe), limits in CLOSE.items():
+        given = layer(job, dtype, tokens, ids)
+        found = parallel(job, given, mesh or job.mesh, recipe=recipe)
+        assert_close(found, whole(job, given, recipe), limits)
+
+
+def uneven_tokens(job: Job) -> None:
+    agree(job, [9 + 4 * rank for rank in range(job.ranks)])
+
+
+def a_rank_without_tokens(job: Job) -> None:
+    agree(job, [0] + [11] * (job.ranks - 1))
+
+
+def no_tokens_at_all(job: Job) -> None:
+    given = layer(job, torch.float32, [0] * job.ranks)
+    y, dx, _, dgate_up, ddown = parallel(job, given, job.mesh)
+    assert y.shape == dx.shape == (0, H)
+    assert not dgate_up.any() and not ddown.any()
+
+
+def all_tokens_to_one_rank(job: Job) -> None:
+    agree(job, [7] * job.ranks, ids=lambda t: torch.arange(TOP_K).expand(t, -1) % (E // job.ranks))
+
+
+def dropped_slots(job: Job) -> None:
+    agree(job, [7] * job.ranks, ids=lambda t: torch.tensor([[-1, 2, E], [E + 5, -7, E]] * 4)[:t])
+
+
+def a_fixed_capacity(job: Job) -> None:
+    tokens = [5 + rank for rank in range(job.ranks)]
+    for (dtype, recipe), limits in CLOSE.items():
+        given = layer(job, dtype, tokens)
+        dispatcher = AllToAll(job.mesh, E, recipe=recipe, capacity=max(tokens))
+        assert_close(parallel(job, given, dispatcher, recipe=recipe), whole(job, given, recipe), limits)
+        dispatcher.check()
+
+
+def tokens_past_the_capacity(job: Job) -> None:
+    """They get NaN, others their results, and the next call raises once; NaN reaches no gradient of another token."""
+    given = layer(job, torch.float32, [6] * job.ranks, lambda t: torch.zeros(t, TOP_K, dtype=torch.int64))
+    dispatcher = AllToAll(job.mesh.get_group(), E, capacity=4)
+    y, dx, *_ = parallel(job, given, dispatcher)
+    expected, right_dx, *_ = whole(job, given, None)
+    assert y[4:].isnan().all() and not y[:4].isnan().any()
+    torch.testing.assert_close(y[:4], expected[:4])
+    torch.testing.assert_close(dx[:4], right_dx[:4])
+    assert not dx[4:].any()
+    for call in (lambda: parallel(job, given, dispatcher), dispatcher.check):
+        dispatcher._seen = dispatcher._seen if call is not dispatcher.check else None
+        with pytest.raises(RuntimeError, match="at most 4 tokens for each rank"):
+            call()
+        dist.barrier()
+        parallel(job, given, dispatcher)  # the error is gone; it does not fit again
+
+
+def the_same_bits_on_one_rank(job: Job) -> None:
+    """Where all experts of a token are on one rank, nothing is rounded differently, however it travels in bf16."""
+    local = E // job.ranks
+    given = layer(
+        job, torch.bfloat16, [8] * job.ranks,
+        lambda t: (torch.arange(t) % job.ranks * local)[:, None] + torch.arange(TOP_K)[None] % local,
+    )  # fmt: skip
+    found, expected = parallel(job, given, job.mesh), whole(job, given, None)
+    for one, other in zip(found, expected):
+        assert torch.equal(one, other)
+
+
+def sharded_weights(job: Job) -> None:
+    """DTensors that are sharded over experts get sharded gradients; `Experts` takes the mesh."""
+    given = layer(job, torch.float32, [9] * job.ranks)
+    weights = [torch.nn.Parameter(distribute_tensor(w, job.mesh, [Shard(0)])) for w in given[:2]]
+    y = experts_forward(job.own(given.x), job.own(given.ids), job.own(given.weights), *weights, mesh=job.mesh)
+    gradients = torch.autograd.grad(y, weights, job.own(given.dy))
+    expected = whole(job, given, None)
+    torch.testing.assert_close(y, expected[0])
+    for found, right in zip(gradients, expected[3:]):
+        assert isinstance(found, DTensor)
+        torch.testing.assert_close(found.to_local(), right)
+    module = Experts(E // job.ranks, H, I, mesh=job.mesh, device=job.device)
+    with torch.no_grad():
+        module.gate_up.copy_(job.experts(given.gate_up))
+        module.down.copy_(job.experts(given.down))
+    torch.testing.assert_close(module(job.own(given.x), job.own(given.ids), job.own(given.weights)), expected[0])
+
+
+class PaddingDispatcher:
+    """Sends rows in expert order, padded with zeros to multiples of 16, as DeepEP does. All ranks have all tokens."""
+
+    def __init__(self, job: Job, given: Layer) -> None:
+        self.job, self.given = job, given
+
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> SortedRows:
+        every = [x if rank == self.job.rank else other for rank, other in enumerate(self.given.x)]
+        local = E // self.job.ranks
+        offs, source, places = route(torch.cat(self.given.ids) - self.job.rank * local, local)
+        sizes = torch.diff(offs, prepend=offs.new_zeros(1))
+        padded = (-(-sizes // 16) * 16).cumsum(0).to(torch.int32)
+        moved = torch.arange(len(source), device=offs.device)
+        group = torch.searchsorted(offs, moved, right=True).clamp(max=local - 1)
+        to = moved + (padded - offs - (padded.diff(prepend=padded.new_zeros(1)) - sizes))[group]
+        used = source >= 0
+        rows = x.new_zeros(int(padded[-1]) + 5, H).index_copy(
+            0, to[used], gather(torch.cat(every), source, places)[used]
+        )
+        by_row = weights.new_zeros(len(rows))
+        flat, all_places = torch.cat(self.given.weights).flatten(), places.flatten()
+        by_row[to[all_places[all_places >= 0].long()]] = flat[all_places >= 0]
+        return SortedRows(rows, padded, by_row, 16, (places, to))
+
+    def combine(self, y: Tensor, handle: Any) -> Tensor:
+        places, to = handle
+        moved = torch.where(places >= 0, to[places.clamp(min=0).long()], -1).to(torch.int32)
+        source = torch.zeros(len(y), dtype=torch.int32, device=y.device)  # only its length matters for the sum
+        partial = combine(y, None, source, moved)
+        dist.all_reduce(partial)
+        return self.job.own(list(partial.split([len(x) for x in self.given.x])))
+
+
+def a_dispatcher_that_pads(job: Job) -> None:
+    given = layer(job, torch.float32, [9] * job.ranks)
+    own = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    with torch.no_grad():
+        y = experts_forward(
+            *own, job.experts(given.gate_up), job.experts(given.down), mesh=PaddingDispatcher(job, given)
+        )
+    torch.testing.assert_close(y, whole(job, given, None)[0])
+
+
+def compiled_with_a_capacity(job: Job) -> None:
+    given = layer(job, torch.float32, [6] * job.ranks)
+    dispatcher = AllToAll(job.mesh, E, capacity=6)
+
+    def call(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        return experts_forward(x, ids, weights, gate_up, down, mesh=dispatcher)
+
+    own = [job.own(t) for t in (given.x, given.ids, given.weights)]
+    found = torch.compile(call, backend="aot_eager")(*own, job.experts(given.gate_up), job.experts(given.down))
+    torch.testing.assert_close(found, whole(job, given, None)[0])
+
+
+def wrong_arguments(job: Job) -> None:
+    given = layer(job, torch.float32, [4] * job.ranks)
+    own = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    weights = job.experts(given.gate_up), job.experts(given.down)
+    with pytest.raises(ValueError, match=f"num_experts: expected a multiple of {job.ranks} ranks; found {E + 1}"):
+        AllToAll(job.mesh, E + 1)
+    with pytest.raises(ValueError, match=r"recipe: expected None or one of fp8_blockwise"):
+        AllToAll(job.mesh, E, recipe="fp8_rowwise")
+    with pytest.raises(ValueError, match="capacity: expected None or a number"):
+        AllToAll(job.mesh, E, capacity=0)
+    with pytest.raises(TypeError, match="mesh: expected a DeviceMesh, a ProcessGroup or a Dispatcher; found str"):
+        experts_forward(*own, *weights, mesh="ranks")
+    with pytest.raises(ValueError, match=r"mesh: expected one dimension"):
+        experts_forward(*own, *weights, mesh=init_device_mesh(job.device.type, (1, job.ranks)))
+    with pytest.raises(ValueError, match=r"topk_ids\.shape"):
+        experts_forward(own[0], own[1][:2], own[2], *weights, mesh=job.mesh)
+
+
+def a_peer_that_dies(job: Job) -> None:
+    """The others raise. With NCCL, its watchdog ends the process instead, so there is nothing to check."""
+    if job.device.type == "cuda":
+        return
+    given = layer(job, torch.float32, [4] * job.ranks)
+    parallel(job, given, job.mesh)
+    dist.barrier()
+    if job.rank == job.ranks - 1:
+        print(json.dumps({"check": a_peer_that_dies.__name__, "error": ""}), flush=True)
+        os._exit(0)
+    with pytest.raises(RuntimeError):
+        parallel(job, given, job.mesh)
+
+
+CHECKS = (
+    uneven_tokens,
+    a_rank_without_tokens,
+    no_tokens_at_all,
+    all_tokens_to_one_rank,
+    dropped_slots,
+    a_fixed_capacity,
+    tokens_past_the_capacity,
+    the_same_bits_on_one_rank,
+    sharded_weights,
+    a_dispatcher_that_pads,
+    compiled_with_a_capacity,
+    wrong_arguments,
+    a_peer_that_dies,  # the last one
+)
+
+
+def main(device_type: str, ranks: str, rendezvous: str) -> None:
+    rank = int(os.environ["RANK"])
+    device = torch.device(device_type, rank if device_type == "cuda" else None)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    meeting = {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": int(ranks)}
+    dist.init_process_group(backend, timeout=timedelta(seconds=60), **meeting)
+    job = Job(rank, int(ranks), device, init_device_mesh(device_type, (int(ranks),)))
+    for check in CHECKS:
+        try:
+            check(job)
+            print(json.dumps({"check": check.__name__, "error": ""}), flush=True)
+        except Exception:
+            print(json.dumps({"check": check.__name__, "error": traceback.format_exc()}), flush=True)
+            return  # the others may wait for this one
+    if device_type == "cuda":
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

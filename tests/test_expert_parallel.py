@@ -1,0 +1,70 @@
+"""Experts shared by 2 and 4 ranks: see expert_parallel_ranks.py for what they check."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from expert_parallel_ranks import CHECKS
+
+SCRIPT = Path(__file__).with_name("expert_parallel_ranks.py")
+TIMEOUT = 240  # seconds; a rank that waits for one that has failed gives up after 60
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Callable[[str, int], dict[str, dict[str, str]]]:
+    """The errors of all ranks by check; a check that a rank has not reached is missing."""
+
+    @functools.cache
+    def run(device_type: str, ranks: int) -> dict[str, dict[str, str]]:
+        folder = tmp_path_factory.mktemp("ranks")
+        command = [sys.executable, str(SCRIPT), device_type, str(ranks), str(folder / "meeting")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        logs = [(folder / f"{rank}.out").open("w+") for rank in range(ranks)]
+        processes = [
+            subprocess.Popen(command, env=environment | {"RANK": str(r)}, stdout=log, stderr=subprocess.STDOUT)
+            for r, log in enumerate(logs)
+        ]
+        errors: dict[str, dict[str, str]] = {}
+        for rank, (process, log) in enumerate(zip(processes, logs)):
+            try:
+                process.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            log.seek(0)
+            lines = [json.loads(line) for line in log if line.startswith("{")]
+            errors[f"rank {rank}"] = {line["check"]: line["error"] for line in lines}
+            log.close()
+        return errors
+
+    return run
+
+
+def check(found: Callable[[str, int], dict[str, dict[str, str]]], device_type: str, ranks: int, name: str) -> None:
+    """Shows what went wrong in each rank."""
+    errors = {rank: by_check.get(name, "not reached") for rank, by_check in found(device_type, ranks).items()}
+    assert not any(errors.values()), "\n\n".join(f"{rank}\n{error}" for rank, error in errors.items() if error)
+
+
+every_check = pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
+
+
+@pytest.mark.parametrize("ranks", (2, 4))
+@every_check
+def test_ranks_on_a_cpu(name, ranks, found):
+    check(found, "cpu", ranks, name)
+
+
+@pytest.mark.gpu
+@every_check
+def test_two_gpus(name, found):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs; torch sees {torch.cuda.device_count()}")
+    check(found, "cuda", 2, name)
