@@ -2,7 +2,7 @@
 
     RANK=<rank> python tests/expert_parallel_ranks.py <device type> <ranks> <rendezvous file>
 
-Prints a line of JSON for each check: its name, and the error or an empty string. `test_expert_parallel` starts the ranks.
+Prints a line of JSON for each check: its name, and the error or an empty string. `test_expert_parallel` starts ranks.
 Every check compares with the same layer in one process. All ranks make the same random numbers.
 """
 
