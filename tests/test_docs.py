@@ -59,7 +59,8 @@ def test_the_example_for_transformers_registers_a_decorated_forward(monkeypatch:
     monkeypatch.setitem(sys.modules, moe.__name__, moe)
     chosen: list[str] = []
     model = types.SimpleNamespace(set_experts_implementation=chosen.append)
-    (block,) = re.findall(r"^```py\n(.*?)^```$", (DOCS / "training.md").read_text(encoding="utf-8"), re.M | re.S)
+    blocks = re.findall(r"^```py\n(.*?)^```$", (DOCS / "training.md").read_text(encoding="utf-8"), re.M | re.S)
+    (block,) = [block for block in blocks if "ALL_EXPERTS_FUNCTIONS" in block]
     exec(block, {"override_torch": override_torch, "model": model})
     (name,) = chosen
     assert torch.equal(registered[name](), grouped_mm(a, b, offs, recipe="fp8_blockwise"))
