@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import environment
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Arguments that keep a script short here.
 ARGUMENTS = {
     "compile_and_cuda_graph.py": ["--backend", "aot_eager"],  # no C++ compiler
+    "expert_parallel.py": ["--steps", "4"],
     "moe_layer.py": ["--steps", "16"],
     "override_existing_model.py": [],
     "quantized_weights.py": [],
@@ -49,6 +52,20 @@ def test_a_moe_layer_learns_in_both_recipes_from_weights_quantized_once(run):
     (_, *first), (_, *last) = lines[1].split(), lines[-1].split()
     assert all(float(after) < 0.85 * float(before) for before, after in zip(first, last))
     assert int(re.search(r"share: ([\d,]+)$", shared)[1].replace(",", "")) >= 3 * 8 * 64 * 128  # a byte per weight
+
+
+def test_two_ranks_learn_as_one_process(run):
+    def losses(out: str) -> list[list[float]]:
+        return [[float(loss) for loss in line.split()] for line in out.splitlines() if line.startswith("  ")]
+
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", EXAMPLES / "expert_parallel.py"]
+    found = subprocess.run(
+        [*ranks, "--device", "cpu", "--steps", "4"],
+        env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300, check=True,
+    ).stdout  # fmt: skip
+    for recipe, expected in zip(losses(found), losses(run("expert_parallel.py", "--device", "cpu")), strict=True):
+        assert recipe[-1] < recipe[0] - 0.3
+        assert recipe == pytest.approx(expected, abs=5e-3)
 
 
 def test_weights_of_a_checkpoint_take_half_the_memory(run):

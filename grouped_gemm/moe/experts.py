@@ -130,6 +130,8 @@ def _across_ranks(
     down, down_bias = _local(down), _local(down_bias)
     recipe, weight_only = parse_recipe(options["recipe"])
     dispatcher = expert_parallel.dispatcher_of(mesh, shape_of(down)[0], None if weight_only else recipe)
+    if torch.is_autocast_enabled(x.device.type):  # tokens travel in the dtype of the GEMMs
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     arrived = dispatcher.dispatch(x, topk_ids, topk_weights)
     options |= {"gate_up_bias": gate_up_bias, "down_bias": down_bias}
     if isinstance(arrived, expert_parallel.SortedRows):
