@@ -159,12 +159,22 @@ def tokens_past_the_capacity(job: Job) -> None:
     torch.testing.assert_close(y[:4], expected[:4])
     torch.testing.assert_close(dx[:4], right_dx[:4])
     assert not dx[4:].any()
-    for call in (lambda: parallel(job, given, dispatcher), dispatcher.check):
-        dispatcher._seen = dispatcher._seen if call is not dispatcher.check else None
-        with pytest.raises(RuntimeError, match="at most 4 tokens for each rank"):
-            call()
-        dist.barrier()
-        parallel(job, given, dispatcher)  # the error is gone; it does not fit again
+    with pytest.raises(RuntimeError, match="at most 4 tokens for each rank"):
+        parallel(job, given, dispatcher)
+    parallel(job, given, dispatcher)  # the error is gone; it does not fit again
+    with pytest.raises(RuntimeError, match="at most 4 tokens for each rank"):
+        dispatcher.check()
+    dispatcher.check()
+
+
+def every_rank_learns_of_a_lost_token(job: Job) -> None:
+    """If only one of them raised, the others would wait for it."""
+    tokens = [6] + [1] * (job.ranks - 1)
+    given = layer(job, torch.float32, tokens, lambda t: torch.zeros(t, TOP_K, dtype=torch.int64))
+    dispatcher = AllToAll(job.mesh, E, capacity=4)
+    parallel(job, given, dispatcher)
+    with pytest.raises(RuntimeError, match="at most 4 tokens for each rank"):
+        parallel(job, given, dispatcher)
 
 
 def the_same_bits_on_one_rank(job: Job) -> None:
@@ -247,8 +257,9 @@ def compiled_with_a_capacity(job: Job) -> None:
     def call(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
         return experts_forward(x, ids, weights, gate_up, down, mesh=dispatcher)
 
-    own = [job.own(t) for t in (given.x, given.ids, given.weights)]
-    found = torch.compile(call, backend="aot_eager")(*own, job.experts(given.gate_up), job.experts(given.down))
+    x, ids, weights = (job.own(t) for t in (given.x, given.ids, given.weights))
+    compiled = torch.compile(call, backend="aot_eager")
+    found = compiled(x, ids, weights, job.experts(given.gate_up), job.experts(given.down))
     torch.testing.assert_close(found, whole(job, given, None)[0])
 
 
@@ -292,6 +303,7 @@ CHECKS = (
     dropped_slots,
     a_fixed_capacity,
     tokens_past_the_capacity,
+    every_rank_learns_of_a_lost_token,
     the_same_bits_on_one_rank,
     sharded_weights,
     a_dispatcher_that_pads,
@@ -308,8 +320,9 @@ def main(device_type: str, ranks: str, rendezvous: str) -> None:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     backend = "nccl" if device_type == "cuda" else "gloo"
-    meeting = {"init_method": f"file://{rendezvous}", "rank": rank, "world_size": int(ranks)}
-    dist.init_process_group(backend, timeout=timedelta(seconds=60), **meeting)
+    dist.init_process_group(
+        backend, f"file://{rendezvous}", timeout=timedelta(seconds=60), rank=rank, world_size=int(ranks)
+    )
     job = Job(rank, int(ranks), device, init_device_mesh(device_type, (int(ranks),)))
     for check in CHECKS:
         try:

@@ -108,9 +108,10 @@ class AllToAll:
         num_experts: E.
         recipe: "fp8_blockwise" or "fp8_blockwise_pow2": tokens, and gradients of results in backward, travel in fp8
             with a scale for each 128 features. Results and gradients of tokens travel in their own dtype. None: all do.
-        capacity: rows that a rank sends to each rank, at most and always. The host then reads nothing, and a CUDA graph
-            can be captured. A token that does not fit gets NaN as its result, and the next `dispatch` or `check` that
-            sees it raises. None: as many as there are; the host reads the numbers once in each call.
+        capacity: rows that a rank sends to each rank, at most and always. The host then reads no numbers, and a CUDA
+            graph can be captured. A token that does not fit gets NaN as its result, and the next `dispatch` raises, on
+            all ranks. While a graph is captured or replayed, nothing raises: call `check`. None: as many as there are;
+            the host reads the numbers once in each call.
 
     Raises:
         TypeError, ValueError: an argument does not fit. E must be a multiple of W.
@@ -141,12 +142,17 @@ class AllToAll:
         """See `Dispatcher`.
 
         Raises:
-            RuntimeError: a token of an earlier call did not fit, and this is known by now.
+            RuntimeError: with a capacity, a token of the call before did not fit. It waits for the dispatch of that call.
         """
-        self._raise_if_known()
+        self._raise_if_lost()
         routes = self._routes(topk_ids)
         ids = _rows_of(topk_ids.to(torch.int32), routes.source, -1)
+        if routes.lost is not None:  # each row says whether its rank has lost a token: all ranks have to raise
+            ids = torch.cat((ids, routes.lost.any().to(torch.int32).expand(len(ids), 1)), 1)
         ids = _exchange(ids, routes.sends, routes.takes, self.group)
+        if routes.lost is not None:
+            self._remember(ids[:, -1].any())
+            ids = ids[:, :-1]
         weights = gather(topk_weights.float(), routes.source, routes.places)
         weights = _Exchange.apply(weights, routes.sends, routes.takes, self.group, None, None)
         outward = self.recipe if self.recipe.is_scaled else None
@@ -186,7 +192,6 @@ class AllToAll:
             starts, num_rows = self.capacity * torch.arange(num_ranks, device=counts.device), self.capacity * num_ranks
             is_lost = (order >= self.capacity) & (goes > 0)
             lost, goes = is_lost.any(1), goes.masked_fill(is_lost, 0)
-            self._remember(lost.any())
         places = torch.where(goes > 0, starts + order, -1)
         source = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=counts.device)
         tokens = torch.arange(num_tokens, dtype=torch.int32, device=counts.device).unsqueeze(1).expand(-1, num_ranks)
@@ -207,11 +212,13 @@ class AllToAll:
         else:
             self._seen = self._lost.clone(), None
 
-    def _raise_if_known(self) -> None:
+    def _raise_if_lost(self) -> None:
         if self._seen is None or torch.compiler.is_compiling():
             return
         host, event = self._seen
-        if (event is None or event.query()) and bool(host):
+        if event is not None:
+            event.synchronize()  # no query: all ranks have to raise in the same call
+        if bool(host):
             self._raise()
 
     def _raise(self) -> None:
