@@ -142,7 +142,7 @@ class AllToAll:
         """See `Dispatcher`.
 
         Raises:
-            RuntimeError: with a capacity, a token of the call before did not fit. It waits for the dispatch of that call.
+            RuntimeError: with a capacity, a token of the call before did not fit. The host waits for its dispatch.
         """
         self._raise_if_lost()
         routes = self._routes(topk_ids)
