@@ -167,3 +167,26 @@ def test_without_a_gpu_it_says_so():
     found = subprocess.run([sys.executable, FOLDER / "grouped_mm.py"], capture_output=True, text=True, check=False)
     assert found.returncode == 1
     assert found.stderr.startswith("This benchmark needs a CUDA GPU")
+
+
+def test_expert_parallelism_is_measured_beside_torch(tmp_path):
+    """On a CPU: every part runs on two ranks, and results agree with the peer's."""
+    command = [
+        sys.executable,
+        "-m",
+        "grouped_gemm",
+        "bench",
+        "expert_parallel",
+        "--device",
+        "cpu",
+        "--repetitions",
+        "1",
+    ]
+    out = subprocess.run(
+        [*command, "--json", tmp_path / "run.json"], capture_output=True, text=True, timeout=300, check=True
+    ).stdout
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    assert {(row["part"], row["name"]) for row in rows} >= {("dispatch", "peer"), ("step", "fp8_blockwise")}
+    assert all(0 < row["us"] < 1e8 for row in rows)
+    assert 0 < next(row["error"] for row in rows if row["name"] == "fp8_blockwise" and "error" in row) < 0.1
+    assert out.count("reached") == 6

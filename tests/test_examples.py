@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 # Arguments that keep a script short here.
 ARGUMENTS = {
     "compile_and_cuda_graph.py": ["--backend", "aot_eager"],  # no C++ compiler
-    "expert_parallel.py": ["--steps", "4"],
+    "fsdp_and_experts.py": ["--steps", "4"],
     "moe_layer.py": ["--steps", "16"],
     "override_existing_model.py": [],
     "quantized_weights.py": [],
@@ -58,12 +58,12 @@ def test_two_ranks_learn_as_one_process(run):
     def losses(out: str) -> list[list[float]]:
         return [[float(loss) for loss in line.split()] for line in out.splitlines() if line.startswith("  ")]
 
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", EXAMPLES / "expert_parallel.py"]
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", EXAMPLES / "fsdp_and_experts.py"]
     found = subprocess.run(
         [*ranks, "--device", "cpu", "--steps", "4"],
         env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300, check=True,
     ).stdout  # fmt: skip
-    for recipe, expected in zip(losses(found), losses(run("expert_parallel.py", "--device", "cpu")), strict=True):
+    for recipe, expected in zip(losses(found), losses(run("fsdp_and_experts.py", "--device", "cpu")), strict=True):
         assert recipe[-1] < recipe[0] - 0.3
         assert recipe == pytest.approx(expected, abs=5e-3)
 

@@ -1,8 +1,8 @@
 """A small MoE language model on several ranks: FSDP2 for dense weights, expert parallelism for experts.
 
-    torchrun --nproc-per-node 2 examples/expert_parallel.py
-    torchrun --nproc-per-node 2 examples/expert_parallel.py --recipes none fp8_blockwise --size large     # on GPUs
-    python examples/expert_parallel.py                                                     # the same in one process
+    torchrun --nproc-per-node 2 examples/fsdp_and_experts.py
+    torchrun --nproc-per-node 2 examples/fsdp_and_experts.py --recipes none fp8_blockwise --size large     # on GPUs
+    python examples/fsdp_and_experts.py                                                     # the same in one process
 
 The model has the same initial weights and the same batches on any number of ranks, so losses agree with those of one
 process up to rounding. Experts are outside of FSDP: each rank has its own, and gets their gradients from the tokens of
