@@ -266,6 +266,10 @@ def check_operands_of_any_strides(call: Call, device: torch.device | str) -> Non
         }
     if call.biases:
         changes["biases in wider rows"] = {"first_biases": [widened(b) for b in layer.first_biases]}
+        if len(layer.first) == 2:
+            changes["bias of up in wider rows"] = {
+                "first_biases": [layer.first_biases[0], widened(layer.first_biases[1])]
+            }
         changes["bias negated"] = {"down_bias": negated(layer.down_bias)}
     for name, change in changes.items():
         before = {attribute: getattr(layer, attribute) for attribute in change}

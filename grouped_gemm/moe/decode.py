@@ -123,7 +123,10 @@ def run(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeight
     first, first_scale = _operand(experts.first[0], recipe)
     up, up_scale = _operand(experts.first[1], recipe) if len(experts.first) == 2 else (None, None)
     down, down_scale = _operand(experts.down, recipe)
-    biases = [None if b is None else dense_rows(b.to(x.dtype)) for b in (*experts.first_biases, experts.down_bias)]
+    biases = [  # contiguous: those of gate and up have one stride
+        None if b is None else dense_rows(b.to(x.dtype)).contiguous()
+        for b in (*experts.first_biases, experts.down_bias)
+    ]
     up_bias = biases[1] if len(experts.first) == 2 else None
     y: Tensor = ops.moe_decode(
         x, topk_ids, topk_weights, first, first_scale, biases[0], up, up_scale, up_bias, down, down_scale, biases[-1],

@@ -69,9 +69,9 @@ def test_down_is_split_or_not(splits, monkeypatch):
     assert set(calls) - {None} == {splits}
 
 
-@pytest.mark.parametrize("recipe", (None, "fp8_weight_only"))
-def test_operands_of_any_strides(recipe):
-    checks.check_operands_of_any_strides(Call(recipe, biases=recipe is None, sizes=checks.SMALL), CPU)
+@pytest.mark.parametrize("recipe, form", ((None, "halves"), (None, "pair"), ("fp8_weight_only", "halves")))
+def test_operands_of_any_strides(recipe, form):
+    checks.check_operands_of_any_strides(Call(recipe, form=form, biases=recipe is None, sizes=checks.SMALL), CPU)
 
 
 @pytest.mark.parametrize("recipe", (None, "fp8_blockwise", "fp8_weight_only"))

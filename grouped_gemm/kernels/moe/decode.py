@@ -78,7 +78,7 @@ class Projection(NamedTuple):
     Attributes:
         weight: (E, N, C) in any strides; N counts gate and up rows if they are in one tensor.
         scale: fp32 (E, ceil(N/128), ceil(C/128)) in any strides; None: not quantized.
-        bias: (E, N), last axis contiguous, or None.
+        bias: (E, N), contiguous, or None.
     """
 
     weight: Tensor
