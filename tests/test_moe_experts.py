@@ -515,6 +515,14 @@ def test_an_operand_that_does_not_fit_is_named(name, value, message):
         inputs.run()
 
 
+def test_half_a_pair_of_biases_is_refused():
+    inputs = Inputs()
+    gate_up, bias = inputs.gate_up.chunk(2, 1), inputs.gate_up_bias.chunk(2, 1)[0]
+    for biases in ((bias, None), (None, bias)):
+        with pytest.raises(TypeError, match=r"^gate_up_bias: expected a torch.Tensor; found NoneType"):
+            experts_forward(inputs.x, inputs.ids, inputs.weights, gate_up, inputs.down, gate_up_bias=biases)
+
+
 def test_quantized_weights_are_for_grouped_mm():
     inputs = Inputs(torch.bfloat16)
     inputs.down = quantize_weights(inputs.down.detach().transpose(1, 2), "fp8_rowwise")

@@ -425,6 +425,8 @@ def _checked(
         biases = tuple(gate_up_bias) if isinstance(gate_up_bias, (tuple, list)) else (gate_up_bias,)
         if len(biases) != len(first):
             checks.fail("gate_up_bias", "a pair" if is_pair else "one tensor", f"{len(biases)} tensors")
+        for bias in biases:
+            checks.check_tensor("gate_up_bias", bias, (2,), checks.DTYPES)  # also one of a pair: both have one, or none
     for name, w in (*(("gate_up", w) for w in first), ("down", down)):
         checks.check_device(name, w, argument, x.device)
     for name, bias, size in (*(("gate_up_bias", b, width) for b in biases), ("down_bias", down_bias, hidden)):
