@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Module
 
-from grouped_gemm import BackendKind, Recipe
+from grouped_gemm import BackendKind, NoBackendError, Recipe
 from grouped_gemm.moe import experts_forward
+from grouped_gemm.moe.decode import dequantized as dequantized_weights
 
 try:
     import transformers
@@ -329,6 +330,55 @@ def test_the_recipe_quantizes(name):
     if name == "qwen3_moe":
         call = experts_forward(x, ids, weights, module.gate_up_proj, module.down_proj, recipe="fp8_blockwise")
         assert torch.equal(y, call)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v4", "gpt_oss", "nemotron_h"])
+def test_weights_alone_are_quantized(name):
+    """Also of experts whose gate is not known. There are no gradients, which nobody would miss."""
+    integration.register("fp8_weight_only", name="grouped_gemm_weights")
+    module, (x, ids, weights) = experts_of(name, "grouped_gemm_weights", torch.bfloat16), inputs(torch.bfloat16)
+    eager, x, weights = experts_of(name, "eager", torch.bfloat16), x.detach(), weights.detach()
+    with torch.no_grad():
+        truth = eager(x, ids, weights)
+        for parameter in ("gate_up_proj", "up_proj", "down_proj"):
+            if (w := getattr(eager, parameter, None)) is not None:
+                w = w.transpose(1, 2) if eager.is_transposed else w
+                w.copy_(dequantized_weights(w.contiguous(), Recipe.FP8_BLOCKWISE, w.dtype))
+        y = module(x, ids, weights)
+        assert error(y, eager(x, ids, weights)) < 1e-2 < error(y, truth)
+    for leaf in (x.requires_grad_(), module.down_proj):
+        module.requires_grad_(leaf is not x)
+        with pytest.raises(ValueError, match=r"^recipe: expected one with gradients, or torch.no_grad\(\)"):
+            module(x, ids, weights)
+        x.requires_grad_(False)
+
+
+def test_the_preferred_backend_runs_experts_whose_gate_is_not_known():
+    for recipe in (None, "fp8_weight_only"):
+        integration.register(recipe, name="grouped_gemm_preferred", kernel_preference="deepgemm")
+        with torch.no_grad(), pytest.raises(NoBackendError, match=r"^deepgemm, requested by the argument"):
+            experts_of("deepseek_v4", "grouped_gemm_preferred", torch.bfloat16)(*inputs(torch.bfloat16))
+
+
+def test_batch_invariant_experts():
+    integration.register(batch_invariant=True, name="grouped_gemm_invariant")
+    (x, ids, weights), module = inputs(torch.bfloat16), experts_of("gpt_oss", "grouped_gemm_invariant", torch.bfloat16)
+    assert torch.equal(module(x[3:5], ids[3:5], weights[3:5]), module(x, ids, weights)[3:5])
+    message = (
+        "batch_invariant: expected experts with an activation that this package knows, .*; found DeepseekV4Experts"
+    )
+    with pytest.raises(ValueError, match=message):
+        experts_of("deepseek_v4", "grouped_gemm_invariant", torch.bfloat16)(x, ids, weights)
+
+
+def test_an_older_torch_compiles_no_batch_invariant_experts():
+    if integration._TRACES_MODULES:
+        pytest.skip("needs torch < 2.13, which does not find out an activation while it compiles")
+    integration.register(batch_invariant=True, name="grouped_gemm_invariant")
+    torch._dynamo.reset()
+    compiled = torch.compile(experts_of("qwen3_moe", "grouped_gemm_invariant"), backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"batch_invariant: expected experts that are not compiled, or torch >= 2.13"):
+        compiled(*inputs())
 
 
 @pytest.mark.parametrize("package, name", [(package, name) for name, package in decorated().items()])

@@ -29,7 +29,7 @@ from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.moe.activation import ACTIVATIONS, Activation
 from grouped_gemm.moe.composed import Weights, as_b, shape_of
 from grouped_gemm.moe.decode import dequantized
-from grouped_gemm.moe.experts import WEIGHT_ONLY, check_options, experts_forward
+from grouped_gemm.moe.experts import WEIGHT_ONLY, check_forward_only, check_options, experts_forward
 from grouped_gemm.moe.fused import runs_fused
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
@@ -188,17 +188,25 @@ def _run_weights(
             batch_invariant=options.batch_invariant,
         )
     if options.batch_invariant:
+        if torch.compiler.is_compiling() and not _TRACES_MODULES:
+            raise ValueError(
+                "grouped_gemm: batch_invariant: expected experts that are not compiled, or torch >= 2.13, which finds "
+                f"out their activation while it compiles; found torch {torch.__version__}"
+            )
         raise ValueError(
             "grouped_gemm: batch_invariant: expected experts with an activation that this package knows, all quantized "
             f"or none, and without a norm; found {type(module).__name__}. Register without it for this model."
         )
+    if options.weight_only:
+        check_forward_only(False, x, topk_weights, *(first if isinstance(first, tuple) else (first,)), down, *biases)
     offs, source, places = route(topk_ids, shape_of(down)[0])
     plan = GroupPlan(offs, source.shape[0])
 
     def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
         if options.weight_only and (isinstance(w, QuantizedWeights) or not is_mixed):
-            return grouped_mm(rows, as_b(dequantized(w, Recipe.FP8_BLOCKWISE, x.dtype)), plan, bias=bias)
-        own = None if is_mixed and isinstance(w, Tensor) else recipe
+            w, own = dequantized(w, Recipe.FP8_BLOCKWISE, x.dtype), None
+        else:
+            own = None if is_mixed and isinstance(w, Tensor) else recipe
         return grouped_mm(rows, as_b(w), plan, recipe=own, bias=bias, kernel_preference=options.kernel_preference)
 
     rows = gather(x, source, places)

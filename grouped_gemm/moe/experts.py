@@ -363,7 +363,13 @@ def parse_recipe(recipe: Recipe | str | None) -> tuple[Recipe | None, bool]:
 def _check_forward_only(experts: ExpertWeights, *others: Tensor | None) -> None:
     """Raises ValueError if gradients are wanted that a recipe for weights only does not have."""
     leaves = (*others, *experts.first, experts.down, *experts.first_biases, experts.down_bias)
-    if experts.weight_only and (fused.needs_gradients(*leaves) or experts.accumulate_main_grad):
+    if experts.weight_only:
+        check_forward_only(experts.accumulate_main_grad, *leaves)
+
+
+def check_forward_only(accumulate_main_grad: bool, *leaves: Weights | None) -> None:
+    """Raises ValueError, as of a recipe for weights only, if the gradient of a leaf is wanted."""
+    if fused.needs_gradients(*leaves) or accumulate_main_grad:
         checks.fail("recipe", "one with gradients, or torch.no_grad()", f"{WEIGHT_ONLY}, which is for forward only")
 
 
