@@ -1,8 +1,8 @@
 """The kernels of the activation between the two GEMMs of an expert, and of its gradient. Their twins are in `moe`.
 
 They read and write what `moe.activation` describes, in fp32, and round once. Every kernel that calls `value_of` and
-`gradient_of` is launched with `OPTIONS`: without fused multiply-adds, which a compiler forms in one kernel and not in
-another, a value has the same bits in all of them.
+`gradient_of`, but that of `decode`, is launched with `OPTIONS`: without fused multiply-adds, which a compiler forms in
+one kernel and not in another, a value has the same bits in all of them.
 
 M, T, k: routed rows, tokens, slots of a token. D, P: intermediate features, features of pre-activations: D, or 2 D with
 a gate.
