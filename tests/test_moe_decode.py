@@ -564,6 +564,19 @@ def test_a_token_has_the_same_bits_in_any_batch(implementation, device):
             assert_same_bits(y.detach(), whole[:64], f"{call}, with gradients")
 
 
+@pytest.mark.parametrize("recipe", ("fp8_blockwise", "fp8_blockwise_pow2"))
+def test_quantized_weights_are_batch_invariant(recipe, device):
+    layer = Layer(Call(recipe, sizes=Sizes(num_tokens=9, hidden=64, inner=128)), device)
+    y = layer.run_dense(implementation="auto", batch_invariant=True)
+    preference = "triton" if device.type == "cuda" else "emulated"
+    weights = [
+        quantize_weights(w.transpose(1, 2), recipe, kernel_preference=preference) for w in (layer.first[0], layer.down)
+    ]
+    for given in (recipe, None):
+        options = {"recipe": given, "batch_invariant": True}
+        assert_same_bits(experts_forward(layer.x, layer.ids, layer.weights, *weights, **options), y, str(given))
+
+
 def test_gradients_of_a_batch_invariant_layer(device):
     layer = Layer(Call(sizes=SMALL._replace(num_tokens=9, hidden=64)), device)
     found = []

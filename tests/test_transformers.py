@@ -745,6 +745,15 @@ def test_a_change_that_is_not_seen_is_found_by_validation(monkeypatch):
         module(*call)
 
 
+@torch.no_grad()
+def test_fp8_experts_are_batch_invariant():
+    integration.register(batch_invariant=True, name="grouped_gemm_invariant")
+    for intermediate in (128, 96):  # one tensor, and gate and up as two
+        module, (x, ids, weights) = fp8_experts(intermediate), fp8_inputs()
+        module.config._experts_implementation = "grouped_gemm_invariant"
+        assert torch.equal(module(x[3:5], ids[3:5], weights[3:5]), module(x, ids, weights)[3:5])
+
+
 def test_fp8_experts_pass_a_gradient_to_their_tokens():
     module, (x, ids, weights) = fp8_experts(), fp8_inputs()
     x.requires_grad_()

@@ -115,15 +115,16 @@ def _run_eager_fused(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts:
 
 
 def _one_expert(experts: ExpertWeights, e: int) -> Callable[[Tensor, Weights, Tensor | None], Tensor]:
-    """Multiplies rows by the weights of expert ``e``: in plain torch, or with a recipe as the only group of a call."""
+    """Multiplies rows by the weights of expert ``e``: in plain torch, or if quantized as the only group of a call."""
 
     def multiply(rows: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
-        own, own_bias = dense(w)[e], None if bias is None else bias[e]
-        if experts.is_scaled:
+        own_bias = None if bias is None else bias[e]
+        if isinstance(w, QuantizedWeights) or experts.is_scaled:
+            own = w[e] if isinstance(w, QuantizedWeights) else w[e : e + 1]
             end = torch.tensor([len(rows)], dtype=torch.int32, device=rows.device)
             one_bias = None if own_bias is None else own_bias[None]
-            return grouped(experts, GroupPlan(end, len(rows)))(rows, own[None], one_bias)
-        y = F.linear(rows, own)
+            return grouped(experts, GroupPlan(end, len(rows)))(rows, own, one_bias)
+        y = F.linear(rows, w[e])
         return y if own_bias is None else y + own_bias
 
     return multiply
