@@ -119,6 +119,13 @@ ROWS = (
     Row("two processes of gloo", pytest="tests/test_ranks.py tests/test_shards.py", min_passed=30),
     _with_transformers("transformers"),
     _with_transformers("newest transformers", pins=(NEWEST_TRANSFORMERS,)),
+    Row(
+        "torchtitan",
+        pytest="tests/test_torchtitan.py",
+        min_passed=26,
+        pins=("fsspec==2026.2.0",),  # the newest that its datasets take
+        extras=("torchtitan",),
+    ),
     Row("without triton", min_passed=4200, without=("triton",), must_be_ready=("emulated", "torch")),
     Row("oldest Python, torch and triton", min_passed=4200, python="3.10", pins=(OLDEST_TORCH, OLDEST_TRITON)),
     Row("newest Python, torch and triton", min_passed=4200, python="3.13", pins=(NEWEST_TORCH, NEWEST_TRITON)),

@@ -77,12 +77,17 @@ LAYERS = (
 
 # Packages that a module may import besides the standard library: all modules, at module level, and in functions.
 EVERYWHERE = {"torch", "packaging"}
-AT_ONCE = {"backends.*.quantize*": {"triton"}, "kernels.*": {"triton"}, "kernels.common.interpreter": {"numpy"}}
+AT_ONCE = {
+    "backends.*.quantize*": {"triton"},
+    "integrations.torchtitan": {"spmd_types", "torchtitan"},  # its overrides are registered by an import
+    "kernels.*": {"triton"},
+    "kernels.common.interpreter": {"numpy"},
+}
 WHEN_USED = {
     "backends.deepgemm.package": {"deep_gemm"},
     "cli.demo": {"matplotlib", "tqdm"},
     "core.machine": {"triton"},
-    "integrations.*": {"torchao", "torchtitan", "transformers"},
+    "integrations.transformers": {"transformers"},
 }
 
 
