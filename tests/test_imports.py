@@ -79,6 +79,7 @@ LAYERS = (
 EVERYWHERE = {"torch", "packaging"}
 AT_ONCE = {
     "backends.*.quantize*": {"triton"},
+    "integrations.torchao": {"torchao"},  # its handler is registered by an import
     "integrations.torchtitan": {"spmd_types", "torchtitan"},  # its overrides are registered by an import
     "kernels.*": {"triton"},
     "kernels.common.interpreter": {"numpy"},
