@@ -119,6 +119,7 @@ ROWS = (
     Row("two processes of gloo", pytest="tests/test_ranks.py tests/test_shards.py", min_passed=30),
     _with_transformers("transformers"),
     _with_transformers("newest transformers", pins=(NEWEST_TRANSFORMERS,)),
+    Row("Megatron-Core", pytest="tests/test_megatron.py", min_passed=46, python="3.13", extras=("megatron",)),
     Row("torchao", pytest="tests/test_torchao.py", min_passed=28, extras=("torchao",)),
     Row(
         "torchtitan",

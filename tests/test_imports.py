@@ -79,8 +79,10 @@ LAYERS = (
 EVERYWHERE = {"torch", "packaging"}
 AT_ONCE = {
     "backends.*.quantize*": {"triton"},
-    "integrations.torchao": {"torchao"},  # its handler is registered by an import
-    "integrations.torchtitan": {"spmd_types", "torchtitan"},  # its overrides are registered by an import
+    # These extend classes of their trainers, and what they register is registered by an import.
+    "integrations.megatron": {"megatron"},
+    "integrations.torchao": {"torchao"},
+    "integrations.torchtitan": {"spmd_types", "torchtitan"},
     "kernels.*": {"triton"},
     "kernels.common.interpreter": {"numpy"},
 }
