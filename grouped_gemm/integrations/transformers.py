@@ -42,6 +42,7 @@ _ARGUMENTS = {  # of transformers' decorator for experts: what this module knows
 }
 _unknown: dict[str, object] = {}  # others that the installed version has, and their defaults
 _TRACES_MODULES = Version(torch.__version__) >= Version("2.13")
+_FOUND = "_grouped_gemm_activation"  # an attribute of modules before torch 2.13, for compiled code
 
 
 def register(
@@ -168,8 +169,10 @@ def _run_weights(
             )
     quantized = [isinstance(w, QuantizedWeights) for w in (*(first if isinstance(first, tuple) else (first,)), down)]
     is_mixed = any(quantized) and not all(quantized)
-    # An older Dynamo calls no function with a module while it traces: there, the module's own gate is traced.
-    activation = _known_activation(module) if _TRACES_MODULES or not torch.compiler.is_compiling() else None
+    if _TRACES_MODULES or not torch.compiler.is_compiling():
+        activation = _known_activation(module)
+    else:  # an older Dynamo calls no function with a module while it traces: it reads what an eager call has found
+        activation = getattr(module, _FOUND, None)
     norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     if activation is not None and not is_mixed and norm is None:
         return experts_forward(
@@ -190,8 +193,8 @@ def _run_weights(
     if options.batch_invariant:
         if torch.compiler.is_compiling() and not _TRACES_MODULES:
             raise ValueError(
-                "grouped_gemm: batch_invariant: expected experts that are not compiled, or torch >= 2.13, which finds "
-                f"out their activation while it compiles; found torch {torch.__version__}"
+                "grouped_gemm: batch_invariant: expected experts that have run in eager mode before they are compiled, "
+                f"or torch >= 2.13, which finds out their activation while it compiles; found torch {torch.__version__}"
             )
         raise ValueError(
             "grouped_gemm: batch_invariant: expected experts with an activation that this package knows, all quantized "
@@ -450,6 +453,8 @@ def _known_activation(module: Any) -> str | None:
         with ThreadPoolExecutor(1) as thread:
             found = state, thread.submit(_matching_activation, module).result()
         _known[module] = found
+        if not _TRACES_MODULES:
+            setattr(module, _FOUND, found[1])
         if found[1] is None and type(module) not in _warned:
             _warned.add(type(module))
             own = "_apply_gate" if module.has_gate else "act_fn"
