@@ -148,7 +148,7 @@ class GroupedGemmMLP(MegatronModule):  # type: ignore[misc]
                 gate_up_bias=self.linear_fc1.bias,
                 down_bias=self.linear_fc2.bias,
                 kernel_preference=self.kernel_preference,
-                accumulate_main_grad=self.accumulate_main_grad and torch.is_grad_enabled(),
+                accumulate_main_grad=self.accumulate_main_grad,
             )
         return y, None
 
