@@ -259,9 +259,9 @@ def compiled_with_a_capacity(job: Job) -> None:
     for (dtype, recipe), limits in CLOSE.items():
         given = layer(job, dtype, [6] * job.ranks)
         dispatcher = AllToAll(job.mesh, E, recipe=recipe, capacity=6)
-        options = {"mesh": dispatcher, "recipe": recipe}
         torch._dynamo.reset()
-        compiled = torch.compile(functools.partial(experts_forward, **options), backend="aot_eager")
+        call = functools.partial(experts_forward, mesh=dispatcher, recipe=recipe)
+        compiled = torch.compile(call, backend="aot_eager")
         found = parallel(job, given, dispatcher, run=compiled)
         assert_close(found, whole(job, given, recipe), limits)
 
