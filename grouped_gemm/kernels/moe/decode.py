@@ -31,7 +31,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.recipes import Recipe
-from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, num_processors, on_device
+from grouped_gemm.kernels.common.launch import (
+    can_use_tma,
+    cdiv,
+    launch,
+    next_power_of_2,
+    num_processors,
+    on_device,
+)
 from grouped_gemm.kernels.moe.activation import constants_of, value_of
 from grouped_gemm.kernels.moe.combine import unrolled
 from grouped_gemm.kernels.moe.quantize import quantize_tokens
@@ -179,8 +186,9 @@ def _multiply(
     step, up_row = (2, 1) if interleaved else (1, n if up is None else 0)
     gated = constants["LAYOUT"] == "halves"
     columns = tile.block_n // 2 if gated else tile.block_n
-    w = first.weight
-    prefetches = constants["PDL"] and is_aligned(w) and (up is None or is_aligned(up.weight))
+    weights = (first.weight,) if up is None else (first.weight, up.weight)
+    # A prefetch has TMA's rules for addresses, and moves multiples of 16 bytes.
+    prefetches = constants["PDL"] and can_use_tma(*weights) and c * first.weight.element_size() % 16 == 0
     constants = constants | {
         "EVEN_C": c % (tile.block_c * tile.unroll) == 0, "PREFETCH": _PREFETCHED if prefetches else 0,
         "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "UNROLL": tile.unroll,
@@ -197,14 +205,6 @@ def _multiply(
         constants={name: constants[name] for name in names}, num_warps=tile.num_warps,
         launch_pdl=overlaps,
     )  # fmt: skip
-
-
-def is_aligned(w: Tensor) -> bool:
-    """Whether rows are contiguous, start at multiples of 16 bytes and have a multiple of 16 bytes."""
-    size = w.element_size()
-    return w.stride(2) == 1 and all(
-        n % 16 == 0 for n in (w.data_ptr(), *(size * n for n in (*w.stride()[:2], w.shape[2])))
-    )
 
 
 def _distance(one: Tensor | None, other: Tensor | None) -> int:
