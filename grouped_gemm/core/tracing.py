@@ -50,7 +50,7 @@ def row_class_of(num_rows: int, num_groups: int) -> RowClass:
     from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
     most_decode, most_small = DECODE_ROWS * num_groups, SMALL_ROWS * num_groups
-    if statically_known_true(num_rows > 2) or statically_known_true(num_rows < 2**48):  # Dynamo's own bound is 2
+    if _has_stated_bounds(num_rows):
         if statically_known_true(num_rows <= most_decode):
             return RowClass.DECODE
         is_small = statically_known_true(num_rows > most_decode) and statically_known_true(num_rows <= most_small)
@@ -68,9 +68,16 @@ def is_at_most(size: int, limit: int) -> bool:
         return size <= limit
     from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
-    if statically_known_true(size > 2) or statically_known_true(size < 2**48):  # as in `row_class_of`
+    if _has_stated_bounds(size):
         return statically_known_true(size <= limit)
     return guard_or_false(size <= limit)
+
+
+def _has_stated_bounds(size: int) -> bool:
+    """Whether the caller has bounded a dynamic ``size``, so that a guard on it could violate the bounds."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size > 2) or statically_known_true(size < 2**48)  # Dynamo's own bound is 2
 
 
 def _is_exporting() -> bool:
