@@ -34,10 +34,11 @@ _CLAMP = 7.0  # of swiglu_clamped
 
 
 class _OnThisPackage:
-    """What both classes of experts do in the same way."""
+    """What both classes of experts do in the same way. It comes before torchtitan's class among their bases."""
 
-    recipe: str | None
-    kernel_preference: str
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]  # torchtitan's
+        self.recipe, self.kernel_preference = config.recipe, config.kernel_preference
 
     def _grouped_mm(self, *, A: Tensor, B_t: Tensor, offs: Tensor) -> Tensor:
         """A (R, K) times the matrix of each expert, B_t (E, K, N)."""
@@ -74,10 +75,6 @@ class GroupedGemmExperts(_OnThisPackage, GroupedExperts):  # type: ignore[misc]
         recipe: str | None = None
         kernel_preference: str = "auto"
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.recipe, self.kernel_preference = config.recipe, config.kernel_preference
-
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """(R, D) in the dtype of ``x_RD`` (R, D). Rows past the last expert's give zeros."""
         w1_EFD, w2_EDF, w3_EFD = (_local(w).bfloat16() for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
@@ -101,10 +98,6 @@ class GroupedGemmGptOssExperts(_OnThisPackage, GptOssGroupedExperts):  # type: i
 
         recipe: str | None = None
         kernel_preference: str = "auto"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.recipe, self.kernel_preference = config.recipe, config.kernel_preference
 
     def forward(self, x_RD: Tensor, num_tokens_per_expert_E: Tensor) -> Tensor:
         """(R, D) in bfloat16, as its parent's. Rows past the last expert's give zeros."""
