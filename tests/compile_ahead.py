@@ -463,7 +463,8 @@ def compile_moe_steps(arch: str) -> dict[str, Any]:
         types["pre"] = "*bf16"
     if has_fp8:
         tokens = {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024, "PDL": False}
-        build("tokens", moe_quantize._quantize_tokens, numbers | tokens)
+        build("tokens", moe_quantize._quantize_tokens, numbers | tokens | {"source": None})
+        build("gathered tokens", moe_quantize._quantize_tokens, numbers | tokens)
         build("values of tokens", moe_quantize._dequantize_tokens, tokens)
     return compiled
 
@@ -489,7 +490,7 @@ def compile_decode() -> dict[str, Any]:
         compiled[f"moe sum {parts=}"] = kernel
     types = {"x": "*bf16", "data": "*fp8e4nv", "scales": "*fp32"}
     numbers = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True}
-    tokens = numbers | {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024, "PDL": True}
+    tokens = numbers | {"source": None, "BLOCK": 128, "ROWS": 4, "WIDTH": 1024, "PDL": True}
     kernel = compile_kernel(moe_quantize._quantize_tokens, "sm_90", types, tokens, num_warps=4)
     compiled["moe tokens, overlapping"] = kernel
     return compiled

@@ -157,6 +157,7 @@ def moe_activate_backward_quantize():
 def moe_quantize_tokens():
     for name, x in rows(K).items():
         yield name, (x, "fp8_blockwise")
+        yield f"{name}, gathered", (x, "fp8_blockwise", sources(x))
 
 
 def sources(x: torch.Tensor) -> torch.Tensor:
@@ -176,8 +177,8 @@ def in_blocks(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def moe_dequantize_tokens():
-    for name, (x, recipe) in moe_quantize_tokens():
-        yield name, (*ops.moe_quantize_tokens(x, recipe), torch.float16)
+    for name, given in moe_quantize_tokens():
+        yield name, (*ops.moe_quantize_tokens(*given), torch.float16)
 
 
 def moe_decode():

@@ -12,7 +12,12 @@ Sums: a rank adds up a token's experts in fp32, in the order of slots, and round
 fp32, in the order of ranks, and rounded. A token whose experts are all on one rank has the same bits as without
 expert parallelism. Any other is rounded once more for each rank.
 
+With a recipe in blocks, a token is quantized once, on its own rank, and the GEMMs of the other one read what has
+arrived: `Tokens.quantized`. Gradients of results travel in fp8 too. They are dequantized on arrival, since the gradient
+of weights reads them in their own dtype, and quantized again for the gradient of tokens.
+
 T, R, k, H: tokens of a rank, tokens that arrive at a rank, slots of a token, features. W, E: ranks, experts of all.
+S: rows that a rank sends.
 """
 
 from __future__ import annotations
@@ -23,14 +28,17 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from grouped_gemm.core.dense import dense_rows
 from grouped_gemm.core.library import ops
 from grouped_gemm.core.machine import is_capturing
 from grouped_gemm.core.recipes import Recipe
-from grouped_gemm.moe import steps  # noqa: F401  (defines ops)
-from grouped_gemm.moe.rows import combine, gather
+from grouped_gemm.moe import rows  # noqa: F401  (defines ops)
+from grouped_gemm.moe.routing import route
+from grouped_gemm.moe.tokens import QuantizedTokens
 from grouped_gemm.selection import checks
 
 _QUANTIZING = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)  # recipes in which tokens travel in fp8
@@ -40,16 +48,20 @@ class Tokens(NamedTuple):
     """Tokens that have arrived, each with all its slots.
 
     Attributes:
-        x: (R, H).
+        x: (R, H). With ``quantized`` it has no values, only a shape, a dtype and a gradient.
         topk_ids: (R, k), the local experts of each token. Ids of experts elsewhere are outside [0, E / W).
         topk_weights: (R, k).
         handle: what `Dispatcher.combine` needs.
+        num_slots: how many of ``topk_ids`` are local, if the host knows it: memory is for so many rows. None: R * k.
+        quantized: the tokens, if they have arrived in fp8.
     """
 
     x: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
     handle: Any
+    num_slots: int | None = None
+    quantized: QuantizedTokens | None = None
 
 
 class SortedRows(NamedTuple):
@@ -89,6 +101,7 @@ class _Routes:
         places: (T, W) int32.
         sends: rows for each rank; None: equally many.
         takes: rows from each rank; None: equally many.
+        num_slots: slots of local experts among the rows that arrive; None: the host does not know.
         lost: (T,) whether a token did not fit; None: all fit.
     """
 
@@ -96,7 +109,12 @@ class _Routes:
     places: Tensor
     sends: list[int] | None
     takes: list[int] | None
+    num_slots: int | None
     lost: Tensor | None
+
+    def to(self, group: dist.ProcessGroup) -> tuple[Any, ...]:
+        """What `_Send` and `_Return` need, between the ranks of ``group``."""
+        return self.source, self.places, self.sends, self.takes, group
 
 
 class AllToAll:
@@ -146,28 +164,29 @@ class AllToAll:
         """
         self._raise_if_lost()
         routes = self._routes(topk_ids)
-        ids = _rows_of(topk_ids.to(torch.int32), routes.source, -1)
+        to, is_quantized = routes.to(self.group), self.recipe.is_scaled
+        integers = [F.pad(topk_ids.to(torch.int32), (0, 0, 0, 1), value=-1)[routes.source]]  # -1 takes the last row
+        if is_quantized:
+            data, scale = ops.moe_quantize_tokens(x.detach(), self.recipe.value, routes.source)
+            integers.append(scale.view(torch.int32))
         if routes.lost is not None:  # each row says whether its rank has lost a token: all ranks have to raise
-            ids = torch.cat((ids, routes.lost.any().to(torch.int32).expand(len(ids), 1)), 1)
-        ids = _exchange(ids, routes.sends, routes.takes, self.group)
+            integers.append(routes.lost.any().to(torch.int32).expand(len(routes.source), 1))
+        arrived = _exchange(torch.cat(integers, 1), routes.sends, routes.takes, self.group)
+        columns = list(arrived.split([part.shape[1] for part in integers], 1))
         if routes.lost is not None:
-            self._remember(ids[:, -1].any())
-            ids = ids[:, :-1]
-        weights = gather(topk_weights.float(), routes.source, routes.places)
-        weights = _Exchange.apply(weights, routes.sends, routes.takes, self.group, None, None)
-        outward = self.recipe if self.recipe.is_scaled else None
-        x = _Exchange.apply(
-            gather(x, routes.source, routes.places), routes.sends, routes.takes, self.group, outward, None
-        )
+            self._remember(columns.pop().any())
+        quantized = None
+        if is_quantized:
+            data = _exchange_bytes(data, routes.sends, routes.takes, self.group)
+            quantized = QuantizedTokens(data, columns[1].contiguous().view(torch.float32), self.recipe)
+        x = _Send.apply(x, *to, None, is_quantized)
+        weights = _Send.apply(topk_weights.float(), *to, None, False)
         first = self.rank * (self.num_experts // self.num_ranks)
-        local = torch.where(ids >= 0, ids - first, -1)
-        return Tokens(x, local, weights, routes)
+        return Tokens(x, columns[0] - first, weights, routes, routes.num_slots, quantized)
 
     def combine(self, y: Tensor, handle: _Routes) -> Tensor:
         """See `Dispatcher`."""
-        outward = self.recipe if self.recipe.is_scaled else None
-        rows = _Exchange.apply(y, handle.takes, handle.sends, self.group, None, outward)
-        total = combine(rows, None, handle.source, handle.places)
+        total = _Return.apply(y, *handle.to(self.group), self.recipe if self.recipe.is_scaled else None)
         return total if handle.lost is None else total.masked_fill(handle.lost.unsqueeze(1), torch.nan)
 
     def check(self) -> None:
@@ -176,27 +195,23 @@ class AllToAll:
             self._raise()
 
     def _routes(self, topk_ids: Tensor) -> _Routes:
-        (num_tokens, _), num_ranks = topk_ids.shape, self.num_ranks
-        is_used = (topk_ids >= 0) & (topk_ids < self.num_experts)
-        owners = torch.where(is_used, topk_ids // (self.num_experts // num_ranks), num_ranks).long()
-        goes = torch.zeros(num_tokens, num_ranks + 1, dtype=torch.int32, device=topk_ids.device)
-        goes = goes.scatter_(1, owners, 1)[:, :num_ranks]
-        order, counts = goes.cumsum(0) - 1, goes.sum(0)
-        lost = None
+        num_ranks = self.num_ranks
+        ranks = torch.arange(num_ranks, device=topk_ids.device)
+        owns = (topk_ids // (self.num_experts // num_ranks)).unsqueeze(2) == ranks  # (T, k, W); of other ids nobody
+        ends, source, places = route(torch.where(owns.any(1), ranks, -1), num_ranks)
+        counts = ends.diff(prepend=ends.new_zeros(1))
         if self.capacity is None:
-            received = _exchange(counts, None, None, self.group)
-            sends, takes = torch.stack((counts, received)).tolist()  # the host read
-            starts, num_rows = counts.cumsum(0) - counts, sum(sends)
-        else:
-            sends = takes = None
-            starts, num_rows = self.capacity * torch.arange(num_ranks, device=counts.device), self.capacity * num_ranks
-            is_lost = (order >= self.capacity) & (goes > 0)
-            lost, goes = is_lost.any(1), goes.masked_fill(is_lost, 0)
-        places = torch.where(goes > 0, starts + order, -1)
-        source = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=counts.device)
-        tokens = torch.arange(num_tokens, dtype=torch.int32, device=counts.device).unsqueeze(1).expand(-1, num_ranks)
-        source.scatter_(0, torch.where(places < 0, num_rows, places).flatten(), tokens.flatten())
-        return _Routes(source[:num_rows], places.to(torch.int32), sends, takes, lost)
+            numbers = torch.stack((counts, owns.sum((0, 1), dtype=torch.int32)), 1)
+            received = _exchange(numbers, None, None, self.group)
+            sends, takes, slots = torch.cat((numbers[:, :1], received), 1).t().tolist()  # the host read
+            return _Routes(source[: sum(sends)], places, sends, takes, sum(slots), None)
+        starts, steps = ends - counts, torch.arange(self.capacity, device=ends.device)
+        order = places - starts
+        is_lost = (places >= 0) & (order >= self.capacity)
+        places = torch.where(is_lost | (places < 0), -1, order + self.capacity * ranks).to(torch.int32)
+        source = F.pad(source, (0, self.capacity), value=-1)[starts.unsqueeze(1) + steps]
+        source = torch.where(steps < counts.unsqueeze(1), source, -1).flatten()
+        return _Routes(source, places, None, None, None, is_lost.any(1))
 
     def _remember(self, lost: Tensor) -> None:
         if self._lost is None:
@@ -260,34 +275,56 @@ def dispatcher_of(mesh: Any, num_local_experts: int, recipe: Recipe | None) -> D
     return AllToAll(group, num_local_experts * dist.get_world_size(group), recipe=outward)
 
 
-def _rows_of(x: Tensor, source: Tensor, fill: int) -> Tensor:
-    """Rows of integers, ``fill`` where there is no token."""
-    if x.shape[0] == 0:
-        return x.new_full((source.shape[0], x.shape[1]), fill)
-    return x.index_select(0, source.clamp(min=0)).masked_fill_((source < 0).unsqueeze(1), fill)
-
-
-class _Exchange(torch.autograd.Function):
-    """Rows sent to ranks, and back in backward; in fp8 in a direction that has a recipe."""
+class _Send(torch.autograd.Function):
+    """Tokens to the ranks of their experts, one row for each rank."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, sends: list[int] | None, takes: list[int] | None, group: dist.ProcessGroup,
-        recipe: Recipe | None, backward_recipe: Recipe | None,
+        ctx: Any, x: Tensor, source: Tensor, places: Tensor, sends: list[int] | None, takes: list[int] | None,
+        group: dist.ProcessGroup, recipe: Recipe | None, has_arrived: bool,
     ) -> Tensor:  # fmt: skip
-        """(R, H) from ``x`` (S, H), whose rows are in the order of ranks."""
-        ctx.arguments = takes, sends, group, backward_recipe, recipe
+        """(R, H) of ``x`` (T, H), sent in fp8 with a recipe. NaN without memory if what is sent ``has_arrived``."""
+        ctx.save_for_backward(source, places)
+        ctx.arguments = sends, takes, group
+        if has_arrived:
+            num_rows = source.shape[0] if takes is None else sum(takes)
+            return x.new_full((1, 1), torch.nan).expand(num_rows, x.shape[1])
+        x = dense_rows(x)
         if recipe is None:
-            return _exchange(x, sends, takes, group)
-        data, scale = ops.moe_quantize_tokens(x, recipe.value)
-        data = _exchange(data.contiguous().view(torch.uint8), sends, takes, group).view(data.dtype)
+            return _exchange(ops.moe_gather(x, source, places), sends, takes, group)
+        data, scale = ops.moe_quantize_tokens(x, recipe.value, source)
+        data = _exchange_bytes(data, sends, takes, group)
         return ops.moe_dequantize_tokens(data, _exchange(scale, sends, takes, group), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``x``."""
-        return _Exchange.apply(dy.contiguous(), *ctx.arguments), None, None, None, None, None
+        return _Return.apply(dy, *ctx.saved_tensors, *ctx.arguments, None), *[None] * 7
+
+
+class _Return(torch.autograd.Function):
+    """Rows back to the ranks of their tokens, and their sums."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, source: Tensor, places: Tensor, sends: list[int] | None, takes: list[int] | None,
+        group: dist.ProcessGroup, backward_recipe: Recipe | None,
+    ) -> Tensor:  # fmt: skip
+        """(T, H) of ``y`` (R, H). With a recipe, gradients travel in fp8."""
+        ctx.save_for_backward(source, places)
+        ctx.arguments = sends, takes, group, backward_recipe
+        return ops.moe_combine(_exchange(y, takes, sends, group), None, places)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of ``y``."""
+        return _Send.apply(dy, *ctx.saved_tensors, *ctx.arguments, False), *[None] * 6
 
 
 def _exchange(x: Tensor, sends: list[int] | None, takes: list[int] | None, group: dist.ProcessGroup) -> Tensor:
     return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), takes, sends, group))
+
+
+def _exchange_bytes(x: Tensor, sends: list[int] | None, takes: list[int] | None, group: dist.ProcessGroup) -> Tensor:
+    """`_exchange` of a dtype that collectives do not know."""
+    return _exchange(x.contiguous().view(torch.uint8), sends, takes, group).view(x.dtype)

@@ -138,7 +138,11 @@ def _across_ranks(
         plan = GroupPlan(arrived.offs, arrived.rows.shape[0], group_alignment=arrived.group_alignment)
         y = sorted_experts(arrived.rows, plan, gate_up, down, row_weights=arrived.row_weights, **options)
     else:
-        y = experts_forward(arrived.x, arrived.topk_ids, arrived.topk_weights, gate_up, down, **options)
+        x, experts = _prepared(arrived.x, arrived.topk_ids, arrived.topk_weights, gate_up, down, **options)
+        y = implementations.run(
+            options["implementation"], x, arrived.topk_ids, arrived.topk_weights, experts, arrived.num_slots,
+            arrived.quantized,
+        )  # fmt: skip
     return dispatcher.combine(y, arrived.handle)
 
 

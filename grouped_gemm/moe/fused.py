@@ -37,6 +37,7 @@ from grouped_gemm.moe import gemms, steps  # noqa: F401  (steps defines ops)
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, run_composed
 from grouped_gemm.moe.routing import Routing
+from grouped_gemm.moe.tokens import QuantizedTokens
 from grouped_gemm.selection.spec import needs_gradient
 from grouped_gemm.weight_gradients import WgradDestination, check_backward, deliver_wgrad, destination_of
 
@@ -180,23 +181,30 @@ def run_sorted(rows: Tensor, row_weights: Tensor | None, experts: ExpertWeights,
     return _run(rows, row_weights.unsqueeze(1), experts, offs, source, places)
 
 
-def run(x: Tensor, topk_weights: Tensor, experts: ExpertWeights, routing: Routing) -> Tensor:
-    """The layer, (T, H), where `can_run`. Arguments as of `experts_forward`, checked."""
-    return _run(x, topk_weights, experts, *routing)
+def run(
+    x: Tensor, topk_weights: Tensor, experts: ExpertWeights, routing: Routing, quantized: QuantizedTokens | None = None
+) -> Tensor:
+    """The layer, (T, H), where `can_run`. Arguments as of `experts_forward`, checked.
+
+    With ``quantized`` tokens, by the recipe of the call, ``x`` has no values, and they are what is kept for backward.
+    """
+    return _run(x, topk_weights, experts, *routing, quantized)
 
 
 def _run(
-    x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights, offs: Tensor, source: Tensor, places: Tensor | None
-) -> Tensor:
+    x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights, offs: Tensor, source: Tensor, places: Tensor | None,
+    quantized: QuantizedTokens | None = None,
+) -> Tensor:  # fmt: skip
     """``places`` is None where each token has one row, and rows are results."""
     if weight_gradients.leaves_graphs(experts.accumulate_main_grad):
-        return weight_gradients.outside_of_graphs(_apply, x, topk_weights, experts, offs, source, places)
-    return _apply(x, topk_weights, experts, offs, source, places)
+        return weight_gradients.outside_of_graphs(_apply, x, topk_weights, experts, offs, source, places, quantized)
+    return _apply(x, topk_weights, experts, offs, source, places, quantized)
 
 
 def _apply(
-    x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights, offs: Tensor, source: Tensor, places: Tensor | None
-) -> Tensor:
+    x: Tensor, topk_weights: Tensor | None, experts: ExpertWeights, offs: Tensor, source: Tensor, places: Tensor | None,
+    quantized: QuantizedTokens | None,
+) -> Tensor:  # fmt: skip
     """`_run`, outside of graphs if the gradients of weights have a destination."""
     gate_up, down, recipe = experts.first[0], experts.down, recipe_of(experts)
     destinations = (
@@ -209,9 +217,11 @@ def _apply(
         keep = experts.keep if recipe.is_scaled else "full"
     settings = recipe, experts.activation.name, experts.interleaved, keep
     topk_weights = None if topk_weights is None else dense_rows(topk_weights)
+    data, scale = (None, None) if quantized is None else quantized[:2]
     y: Tensor = _FusedExperts.apply(
-        dense_rows(x), topk_weights, gate_up, down, offs, source, places, settings, destinations
-    )
+        dense_rows(x) if data is None else x,
+        topk_weights, gate_up, down, offs, source, places, settings, destinations, data, scale,
+    )  # fmt: skip
     return y
 
 
@@ -244,18 +254,23 @@ class _FusedExperts(torch.autograd.Function):
         places: Tensor | None,
         settings: tuple[Recipe, str, bool, str],
         destinations: tuple[WgradDestination | None, WgradDestination | None],
+        data: Tensor | None,
+        data_scale: Tensor | None,
     ) -> Tensor:
         """y (T, H).
 
         ``settings``: recipe, activation, interleaved, and what to keep, see `moe_gated_mm`. ``destinations``: of the
-        gradients of gate_up and down.
+        gradients of gate_up and down. ``data`` and its scales: x in fp8, if it has no values.
         """
         recipe, activation, interleaved, keep = settings
         dgrad = keep != "nothing" and recipe.is_scaled
         gate_up_forward, gate_up_dgrad = layouts_of(gate_up, recipe, dgrad)
         down_forward, down_dgrad = layouts_of(down, recipe, dgrad)
         w, w_scale = operand(gate_up_forward)
-        tokens, scale = ops.moe_quantize_tokens(x, recipe.value) if recipe.is_scaled else (x, None)
+        if data is not None:
+            tokens, scale = data, data_scale
+        else:
+            tokens, scale = ops.moe_quantize_tokens(x, recipe.value) if recipe.is_scaled else (x, None)
         if _can_gate(w.shape[2] // 2, recipe, interleaved):
             h, h_scale, pre, pre_scale = ops.moe_gated_mm(
                 tokens, scale, source, w, w_scale, offs, recipe.value, x.dtype, activation, interleaved, keep
@@ -275,8 +290,10 @@ class _FusedExperts(torch.autograd.Function):
                 weights = *operand(gate_up_dgrad), *operand(down_dgrad)
             else:
                 weights = dense(gate_up), None, dense(down), None
-            kept = (tokens, scale, pre, pre_scale) if keep == "recipe" else (x, None, pre, None)
-            ctx.save_for_backward(*kept, topk_weights, offs, source, places, *weights)
+            of_x = (tokens, scale) if keep == "recipe" or data is not None else (x, None)
+            ctx.save_for_backward(
+                *of_x, pre, pre_scale if keep == "recipe" else None, topk_weights, offs, source, places, *weights
+            )
         ctx.settings, ctx.dtype, ctx.destinations = settings, x.dtype, destinations
         return y_rows if places is None else ops.moe_combine(y_rows, topk_weights, places)
 
@@ -285,7 +302,7 @@ class _FusedExperts(torch.autograd.Function):
         """Gradients of x, topk_weights, gate_up and down."""
         gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
         with batched_gradient(dy):
-            return (*gradients(ctx, dense_rows(dy)), None, None, None, None, None)
+            return (*gradients(ctx, dense_rows(dy)), *[None] * 7)
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -18,6 +18,7 @@ from grouped_gemm.moe import decode, fused
 from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, run_composed
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
+from grouped_gemm.moe.tokens import QuantizedTokens
 
 IMPLEMENTATIONS = ("auto", "grouped_mm", "decode", "batched_mm", "eager_fused", "eager")
 # Routed rows up to which "auto" gathers the weights of each row. On a CPU, batched_mm wins up to 4 to 8 rows of a small
@@ -25,8 +26,14 @@ IMPLEMENTATIONS = ("auto", "grouped_mm", "decode", "batched_mm", "eager_fused", 
 _FEW_ROWS = 4
 
 
-def run(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
+def run(
+    name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights, num_slots: int | None = None,
+    quantized: QuantizedTokens | None = None,
+) -> Tensor:  # fmt: skip
     """The layer, (T, H), by the implementation of this ``name``. Arguments as of `experts_forward`, checked.
+
+    ``num_slots`` is how many slots are not dropped, if the host knows it. With ``quantized`` tokens, ``x`` has no
+    values.
 
     Raises:
         ValueError: the call is not one for this implementation, or nothing that is batch-invariant runs it.
@@ -34,7 +41,17 @@ def run(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: E
     chosen = _choose(name, x, topk_ids, topk_weights, experts)
     if chosen != "decode":
         experts = decode.without_quantized(experts, x.dtype)
-    return _RUNS[chosen](x, topk_ids, topk_weights, experts)
+    is_fused = chosen == "grouped_mm" and fused.can_run(x, topk_weights, experts)
+    if quantized is not None and not (is_fused and quantized.recipe is fused.recipe_of(experts)):
+        x, quantized = quantized.values(x), None
+    if chosen != "grouped_mm":
+        return _RUNS[chosen](x, topk_ids, topk_weights, experts)
+    routing = route(topk_ids, experts.num_experts)
+    if num_slots is not None:
+        routing = routing._replace(source=routing.source[:num_slots])
+    if is_fused:
+        return fused.run(x, topk_weights, experts, routing, quantized)
+    return run_composed(x, topk_weights, experts, routing)
 
 
 def explain(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> str:
@@ -50,13 +67,6 @@ def explain(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, expert
     if refusal is None:
         return f"implementation grouped_mm, fused:\n{fused.explain(experts)}{note}"
     return f"implementation grouped_mm, not fused: {refusal}. It runs gather, grouped_mm, activation and combine.{note}"
-
-
-def _run_grouped(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
-    routing = route(topk_ids, experts.num_experts)
-    if fused.can_run(x, topk_weights, experts):
-        return fused.run(x, topk_weights, experts, routing)
-    return run_composed(x, topk_weights, experts, routing)
 
 
 def _run_batched(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
@@ -142,7 +152,6 @@ def _run_row_by_row(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: 
 
 
 _RUNS: dict[str, Callable[[Tensor, Tensor, Tensor, ExpertWeights], Tensor]] = {
-    "grouped_mm": _run_grouped,
     "decode": decode.run,
     "batched_mm": _run_batched,
     "eager_fused": _run_eager_fused,

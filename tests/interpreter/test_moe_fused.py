@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,9 +20,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from grouped_gemm import WgradQueue, delay_wgrad, quantize_weights
+from grouped_gemm import Recipe, WgradQueue, delay_wgrad, quantize_weights
+from grouped_gemm.core.library import ops
 from grouped_gemm.moe import experts_forward, fused, sorted_experts
 from grouped_gemm.moe.activation import ACTIVATIONS
+from grouped_gemm.moe.expert_parallel import Tokens
+from grouped_gemm.moe.tokens import QuantizedTokens
 from grouped_gemm.testing import relative_error
 
 E, T, K = 3, 10, 3
@@ -577,3 +580,45 @@ def test_views_of_parameters_and_rows_in_expert_order():
     queue.backward_dw()
     for w, gradient in zip((gate_up, down), right):
         assert relative_error(w.main_grad, gradient.float()) <= 2.0**-8
+
+
+# Tokens that have arrived in fp8
+
+
+class Arrived(NamedTuple):
+    """A dispatcher of one rank, whose tokens arrive in fp8."""
+
+    quantized: QuantizedTokens
+
+    def dispatch(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tokens:
+        return Tokens(x, ids, weights, None, int(((ids >= 0) & (ids < E)).sum()), self.quantized)
+
+    def combine(self, y: Tensor, handle: None) -> Tensor:
+        return y
+
+
+@pytest.mark.parametrize("keep", ("full", "recipe"))
+def test_tokens_in_fp8_are_read_as_they_are(keep):
+    """x has no values then. What is kept of it are the rounded values, whatever ``keep`` is."""
+    inputs, recipe = Inputs(128), Recipe.FP8_BLOCKWISE
+    quantized = QuantizedTokens(*ops.moe_quantize_tokens(inputs.x.detach(), recipe.value), recipe)
+    x = torch.full((1, 1), torch.nan).to(inputs.x).expand(inputs.x.shape).requires_grad_()
+    with Seen() as seen:
+        found = inputs.train([x, *inputs.leaves[1:]], recipe=recipe, keep=keep, mesh=Arrived(quantized))
+    assert seen.names.count("moe_quantize_tokens") == 1  # of dY
+    expected, rounded = (inputs.train(recipe=recipe, keep=k) for k in (keep, "recipe"))
+    is_exact = [name for name in ("y", *NAMES) if name != "gate_up" or keep == "recipe"]
+    by_name = [dict(zip(("y", *NAMES), tensors)) for tensors in (found, expected)]
+    assert_equal(*([tensors[name] for name in is_exact] for tensors in by_name), is_exact)
+    assert relative_error(found[3], rounded[3]) <= FP8  # with keep="full", dpre is that of exact pre-activations
+
+
+def test_tokens_in_fp8_of_another_recipe_are_dequantized():
+    inputs = Inputs(128)
+    recipe = Recipe.FP8_BLOCKWISE_POW2
+    quantized = QuantizedTokens(*ops.moe_quantize_tokens(inputs.x.detach(), recipe.value), recipe)
+    values = ops.moe_dequantize_tokens(*quantized[:2], inputs.x.dtype).requires_grad_()
+    x = torch.full((1, 1), torch.nan).to(inputs.x).expand(inputs.x.shape).requires_grad_()
+    for options in ({}, {"recipe": "fp8_blockwise"}, {"implementation": "eager"}):
+        found = inputs.train([x, *inputs.leaves[1:]], mesh=Arrived(quantized), **options)
+        assert_equal(found, inputs.train([values, *inputs.leaves[1:]], **options))

@@ -29,7 +29,7 @@ def samples():
     yield "moe_activate_backward_quantize", (*weighted, own, offs, recipe, "swiglu", True)
     yield "moe_activate_backward_quantize", (*rows, own, offs, recipe, "swiglu", False)
     yield "moe_activate_quantize", (dy[:20], own, recipe, "swiglu", False, 3)
-    yield "moe_quantize_tokens", (dy, recipe)
+    yield "moe_quantize_tokens", (dy, recipe, source)
     blocks = OPS.triton_token_blocks(OFFS, 24)
     yield "triton_token_blocks", (OFFS, 24)
     yield "triton_quantize_activations", (a, OFFS, "fp8_rowwise", True, True, blocks)
