@@ -36,7 +36,7 @@ from grouped_gemm.kernels.moe import activation as moe_activation
 from grouped_gemm.kernels.moe import combine as moe_combine
 from grouped_gemm.kernels.moe import decode as moe_decode
 from grouped_gemm.kernels.moe import gather as moe_gather
-from grouped_gemm.kernels.moe import gathered_mm, gathered_wgrad, routing
+from grouped_gemm.kernels.moe import gathered_mm, gathered_wgrad, packing, routing
 from grouped_gemm.kernels.moe import quantize as moe_quantize
 from grouped_gemm.kernels.quantize import blockwise, packed_bf16, rowwise
 from grouped_gemm.kernels.quantize import fp8 as quantize_fp8
@@ -409,7 +409,31 @@ def compile_routing(arch: str) -> dict[str, Any]:
         "routing add blocks": compile_kernel(routing._add_blocks, arch, types, routing._SUMS, num_warps=4),
         "routing place": compile_kernel(routing._place, arch, types, large | few, num_warps=8),
         "routing place alone": compile_kernel(routing._place, arch, types, alone, num_warps=4),
+        "routing place without sources": compile_kernel(
+            routing._place, arch, types, large | {"source": None, "E_AT_ONCE": 2}, num_warps=8
+        ),
     }
+
+
+def compile_packing(arch: str) -> dict[str, Any]:
+    """Rows between ranks, with and without scales and slots."""
+    types = {"x": "*bf16", "topk_ids": "*i64", "topk_weights": "*fp32", "scales": "*fp32", "weights": "*fp32"}
+    types |= dict.fromkeys(("ranks", "numbers", "places", "ids"), "*i32")
+    ranks = {"TOKENS": 256, "SLOTS": 8}
+    compiled = {"ranks of tokens": compile_kernel(packing._find_ranks, arch, types, ranks, num_warps=4)}
+    tile = {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024, "SLOTS": 8}
+    without = {"scales": None, "LIMIT": 0.0, "POWER_OF_TWO": False, "NVIDIA": False}
+    forms = [("pack", "bf16", without), ("pack alone", "bf16", without | _NO_SLOTS)]
+    if ARCHS[arch].fp8 is not None:
+        fp8, scaling = dtype_of("rowwise", arch), without | {"LIMIT": limit_of(arch), "NVIDIA": arch.startswith("sm")}
+        del scaling["scales"]
+        forms += [("pack in fp8", fp8, scaling), ("pack in fp8 alone", fp8, scaling | _NO_SLOTS)]
+    for name, data, changes in forms:
+        compiled[name] = compile_kernel(packing._pack, arch, types | {"data": f"*{data}"}, tile | changes, num_warps=4)
+    return compiled
+
+
+_NO_SLOTS = dict.fromkeys(("topk_ids", "topk_weights", "ids", "weights"))
 
 
 def compile_moe(arch: str) -> dict[str, Any]:
@@ -463,8 +487,7 @@ def compile_moe_steps(arch: str) -> dict[str, Any]:
         types["pre"] = "*bf16"
     if has_fp8:
         tokens = {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024, "PDL": False}
-        build("tokens", moe_quantize._quantize_tokens, numbers | tokens | {"source": None})
-        build("gathered tokens", moe_quantize._quantize_tokens, numbers | tokens)
+        build("tokens", moe_quantize._quantize_tokens, numbers | tokens)
         build("values of tokens", moe_quantize._dequantize_tokens, tokens)
     return compiled
 
@@ -490,7 +513,7 @@ def compile_decode() -> dict[str, Any]:
         compiled[f"moe sum {parts=}"] = kernel
     types = {"x": "*bf16", "data": "*fp8e4nv", "scales": "*fp32"}
     numbers = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True}
-    tokens = numbers | {"source": None, "BLOCK": 128, "ROWS": 4, "WIDTH": 1024, "PDL": True}
+    tokens = numbers | {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024, "PDL": True}
     kernel = compile_kernel(moe_quantize._quantize_tokens, "sm_90", types, tokens, num_warps=4)
     compiled["moe tokens, overlapping"] = kernel
     return compiled
@@ -572,7 +595,11 @@ def main(arch: str) -> None:
         print(json.dumps(facts_of(f"quantize {name}", compiled)), flush=True)
     for name, compiled in compile_routing(arch).items():
         print(json.dumps(facts_of(name, compiled)), flush=True)
-    moe = compile_moe(arch) | compile_moe_steps(arch) if arch in ("sm_80", "sm_90", "gfx942") else {}
+    moe = (
+        compile_moe(arch) | compile_moe_steps(arch) | compile_packing(arch)
+        if arch in ("sm_80", "sm_90", "gfx942")
+        else {}
+    )
     for name, compiled in moe.items():
         print(json.dumps(facts_of(f"moe {name}", compiled)), flush=True)
     hopper_kernels = compile_hopper() | compile_gathered() | compile_decode() if ARCHS[arch].kernels == "hopper" else {}

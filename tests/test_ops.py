@@ -53,6 +53,22 @@ def moe_route():
     yield "no tokens", (ids[:0].int(), 4)
 
 
+def moe_find_ranks():
+    ids = torch.tensor([[0, 3, 1], [-1, 1, 4]])
+    yield "strided", (ids.t(), 4, 2)
+    yield "no tokens", (ids[:0].int(), 4, 2)
+
+
+def moe_pack():
+    """Rows of 64 bytes, that are all used: opcheck compares every byte."""
+    places = torch.tensor([[0, 2], [-1, 3], [1, -1]], dtype=torch.int32)
+    yield "alone", (torch.randn(3, 32, dtype=torch.bfloat16), None, None, places, 4, "none", False)
+    for features, k, recipe in ((32, 8, "none"), (256, 7, "fp8_blockwise")):
+        slots = torch.randint(8, (k, 3)).t(), torch.rand(3, 2 * k)[:, ::2]
+        yield recipe, (torch.randn(features, 3, dtype=torch.bfloat16).t(), *slots, places, 4, recipe, False)
+    yield "gaps", (torch.randn(3, 24), None, None, places, 9, "fp8_blockwise_pow2", True)
+
+
 # hipBLASLt needs an AMD GPU, but its ops around the GEMMs run on a CPU, and so do GEMMs without scales.
 # tests/test_hipblaslt.py has the scaled GEMMs, on a fake build of torch.
 
@@ -157,7 +173,6 @@ def moe_activate_backward_quantize():
 def moe_quantize_tokens():
     for name, x in rows(K).items():
         yield name, (x, "fp8_blockwise")
-        yield f"{name}, gathered", (x, "fp8_blockwise", sources(x))
 
 
 def sources(x: torch.Tensor) -> torch.Tensor:
@@ -177,8 +192,8 @@ def in_blocks(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def moe_dequantize_tokens():
-    for name, given in moe_quantize_tokens():
-        yield name, (*ops.moe_quantize_tokens(*given), torch.float16)
+    for name, (x, recipe) in moe_quantize_tokens():
+        yield name, (*ops.moe_quantize_tokens(x, recipe), torch.float16)
 
 
 def moe_decode():
@@ -251,11 +266,13 @@ BY_HAND = {
         moe_combine_backward,
         moe_decode,
         moe_dequantize_tokens,
+        moe_find_ranks,
         moe_gated_mm,
         moe_gather,
         moe_gathered_mm,
         moe_gathered_wgrad,
         moe_gathered_wgrad_add,
+        moe_pack,
         moe_quantize_tokens,
     )
 }

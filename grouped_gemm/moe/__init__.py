@@ -1,5 +1,6 @@
 """The MoE layer on `grouped_mm`: routing, gather, experts, combine."""
 
+from grouped_gemm.moe import packing  # noqa: F401  (defines ops)
 from grouped_gemm.moe.experts import experts_forward, explain_experts, sorted_experts
 from grouped_gemm.moe.module import Experts
 

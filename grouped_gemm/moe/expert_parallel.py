@@ -22,13 +22,12 @@ S: rows that a rank sends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -37,7 +36,7 @@ from grouped_gemm.core.library import ops
 from grouped_gemm.core.machine import is_capturing
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.moe import rows  # noqa: F401  (defines ops)
-from grouped_gemm.moe.routing import route
+from grouped_gemm.moe.packing import unpack
 from grouped_gemm.moe.tokens import QuantizedTokens
 from grouped_gemm.selection import checks
 
@@ -92,29 +91,24 @@ class Dispatcher(Protocol):
         """(T, H): the sums of the results ``y`` of what `dispatch` returned, one row for each of its rows."""
 
 
-@dataclass
-class _Routes:
-    """Which token goes where: row ``places[t, w]`` of what is sent is token t for rank w; -1: it does not go there.
+class _Routes(NamedTuple):
+    """Which token goes where. Every part but ``lost`` is an argument of `_Send` and `_Return`.
 
     Attributes:
-        source: (S,) int32, the token of each row that is sent; -1: none.
-        places: (T, W) int32.
-        sends: rows for each rank; None: equally many.
+        places: (T, W) int32: row ``places[t, w]`` of what is sent is token t for rank w; -1: it does not go there.
+        num_rows: S.
+        sends: rows for each rank; None: equally many, with gaps.
         takes: rows from each rank; None: equally many.
-        num_slots: slots of local experts among the rows that arrive; None: the host does not know.
+        group: the ranks.
         lost: (T,) whether a token did not fit; None: all fit.
     """
 
-    source: Tensor
     places: Tensor
+    num_rows: int
     sends: list[int] | None
     takes: list[int] | None
-    num_slots: int | None
+    group: dist.ProcessGroup
     lost: Tensor | None
-
-    def to(self, group: dist.ProcessGroup) -> tuple[Any, ...]:
-        """What `_Send` and `_Return` need, between the ranks of ``group``."""
-        return self.source, self.places, self.sends, self.takes, group
 
 
 class AllToAll:
@@ -153,6 +147,7 @@ class AllToAll:
         if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
             checks.fail("capacity", "None or a number of rows of at least 1", repr(capacity))
         self.num_experts, self.recipe, self.capacity = num_experts, parsed, capacity
+        self._reading: torch.cuda.Stream | None = None
         self._lost: Tensor | None = None  # () bool, on the device: whether a token did not fit
         self._seen: tuple[Tensor, torch.cuda.Event | None] | None = None  # a copy on the host, and when it is there
 
@@ -162,31 +157,45 @@ class AllToAll:
         Raises:
             RuntimeError: with a capacity, a token of the call before did not fit. The host waits for its dispatch.
         """
+        checks.check_topk_ids(topk_ids, self.num_experts)
         self._raise_if_lost()
-        routes = self._routes(topk_ids)
-        to, is_quantized = routes.to(self.group), self.recipe.is_scaled
-        integers = [F.pad(topk_ids.to(torch.int32), (0, 0, 0, 1), value=-1)[routes.source]]  # -1 takes the last row
-        if is_quantized:
-            data, scale = ops.moe_quantize_tokens(x.detach(), self.recipe.value, routes.source)
-            integers.append(scale.view(torch.int32))
-        if routes.lost is not None:  # each row says whether its rank has lost a token: all ranks have to raise
-            integers.append(routes.lost.any().to(torch.int32).expand(len(routes.source), 1))
-        arrived = _exchange(torch.cat(integers, 1), routes.sends, routes.takes, self.group)
-        columns = list(arrived.split([part.shape[1] for part in integers], 1))
-        if routes.lost is not None:
-            self._remember(columns.pop().any())
-        quantized = None
-        if is_quantized:
-            data = _exchange_bytes(data, routes.sends, routes.takes, self.group)
-            quantized = QuantizedTokens(data, columns[1].contiguous().view(torch.float32), self.recipe)
-        x = _Send.apply(x, *to, None, is_quantized)
-        weights = _Send.apply(topk_weights.float(), *to, None, False)
-        first = self.rank * (self.num_experts // self.num_ranks)
-        return Tokens(x, columns[0] - first, weights, routes, routes.num_slots, quantized)
+        num_ranks, (num_tokens, top_k) = self.num_ranks, topk_ids.shape
+        numbers, places = ops.moe_find_ranks(topk_ids, self.num_experts, num_ranks)
+        lost = None
+        if self.capacity is not None:
+            counts, ranks = numbers[:, 0], torch.arange(num_ranks, device=places.device)
+            order = places - (counts.cumsum(0) - counts)
+            is_lost = order >= self.capacity  # not where places are -1
+            places = torch.where(is_lost | (places < 0), -1, order + self.capacity * ranks).to(torch.int32)
+            lost = is_lost.any(1)  # all ranks have to raise, so they tell each other
+            numbers = torch.cat((numbers, lost.any().to(torch.int32).expand(num_ranks, 1)), 1)
+        # The numbers travel while rows are packed, which is for as many as there can be.
+        most = num_tokens * min(num_ranks, top_k) if self.capacity is None else self.capacity * num_ranks
+        receive = _start(numbers, None, None, self.group)
+        packed = ops.moe_pack(
+            dense_rows(x.detach()), topk_ids, topk_weights.detach(), places, most, self.recipe.value, lost is not None
+        )
+        sends = takes = num_slots = None
+        if lost is None:
+            sends, takes, num_slots = self._read(numbers, receive)
+            packed = packed[: sum(sends)]
+        routes = _Routes(places, packed.shape[0], sends, takes, self.group, lost)
+        arrived = _exchange(packed, sends, takes, self.group)
+        data, scale, ids, weights = unpack(arrived, x.shape[1], top_k, x.dtype, self.recipe)
+        ids = ids - self.rank * (self.num_experts // num_ranks)
+        if self.capacity is not None:
+            received = receive()
+            self._remember(received[:, 2].any())
+            is_used = torch.arange(self.capacity, device=ids.device) < received[:, :1]
+            ids = torch.where(is_used.view(-1, 1), ids, -1)
+        quantized = None if scale is None else QuantizedTokens(data, scale.contiguous(), self.recipe)
+        x = _Send.apply(x, data if quantized is None else None, len(arrived), *routes[:-1])
+        weights = _Send.apply(topk_weights, weights, len(arrived), *routes[:-1])
+        return Tokens(x, ids, weights, routes, num_slots, quantized)
 
     def combine(self, y: Tensor, handle: _Routes) -> Tensor:
         """See `Dispatcher`."""
-        total = _Return.apply(y, *handle.to(self.group), self.recipe if self.recipe.is_scaled else None)
+        total = _Return.apply(y, *handle[:-1], self.recipe)
         return total if handle.lost is None else total.masked_fill(handle.lost.unsqueeze(1), torch.nan)
 
     def check(self) -> None:
@@ -194,24 +203,19 @@ class AllToAll:
         if self._lost is not None and bool(self._lost):
             self._raise()
 
-    def _routes(self, topk_ids: Tensor) -> _Routes:
-        num_ranks = self.num_ranks
-        ranks = torch.arange(num_ranks, device=topk_ids.device)
-        owns = (topk_ids // (self.num_experts // num_ranks)).unsqueeze(2) == ranks  # (T, k, W); of other ids nobody
-        ends, source, places = route(torch.where(owns.any(1), ranks, -1), num_ranks)
-        counts = ends.diff(prepend=ends.new_zeros(1))
-        if self.capacity is None:
-            numbers = torch.stack((counts, owns.sum((0, 1), dtype=torch.int32)), 1)
-            received = _exchange(numbers, None, None, self.group)
-            sends, takes, slots = torch.cat((numbers[:, :1], received), 1).t().tolist()  # the host read
-            return _Routes(source[: sum(sends)], places, sends, takes, sum(slots), None)
-        starts, steps = ends - counts, torch.arange(self.capacity, device=ends.device)
-        order = places - starts
-        is_lost = (places >= 0) & (order >= self.capacity)
-        places = torch.where(is_lost | (places < 0), -1, order + self.capacity * ranks).to(torch.int32)
-        source = F.pad(source, (0, self.capacity), value=-1)[starts.unsqueeze(1) + steps]
-        source = torch.where(steps < counts.unsqueeze(1), source, -1).flatten()
-        return _Routes(source, places, None, None, None, is_lost.any(1))
+    def _read(self, numbers: Tensor, receive: Callable[[], Tensor]) -> tuple[list[int], list[int], int]:
+        """The host read: how many rows go to each rank and come from it, and how many slots come.
+
+        On a GPU it waits for the numbers alone, not for the packing of rows.
+        """
+        if not numbers.is_cuda or torch.compiler.is_compiling():
+            found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
+        else:
+            self._reading = self._reading or torch.cuda.Stream(numbers.device)
+            with torch.cuda.stream(self._reading):  # what is received was sent after ``numbers`` were there
+                found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
+        sends, takes, slots = found
+        return sends, takes, sum(slots)
 
     def _remember(self, lost: Tensor) -> None:
         if self._lost is None:
@@ -280,26 +284,20 @@ class _Send(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, source: Tensor, places: Tensor, sends: list[int] | None, takes: list[int] | None,
-        group: dist.ProcessGroup, recipe: Recipe | None, has_arrived: bool,
+        ctx: Any, x: Tensor, arrived: Tensor | None, num_arrived: int, places: Tensor, num_rows: int,
+        sends: list[int] | None, takes: list[int] | None, group: dist.ProcessGroup,
     ) -> Tensor:  # fmt: skip
-        """(R, H) of ``x`` (T, H), sent in fp8 with a recipe. NaN without memory if what is sent ``has_arrived``."""
-        ctx.save_for_backward(source, places)
-        ctx.arguments = sends, takes, group
-        if has_arrived:
-            num_rows = source.shape[0] if takes is None else sum(takes)
-            return x.new_full((1, 1), torch.nan).expand(num_rows, x.shape[1])
-        x = dense_rows(x)
-        if recipe is None:
-            return _exchange(ops.moe_gather(x, source, places), sends, takes, group)
-        data, scale = ops.moe_quantize_tokens(x, recipe.value, source)
-        data = _exchange_bytes(data, sends, takes, group)
-        return ops.moe_dequantize_tokens(data, _exchange(scale, sends, takes, group), x.dtype)
+        """(R, H): what has ``arrived`` of ``x`` (T, H). None: it arrived elsewhere, and this is NaN without memory."""
+        ctx.save_for_backward(places)
+        ctx.arguments = num_rows, sends, takes, group
+        if arrived is None:
+            return x.new_full((1, 1), torch.nan).expand(num_arrived, x.shape[1])
+        return arrived.clone() if torch.compiler.is_compiling() else arrived.view_as(arrived)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``x``."""
-        return _Return.apply(dy, *ctx.saved_tensors, *ctx.arguments, None), *[None] * 7
+        return _Return.apply(dy, *ctx.saved_tensors, *ctx.arguments, Recipe.NONE), *[None] * 7
 
 
 class _Return(torch.autograd.Function):
@@ -307,24 +305,43 @@ class _Return(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, source: Tensor, places: Tensor, sends: list[int] | None, takes: list[int] | None,
-        group: dist.ProcessGroup, backward_recipe: Recipe | None,
+        ctx: Any, y: Tensor, places: Tensor, num_rows: int, sends: list[int] | None, takes: list[int] | None,
+        group: dist.ProcessGroup, backward_recipe: Recipe,
     ) -> Tensor:  # fmt: skip
         """(T, H) of ``y`` (R, H). With a recipe, gradients travel in fp8."""
-        ctx.save_for_backward(source, places)
-        ctx.arguments = sends, takes, group, backward_recipe
+        ctx.save_for_backward(places)
+        ctx.arguments, ctx.num_arrived, ctx.recipe = (num_rows, sends, takes, group), y.shape[0], backward_recipe
         return ops.moe_combine(_exchange(y, takes, sends, group), None, places)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``y``."""
-        return _Send.apply(dy, *ctx.saved_tensors, *ctx.arguments, False), *[None] * 6
+        (places,), (num_rows, sends, takes, group) = ctx.saved_tensors, ctx.arguments
+        packed = ops.moe_pack(dense_rows(dy.detach()), None, None, places, num_rows, ctx.recipe.value, sends is None)
+        arrived = _exchange(packed, sends, takes, group)
+        data, scale, _, _ = unpack(arrived, dy.shape[1], 0, dy.dtype, ctx.recipe)
+        if scale is not None:
+            data = ops.moe_dequantize_tokens(data, scale.contiguous(), dy.dtype)
+        return _Send.apply(dy, data, ctx.num_arrived, places, *ctx.arguments), *[None] * 6
+
+
+def _start(
+    x: Tensor, sends: list[int] | None, takes: list[int] | None, group: dist.ProcessGroup
+) -> Callable[[], Tensor]:
+    """Begins to send the rows of ``x``. What it returns waits for those that arrive, as the current stream does."""
+    x = x.contiguous()
+    if torch.compiler.is_compiling():
+        arriving = collectives.all_to_all_single(x, takes, sends, group)
+        return lambda: collectives.wait_tensor(arriving)
+    arrived = x.new_empty(x.shape[0] if takes is None else sum(takes), *x.shape[1:])
+    work = dist.all_to_all_single(arrived, x, takes, sends, group, async_op=True)  # the host takes a third of the time
+
+    def wait() -> Tensor:
+        work.wait()
+        return arrived
+
+    return wait
 
 
 def _exchange(x: Tensor, sends: list[int] | None, takes: list[int] | None, group: dist.ProcessGroup) -> Tensor:
-    return collectives.wait_tensor(collectives.all_to_all_single(x.contiguous(), takes, sends, group))
-
-
-def _exchange_bytes(x: Tensor, sends: list[int] | None, takes: list[int] | None, group: dist.ProcessGroup) -> Tensor:
-    """`_exchange` of a dtype that collectives do not know."""
-    return _exchange(x.contiguous().view(torch.uint8), sends, takes, group).view(x.dtype)
+    return _start(x, sends, takes, group)()

@@ -135,29 +135,23 @@ def _weights_of_rows(
 
 
 @define_op()
-def _moe_quantize_tokens(x_TD: Tensor, recipe: str, source: Tensor | None = None) -> Steps[tuple[Tensor, Tensor]]:
+def _moe_quantize_tokens(x_TD: Tensor, recipe: str) -> Steps[tuple[Tensor, Tensor]]:
     """Tokens quantized in blocks of 128 features, without groups, to be read by their number.
 
-    Args:
-        source: (M,) int32, the token of each row; -1: none, a row of zeros. None: M = T, tokens in their order.
-
     Returns:
-        data (M, D) fp8 with rows that start at multiples of 16 bytes, and scales (M, ceil(D/128)) fp32, contiguous.
+        data (T, D) fp8 with rows that start at multiples of 16 bytes, and scales (T, ceil(D/128)) fp32, contiguous.
     """
-    num_rows, features = (x_TD if source is None else source).shape[0], x_TD.shape[1]
-    data_MD = layouts.empty_fp8(x_TD, (num_rows, features))
-    scale = x_TD.new_empty(num_rows, -(-features // layouts.TOKEN_BLOCK), dtype=torch.float32)
-    yield data_MD, scale
+    num_tokens, features = x_TD.shape
+    data_TD = layouts.empty_fp8(x_TD, (num_tokens, features))
+    scale = x_TD.new_empty(num_tokens, -(-features // layouts.TOKEN_BLOCK), dtype=torch.float32)
+    yield data_TD, scale
     if runs_kernels(x_TD.device):
         from grouped_gemm.kernels.moe import quantize as kernel
 
-        rows = None if source is None else source.contiguous()
-        kernel.quantize_tokens(dense_rows(x_TD), Recipe(recipe), data_MD, scale, rows)
+        kernel.quantize_tokens(dense_rows(x_TD), Recipe(recipe), data_TD, scale)
     else:
-        if source is not None:
-            x_TD = F.pad(x_TD, (0, 0, 0, 1))[source.long()]  # -1 is the row of zeros at the end
-        data, scales = reference.quantize(x_TD, reference.row_blocks(Recipe(recipe)), Recipe(recipe), data_MD.dtype)
-        data_MD.copy_(data)
+        data, scales = reference.quantize(x_TD, reference.row_blocks(Recipe(recipe)), Recipe(recipe), data_TD.dtype)
+        data_TD.copy_(data)
         scale.copy_(scales)
 
 

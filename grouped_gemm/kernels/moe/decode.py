@@ -172,7 +172,7 @@ def _quantized(
         return rows, None
     data = layouts.empty_fp8(rows, (rows.shape[0], rows.shape[1]))
     scale = rows.new_empty(rows.shape[0], cdiv(rows.shape[1], layouts.TOKEN_BLOCK), dtype=torch.float32)
-    quantize_tokens(rows, recipe, data, scale, signals=signals, overlaps=overlaps)
+    quantize_tokens(rows, recipe, data, scale, signals, overlaps)
     return data, scale
 
 

@@ -117,32 +117,30 @@ def activate_backward_quantize(
 
 
 def quantize_tokens(
-    x_TD: Tensor, recipe: Recipe, data_MD: Tensor, scale: Tensor, source: Tensor | None = None,
-    signals: bool = False, overlaps: bool = False,
-) -> None:  # fmt: skip
+    x_TD: Tensor, recipe: Recipe, data_TD: Tensor, scale: Tensor, signals: bool = False, overlaps: bool = False
+) -> None:
     """Quantizes rows without groups.
 
     Args:
         x_TD: last axis contiguous; bfloat16, float16 or float32.
         recipe: blockwise.
-        data_MD: fp8, last axis contiguous.
-        scale: (M, ceil(D/128)) fp32, contiguous.
-        source: (M,) int32, contiguous, the token of each row; -1: none, a row of zeros. None: M = T, all in order.
+        data_TD: fp8, last axis contiguous.
+        scale: (T, ceil(D/128)) fp32, contiguous.
         signals: whether the next kernel may start before this one has ended.
         overlaps: whether this kernel may start before the one that writes ``x`` has ended, which signals it.
     """
-    num_rows, features = data_MD.shape
-    if num_rows == 0:
+    num_tokens, features = x_TD.shape
+    if num_tokens == 0:
         return
     width = max(min(next_power_of_2(features), 1024), TOKEN_BLOCK)
     height = _TOKENS_TILE // width
     sizes = {"BLOCK": TOKEN_BLOCK, "ROWS": height, "WIDTH": width, "PDL": signals}
-    constants = scaling_constants(x_TD, recipe, data_MD.dtype) | sizes
+    constants = scaling_constants(x_TD, recipe, data_TD.dtype) | sizes
     options = {"launch_pdl": True} if overlaps else {}  # AMD's compiler does not know this option
     with on_device(x_TD):
         launch(
-            _quantize_tokens, (cdiv(num_rows, height), cdiv(features, width)),
-            x_TD, source, data_MD, scale, num_rows, features, x_TD.stride(0), data_MD.stride(0),
+            _quantize_tokens, (cdiv(num_tokens, height), cdiv(features, width)),
+            x_TD, data_TD, scale, num_tokens, features, x_TD.stride(0), data_TD.stride(0),
             constants=constants, num_warps=4, **options,
         )  # fmt: skip
 
@@ -280,9 +278,9 @@ def _activate_backward_quantize(
             tl.store(dweights + slots, tl.broadcast_to(dots, slots.shape), mask=is_slot)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["T"])
 def _quantize_tokens(
-    x, source, data, scales, M, D, x_stride, data_stride,
+    x, data, scales, T, D, x_stride, data_stride,
     LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -293,18 +291,15 @@ def _quantize_tokens(
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     first = tl.program_id(1) * WIDTH
     columns = first + tl.arange(0, WIDTH)[None, :]
-    mask = (rows < M) & (columns < D)
-    tokens = rows
-    if source is not None:
-        tokens = tl.load(source + rows, mask=rows < M, other=-1)
-    values = tl.load(x + tokens.to(tl.int64) * x_stride + columns, mask=mask & (tokens >= 0), other=0)
+    mask = (rows < T) & (columns < D)
+    values = tl.load(x + rows.to(tl.int64) * x_stride + columns, mask=mask, other=0)
     values = values.reshape(ROWS, WIDTH // BLOCK, BLOCK)
     scale = scale_of(tl.max(magnitude(values), 2), LIMIT, POWER_OF_TWO)
     fp8 = to_fp8(values, inverse_of(scale)[:, :, None], LIMIT, data.dtype.element_ty, NVIDIA).reshape(ROWS, WIDTH)
     tl.store(data + rows.to(tl.int64) * data_stride + columns, fp8, mask=mask)
     blocks = first // BLOCK + tl.arange(0, WIDTH // BLOCK)[None, :]
     num_blocks = tl.cdiv(D, BLOCK)
-    tl.store(scales + rows.to(tl.int64) * num_blocks + blocks, scale, mask=(rows < M) & (blocks < num_blocks))
+    tl.store(scales + rows.to(tl.int64) * num_blocks + blocks, scale, mask=(rows < T) & (blocks < num_blocks))
 
 
 @triton.jit(do_not_specialize=["T"])

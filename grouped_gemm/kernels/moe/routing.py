@@ -23,13 +23,13 @@ _SMALL, _LARGE = 128, 1024  # slots of a block: powers of two, so that S rounded
 _SUMS = {"BLOCK_P": 256, "BLOCK_E": 8}  # 8 experts of a table fill a sector of memory, 32 bytes
 
 
-def route(topk_ids: Tensor, offs: Tensor, source: Tensor, places: Tensor) -> None:
+def route(topk_ids: Tensor, offs: Tensor, source: Tensor | None, places: Tensor) -> None:
     """Fills ``offs``, ``source`` and ``places`` with what `reference.route` returns.
 
     Args:
         topk_ids: (T, k) int32 or int64, contiguous; any values. S < 2^31.
         offs: (E,) int32; E <= 2^20, so that expert and slot of a block fit 31 bits.
-        source: (S,) int32.
+        source: (S,) int32; None: it is not wanted.
         places: (T, k) int32.
     """
     num_slots, num_experts = places.numel(), offs.shape[0]
@@ -96,7 +96,8 @@ def _place(topk_ids, table, offs, source, places, S, E, k, BLOCK: tl.constexpr, 
         row += tl.load(offs - 1 + expert, mask=has_before, other=0)
         row -= tl.load(ends - 1 + expert, mask=has_before, other=0)
         row += tl.where(is_kept, tl.load(ends - E + expert, mask=is_kept & (slot >= BLOCK), other=0), block * BLOCK)
-    tl.store(source + row, tl.where(is_kept, slot // k, -1), mask=is_slot)
+    if source is not None:
+        tl.store(source + row, tl.where(is_kept, slot // k, -1), mask=is_slot)
     tl.store(places + slot, tl.where(is_kept, row, -1), mask=is_slot)
 
 

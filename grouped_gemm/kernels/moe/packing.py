@@ -1,0 +1,134 @@
+"""The kernels of expert parallelism: which tokens go to which rank, and the rows that are sent.
+
+`moe.packing` has what a row looks like, and the twins in plain torch.
+
+T, k, H: tokens, slots of a token, features. W, E: ranks, experts of all. S: rows that are sent.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on_device
+from grouped_gemm.kernels.common.scaling import inverse_of, magnitude, scale_of, to_fp8
+from grouped_gemm.kernels.quantize.fp8 import scaling_constants
+from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK
+
+_IDS = 2048  # of a program
+_TILE = 4096  # tokens times features of a program
+
+
+def find_ranks(topk_ids: Tensor, num_experts: int, ranks: Tensor, numbers: Tensor) -> None:
+    """Finds the ranks that have any of a token's experts. Ids outside [0, E) are on no rank.
+
+    Args:
+        topk_ids: (T, k) int32 or int64, contiguous.
+        num_experts: E, a multiple of W.
+        ranks: (T, W) int32, contiguous: w where rank w has any, else -1.
+        numbers: (W, 2) int32, contiguous, zeros: how many tokens have experts on each rank, and how many slots.
+    """
+    (num_tokens, top_k), num_ranks = topk_ids.shape, numbers.shape[0]
+    if num_tokens == 0:
+        return
+    slots = next_power_of_2(max(top_k, 1))
+    constants = {"TOKENS": max(_IDS // slots, 1), "SLOTS": slots}
+    with on_device(topk_ids):
+        launch(
+            _find_ranks, (cdiv(num_tokens, constants["TOKENS"]), num_ranks),
+            topk_ids, ranks, numbers, num_tokens, top_k, num_experts // num_ranks, num_ranks,
+            constants=constants, num_warps=4,
+        )  # fmt: skip
+
+
+def pack(
+    x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, places: Tensor, recipe: Recipe,
+    data: Tensor, scale: Tensor | None, ids: Tensor | None, weights: Tensor | None,
+) -> None:  # fmt: skip
+    """Writes each token to its rows, quantized if there are scales, with its slots if there are any.
+
+    Args:
+        x_TH: last axis contiguous; bfloat16, float16 or float32.
+        topk_ids: (T, k) int32 or int64, last axis contiguous.
+        topk_weights: (T, k), any float dtype, last axis contiguous.
+        places: (T, W) int32, contiguous: the row of each token for each rank; -1: none.
+        recipe: blockwise, or none without scales.
+        data: (S, H) of a row: fp8, or the dtype of ``x``.
+        scale: (S, ceil(H/128)) fp32 of the same rows, or None.
+        ids: (S, k) int32 of the same rows, or None. Ids that are no int32 become -1.
+        weights: (S, k) fp32 of the same rows, or None.
+    """
+    (num_tokens, features), num_ranks = x_TH.shape, places.shape[1]
+    if num_tokens == 0:
+        return
+    width = max(min(next_power_of_2(features), 1024), TOKEN_BLOCK)
+    top_k = 0 if topk_ids is None else topk_ids.shape[1]
+    constants = scaling_constants(x_TH, recipe, data.dtype) if scale is not None else _UNSCALED
+    constants = constants | {
+        "BLOCK": TOKEN_BLOCK, "ROWS": _TILE // width, "WIDTH": width, "SLOTS": next_power_of_2(max(top_k, 1)),
+    }  # fmt: skip
+    strides = [0 if x is None else x.stride(0) for x in (x_TH, topk_ids, topk_weights, data, scale, ids, weights)]
+    with on_device(x_TH):
+        launch(
+            _pack, (cdiv(num_tokens, _TILE // width), cdiv(features, width)),
+            x_TH, topk_ids, topk_weights, places, data, scale, ids, weights,
+            num_tokens, features, top_k, num_ranks, *strides, constants=constants, num_warps=4,
+        )  # fmt: skip
+
+
+_UNSCALED = {"LIMIT": 0.0, "POWER_OF_TWO": False, "NVIDIA": False}
+
+
+@triton.jit(do_not_specialize=["T"])
+def _find_ranks(topk_ids, ranks, numbers, T, K, local, W, TOKENS: tl.constexpr, SLOTS: tl.constexpr):
+    """The tokens of one rank, which has ``local`` experts, among TOKENS tokens."""
+    rank = tl.program_id(1)
+    t, slots = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, SLOTS)
+    mask = (t < T)[:, None] & (slots < K)[None, :]
+    ids = tl.load(topk_ids + t.to(tl.int64)[:, None] * K + slots[None, :], mask=mask, other=-1)
+    counts = tl.sum(((ids >= rank * local) & (ids < rank * local + local)).to(tl.int32), 1)
+    goes = counts > 0
+    tl.store(ranks + t.to(tl.int64) * W + rank, tl.where(goes, rank, -1), mask=t < T)
+    tl.atomic_add(numbers + 2 * rank, tl.sum(goes.to(tl.int32)))
+    tl.atomic_add(numbers + 2 * rank + 1, tl.sum(counts))
+
+
+@triton.jit(do_not_specialize=["T"])
+def _pack(
+    x, topk_ids, topk_weights, places, data, scales, ids, weights, T, H, K, W,
+    x_stride, topk_ids_stride, topk_weights_stride, data_stride, scale_stride, ids_stride, weights_stride,
+    LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """ROWS tokens by WIDTH features, a multiple of BLOCK. A token is read once, however many ranks it goes to."""
+    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_token, at = (t < T)[:, None], t.to(tl.int64)[:, None]
+    first = tl.program_id(1) * WIDTH
+    columns = first + tl.arange(0, WIDTH)[None, :]
+    values = tl.load(x + at * x_stride + columns, mask=is_token & (columns < H), other=0)
+    if scales is not None:
+        values = values.reshape(ROWS, WIDTH // BLOCK, BLOCK)
+        scale = scale_of(tl.max(magnitude(values), 2), LIMIT, POWER_OF_TWO)
+        inverse = inverse_of(scale)[:, :, None]
+        values = to_fp8(values, inverse, LIMIT, data.dtype.element_ty, NVIDIA).reshape(ROWS, WIDTH)
+        blocks = first // BLOCK + tl.arange(0, WIDTH // BLOCK)[None, :]
+    if ids is not None:
+        slots = tl.arange(0, SLOTS)[None, :]
+        has_slots = (slots < K) & (tl.program_id(1) == 0)
+        expert = tl.load(topk_ids + at * topk_ids_stride + slots, mask=is_token & has_slots, other=-1)
+        expert = tl.where((expert >= 0) & (expert <= 0x7FFFFFFF), expert, -1).to(tl.int32)
+        weight = tl.load(topk_weights + at * topk_weights_stride + slots, mask=is_token & has_slots, other=0)
+    for w in range(W):
+        # Loaded before it gets a second axis: so a thread loads each place once.
+        place = tl.load(places + t.to(tl.int64) * W + w, mask=t < T, other=-1).to(tl.int64)[:, None]
+        tl.store(data + place * data_stride + columns, values, mask=(place >= 0) & (columns < H))
+        if scales is not None:
+            has_blocks = (place >= 0) & (blocks < tl.cdiv(H, BLOCK))
+            tl.store(scales + place * scale_stride + blocks, scale, mask=has_blocks)
+        if ids is not None:
+            tl.store(ids + place * ids_stride + slots, expert, mask=(place >= 0) & has_slots)
+            tl.store(weights + place * weights_stride + slots, weight.to(tl.float32), mask=(place >= 0) & has_slots)

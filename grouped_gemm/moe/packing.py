@@ -1,0 +1,134 @@
+"""What travels between ranks: a row for each token and rank, with all that belongs to it.
+
+A row is so many bytes, for k slots and H features:
+
+| features | scales, if the features are in fp8 | ids of experts | weights |
+| --- | --- | --- | --- |
+| H in their dtype, padded to 16 bytes | ceil(H/128) fp32 | k int32 | k fp32, padded to 64 bytes |
+
+So one collective moves it, and its parts are views. The kernels of GEMMs read them where they are.
+
+T, k, H: tokens, slots of a token, features. W, E: ranks, experts of all. S: rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grouped_gemm import reference
+from grouped_gemm.backends import runs_kernels
+from grouped_gemm.core.dense import dense_rows
+from grouped_gemm.core.library import Size, Steps, define_op
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK
+
+
+class Packed(NamedTuple):
+    """The parts of packed rows, which are views.
+
+    Attributes:
+        data: (S, H), in fp8 or in the dtype of the tokens.
+        scale: (S, ceil(H/128)) fp32, if ``data`` is in fp8.
+        ids: (S, k) int32.
+        weights: (S, k) fp32.
+    """
+
+    data: Tensor
+    scale: Tensor | None
+    ids: Tensor
+    weights: Tensor
+
+
+def unpack(packed: Tensor, features: int, top_k: int, dtype: torch.dtype, recipe: Recipe) -> Packed:
+    """The parts of rows from `moe_pack`, of tokens in ``dtype``."""
+    scale_at, ids_at, weights_at, _ = _offsets(features, top_k, dtype, recipe)
+    of_data = machine_of(packed.device).fp8_dtype if recipe.is_scaled else dtype
+    data = packed[:, : features * of_data.itemsize].view(of_data)
+    scale = packed[:, scale_at:ids_at].view(torch.float32) if recipe.is_scaled else None
+    ids = packed[:, ids_at:weights_at].view(torch.int32)
+    return Packed(data, scale, ids, packed[:, weights_at : weights_at + 4 * top_k].view(torch.float32))
+
+
+def _offsets(features: int, top_k: int, dtype: torch.dtype, recipe: Recipe) -> tuple[int, int, int, int]:
+    """Where scales, ids and weights begin in a row, and its size, in bytes."""
+    scale_at = -(-features * (1 if recipe.is_scaled else dtype.itemsize) // 16) * 16
+    ids_at = scale_at + (4 * -(-features // TOKEN_BLOCK) if recipe.is_scaled else 0)
+    weights_at = ids_at + 4 * top_k
+    return scale_at, ids_at, weights_at, -(-(weights_at + 4 * top_k) // 64) * 64
+
+
+@define_op()
+def _moe_find_ranks(topk_ids: Tensor, num_experts: Size, num_ranks: Size) -> Steps[tuple[Tensor, Tensor]]:
+    """Which tokens go to which rank: to each that has any of their experts. Rank w has those from w * E / W on.
+
+    Args:
+        topk_ids: (T, k) int32 or int64. Ids outside [0, E) are on no rank.
+
+    Returns:
+        numbers (W, 2) int32: how many tokens go to each rank, and how many of their slots are there; and places (T, W)
+        int32: the row of each token among those that are sent, which are in the order of ranks and of tokens; -1: it
+        does not go there.
+    """
+    numbers = topk_ids.new_zeros(num_ranks, 2, dtype=torch.int32)
+    places = topk_ids.new_empty(topk_ids.shape[0], num_ranks, dtype=torch.int32)
+    yield numbers, places
+    if runs_kernels(topk_ids.device):
+        from grouped_gemm.kernels.moe import packing as kernel
+        from grouped_gemm.kernels.moe import routing
+
+        ranks = torch.empty_like(places)
+        kernel.find_ranks(topk_ids.contiguous(), num_experts, ranks, numbers)
+        routing.route(ranks, numbers.new_empty(num_ranks), None, places)
+    else:
+        ranks = torch.arange(num_ranks, device=topk_ids.device)
+        owns = (topk_ids // (num_experts // num_ranks)).unsqueeze(2) == ranks  # (T, k, W)
+        goes = owns.any(1)
+        numbers.copy_(torch.stack((goes.sum(0), owns.sum((0, 1))), 1))
+        places.copy_(reference.route(torch.where(goes, ranks, -1), num_ranks)[2])
+
+
+@define_op()
+def _moe_pack(
+    x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, places: Tensor, num_rows: Size, recipe: str,
+    has_gaps: bool,
+) -> Steps[Tensor]:  # fmt: skip
+    """(S, bytes) uint8: tokens in rows as this module has them, quantized if the recipe is blockwise.
+
+    Args:
+        topk_ids: (T, k) int32 or int64, and ``topk_weights`` (T, k), or None for k = 0.
+        places: (T, W) int32, the rows of a token; -1: none.
+        num_rows: S.
+        has_gaps: whether there may be rows before others that are no token's. These are zero, or the smallest scale.
+            Otherwise rows after the last place are not specified.
+    """
+    parsed, top_k = Recipe(recipe), 0 if topk_ids is None else topk_ids.shape[1]
+    new = x_TH.new_zeros if has_gaps else x_TH.new_empty
+    packed = new(num_rows, _offsets(x_TH.shape[1], top_k, x_TH.dtype, parsed)[-1], dtype=torch.uint8)
+    yield packed
+    parts = unpack(packed, x_TH.shape[1], top_k, x_TH.dtype, parsed)
+    if runs_kernels(x_TH.device):
+        from grouped_gemm.kernels.moe import packing as kernel
+
+        ids, weights = (None if s is None else dense_rows(s) for s in (topk_ids, topk_weights))
+        targets = (None, None) if ids is None else (parts.ids, parts.weights)
+        kernel.pack(dense_rows(x_TH), ids, weights, places.contiguous(), parsed, parts.data, parts.scale, *targets)
+        return
+    tokens = torch.arange(len(places), device=places.device).unsqueeze(1).expand(places.shape)
+    source = places.new_full((num_rows + 1,), -1, dtype=torch.int64)
+    source.scatter_(0, torch.where(places < 0, num_rows, places).flatten().long(), tokens.flatten())
+    rows = F.pad(x_TH, (0, 0, 0, 1))[source[:-1]]  # -1 is the row of zeros at the end
+    if parts.scale is not None:
+        data, scale = reference.quantize(rows, reference.row_blocks(parsed), parsed, parts.data.dtype)
+        parts.data.copy_(data)
+        parts.scale.copy_(scale)
+    else:
+        parts.data.copy_(rows)
+    if topk_ids is not None and topk_weights is not None:
+        ids = torch.where((topk_ids >= 0) & (topk_ids <= 0x7FFFFFFF), topk_ids, -1)
+        parts.ids.copy_(F.pad(ids, (0, 0, 0, 1))[source[:-1]])
+        parts.weights.copy_(F.pad(topk_weights, (0, 0, 0, 1))[source[:-1]])

@@ -1,0 +1,62 @@
+"""What rows between ranks hold, by the ops of `moe.packing`: checked against plain loops, on any device."""
+
+from __future__ import annotations
+
+import torch
+from kernel_checks import assert_same
+
+from grouped_gemm import Recipe, reference
+from grouped_gemm.core.library import ops
+from grouped_gemm.moe.packing import unpack
+
+E, W = 8, 4
+IDS = torch.tensor([[0, 1, 7], [3, 3, 2], [-1, 8, 2**31], [2**32, 5, -7], [6, 0, 4]])
+# (T, W): the ranks of these ids, each with two experts
+GOES = [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 1]]
+NUMBERS = [[2, 3], [1, 3], [2, 2], [2, 2]]  # tokens and slots of each rank
+
+
+def check_find_ranks(device: torch.device | str, num_copies: int = 1) -> None:
+    """Tokens in the order of ranks, then of tokens."""
+    ids = IDS.repeat(num_copies, 1).to(device)
+    numbers, places = ops.moe_find_ranks(ids, E, W)
+    goes = torch.tensor(GOES, dtype=torch.bool).repeat(num_copies, 1)
+    expected = torch.full(goes.shape, -1, dtype=torch.int32)
+    expected.t()[goes.t()] = torch.arange(int(goes.sum()), dtype=torch.int32)
+    assert_same(places.cpu(), expected, "places")
+    assert_same(numbers.cpu(), num_copies * torch.tensor(NUMBERS, dtype=torch.int32), "numbers")
+
+
+def check_pack(
+    features: int, dtype: torch.dtype, recipe: Recipe, device: torch.device | str, has_gaps: bool = False
+) -> None:
+    """Places may leave gaps, which are zero; ids that are no int32 become -1."""
+    (num_tokens, top_k), num_rows = IDS.shape, 11 if has_gaps else 7
+    wide = torch.randn(num_tokens, features + 8)
+    x = wide.to(device, dtype)[:, 8:]
+    weights = torch.rand(num_tokens, top_k).to(device, torch.bfloat16)
+    places = ops.moe_find_ranks(IDS.to(device), E, W)[1]
+    if has_gaps:
+        places = torch.where(places >= 0, places + 2 * (places > 2) + 2 * (places > 5), -1).to(torch.int32)
+    packed = ops.moe_pack(x, IDS.to(device), weights, places, num_rows, recipe.value, has_gaps)
+    assert packed.dtype == torch.uint8 and packed.stride(0) % 64 == 0
+    data, scale, ids, row_weights = unpack(packed, features, top_k, dtype, recipe)
+    if recipe.is_scaled:
+        values, scales = reference.quantize(x, reference.row_blocks(recipe), recipe, data.dtype)
+    else:
+        values, scales = x, None
+    expected_ids = torch.where((IDS >= 0) & (IDS < 2**31), IDS, -1).int()
+    used = []
+    for t, row in ((t, row) for t, rows in enumerate(places.tolist()) for row in rows if row >= 0):
+        used.append(row)
+        assert_same(data[row], values[t], f"features of token {t}")
+        if scales is not None:
+            assert scale is not None
+            assert_same(scale[row], scales[t], f"scales of token {t}")
+        assert_same(ids[row].cpu(), expected_ids[t], f"ids of token {t}")
+        assert_same(row_weights[row], weights[t].float(), f"weights of token {t}")
+    assert len(set(used)) == len(used) == 7
+    gaps = [row for row in range(num_rows) if row not in used]
+    assert not data[gaps].float().any() and not row_weights[gaps].any()
+    alone = ops.moe_pack(x, None, None, places, num_rows, recipe.value, has_gaps)
+    assert_same(unpack(alone, features, 0, dtype, recipe).data[used], data[used], "features without slots")
