@@ -428,7 +428,7 @@ def test_compiles_once_on_either_side_of_the_limit(recipe, device, compiler):
     for num_tokens, count in ((3, 1), (20, 1), (7, 1), (21, 2), (40, 2), (5, 2)):
         few = [operand[:num_tokens] for operand in (x, ids, weights)]
         found, expected = compiled(*few), call(*few)
-        assert worst_row_error(found, expected) <= checks.tolerance(layer.call)
+        assert worst_row_error(found, expected) <= checks.tolerances(layer.call)[1]
         assert compiler.frame_count == count, f"T = {num_tokens}"
         is_decode = explain_experts(*few, *matrices, recipe=recipe).startswith("implementation decode")
         assert is_decode == (num_tokens <= 20)
@@ -553,7 +553,7 @@ def test_a_token_has_the_same_bits_in_any_batch(implementation, device):
         x, ids, weights, *matrices = layer.arguments()
         whole = experts_forward(x, ids, weights, *matrices, **options)
         if device.type == "cpu":  # row by row, and pre-activations are rounded; test_moe_fused.py has the fused kernels
-            assert worst_row_error(whole, layer.truth()) <= 2 * checks.tolerance(call)
+            assert worst_row_error(whole, layer.truth()) <= 2 * checks.tolerances(call)[1]
         for tokens in ([5], [0, 5, 9], [*range(5, 5 + 64)] if len(x) > 69 else [9, 5, 3]):
             part = experts_forward(x[tokens], ids[tokens], weights[tokens], *matrices, **options)
             assert_same_bits(part, whole[tokens], f"{call}, tokens {tokens[:3]}")

@@ -37,7 +37,17 @@ RANKS = 2
 
 
 def whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    if not isinstance(x, DTensor):
+        return x
+    (placement,) = x.placements
+    pieces = getattr(placement, "split_factor", 1)
+    if pieces == 1:
+        return x.full_tensor()
+    local = x.to_local().contiguous()  # each rank has a part of gate and one of up, which torch 2.11 cannot gather
+    parts = [torch.empty_like(local) for _ in range(RANKS)]
+    dist.all_gather(parts, local)
+    split = [part.chunk(pieces, placement.dim) for part in parts]
+    return torch.cat([part[i] for i in range(pieces) for part in split], placement.dim)
 
 
 def distributed(model: Any, mesh: DeviceMesh, *, experts: bool = False) -> Any:
