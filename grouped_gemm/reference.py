@@ -210,12 +210,13 @@ def group_sums(x_MN: Tensor, ends: Sequence[int], dtype: torch.dtype = torch.flo
     return torch.stack([x_MN[rows].sum(0, dtype=dtype) for rows in group_slices(ends)])
 
 
-def route(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def route(topk_ids: Tensor, num_experts: int, group_alignment: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """The routing of tokens by a stable sort, without a host sync: ``offs``, ``source`` and ``places`` of `Routing`.
 
     Args:
         topk_ids: (T, k) int32 or int64, the experts of each token. Ids outside [0, E) are dropped.
         num_experts: E.
+        group_alignment: each expert's rows are padded to a multiple of it.
     """
     is_kept = (topk_ids >= 0) & (topk_ids < num_experts)
     experts, order = torch.where(is_kept, topk_ids, num_experts).flatten().sort(stable=True)
@@ -223,5 +224,13 @@ def route(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     offs = torch.searchsorted(experts, numbers, right=True, out_int32=True)
     source = torch.where(experts < num_experts, order // max(topk_ids.shape[1], 1), -1).int()
     rows = torch.arange(len(order), dtype=torch.int32, device=order.device)
+    if group_alignment > 1:
+        ends = offs
+        sizes = torch.diff(ends, prepend=ends.new_zeros(1))
+        offs = (-(-sizes // group_alignment) * group_alignment).cumsum(0, dtype=torch.int32)
+        moves = torch.nn.functional.pad(offs - ends, (1, 0))  # by the padding of the experts before
+        rows = rows + moves[experts]
+        unused = source.new_full((len(order) + num_experts * (group_alignment - 1),), -1)
+        source = unused.scatter_(0, rows.long(), source)
     places = torch.empty_like(rows).scatter_(0, order, rows).view(topk_ids.shape)
     return offs, source, torch.where(is_kept, places, -1)

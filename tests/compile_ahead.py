@@ -400,13 +400,14 @@ def compile_hipblaslt_quantizers(arch: str) -> dict[str, Any]:
 
 
 def compile_routing(arch: str) -> dict[str, Any]:
-    types = {"topk_ids": "*i64"} | dict.fromkeys(("table", "offs", "source", "places"), "*i32")
+    types = {"topk_ids": "*i64"} | dict.fromkeys(("table", "ends", "padded", "offs", "source", "places"), "*i32")
     large, few, many = {"BLOCK": routing._LARGE}, {"E_AT_ONCE": 128}, {"E_AT_ONCE": MOST_AT_ONCE.value}
     alone = {"BLOCK": routing._SMALL, "table": None, "E": 1, "E_AT_ONCE": 1}
     return {
         "routing count": compile_kernel(routing._count, arch, types, large | few, num_warps=8),
         "routing count of many experts": compile_kernel(routing._count, arch, types, large | many, num_warps=8),
         "routing add blocks": compile_kernel(routing._add_blocks, arch, types, routing._SUMS, num_warps=4),
+        "routing pad": compile_kernel(routing._pad, arch, types, few | {"ALIGNMENT": 128}, num_warps=4),
         "routing place": compile_kernel(routing._place, arch, types, large | few, num_warps=8),
         "routing place alone": compile_kernel(routing._place, arch, types, alone, num_warps=4),
         "routing place without sources": compile_kernel(

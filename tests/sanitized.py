@@ -99,8 +99,9 @@ def main(device: str, large: Sequence[int], k: int, n: int) -> None:
     for num_tokens in (10, 300):  # one block of slots, and several
         print(f"routing, {num_tokens} tokens", flush=True)
         ids = torch.randint(-1, 7, (num_tokens, 5), device=device)
-        if not all(map(torch.equal, route(ids, 6), reference.route(ids, 6))):
-            raise SystemExit("expected the routing of reference.route; found another")
+        for alignment in (1, 16):
+            if not all(map(torch.equal, route(ids, 6, alignment), reference.route(ids, 6, alignment))):
+                raise SystemExit("expected the routing of reference.route; found another")
     for top_k, features in ((8, k), (3, k + 3), (17, n)):
         print(f"gather and combine, k = {top_k}, H = {features}", flush=True)
         moe(max(large), top_k, features, device)

@@ -60,6 +60,25 @@ def test_rows_are_in_the_order_of_expert_token_and_slot(ids, num_experts, dtype)
     assert (found.offs.tolist(), found.source.tolist(), found.places.tolist()) == (offs, source, places)
 
 
+@pytest.mark.parametrize("group_alignment", (2, 16))
+@pytest.mark.parametrize("ids, num_experts", CASES.values(), ids=CASES)
+def test_padded_experts_keep_the_order_of_their_rows(ids, num_experts, group_alignment):
+    """Each expert begins at a multiple, and nothing but padding lies between its last row and the next expert."""
+    ends, tokens, rows = looped(ids, num_experts)
+    offs, source, places = route(torch.tensor(ids), num_experts, group_alignment)
+    assert len(source) == len(tokens) + num_experts * (group_alignment - 1)
+    start = first = 0
+    for end, padded in zip(ends, offs.tolist()):
+        padding = padded - start - (end - first)
+        assert padded % group_alignment == 0 and 0 <= padding < group_alignment
+        assert source[start:padded].tolist() == tokens[first:end] + [-1] * padding
+        for row in range(first, end):
+            assert torch.equal(places == start + row - first, torch.tensor(rows) == row)
+        start, first = padded, end
+    assert (source[start:] == -1).all()
+    assert torch.equal(places < 0, torch.tensor(rows) < 0)
+
+
 def test_an_id_that_does_not_fit_32_bits_is_dropped():
     found = route(torch.tensor([[FAR, 1], [0, -FAR]]), 2)
     assert [x.tolist() for x in found] == [[1, 2], [1, 0, -1, -1], [[-1, 1], [0, -1]]]
@@ -168,7 +187,8 @@ SIZES |= {"many experts": (3000, 6, 4000), "ragged": (1001, 3, 100), "no tokens"
 def test_kernels_give_what_the_reference_gives(num_tokens, top_k, num_experts, dtype, device):
     skew = torch.rand(num_tokens, top_k, device=device) ** 3  # the first experts get most of the slots
     ids = (skew * (num_experts + 1)).to(dtype) - torch.randint(0, 2, skew.shape, device=device).to(dtype)
-    assert_equal(route(ids, num_experts), reference.route(ids, num_experts))
+    for alignment in (1, 16):
+        assert_equal(route(ids, num_experts, alignment), reference.route(ids, num_experts, alignment))
 
 
 @pytest.mark.gpu
@@ -179,6 +199,7 @@ def test_a_graph_follows_other_routing_without_a_host_sync(device):
     torch.cuda.set_sync_debug_mode("error")
     try:
         route(ids, 32)
+        route(ids, 32, 16)
         reference.route(ids, 32)
         with torch.cuda.graph(graph):
             found = route(ids, 32)

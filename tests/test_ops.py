@@ -51,6 +51,7 @@ def moe_route():
     ids = torch.tensor([[0, 3, 1], [-1, 1, 4]])
     yield "strided", (ids.t(), 4)
     yield "no tokens", (ids[:0].int(), 4)
+    yield "padded", (ids, 4, 16)
 
 
 def moe_find_ranks():

@@ -30,6 +30,7 @@ _TYPES: dict[Any, str] = {
     Changed: "Tensor(a!)",
     type(None): "()",  # the result of an op that only writes to an argument
     int: "int",
+    int | None: "int?",
     bool: "bool",
     str: "str",
     torch.dtype: "ScalarType",

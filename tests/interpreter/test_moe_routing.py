@@ -6,14 +6,16 @@ import pytest
 import torch
 import triton.language as tl
 
-from grouped_gemm import reference
+from grouped_gemm import reference, testing
 from grouped_gemm.kernels.common import groups
 from grouped_gemm.kernels.moe import routing
 from grouped_gemm.moe.routing import route
 
 
-def check(ids: torch.Tensor, num_experts: int) -> None:
-    for found, expected in zip(route(ids, num_experts), reference.route(ids, num_experts)):
+def check(ids: torch.Tensor, num_experts: int, group_alignment: int = 1) -> None:
+    with testing.poisoned_memory():
+        routed = route(ids, num_experts, group_alignment)
+    for found, expected in zip(routed, reference.route(ids, num_experts, group_alignment)):
         assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
@@ -74,3 +76,13 @@ def test_more_experts_than_a_step_counts(num_experts, monkeypatch):
 @pytest.mark.usefixtures("short_blocks")
 def test_strided_ids():
     check(torch.randint(0, 4, (6, 10)).t()[::2], 4)
+
+
+@pytest.mark.usefixtures("short_blocks")
+@pytest.mark.parametrize("shape", ((0, 2), (3, 1), (11, 5)), ids=str)  # no block, one, several
+@pytest.mark.parametrize("num_experts, group_alignment", ((1, 16), (3, 4), (9, 128)))
+def test_padded_experts(shape, num_experts, group_alignment, launches, monkeypatch):
+    for module in (groups, routing):
+        monkeypatch.setattr(module, "MOST_AT_ONCE", tl.constexpr(4))
+    check(torch.randint(-1, num_experts + 1, shape), num_experts, group_alignment)
+    assert launches == [routing._count, routing._add_blocks, routing._pad, routing._place]

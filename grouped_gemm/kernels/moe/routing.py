@@ -3,7 +3,8 @@
 A slot is one of the k choices of a token; slots are numbered token by token. A block is a run of slots that one program
 sorts. A table (B, E) has, for each block and expert, how many slots up to the end of the block go to that expert or to
 one before it. So its last row is ``offs``. Three launches: count each block, add up the blocks, place the slots. If one
-block holds all slots, the last launch alone does it.
+block holds all slots, the last launch alone does it. Where experts are padded, a launch between the last two moves
+their ends, from which the last one takes where each expert begins.
 
 T, k, E: tokens, experts per token, experts. S = T * k: slots. B: blocks.
 """
@@ -23,26 +24,32 @@ _SMALL, _LARGE = 128, 1024  # slots of a block: powers of two, so that S rounded
 _SUMS = {"BLOCK_P": 256, "BLOCK_E": 8}  # 8 experts of a table fill a sector of memory, 32 bytes
 
 
-def route(topk_ids: Tensor, offs: Tensor, source: Tensor | None, places: Tensor) -> None:
+def route(topk_ids: Tensor, offs: Tensor, source: Tensor | None, places: Tensor, group_alignment: int = 1) -> None:
     """Fills ``offs``, ``source`` and ``places`` with what `reference.route` returns.
 
     Args:
         topk_ids: (T, k) int32 or int64, contiguous; any values. S < 2^31.
         offs: (E,) int32; E <= 2^20, so that expert and slot of a block fit 31 bits.
-        source: (S,) int32; None: it is not wanted.
+        source: (S,) int32; (S + E * (group_alignment - 1),) with padding. None: it is not wanted, without padding.
         places: (T, k) int32.
+        group_alignment: each expert's rows are padded to a multiple of it.
     """
     num_slots, num_experts = places.numel(), offs.shape[0]
     block, num_warps = (_SMALL, 4) if num_slots <= _SMALL else (_LARGE, 8)
-    num_blocks = max(cdiv(num_slots, block), 1)
-    table = offs.new_empty(num_blocks, num_experts) if num_blocks > 1 else None
+    num_blocks, is_padded = max(cdiv(num_slots, block), 1), group_alignment > 1
+    table = offs.new_empty(num_blocks, num_experts) if num_blocks > 1 or is_padded else None
     sizes = num_slots, num_experts
     constants = {"BLOCK": block, "E_AT_ONCE": at_once(num_experts - 1)}
     with on_device(topk_ids):
         if table is not None:
             launch(_count, (num_blocks,), topk_ids, table, *sizes, constants=constants, num_warps=num_warps)
             grid = (cdiv(num_experts, _SUMS["BLOCK_E"]),)
-            launch(_add_blocks, grid, table, offs, num_blocks, num_experts, constants=_SUMS, num_warps=4)
+            ends = offs.new_empty(num_experts) if is_padded else offs
+            launch(_add_blocks, grid, table, ends, num_blocks, num_experts, constants=_SUMS, num_warps=4)
+            if is_padded:
+                padding = {"ALIGNMENT": group_alignment, "E_AT_ONCE": constants["E_AT_ONCE"]}
+                launch(_pad, (1,), ends, offs, num_experts, constants=padding, num_warps=4)
+                source.fill_(-1)
         launch(
             _place, (num_blocks,), topk_ids, table, offs, source, places, *sizes, topk_ids.shape[1],
             constants=constants, num_warps=num_warps,
@@ -70,6 +77,18 @@ def _add_blocks(table, offs, B, E, BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr)
         tl.store(at, before[None, :] + tl.cumsum(counts, 0), mask=mask)
         before += tl.sum(counts, 0)
     tl.store(offs + e, before, mask=e < E)
+
+
+@triton.jit
+def _pad(ends, padded, E, ALIGNMENT: tl.constexpr, E_AT_ONCE: tl.constexpr):
+    """The ends of all experts, each padded to a multiple of ALIGNMENT rows. For one program."""
+    before = 0
+    for first in range(0, E, E_AT_ONCE):
+        e = first + tl.arange(0, E_AT_ONCE)
+        sizes = tl.load(ends + e, mask=e < E, other=0) - tl.load(ends - 1 + e, mask=(e > 0) & (e < E), other=0)
+        sizes = tl.cdiv(sizes, ALIGNMENT) * ALIGNMENT
+        tl.store(padded + e, before + tl.cumsum(sizes, 0), mask=e < E)
+        before += tl.sum(sizes)
 
 
 @triton.jit(do_not_specialize=["S"])
