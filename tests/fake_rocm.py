@@ -8,13 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from packaging.version import Version
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from grouped_gemm.backends import candidates
+from grouped_gemm.backends.base import Health
+from grouped_gemm.backends.hipblaslt import backend as hipblaslt
+from grouped_gemm.core import machine as machine_module
 from grouped_gemm.core.machine import Machine
+from grouped_gemm.core.preference import BackendKind
 
+BUILDS = {"MI300X": ("gfx942", "6.4"), "MI355X": ("gfx950", "7.1")}
 mm_on_cpu = torch.mm
 
 
@@ -148,3 +155,28 @@ class Build:
         by_columns = row == 1 and column >= max(1, rows)
         by_rows = column == 1 and row >= max(1, columns)
         assert x.is_contiguous() or x.t().is_contiguous() or by_columns or by_rows, "torch would copy it"
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, rocm: str = "", grouped: bool = False) -> Build:
+    """Puts a fake build of torch for a machine of BUILDS in place, and makes its health check. Call `forget` later."""
+    arch, usual = BUILDS[name]
+    build = Build(arch, rocm or usual, grouped)
+    found = machine(arch, rocm or usual)
+    monkeypatch.setattr(machine_module, "_probe", lambda kind, index: found)
+    monkeypatch.setattr(torch, "mm", build.mm)
+    monkeypatch.setattr(torch, "_scaled_mm", build.scaled_mm)
+    monkeypatch.setattr(torch.nn.functional, "scaled_grouped_mm", build.scaled_grouped_mm, raising=False)
+    monkeypatch.setattr(hipblaslt, "_to_host", build.wait_for)
+    forget()
+    cpu = candidates(torch.device("cpu"))
+    (mine,) = (candidate for candidate in cpu if candidate.backend.kind is BackendKind.HIPBLASLT)
+    assert mine.health() == Health()
+    build.calls.clear()
+    build.reads.clear()
+    return build
+
+
+def forget() -> None:
+    """Forgets what was found out about a build."""
+    hipblaslt._has_grouped_gemm.cache_clear()
+    candidates.cache_clear()

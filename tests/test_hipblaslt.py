@@ -7,6 +7,7 @@ GEMMs except those of MX operands. tests/interpreter/test_hipblaslt.py has its T
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import itertools
 import warnings
@@ -16,16 +17,15 @@ from types import SimpleNamespace
 import fake_rocm
 import pytest
 import torch
-from fake_rocm import Build
+from fake_rocm import BUILDS, Build
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from grouped_gemm import CallSpec, Explanation, Pass, Recipe, grouped_mm, quantize_weights, reference, testing
-from grouped_gemm.backends import Candidate, candidates, get_backend
+from grouped_gemm.backends import Candidate, get_backend
 from grouped_gemm.backends.base import Health
 from grouped_gemm.backends.hipblaslt import backend as hipblaslt
-from grouped_gemm.core import machine as machine_module
 from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.core.preference import BackendKind, KernelPreference
 from grouped_gemm.selection.rules import decide
@@ -37,7 +37,6 @@ FORWARD, BACKWARD, WGRAD = Pass
 NONE, ROWWISE, POW2, MX = Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_ROWWISE_POW2, Recipe.MXFP8
 BACKEND = get_backend(HIPBLASLT)
 CPU = torch.device("cpu")
-BUILDS = {"MI300X": ("gfx942", "6.4"), "MI355X": ("gfx950", "7.1")}
 
 
 def on(name: str, rocm: str = ""):
@@ -54,28 +53,8 @@ MI300X, MI355X = on("MI300X"), on("MI355X")
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Build]]:
     """Installs a fake build of torch for a machine, and makes its health check."""
 
-    def put(name: str, rocm: str = "", grouped: bool = False) -> Build:
-        arch, usual = BUILDS[name]
-        build = Build(arch, rocm or usual, grouped)
-        machine = fake_rocm.machine(arch, rocm or usual)
-        monkeypatch.setattr(machine_module, "_probe", lambda kind, index: machine)
-        monkeypatch.setattr(torch, "mm", build.mm)
-        monkeypatch.setattr(torch, "_scaled_mm", build.scaled_mm)
-        monkeypatch.setattr(torch.nn.functional, "scaled_grouped_mm", build.scaled_grouped_mm, raising=False)
-        monkeypatch.setattr(hipblaslt, "_to_host", build.wait_for)
-        forget()
-        (mine,) = (candidate for candidate in candidates(CPU) if candidate.backend is BACKEND)
-        assert mine.health() == Health()
-        build.calls.clear()
-        build.reads.clear()
-        return build
-
-    def forget() -> None:
-        hipblaslt._has_grouped_gemm.cache_clear()
-        candidates.cache_clear()
-
-    yield put
-    forget()
+    yield functools.partial(fake_rocm.install, monkeypatch)
+    fake_rocm.forget()
 
 
 # Selection
