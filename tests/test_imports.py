@@ -32,7 +32,7 @@ LAYERS = (
     ("moe.fused",),
     ("moe.tokens",),
     ("moe.composed", "moe.gemms", "moe.steps"),
-    ("moe.activation", "moe.packing", "moe.routing", "moe.rows"),
+    ("moe.activation", "moe.packing", "moe.padding", "moe.routing", "moe.rows"),
     ("__init__",),
     ("ops",),
     ("autotune.warmup", "backend", "integrations.torch_function", "linear"),

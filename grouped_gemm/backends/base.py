@@ -254,6 +254,10 @@ class _GroupedMMBackend(ABC):
         """This backend pads every group to a multiple of this many rows, unless the caller did; 1: it does not pad."""
         return 1
 
+    def required_alignment(self, spec: CallSpec) -> int:
+        """The caller has to pad every group to a multiple of this many rows, and guarantee it; 1: any size will do."""
+        return 1
+
     def health(self, device: torch.device) -> Health:
         """Runs something tiny on ``device``. Called once per process and device, after all requirements hold."""
         return Health()

@@ -84,11 +84,16 @@ class ExpertWeights:  # no NamedTuple: Dynamo of torch 2.10 does not trace a pro
         return multiply(h, self.down, self.down_bias)
 
 
-def run_composed(x: Tensor, topk_weights: Tensor, experts: ExpertWeights, routing: Routing) -> Tensor:
-    """Gather, grouped GEMMs, activation and combine, each a call of its own."""
+def run_composed(
+    x: Tensor, topk_weights: Tensor, experts: ExpertWeights, routing: Routing, group_alignment: int = 1
+) -> Tensor:
+    """Gather, grouped GEMMs, activation and combine, each a call of its own.
+
+    The gather writes zeros between experts that ``routing`` has padded, to multiples of ``group_alignment``.
+    """
     offs, source, places = routing
     rows = gather(x, source, places)
-    y = experts.run(grouped(experts, GroupPlan(offs, source.shape[0])), rows)
+    y = experts.run(grouped(experts, GroupPlan(offs, source.shape[0], group_alignment)), rows)
     return combine(y, topk_weights, source, places)
 
 

@@ -70,7 +70,7 @@ class SortedRows(NamedTuple):
         rows: (M, H).
         offs: (E / W,) int32, the end row of each local expert, padding included.
         row_weights: (M,), 0 for padding.
-        group_alignment: what every group's size is a multiple of.
+        group_alignment: what every group's size is a multiple of; `moe.group_alignment` says which multiple is enough.
         handle: what `Dispatcher.combine` needs.
     """
 

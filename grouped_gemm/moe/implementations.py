@@ -16,6 +16,7 @@ from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.moe import decode, fused
 from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, run_composed
+from grouped_gemm.moe.padding import gathered_to
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
 from grouped_gemm.moe.tokens import QuantizedTokens
@@ -46,12 +47,13 @@ def run(
         x, quantized = quantized.values(x), None
     if chosen != "grouped_mm":
         return _RUNS[chosen](x, topk_ids, topk_weights, experts)
-    routing = route(topk_ids, experts.num_experts)
+    multiple = 1 if is_fused else _gathered_to(x, experts)
+    routing = route(topk_ids, experts.num_experts, multiple)
     if num_slots is not None:
-        routing = routing._replace(source=routing.source[:num_slots])
+        routing = routing._replace(source=routing.source[: num_slots + experts.num_experts * (multiple - 1)])
     if is_fused:
         return fused.run(x, topk_weights, experts, routing, quantized)
-    return run_composed(x, topk_weights, experts, routing)
+    return run_composed(x, topk_weights, experts, routing, multiple)
 
 
 def explain(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> str:
@@ -66,7 +68,14 @@ def explain(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, expert
     refusal = fused.refusal(x, topk_weights, experts)
     if refusal is None:
         return f"implementation grouped_mm, fused:\n{fused.explain(experts)}{note}"
-    return f"implementation grouped_mm, not fused: {refusal}. It runs gather, grouped_mm, activation and combine.{note}"
+    text = f"implementation grouped_mm, not fused: {refusal}. It runs gather, grouped_mm, activation and combine.{note}"
+    multiple = _gathered_to(x, experts)
+    return text if multiple == 1 else f"{text}\n  The gather pads each expert's rows to a multiple of {multiple}."
+
+
+def _gathered_to(x: Tensor, experts: ExpertWeights) -> int:
+    training = fused.needs_gradients(*experts.first, experts.down)
+    return gathered_to(experts.recipe, experts.kernel_preference, x.device, training)
 
 
 def _run_batched(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:

@@ -6,6 +6,7 @@ import itertools
 import sys
 
 import fake_deep_gemm
+import padding_checks
 import pytest
 import torch
 from deepgemm_checks import GROUPS, MANY_GROUPS, check_activations, check_plan
@@ -211,3 +212,14 @@ def test_health_compares_with_the_reference(monkeypatch):
     monkeypatch.setattr(fake_deep_gemm, "m_grouped_fp8_fp4_gemm_nt_contiguous", lambda *args, **rest: args[2].zero_())
     deepgemm_package.functions.cache_clear()
     assert BACKEND._tiny_run(device).problem == "a tiny GEMM gives wrong results"
+
+
+PADDING = (("bf16", "own tokens"), ("fp8", "own tokens"), ("fp8", "a dispatcher that pads"))  # seconds each
+
+
+@pytest.mark.parametrize("row", [r for r in padding_checks.ALL if r[:2] in PADDING], ids=padding_checks.name)
+def test_who_pads_the_experts_of_a_layer(row):
+    def multiplied() -> int:
+        return len(fake_deep_gemm.calls[0][1][0])
+
+    padding_checks.check(row, BackendKind.DEEPGEMM, hidden=128, training=False, multiplied=multiplied)

@@ -67,11 +67,11 @@ def _found_rocm(spec: CallSpec) -> str:
     return "no ROCm" if version is None else f"ROCm {version}"
 
 
-def _token_multiple(spec: CallSpec) -> int:
+def _token_multiple(recipe: Recipe) -> int:
     """The rows of a group, the contraction of wgrad, must be a multiple of this."""
-    if not spec.recipe.is_scaled:
+    if not recipe.is_scaled:
         return 1
-    return MX_DEPTH if _is_mx(spec) else ALIGNMENT
+    return MX_DEPTH if recipe is Recipe.MXFP8 else ALIGNMENT
 
 
 def _requires_mx_depth(axis: str, pass_: Pass) -> Requirement:
@@ -134,7 +134,7 @@ class Backend(_GroupedMMBackend):
         _requires_mx_depth("n", Pass.DGRAD),
         Requirement(
             what=f"group_alignment a multiple of {ALIGNMENT} with scales, of {MX_DEPTH} for mxfp8",
-            holds=lambda p: p.group_alignment % _token_multiple(p) == 0,
+            holds=lambda p: p.group_alignment % _token_multiple(p.recipe) == 0,
             found=lambda p: f"group_alignment = {p.group_alignment}",
             fix="Pad the groups and pass group_alignment, or use another backend.",
             passes=(Pass.WGRAD,),
@@ -142,6 +142,9 @@ class Backend(_GroupedMMBackend):
         requires_host_sync(),
     )
     host_syncs = "offs is read once per forward call, and not again while the same tensor is unchanged"
+
+    def required_alignment(self, spec: CallSpec) -> int:
+        return _token_multiple(spec.recipe) if Pass.WGRAD in spec.passes else 1
 
     def health(self, device: torch.device) -> Health:
         """Compares a small GEMM and its wgrad with `reference`, for each recipe that the device supports."""
@@ -252,7 +255,7 @@ def _hipblaslt_quantize_activations(
     yield out
     ends = reference.group_ends(host_offs, x_MD.shape[0])
     if columns:
-        _check_group_sizes(ends, MX_DEPTH if Recipe(recipe) is Recipe.MXFP8 else ALIGNMENT)
+        _check_group_sizes(ends, _token_multiple(Recipe(recipe)))
     if _uses_triton(x_MD):
         from grouped_gemm.backends.hipblaslt import quantize as hipblaslt_quantize
 

@@ -49,6 +49,7 @@ def route(topk_ids: Tensor, offs: Tensor, source: Tensor | None, places: Tensor,
             if is_padded:
                 padding = {"ALIGNMENT": group_alignment, "E_AT_ONCE": constants["E_AT_ONCE"]}
                 launch(_pad, (1,), ends, offs, num_experts, constants=padding, num_warps=4)
+                assert source is not None, "without padding only"
                 source.fill_(-1)
         launch(
             _place, (num_blocks,), topk_ids, table, offs, source, places, *sizes, topk_ids.shape[1],
