@@ -39,7 +39,7 @@ RANKS = 2
 def whole(x: Tensor) -> Tensor:
     if not isinstance(x, DTensor):
         return x
-    (placement,) = x.placements
+    placement: Any = x.placements[0]
     pieces = getattr(placement, "split_factor", 1)
     if pieces == 1:
         return x.full_tensor()
