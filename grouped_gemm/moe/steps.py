@@ -131,6 +131,8 @@ def _weights_of_rows(
 
     if topk_weights is None or places is None:
         return None
+    if source.shape[0] < places.numel():  # the kernels look for dropped slots among the first M
+        dweights.zero_()
     return Weights(topk_weights.contiguous(), source.contiguous(), places.contiguous(), dweights)
 
 

@@ -26,7 +26,7 @@ from grouped_gemm.moe import experts_forward, fused, sorted_experts
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.expert_parallel import Tokens
 from grouped_gemm.moe.tokens import QuantizedTokens
-from grouped_gemm.testing import relative_error
+from grouped_gemm.testing import poisoned_memory, relative_error
 
 E, T, K = 3, 10, 3
 NAMES = ("x", "topk_weights", "gate_up", "down")
@@ -601,9 +601,10 @@ class Arrived(NamedTuple):
 def test_tokens_in_fp8_are_read_as_they_are(keep):
     """x has no values then. What is kept of it are the rounded values, whatever ``keep`` is."""
     inputs, recipe = Inputs(128), Recipe.FP8_BLOCKWISE
+    inputs.ids[-1] = -1
     quantized = QuantizedTokens(*ops.moe_quantize_tokens(inputs.x.detach(), recipe.value), recipe)
     x = torch.full((1, 1), torch.nan).to(inputs.x).expand(inputs.x.shape).requires_grad_()
-    with Seen() as seen:
+    with Seen() as seen, poisoned_memory():
         found = inputs.train([x, *inputs.leaves[1:]], recipe=recipe, keep=keep, mesh=Arrived(quantized))
     assert seen.names.count("moe_quantize_tokens") == 1  # of dY
     expected, rounded = (inputs.train(recipe=recipe, keep=k) for k in (keep, "recipe"))

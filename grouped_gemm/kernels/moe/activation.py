@@ -273,7 +273,7 @@ def slots_of(source, places, rows, is_row, K, K_POWER: tl.constexpr):
 
 @triton.jit
 def store_dropped(places, dweights, part, M, ROWS: tl.constexpr):
-    """Zeros the gradients of dropped slots, ROWS slots in each part. There are as many slots as routed rows."""
+    """Zeros the gradients of dropped slots, ROWS slots in each part, of the first M slots: as many as routed rows."""
     slots = part * ROWS + tl.arange(0, ROWS)
     is_dropped = tl.load(places + slots, mask=slots < M, other=0) < 0
     tl.store(dweights + slots, tl.zeros((ROWS,), dweights.dtype.element_ty), mask=is_dropped)
