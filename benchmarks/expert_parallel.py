@@ -7,9 +7,10 @@ The peer is what users write on torch: an all-to-all of a row for each slot in b
 an index_select into expert order, torch._grouped_mm, the gate, and all the way back, then the weighted sum.
 
 dispatch: the peer's all-to-all of rows, and our tokens with their ids and weights, in bf16 and in fp8, routing and
-quantizing included. combine: the peer's all-to-all, index_copy and weighted sum, and ours. layer: forward, and a step,
-which is forward with the gradients of x, topk_weights and weights; in fp8 with weights quantized once per step. Results
-are compared with the peer's first.
+quantizing included; also as a CUDA graph, with a capacity of all tokens, which shows what the host costs. combine: the
+peer's all-to-all, index_copy and weighted sum, and ours. layer: forward, and a step, which is forward with the
+gradients of x, topk_weights and weights; in fp8 with weights quantized once per step. Results are compared with the
+peer's first.
 
 Times are medians over repetitions, each between barriers, in microseconds of rank 0 by CUDA events.
 
@@ -26,12 +27,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from _calls import captured
 from _common import relative_error
 from torch import Tensor
 from torch.distributed.nn.functional import all_to_all_single
@@ -161,7 +164,7 @@ def measure(name: str, shape: Shape, device: torch.device, repetitions: int) -> 
             row = {"shape": name, "part": part, "name": layer, "us": us, "of_peer": us / base}
             rows.append(row | ({"error": error[layer]} if layer in error else {}))
             if rank == 0:
-                print(f"{name:10} {part:9} {layer:14} {us:10.1f} us {us / base:6.2f} of the peer's", flush=True)
+                print(f"{name:10} {part:9} {layer:20} {us:10.1f} us {us / base:6.2f} of the peer's", flush=True)
 
     with torch.no_grad():
         truth = run("peer")
@@ -172,12 +175,15 @@ def measure(name: str, shape: Shape, device: torch.device, repetitions: int) -> 
         sent = x.detach()[peer.order // top_k]
         arrived = {layer: one.dispatch(x.detach(), ids, weights.detach()) for layer, one in ours.items()}
         received = randn(sum(peer.takes), hidden)
-        timed(
-            "dispatch",
-            {"peer": lambda: peer.dispatch(sent)}
-            | {layer: lambda one=one: one.dispatch(x.detach(), ids, weights.detach()) for layer, one in ours.items()},
-            {},
-        )
+        dispatches: dict[str, Callable[[], Any]]
+        dispatches = {layer: partial(one.dispatch, x.detach(), ids, weights.detach()) for layer, one in ours.items()}
+        if device.type == "cuda":
+            for layer, one in ours.items():
+                fixed = AllToAll(dist.group.WORLD, experts, recipe=one.recipe, capacity=tokens)
+                graph, _ = captured(partial(fixed.dispatch, x.detach(), ids, weights.detach()))
+                dispatches[f"{layer}, graph"] = graph
+        timed("dispatch", {"peer": lambda: peer.dispatch(sent), **dispatches}, {})
+        del dispatches
         timed(
             "combine",
             {
