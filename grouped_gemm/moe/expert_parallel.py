@@ -22,6 +22,7 @@ S: rows that a rank sends.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -147,7 +148,6 @@ class AllToAll:
         if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
             checks.fail("capacity", "None or a number of rows of at least 1", repr(capacity))
         self.num_experts, self.recipe, self.capacity = num_experts, parsed, capacity
-        self._reading: torch.cuda.Stream | None = None
         self._lost: Tensor | None = None  # () bool, on the device: whether a token did not fit
         self._seen: tuple[Tensor, torch.cuda.Event | None] | None = None  # a copy on the host, and when it is there
 
@@ -211,8 +211,7 @@ class AllToAll:
         if not numbers.is_cuda or torch.compiler.is_compiling():
             found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
         else:
-            self._reading = self._reading or torch.cuda.Stream(numbers.device)
-            with torch.cuda.stream(self._reading):  # what is received was sent after ``numbers`` were there
+            with torch.cuda.stream(_reading(numbers.device)):  # what is received was sent after ``numbers`` were there
                 found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
         sends, takes, slots = found
         return sends, takes, sum(slots)
@@ -248,6 +247,12 @@ class AllToAll:
             f"expert parallelism: expected at most {self.capacity} tokens for each rank, the capacity; found more in "
             "an earlier call, whose tokens that did not fit have NaN. Give AllToAll a larger capacity, or none."
         )
+
+
+@functools.cache
+def _reading(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which the host waits for numbers."""
+    return torch.cuda.Stream(device)
 
 
 Group: TypeAlias = "dist.ProcessGroup | DeviceMesh"
