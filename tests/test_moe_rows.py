@@ -94,6 +94,16 @@ def test_rows_without_tokens_are_zero(device):
     assert not gather(torch.empty(0, 16, device=device), source, places).any()
 
 
+def test_tokens_without_rows_are_zero(device):
+    """As in expert parallelism, if a rank has tokens whose slots are all dropped: it sends nothing."""
+    places = torch.full((5, 2), -1, dtype=torch.int32, device=device)
+    source = torch.empty(0, dtype=torch.int32, device=device)
+    x, weights = torch.randn(5, 16, device=device), torch.rand(5, 2, device=device)
+    results = train(x, weights, source, places, torch.randn_like(x))
+    assert [tuple(result.shape) for result in results] == [(5, 16), (5, 16), (5, 2)]
+    assert not any(result.any() for result in results)
+
+
 @every_shape
 @every_dtype
 def test_gather_and_its_gradient(shape, dtype, device):

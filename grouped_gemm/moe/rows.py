@@ -208,6 +208,9 @@ def _weighted(x_TH: Tensor, weights: Tensor | None, slot: int) -> Tensor:
 
 
 def _combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tensor) -> None:
+    if len(rows_MH) == 0:
+        y_TH.zero_()
+        return
     total = torch.zeros_like(y_TH, dtype=torch.float32)
     for j, place in enumerate(places.unbind(1)):
         rows = rows_MH.index_select(0, place.clamp(min=0)).float()
@@ -218,6 +221,9 @@ def _combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tens
 
 
 def _dots(x_TH: Tensor, rows_MH: Tensor, places: Tensor, dots: Tensor) -> None:
+    if len(rows_MH) == 0:
+        dots.zero_()
+        return
     for j, place in enumerate(places.unbind(1)):
         rows = rows_MH.index_select(0, place.clamp(min=0)).float()
         dots[:, j] = (rows * x_TH.float()).sum(1).masked_fill_(place < 0, 0)
