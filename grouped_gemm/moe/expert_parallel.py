@@ -158,7 +158,8 @@ class AllToAll:
             RuntimeError: with a capacity, a token of the call before did not fit. The host waits for its dispatch.
         """
         checks.check_topk_ids(topk_ids, self.num_experts)
-        self._raise_if_lost()
+        if not is_capturing(topk_ids):
+            self._raise_if_lost()
         num_ranks, (num_tokens, top_k) = self.num_ranks, topk_ids.shape
         numbers, places = ops.moe_find_ranks(topk_ids, self.num_experts, num_ranks)
         lost = None
