@@ -15,7 +15,7 @@ from grouped_gemm import reference, weight_gradients
 from grouped_gemm.autograd import GroupedMM, GroupedWgrad, layouts, run_forward, weights_for
 from grouped_gemm.core import vmap
 from grouped_gemm.core.dense import dense_weights, materialized
-from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.machine import fp8_dtype_of
 from grouped_gemm.core.preference import KernelPreference, Preference, check_bool
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
@@ -209,7 +209,7 @@ def quantize_weights(
     if scale is None:
         forward, backward = weights_for(b, recipe, route.forward, route.dgrad)
     else:
-        data, scale = reference.convert_fp8(b, scale, reference.weight_blocks(recipe, 1), _fp8_dtype(b.device))
+        data, scale = reference.convert_fp8(b, scale, reference.weight_blocks(recipe, 1), fp8_dtype_of(b.device))
         forward, backward = layouts(
             route.forward,
             route.dgrad,
@@ -217,10 +217,3 @@ def quantize_weights(
         )
     assert forward is not None and route.forward is not None, "the forward layout is always requested"
     return QuantizedWeights(b.shape, dtype, forward, backward, route.forward, route.dgrad)
-
-
-def _fp8_dtype(device: torch.device) -> torch.dtype:
-    return machine_of(device).fp8_dtype
-
-
-_fp8_dtype._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `selection.route._decided`

@@ -134,6 +134,14 @@ def machine_of(device: torch.device | str) -> Machine:
     return _probe("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
+def fp8_dtype_of(device: torch.device) -> torch.dtype:
+    """The type of fp8 data on ``device``."""
+    return machine_of(device).fp8_dtype
+
+
+fp8_dtype_of._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as `selection.route._decided`
+
+
 def default_device() -> torch.device:
     """The default device of the command line: the current GPU if torch sees one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -179,7 +179,7 @@ class AllToAll:
         sends = takes = num_slots = None
         if lost is None:
             sends, takes, num_slots = self._read(numbers, receive)
-            packed = packed[: sum(sends)]
+            packed = packed.narrow(0, 0, sum(sends))  # Dynamo cannot slice no rows at all to a data-dependent end
         routes = _Routes(places, packed.shape[0], sends, takes, self.group, lost)
         arrived = _exchange(packed, sends, takes, self.group)
         data, scale, ids, weights = unpack(arrived, x.shape[1], top_k, x.dtype, self.recipe)
@@ -277,7 +277,9 @@ def group_of(group: Group) -> dist.ProcessGroup:
 
 def dispatcher_of(mesh: Any, num_local_experts: int, recipe: Recipe | None) -> Dispatcher:
     """``mesh`` if it is a dispatcher; else `AllToAll` over it, with tokens that travel as the recipe quantizes them."""
-    if hasattr(mesh, "dispatch") and hasattr(mesh, "combine"):
+    # Dynamo cannot ask a group for an attribute, and it tells the type of a group for one class at a time.
+    is_group = isinstance(mesh, DeviceMesh) or isinstance(mesh, dist.ProcessGroup)  # noqa: SIM101
+    if not is_group and hasattr(mesh, "dispatch") and hasattr(mesh, "combine"):
         found: Dispatcher = mesh
         return found
     group = group_of(mesh)

@@ -23,7 +23,7 @@ from grouped_gemm import reference
 from grouped_gemm.backends import runs_kernels
 from grouped_gemm.core.dense import dense_rows
 from grouped_gemm.core.library import Size, Steps, define_op
-from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.machine import fp8_dtype_of
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK
 
@@ -47,7 +47,7 @@ class Packed(NamedTuple):
 def unpack(packed: Tensor, features: int, top_k: int, dtype: torch.dtype, recipe: Recipe) -> Packed:
     """The parts of rows from `moe_pack`, of tokens in ``dtype``."""
     scale_at, ids_at, weights_at, _ = _offsets(features, top_k, dtype, recipe)
-    of_data = machine_of(packed.device).fp8_dtype if recipe.is_scaled else dtype
+    of_data = fp8_dtype_of(packed.device) if recipe.is_scaled else dtype
     data = packed[:, : features * of_data.itemsize].view(of_data)
     scale = packed[:, scale_at:ids_at].view(torch.float32) if recipe.is_scaled else None
     ids = packed[:, ids_at:weights_at].view(torch.int32)
