@@ -9,11 +9,12 @@ Every check compares with the same layer in one process. All ranks make the same
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -143,6 +144,19 @@ def all_tokens_to_one_rank(job: Job) -> None:
 
 def dropped_slots(job: Job) -> None:
     agree(job, [7] * job.ranks, ids=lambda t: torch.tensor([[-1, 2, E], [E + 5, -7, E]] * 4)[:t])
+
+
+def all_slots_dropped(job: Job) -> None:
+    """Of rank 0, which then sends nothing, or of every rank: zeros."""
+    for without in (1, job.ranks):
+        steps = itertools.cycle([0] * without + [E // TOP_K] * (job.ranks - without))
+        agree(job, [5] * job.ranks, ids=functools.partial(every_step, steps))
+
+
+def every_step(steps: Iterator[int], t: int) -> Tensor:
+    """Ids (t, TOP_K) at the next step from each other; all are dropped if it is 0."""
+    step = next(steps)
+    return torch.arange(TOP_K).expand(t, -1) * step if step else torch.full((t, TOP_K), -1)
 
 
 def a_fixed_capacity(job: Job) -> None:
@@ -289,7 +303,7 @@ def wrong_arguments(job: Job) -> None:
     given = layer(job, torch.float32, [4] * job.ranks)
     own = job.own(given.x), job.own(given.ids), job.own(given.weights)
     weights = job.experts(given.gate_up), job.experts(given.down)
-    with pytest.raises(ValueError, match=f"num_experts: expected a multiple of {job.ranks} ranks; found {E + 1}"):
+    with pytest.raises(ValueError, match=f"num_experts: expected a multiple of {job.ranks} ranks, .*; found {E + 1}"):
         AllToAll(job.mesh, E + 1)
     with pytest.raises(ValueError, match=r"recipe: expected None or one of fp8_blockwise"):
         AllToAll(job.mesh, E, recipe="fp8_rowwise")
@@ -301,6 +315,32 @@ def wrong_arguments(job: Job) -> None:
         experts_forward(*own, *weights, mesh=init_device_mesh(job.device.type, (1, job.ranks)))
     with pytest.raises(ValueError, match=r"topk_ids\.shape"):
         experts_forward(own[0], own[1][:2], own[2], *weights, mesh=job.mesh)
+
+
+def numbers_of_experts(job: Job) -> None:
+    """None, other numbers than the dispatcher has, DTensors with a remainder: errors that each rank finds itself."""
+    given = layer(job, torch.float32, [4] * job.ranks)
+    own = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    weights = job.experts(given.gate_up), job.experts(given.down)
+    local = E // job.ranks
+    with pytest.raises(ValueError, match=f"num_experts: .* at least {job.ranks}; found 0"):
+        experts_forward(*own, *(w[:0] for w in weights), mesh=job.mesh)
+    with pytest.raises(ValueError, match=f"weights: .* of {2 * E} experts on {job.ranks} .*; found {local} experts"):
+        experts_forward(*own, *weights, mesh=AllToAll(job.mesh, 2 * E))
+    sharded = [distribute_tensor(w[:-1], job.mesh, [Shard(0)]) for w in given[:2]]
+    with pytest.raises(ValueError, match=f"weights: expected experts that {job.ranks} ranks share .*; found {E - 1}"):
+        experts_forward(*own, *sharded, mesh=job.mesh)
+
+
+def ranks_with_different_numbers_of_experts(job: Job) -> None:
+    """All of them raise, and none waits for another. The next call is as usual."""
+    given = layer(job, torch.float32, [4] * job.ranks)
+    own = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    local = E // job.ranks
+    fewer = [job.experts(w)[: local - (job.rank == 1)] for w in given[:2]]
+    with pytest.raises(ValueError, match=f"num_experts: expected as many .*; found {local - 1} and {local}"):
+        experts_forward(*own, *fewer, mesh=job.mesh)
+    agree(job, [4] * job.ranks)
 
 
 def a_peer_that_dies(job: Job) -> None:
@@ -323,6 +363,7 @@ CHECKS = (
     no_tokens_at_all,
     all_tokens_to_one_rank,
     dropped_slots,
+    all_slots_dropped,
     a_fixed_capacity,
     tokens_past_the_capacity,
     every_rank_learns_of_a_lost_token,
@@ -332,6 +373,8 @@ CHECKS = (
     compiled_with_a_capacity,
     compiled_with_data_dependent_sizes,
     wrong_arguments,
+    numbers_of_experts,
+    ranks_with_different_numbers_of_experts,
     a_peer_that_dies,  # the last one
 )
 

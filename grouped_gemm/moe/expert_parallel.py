@@ -127,7 +127,8 @@ class AllToAll:
             the host reads the numbers once in each call.
 
     Raises:
-        TypeError, ValueError: an argument does not fit. E must be a multiple of W.
+        TypeError, ValueError: an argument does not fit. E must be a multiple of W. Ranks with different E: without a
+            capacity, `dispatch` raises on all of them; with one, nothing compares them.
     """
 
     def __init__(
@@ -140,8 +141,8 @@ class AllToAll:
     ) -> None:
         self.group = group_of(group)
         self.num_ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        if num_experts % self.num_ranks:
-            checks.fail("num_experts", f"a multiple of {self.num_ranks} ranks", num_experts)
+        if num_experts < 1 or num_experts % self.num_ranks:
+            checks.fail("num_experts", f"a multiple of {self.num_ranks} ranks, at least {self.num_ranks}", num_experts)
         parsed = Recipe.NONE if recipe is None else Recipe.parse(recipe)
         if parsed.is_scaled and parsed not in _QUANTIZING:
             checks.fail("recipe", f"None or one of {', '.join([r.value for r in _QUANTIZING])}", parsed.value)
@@ -155,6 +156,8 @@ class AllToAll:
         """See `Dispatcher`.
 
         Raises:
+            ValueError: without a capacity, ranks have different numbers of experts. All ranks raise, except in compiled
+                calls, where nothing compares them.
             RuntimeError: with a capacity, a token of the call before did not fit. The host waits for its dispatch.
         """
         checks.check_topk_ids(topk_ids, self.num_experts)
@@ -186,7 +189,7 @@ class AllToAll:
         ids = ids - self.rank * (self.num_experts // num_ranks)
         if self.capacity is not None:
             received = receive()
-            self._remember(received[:, 2].any())
+            self._remember(received[:, -1].any())
             is_used = torch.arange(self.capacity, device=ids.device) < received[:, :1]
             ids = torch.where(is_used.view(-1, 1), ids, -1)
         quantized = None if scale is None else QuantizedTokens(data, scale.contiguous(), self.recipe)
@@ -208,13 +211,19 @@ class AllToAll:
         """The host read: how many rows go to each rank and come from it, and how many slots come.
 
         On a GPU it waits for the numbers alone, not for the packing of rows.
+
+        Raises:
+            ValueError: ranks have different numbers of experts. All of them raise.
         """
         if not numbers.is_cuda or torch.compiler.is_compiling():
             found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
         else:
             with torch.cuda.stream(_reading(numbers.device)):  # what is received was sent after ``numbers`` were there
                 found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
-        sends, takes, slots = found
+        sends, takes, slots, experts = found
+        if not torch.compiler.is_compiling() and min(experts) != max(experts):
+            each = [str(e // self.num_ranks) for e in sorted(set(experts))]
+            checks.fail("num_experts", "as many experts on each rank as on others", " and ".join(each))
         return sends, takes, sum(slots)
 
     def _remember(self, lost: Tensor) -> None:
@@ -281,6 +290,9 @@ def dispatcher_of(mesh: Any, num_local_experts: int, recipe: Recipe | None) -> D
     is_group = isinstance(mesh, DeviceMesh) or isinstance(mesh, dist.ProcessGroup)  # noqa: SIM101
     if not is_group and hasattr(mesh, "dispatch") and hasattr(mesh, "combine"):
         found: Dispatcher = mesh
+        if isinstance(found, AllToAll) and found.num_experts != num_local_experts * found.num_ranks:
+            expected = f"those of {found.num_experts} experts on {found.num_ranks} ranks, as mesh has it"
+            checks.fail("weights", expected, f"{num_local_experts} experts on this one")
         return found
     group = group_of(mesh)
     outward = recipe if recipe in _QUANTIZING else None

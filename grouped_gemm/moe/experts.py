@@ -152,6 +152,8 @@ def _local(w: Any) -> Any:
         return w
     if not all(p.is_shard(0) for p in w.placements):
         checks.fail("weights", "DTensors that are Shard(0), with mesh", w.placements)
+    if w.shape[0] % w.device_mesh.size():
+        checks.fail("weights", f"experts that {w.device_mesh.size()} ranks share evenly", w.shape[0])
     return w.to_local()
 
 

@@ -70,11 +70,11 @@ def _moe_find_ranks(topk_ids: Tensor, num_experts: Size, num_ranks: Size) -> Ste
         topk_ids: (T, k) int32 or int64. Ids outside [0, E) are on no rank.
 
     Returns:
-        numbers (W, 2) int32: how many tokens go to each rank, and how many of their slots are there; and places (T, W)
-        int32: the row of each token among those that are sent, which are in the order of ranks and of tokens; -1: it
-        does not go there.
+        numbers (W, 3) int32: how many tokens go to each rank, how many of their slots are there, and E, which ranks
+        compare; and places (T, W) int32: the row of each token among those that are sent, which are in the order of
+        ranks and of tokens; -1: it does not go there.
     """
-    numbers = topk_ids.new_zeros(num_ranks, 2, dtype=torch.int32)
+    numbers = topk_ids.new_zeros(num_ranks, 3, dtype=torch.int32)
     places = topk_ids.new_empty(topk_ids.shape[0], num_ranks, dtype=torch.int32)
     yield numbers, places
     if runs_kernels(topk_ids.device):
@@ -88,7 +88,7 @@ def _moe_find_ranks(topk_ids: Tensor, num_experts: Size, num_ranks: Size) -> Ste
         ranks = torch.arange(num_ranks, device=topk_ids.device)
         owns = (topk_ids // (num_experts // num_ranks)).unsqueeze(2) == ranks  # (T, k, W)
         goes = owns.any(1)
-        numbers.copy_(torch.stack((goes.sum(0), owns.sum((0, 1))), 1))
+        numbers.copy_(torch.stack((goes.sum(0), owns.sum((0, 1)), torch.full_like(ranks, num_experts)), 1))
         places.copy_(reference.route(torch.where(goes, ranks, -1), num_ranks)[2])
 
 

@@ -30,16 +30,14 @@ def find_ranks(topk_ids: Tensor, num_experts: int, ranks: Tensor, numbers: Tenso
         topk_ids: (T, k) int32 or int64, contiguous.
         num_experts: E, a multiple of W.
         ranks: (T, W) int32, contiguous: w where rank w has any, else -1.
-        numbers: (W, 2) int32, contiguous, zeros: how many tokens have experts on each rank, and how many slots.
+        numbers: (W, 3) int32, contiguous, zeros: how many tokens have experts on each rank, how many slots, and E.
     """
     (num_tokens, top_k), num_ranks = topk_ids.shape, numbers.shape[0]
-    if num_tokens == 0:
-        return
     slots = next_power_of_2(max(top_k, 1))
     constants = {"TOKENS": max(_IDS // slots, 1), "SLOTS": slots}
     with on_device(topk_ids):
         launch(
-            _find_ranks, (cdiv(num_tokens, constants["TOKENS"]), num_ranks),
+            _find_ranks, (max(cdiv(num_tokens, constants["TOKENS"]), 1), num_ranks),
             topk_ids, ranks, numbers, num_tokens, top_k, num_experts // num_ranks, num_ranks,
             constants=constants, num_warps=4,
         )  # fmt: skip
@@ -93,8 +91,9 @@ def _find_ranks(topk_ids, ranks, numbers, T, K, local, W, TOKENS: tl.constexpr, 
     counts = tl.sum(((ids >= rank * local) & (ids < rank * local + local)).to(tl.int32), 1)
     goes = counts > 0
     tl.store(ranks + t.to(tl.int64) * W + rank, tl.where(goes, rank, -1), mask=t < T)
-    tl.atomic_add(numbers + 2 * rank, tl.sum(goes.to(tl.int32)))
-    tl.atomic_add(numbers + 2 * rank + 1, tl.sum(counts))
+    tl.atomic_add(numbers + 3 * rank, tl.sum(goes.to(tl.int32)))
+    tl.atomic_add(numbers + 3 * rank + 1, tl.sum(counts))
+    tl.store(numbers + 3 * rank + 2, local * W)
 
 
 @triton.jit(do_not_specialize=["T"])
