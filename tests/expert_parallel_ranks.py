@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from grouped_gemm.moe import Experts, experts_forward
 from grouped_gemm.moe.expert_parallel import AllToAll, SortedRows
@@ -67,8 +68,11 @@ class Layer(NamedTuple):
     dy: list[Tensor]
 
 
-def layer(job: Job, dtype: torch.dtype, tokens: list[int], ids: Callable[[int], Tensor] | None = None) -> Layer:
-    generator = torch.Generator().manual_seed(0)
+def layer(
+    job: Job, dtype: torch.dtype, tokens: list[int], ids: Callable[[int], Tensor] | None = None, *,
+    inner: int = I, seed: int = 0,
+) -> Layer:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, generator=generator)).to(job.device, dtype)
@@ -78,8 +82,8 @@ def layer(job: Job, dtype: torch.dtype, tokens: list[int], ids: Callable[[int], 
         return torch.stack(rows) if rows else torch.zeros(0, TOP_K, dtype=torch.int64)
 
     return Layer(
-        randn(E, 2 * I, H, scale=H**-0.5),
-        randn(E, H, I, scale=I**-0.5),
+        randn(E, 2 * inner, H, scale=H**-0.5),
+        randn(E, H, inner, scale=inner**-0.5),
         [randn(t, H) for t in tokens],
         [(ids or chosen)(t).to(job.device) for t in tokens],
         [torch.rand(t, TOP_K, generator=generator).to(job.device) for t in tokens],
@@ -226,6 +230,97 @@ def sharded_weights(job: Job) -> None:
     torch.testing.assert_close(module(job.own(given.x), job.own(given.ids), job.own(given.weights)), expected[0])
 
 
+class RoutedExperts(torch.nn.Module):
+    """A router and experts, with these weights."""
+
+    def __init__(self, router: Tensor, gate_up: Tensor, down: Tensor, mesh: DeviceMesh | None) -> None:
+        super().__init__()
+        self.router = torch.nn.Linear(H, E, bias=False, device=router.device)
+        self.experts = Experts(len(gate_up), H, I, mesh=mesh, device=router.device)
+        for module, name, w in (
+            (self.router, "weight", router), (self.experts, "gate_up", gate_up), (self.experts, "down", down)
+        ):  # fmt: skip
+            setattr(module, name, torch.nn.Parameter(w.clone()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, ids = self.router(x).softmax(-1).topk(TOP_K)
+        return self.experts(x, ids, weights)
+
+    def step(self, x: Tensor, dy: Tensor, sharing: int = 1) -> tuple[Tensor, Tensor]:
+        """Result and gradient of ``x`` in a step of training on the mean over tokens of <y, dy>.
+
+        Gradients of experts are sums over the ranks that are ``sharing`` them, and means over others.
+        """
+        x = x.clone().requires_grad_()
+        y = self(x)
+        (y * dy).sum(1).mean().backward()
+        for p in self.experts.parameters():
+            p.grad /= sharing
+        torch.optim.SGD(self.parameters(), lr=1.0, foreach=False).step()  # DTensors of several meshes
+        return y, x.grad
+
+
+def fsdp_and_experts(job: Job) -> None:
+    """Experts are shared by pairs of ranks, and FSDP shards each one's over the others; a router over all ranks.
+
+    With 2 ranks, FSDP of experts has one rank. Experts are plain tensors, or DTensors on the mesh of FSDP.
+    """
+    mesh = init_device_mesh(job.device.type, (job.ranks // 2, 2), mesh_dim_names=("data", "expert"))
+    given = layer(job, torch.float32, [9] * job.ranks)
+    router = torch.randn(E, H, generator=torch.Generator().manual_seed(1)).to(job.device)
+    one = RoutedExperts(router, given.gate_up, given.down, None)
+    expected = [job.own(list(t.chunk(job.ranks))) for t in one.step(torch.cat(given.x), torch.cat(given.dy))]
+    for are_dtensors in (False, True):
+        sharded = [distribute_tensor(w, mesh["expert"], [Shard(0)]) for w in given[:2]]
+        gate_up, down = (w if are_dtensors else w.to_local() for w in sharded)
+        model = RoutedExperts(router, gate_up, down, mesh["expert"])
+        fully_shard(model.experts, mesh=mesh["data"])
+        fully_shard(model, mesh=job.mesh)
+        y, dx = model.step(job.own(given.x), job.own(given.dy), mesh["expert"].size())
+        torch.testing.assert_close(y, expected[0])
+        torch.testing.assert_close(dx / job.ranks, expected[1])  # its loss is the mean of fewer tokens
+        for found, right in zip(model.parameters(), one.parameters()):
+            assert isinstance(found, DTensor)
+            full, expected_one = found.full_tensor(), right.detach()
+            if len(full) < len(expected_one):  # plain tensors: FSDP knows this rank's experts alone
+                expected_one = expected_one.chunk(2)[mesh["expert"].get_local_rank()]
+            torch.testing.assert_close(full, expected_one)
+
+
+def tensor_parallel(job: Job) -> None:
+    """All experts on all tokens, with a part of I on each rank."""
+    agree_with_shards(job, init_device_mesh(job.device.type, (1, job.ranks), mesh_dim_names=("expert", "tensor")))
+
+
+def experts_and_tensor_parallel(job: Job) -> None:
+    """Experts on half of the ranks each, and of an expert half of I on each of two ranks."""
+    mesh = init_device_mesh(job.device.type, (job.ranks // 2, 2), mesh_dim_names=("expert", "tensor"))
+    agree_with_shards(job, mesh, mesh["expert"])
+
+
+def agree_with_shards(job: Job, mesh: DeviceMesh, experts: DeviceMesh | None = None) -> None:
+    """Gate, up and down are DTensors that are sharded along I; results and gradients of tokens are partial sums."""
+    tensor = mesh["tensor"]
+    part = job._replace(rank=mesh["expert"].get_local_rank(), ranks=mesh["expert"].size(), mesh=mesh["expert"])
+    for (dtype, recipe), limits in CLOSE.items():
+        given = layer(part, dtype, [9] * part.ranks, inner=128 * tensor.size())  # whole blocks of fp8 on each rank
+        gate, up = part.experts(given.gate_up).chunk(2, 1)
+        tokens = [distribute_tensor(t, tensor, [Replicate()]) for t in (part.own(given.x), part.own(given.weights))]
+        along = (gate, Shard(1)), (up, Shard(1)), (part.experts(given.down), Shard(2))
+        leaves = [*tokens, *(distribute_tensor(w, tensor, [placement]) for w, placement in along)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        x, weights = (leaf.to_local(grad_placements=[Partial()]) for leaf in leaves[:2])
+        gate, up, down = (leaf.to_local() for leaf in leaves[2:])
+        y = experts_forward(x, part.own(given.ids), weights, (gate, up), down, recipe=recipe, mesh=experts)
+        y = DTensor.from_local(y, tensor, [Partial()]).full_tensor()
+        gradients: Any = torch.autograd.grad(y, leaves, part.own(given.dy))
+        dx, dweights, dgate, dup, ddown = (g.full_tensor() for g in gradients)
+        found = y, dx, dweights, torch.cat((dgate, dup), 1), ddown
+        y_limit, dx_limit, dweights_limit, *others = limits
+        # A row of an expert is rounded on each rank, so its product with dy is, too.
+        assert_close(found, whole(part, given, recipe), (y_limit, dx_limit, max(dweights_limit, y_limit), *others))
+
+
 class PaddingDispatcher:
     """Sends rows in expert order, padded with zeros to multiples of 16, as DeepEP does. All ranks have all tokens."""
 
@@ -369,6 +464,9 @@ CHECKS = (
     every_rank_learns_of_a_lost_token,
     the_same_bits_on_one_rank,
     sharded_weights,
+    fsdp_and_experts,
+    tensor_parallel,
+    experts_and_tensor_parallel,
     a_dispatcher_that_pads,
     compiled_with_a_capacity,
     compiled_with_data_dependent_sizes,
