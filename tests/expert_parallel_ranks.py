@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -113,8 +113,11 @@ def parallel(
     return (y, *torch.autograd.grad(y, leaves, job.own(given.dy)))
 
 
-def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], limits: tuple[float, ...]) -> None:
-    for name, one, other, limit in zip(("y", "dx", "dweights", "dgate_up", "ddown"), found, expected, limits):
+def assert_close(
+    found: Sequence[Tensor], expected: Sequence[Tensor], limits: Sequence[float],
+    names: Sequence[str] = ("y", "dx", "dweights", "dgate_up", "ddown"),
+) -> None:  # fmt: skip
+    for name, one, other, limit in zip(names, found, expected, limits):
         assert one.shape == other.shape, f"{name}: {one.shape}, {other.shape}"
         error = (one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-30)
         assert error <= limit, f"{name}: relative error {error:.1e}, at most {limit:.0e}"
@@ -321,6 +324,115 @@ def agree_with_shards(job: Job, mesh: DeviceMesh, experts: DeviceMesh | None = N
         assert_close(found, whole(part, given, recipe), (y_limit, dx_limit, max(dweights_limit, y_limit), *others))
 
 
+def biases_and_a_pair(job: Job) -> None:
+    """Gate and up as two tensors, all with biases, which get gradients too."""
+    for (dtype, recipe), limits in CLOSE.items():
+        given = layer(job, dtype, [9] * job.ranks)
+        generator = torch.Generator().manual_seed(1)
+        biases = [torch.randn(E, n, generator=generator).to(job.device, dtype) for n in (I, I, H)]
+        results = []
+        for part, own, mesh in ((job.experts, job.own, job.mesh), (lambda w: w, torch.cat, None)):
+            leaves = [own(given.x), own(given.weights), *(part(w) for w in (*given.gate_up.chunk(2, 1), given.down))]
+            leaves = [leaf.clone().requires_grad_() for leaf in (*leaves, *(part(b) for b in biases))]
+            x, weights, gate, up, down, *(of_gate, of_up, of_down) = leaves
+            y = experts_forward(
+                x, own(given.ids), weights, (gate, up), down, gate_up_bias=(of_gate, of_up), down_bias=of_down,
+                recipe=recipe, mesh=mesh,
+            )  # fmt: skip
+            results.append([y, *torch.autograd.grad(y, leaves, own(given.dy))])
+        found, expected = results
+        expected = [*(job.own(list(t.chunk(job.ranks))) for t in expected[:3]), *(job.experts(t) for t in expected[3:])]
+        of_rows, (dgate_up, ddown) = limits[:3], limits[3:]
+        names = "y", "dx", "dweights", "dgate", "dup", "ddown", "dgate_bias", "dup_bias", "ddown_bias"
+        assert_close(found, expected, (*of_rows, *(dgate_up, dgate_up, ddown) * 2), names)
+
+
+def main_grad_gets_the_sum(job: Job) -> None:
+    """Over the tokens of all ranks, added to what is there already."""
+    given = layer(job, torch.bfloat16, [9] * job.ranks)
+    weights: Any = [torch.nn.Parameter(job.experts(w)) for w in given[:2]]
+    for w in weights:
+        w.main_grad = torch.ones_like(w, dtype=torch.float32)
+    own = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    y = experts_forward(*own, *weights, accumulate_main_grad=True, mesh=job.mesh)
+    y.backward(job.own(given.dy))
+    for w, expected in zip(weights, whole(job, given, None)[3:]):
+        assert w.grad is None
+        torch.testing.assert_close(w.main_grad - 1, expected.float(), rtol=2e-2, atol=2e-2)
+
+
+def batch_invariant(job: Job) -> None:
+    """The first tokens of each rank have the same bits without the others."""
+    given = layer(job, torch.bfloat16, [12] * job.ranks)
+    weights = job.experts(given.gate_up), job.experts(given.down)
+    own: Any = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    run: Any = functools.partial(experts_forward, batch_invariant=True, mesh=job.mesh)
+    with torch.no_grad():
+        assert torch.equal(run(*own, *weights)[:5], run(*(t[:5] for t in own), *weights))
+
+
+def a_cuda_graph(job: Job) -> None:
+    """Replays with other tokens; then one in which some do not fit: NaN, and `check` raises.
+
+    Only a GPU captures graphs. A CPU runs the same code in the other checks with a capacity.
+    """
+    if job.device.type != "cuda":
+        return
+    for recipe in (None, BLOCKWISE):
+        replay(job, recipe)
+
+
+def replay(job: Job, recipe: str | None) -> None:
+    given, other = (layer(job, torch.bfloat16, [12] * job.ranks, seed=seed) for seed in (0, 1))
+    other = other._replace(gate_up=given.gate_up, down=given.down)
+    for every in (*given.ids, *other.ids):
+        every[8:] = -1  # so that 8 tokens at most go to a rank
+    dispatcher = AllToAll(job.mesh, E, recipe=recipe, capacity=8)
+    own = job.own(given.x), job.own(given.weights), job.experts(given.gate_up), job.experts(given.down)
+    x, weights, gate_up, down = leaves = [t.clone().requires_grad_() for t in own]
+    ids, dy = job.own(given.ids).clone(), job.own(given.dy).clone()
+
+    def infer() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (experts_forward(x, ids, weights, gate_up, down, recipe=recipe, mesh=dispatcher),)
+
+    def train() -> tuple[Tensor, ...]:
+        y = experts_forward(x, ids, weights, gate_up, down, recipe=recipe, mesh=dispatcher)
+        return (y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+    for call in (infer, train):
+        graph, results = captured(call)
+        for now in (other, given):
+            with torch.no_grad():
+                for static, new in zip((x, ids, weights, dy), (now.x, now.ids, now.weights, now.dy)):
+                    static.copy_(job.own(new))
+            graph.replay()
+            expected = parallel(job, now, AllToAll(job.mesh, E, recipe=recipe, capacity=8), recipe=recipe)
+            assert_close(results, expected, CLOSE[torch.bfloat16, recipe])
+        dispatcher.check()
+        ids.zero_()
+        graph.replay()
+        assert results[0][8:].isnan().all() and not results[0][:8].isnan().any()
+        with pytest.raises(RuntimeError, match="at most 8 tokens for each rank"):
+            dispatcher.check()
+        dispatcher.check()
+        ids.copy_(job.own(given.ids))
+
+
+def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    """A CUDA graph of ``call``, and the results that its replays write."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # threads of NCCL query events meanwhile
+        results = call()
+    return graph, results
+
+
 class PaddingDispatcher:
     """Sends rows in expert order, padded with zeros to multiples of 16, as DeepEP does. All ranks have all tokens."""
 
@@ -467,6 +579,10 @@ CHECKS = (
     fsdp_and_experts,
     tensor_parallel,
     experts_and_tensor_parallel,
+    biases_and_a_pair,
+    main_grad_gets_the_sum,
+    batch_invariant,
+    a_cuda_graph,
     a_dispatcher_that_pads,
     compiled_with_a_capacity,
     compiled_with_data_dependent_sizes,
