@@ -1,6 +1,6 @@
 """Several ranks run a MoE layer with experts of all of them. Prints the errors.
 
-    RANK=<rank> python tests/expert_parallel_ranks.py <device type> <ranks> <rendezvous file>
+    RANK=<rank> python tests/expert_parallel_ranks.py <device type> <ranks> <rendezvous file> [<check> ...]
 
 Prints a line of JSON for each check: its name, and the error or an empty string. `test_expert_parallel` starts ranks.
 Every check compares with the same layer in one process. All ranks make the same random numbers.
@@ -593,7 +593,7 @@ CHECKS = (
 )
 
 
-def main(device_type: str, ranks: str, rendezvous: str) -> None:
+def main(device_type: str, ranks: str, rendezvous: str, *names: str) -> None:
     rank = int(os.environ["RANK"])
     device = torch.device(device_type, rank if device_type == "cuda" else None)
     if device_type == "cuda":
@@ -605,6 +605,8 @@ def main(device_type: str, ranks: str, rendezvous: str) -> None:
     )
     job = Job(rank, int(ranks), device, init_device_mesh(device_type, (int(ranks),)))
     for check in CHECKS:
+        if names and check.__name__ not in names:
+            continue
         try:
             check(job)
             print(json.dumps({"check": check.__name__, "error": ""}), flush=True)
