@@ -2,8 +2,9 @@
 
 Triton's interpreter rounds fp8 wrongly, truncates fp32 to bf16, and computes on the raw bits of bf16 operands. Before
 Triton 3.9 it does not support e4m3fnuz either. `hardware_arithmetic` converts floats with torch and computes bf16 and
-fp8 operands in fp32. It also leaves out work whose results Triton does not use, a third of the time. It applies to one
-launch at a time, so other kernels in the process are interpreted as usual. `tl.sum` over bf16 stays wrong: cast first.
+fp8 operands in fp32. It also leaves out work whose results Triton does not use, a third of the time, and describes each
+shape once instead of once per operation, a third of the rest. It applies to one launch at a time, so other kernels in
+the process are interpreted as usual. `tl.sum` over bf16 stays wrong: cast first.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,6 +120,42 @@ def _patch_lang_once():
     return patch_lang
 
 
+_init_block_type_original = tl.block_type.__init__
+_broadcast_original = interpreter.TritonSemantic.broadcast_impl_value
+
+
+@functools.cache
+def _block_of(sides):
+    """Shape and size of a block type, and the name of its shape."""
+    block = object.__new__(tl.block_type)
+    _init_block_type_original(block, tl.int1, [*sides])
+    return block.shape, block.numel, str(block.shape)
+
+
+@functools.cache
+def _tensor_of(sides):
+    """Shape and size of a tensor."""
+    return tl.tuple([tl.constexpr(side) for side in sides]), tl.constexpr(math.prod(sides))
+
+
+def _init_block_type(self, element_ty, shape):
+    sides = tuple([side.value if isinstance(side, tl.constexpr) else side for side in shape])
+    self.shape, self.numel, name = _block_of(sides)
+    self.element_ty, self.name = element_ty, f"<{name}, {element_ty}>"
+
+
+def _init_tensor(self, handle, type):
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape, self.numel = _tensor_of(tuple(type.shape.values) if type.is_block() else ())
+
+
+def _broadcast_impl_value(self, lhs, rhs):
+    """Triton's own, which compares shapes side by side. Those of `_block_of` are equal if they are one object."""
+    if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape:
+        return lhs, rhs
+    return _broadcast_original(self, lhs, rhs)
+
+
 _BUILDER = interpreter.InterpreterBuilder
 _OPTIONS = interpreter.interpreter_builder.options
 # Triton computes whether each operation on integers overflows, and asserts the result only in debug mode.
@@ -127,6 +165,9 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (interpreter, "_get_np_dtype", _get_np_dtype),
     (interpreter, "_convert_float", _convert_float),
     (interpreter, "_patch_lang_core", _patch_lang_core),
+    (tl.block_type, "__init__", _init_block_type),
+    (tl.tensor, "__init__", _init_tensor),
+    (interpreter.TritonSemantic, "broadcast_impl_value", _broadcast_impl_value),
     (_BUILDER, "create_dot", _create_dot),
     (_BUILDER, "unary_op", _in_fp32(_BUILDER.unary_op, 1)),
     (_BUILDER, "binary_op", _in_fp32(_BUILDER.binary_op, 2)),
