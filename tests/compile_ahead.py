@@ -282,27 +282,30 @@ def compile_wgrad_hopper(kind: str, tile: Any, whole: bool, accumulate: bool = F
 
 
 def compile_gathered() -> dict[str, Any]:
-    """The Hopper kernels that gather rows, for each use of them in a fused MoE layer."""
+    """The Hopper kernels that gather rows, for each use of them in a fused MoE layer.
+
+    ``even`` and ``far`` concern only the warps that copy. The gate and what is stored concern only those that multiply.
+    Each has registers of its own, so not every combination of the two is compiled.
+    """
     compiled = {}
-    for stored in (True, False):
-        for interleaved in (True, False):
-            kernel = compile_gathered_mm("16 bit", "swiglu", interleaved=interleaved, stored=stored)
-            compiled[f"gemm gathered 16 bit swiglu {interleaved=} {stored=}"] = kernel
-        for even in (True, False):
-            kernel = compile_gathered_mm("blockwise", "swiglu", stored=stored, even=even)
-            compiled[f"gemm gathered blockwise swiglu {stored=} {even=}"] = kernel
-    kernel = compile_gathered_mm("blockwise", "swiglu", stored=True, quantized=True)
-    compiled["gemm gathered blockwise swiglu, pre-activations in fp8"] = kernel
-    for activation in ("swiglu_clamped", "geglu", "geglu_tanh", "reglu"):
-        kernel = compile_gathered_mm("blockwise", activation, stored=True)
-        compiled[f"gemm gathered blockwise {activation} stored=True"] = kernel
-    for even in (True, False):
-        compiled[f"gemm gathered blockwise {even=}"] = compile_gathered_mm("blockwise", even=even)
-        compiled[f"gemm gathered 16 bit {even=}"] = compile_gathered_mm("16 bit", even=even)
-    for kind in ("16 bit", "blockwise"):
-        kernel = compile_gathered_mm(kind, "swiglu", stored=True, far=True)
-        compiled[f"gemm gathered {kind} swiglu, far"] = kernel
-    compiled["gemm gathered 16 bit, N contiguous"] = compile_gathered_mm("16 bit", c_contiguous=False)
+    uses: tuple[tuple[str, str | None, dict[str, bool]], ...] = (
+        ("16 bit", "swiglu", {"stored": True, "far": True}),
+        ("16 bit", "swiglu", {"stored": True, "interleaved": True}),
+        ("16 bit", "swiglu", {"even": False}),
+        ("16 bit", "swiglu", {"interleaved": True}),
+        ("16 bit", None, {"even": False}),
+        ("16 bit", None, {"c_contiguous": False}),
+        ("blockwise", "swiglu", {"stored": True}),
+        ("blockwise", "swiglu", {"stored": True, "quantized": True, "even": False}),
+        ("blockwise", "swiglu", {"even": False}),
+        ("blockwise", "swiglu_clamped", {"stored": True, "far": True}),
+        ("blockwise", "geglu", {"stored": True}),
+        ("blockwise", "geglu_tanh", {"stored": True}),
+        ("blockwise", "reglu", {"stored": True}),
+        ("blockwise", None, {}),
+    )
+    for kind, activation, how in uses:
+        compiled[f"gemm gathered {kind} {activation} {how}"] = compile_gathered_mm(kind, activation, **how)
     for lhs, whole in itertools.product((True, False), repeat=2):
         compiled[f"wgrad gathered {lhs=} {whole=}"] = compile_gathered_wgrad(lhs, whole)
     for lhs in (True, False):

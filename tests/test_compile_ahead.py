@@ -40,7 +40,9 @@ def runs(request, tmp_path_factory):
 
     def run(arch: str) -> tuple[Path, int]:
         log = logs / f"{arch}.log"
-        environment = processes.environment(TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(logs / arch))
+        environment = processes.environment(
+            TRITON_INTERPRET=None, TRITON_CACHE_DIR=str(logs / arch), TRITON_DISABLE_LINE_INFO="1"
+        )
         return log, processes.run([sys.executable, script, arch], log, environment)
 
     with processes.two_at_a_time(request, "arch", run) as running:
