@@ -593,6 +593,11 @@ CHECKS = (
 )
 
 
+def checks_of(ranks: int) -> list[Callable[[Job], None]]:
+    """Only two ranks compile, which takes longer than all else: graphs of more ranks differ in a constant."""
+    return [check for check in CHECKS if ranks == 2 or not check.__name__.startswith("compiled")]
+
+
 def main(device_type: str, ranks: str, rendezvous: str, *names: str) -> None:
     rank = int(os.environ["RANK"])
     device = torch.device(device_type, rank if device_type == "cuda" else None)
@@ -604,7 +609,7 @@ def main(device_type: str, ranks: str, rendezvous: str, *names: str) -> None:
         backend, f"file://{rendezvous}", timeout=timedelta(seconds=60), rank=rank, world_size=int(ranks)
     )
     job = Job(rank, int(ranks), device, init_device_mesh(device_type, (int(ranks),)))
-    for check in CHECKS:
+    for check in checks_of(job.ranks):
         if names and check.__name__ not in names:
             continue
         try:

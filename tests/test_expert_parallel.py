@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from expert_parallel_ranks import CHECKS
+from expert_parallel_ranks import checks_of
 
 SCRIPT = Path(__file__).with_name("expert_parallel_ranks.py")
 TIMEOUT = 240  # seconds; a rank that waits for one that has failed gives up after 60
@@ -53,17 +53,13 @@ def check(found: Callable[[str, int], dict[str, dict[str, str]]], device_type: s
     assert not any(errors.values()), "\n\n".join(f"{rank}\n{error}" for rank, error in errors.items() if error)
 
 
-every_check = pytest.mark.parametrize("name", [check.__name__ for check in CHECKS])
-
-
-@pytest.mark.parametrize("ranks", (2, 4))
-@every_check
+@pytest.mark.parametrize("name, ranks", [(check.__name__, ranks) for ranks in (2, 4) for check in checks_of(ranks)])
 def test_ranks_on_a_cpu(name, ranks, found):
     check(found, "cpu", ranks, name)
 
 
 @pytest.mark.gpu
-@every_check
+@pytest.mark.parametrize("name", [check.__name__ for check in checks_of(2)])
 def test_two_gpus(name, found):
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs; torch sees {torch.cuda.device_count()}")
