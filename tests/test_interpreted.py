@@ -18,10 +18,12 @@ from grouped_gemm.core.preference import BackendKind
 pytest.importorskip("triton")
 
 FOLDER = Path(__file__).with_name("interpreter")
-SLOWEST = ("test_moe_fused.py", "test_torch_native.py", "test_deepgemm.py", "test_gemm.py", "test_moe_decode.py")
-# The files of each process. Those that share one take as long as two of the slowest; a process takes seconds to start.
-FILES = {"others": sorted(path.name for path in FOLDER.glob("test_*.py") if path.name not in SLOWEST)}
-FILES |= {Path(file).stem: [file] for file in SLOWEST}
+# The files of each process, by its name; "others" runs all other files. A process takes seconds to start.
+FILES = {
+    "moe": ["test_moe_fused.py", "test_moe_decode.py"],
+    "vendors": ["test_torch_native.py", "test_deepgemm.py", "test_hipblaslt.py"],
+}
+FILES["others"] = sorted({path.name for path in FOLDER.glob("test_*.py")}.difference(*FILES.values()))
 
 
 @pytest.fixture(scope="module")
