@@ -48,7 +48,11 @@ def gradients(function, a, w, bias, offs) -> tuple[torch.Tensor, ...]:
     return (y, *torch.autograd.grad(y, (a, w, bias), dy))
 
 
-@pytest.mark.parametrize("recipe", Recipe, ids=lambda r: r.value)
+# The recipes of powers of two differ only in a constant of the graph.
+RECIPES = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE, Recipe.MXFP8)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.value)
 def test_compiles_once_per_row_class_and_agrees_with_eager_bit_for_bit(recipe):
     def layer(a, w, bias, offs):
         return grouped_mm(a, w.transpose(1, 2), offs, recipe=recipe, bias=bias)
