@@ -177,10 +177,10 @@ def measure(name: str, shape: Shape, device: torch.device, repetitions: int) -> 
         received = randn(sum(peer.takes), hidden)
         dispatches: dict[str, Callable[[], Any]]
         dispatches = {layer: partial(one.dispatch, x.detach(), ids, weights.detach()) for layer, one in ours.items()}
+        fixed = [AllToAll(dist.group.WORLD, experts, recipe=one.recipe, capacity=tokens) for one in ours.values()]
         if device.type == "cuda":
-            for layer, one in ours.items():
-                fixed = AllToAll(dist.group.WORLD, experts, recipe=one.recipe, capacity=tokens)
-                graph, _ = captured(partial(fixed.dispatch, x.detach(), ids, weights.detach()))
+            for layer, one in zip(ours, fixed):  # which live as long as their graphs
+                graph, _ = captured(partial(one.dispatch, x.detach(), ids, weights.detach()))
                 dispatches[f"{layer}, graph"] = graph
         timed("dispatch", {"peer": lambda: peer.dispatch(sent), **dispatches}, {})
         del dispatches

@@ -320,8 +320,9 @@ def agree_with_shards(job: Job, mesh: DeviceMesh, experts: DeviceMesh | None = N
         dx, dweights, dgate, dup, ddown = (g.full_tensor() for g in gradients)
         found = y, dx, dweights, torch.cat((dgate, dup), 1), ddown
         y_limit, dx_limit, dweights_limit, *others = limits
-        # A row of an expert is rounded on each rank, so its product with dy is, too.
-        assert_close(found, whole(part, given, recipe), (y_limit, dx_limit, max(dweights_limit, y_limit), *others))
+        # Each rank rounds its part of a row, then their sum is rounded: those of y and dx, and the products with dy.
+        partial = 2 * y_limit, 2 * dx_limit, max(dweights_limit, 2 * y_limit)
+        assert_close(found, whole(part, given, recipe), (*partial, *others))
 
 
 def biases_and_a_pair(job: Job) -> None:
