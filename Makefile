@@ -9,10 +9,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test gpu lint format docs clean
+.PHONY: help venv demo test gpu gpu2 lint format docs clean
 
 help: ## show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo 'ARGS="..." is passed on to demo or pytest; PYTHON=python3.12 makes .venv with another Python.'
 	@echo 'PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu takes the small CPU build of torch on Linux.'
@@ -27,6 +27,9 @@ test: $(INSTALLED) ## run the tests
 
 gpu: $(INSTALLED) ## run the tests on a GPU, on 12 workers in parallel
 	.ci/gpu
+
+gpu2: $(INSTALLED) ## run the tests that need two GPUs
+	.ci/gpu2
 
 lint: $(INSTALLED) ## check style, format and types
 	$(BIN)/ruff check .

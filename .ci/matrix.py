@@ -62,6 +62,8 @@ class Row:
         return {"name": self.name, "runs_on": runs_on, "python": self.python}
 
 
+ON_HOPPER = ("emulated", "torch", "triton", "deepgemm")
+HOPPER_PINS = ("torch==2.11.0", "triton==3.6.0")  # deep_gemm is built for one torch, which pins its triton
 INTERPRETED = (("TRITON_INTERPRET", "1"),)
 
 
@@ -131,8 +133,16 @@ ROWS = (
     Row("without triton", min_passed=4200, without=("triton",), must_be_ready=("emulated", "torch")),
     Row("oldest Python, torch and triton", min_passed=4200, python="3.10", pins=(OLDEST_TORCH, OLDEST_TRITON)),
     Row("newest Python, torch and triton", min_passed=4200, python="3.13", pins=(NEWEST_TORCH, NEWEST_TRITON)),
-    # deep_gemm is built for one torch, which pins its triton.
-    _on_a_gpu("Hopper", "hopper", "emulated", "torch", "triton", "deepgemm", pins=("torch==2.11.0", "triton==3.6.0")),
+    _on_a_gpu("Hopper", "hopper", *ON_HOPPER, pins=HOPPER_PINS),
+    Row(
+        "two Hopper GPUs",
+        ON_HOPPER,
+        pytest="-m gpu2",
+        min_passed=30,
+        pins=HOPPER_PINS,
+        must_be_ready=ON_HOPPER,
+        machine="hopper-2",
+    ),
     _on_a_gpu("ROCm", "rocm", "emulated", "torch", "triton", "hipblaslt"),
 )
 

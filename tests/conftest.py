@@ -75,6 +75,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and _device(config).type != "cuda":
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch sees none, or --device names another device"))
+        if item.get_closest_marker("gpu2") and (_device(config).type != "cuda" or torch.cuda.device_count() < 2):
+            found = f"torch sees {torch.cuda.device_count()}, or --device names another device"
+            item.add_marker(pytest.mark.skip(reason=f"needs 2 GPUs of one host; {found}"))
         if item.get_closest_marker("rocm") and not (torch.cuda.is_available() and torch.version.hip):
             item.add_marker(pytest.mark.skip(reason="needs an AMD GPU and a ROCm build of torch"))
     items.sort(key=lambda item: item.path.name not in LONGEST)

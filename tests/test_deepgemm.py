@@ -377,10 +377,8 @@ def test_nothing_runs_between_quantizer_and_gemm(shape, device):
     assert "fp8_gemm" in kernels[3], kernels
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu2
 def test_a_second_device_works_or_is_refused_with_the_reason(device):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     for index in (0, 1):
         here = torch.device("cuda", index)
         case = gpu_case(BLOCKWISE, GPU_SHAPES[1], here)  # skips with the reason where it is refused

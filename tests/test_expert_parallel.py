@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from expert_parallel_ranks import checks_of
 
 SCRIPT = Path(__file__).with_name("expert_parallel_ranks.py")
-TIMEOUT = 240  # seconds; a rank that waits for one that has failed gives up after 60
+TIMEOUT = 400  # seconds; a rank that waits for one that has failed gives up after 60
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +57,7 @@ def test_ranks_on_a_cpu(name, ranks, found):
     check(found, "cpu", ranks, name)
 
 
-@pytest.mark.gpu
+@pytest.mark.gpu2
 @pytest.mark.parametrize("name", [check.__name__ for check in checks_of(2)])
 def test_two_gpus(name, found):
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"needs 2 GPUs; torch sees {torch.cuda.device_count()}")
     check(found, "cuda", 2, name)

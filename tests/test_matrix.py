@@ -23,7 +23,7 @@ MACHINES = sorted({row.machine for row in matrix.ROWS} - {""})
 ARGUMENTS = argparse.ArgumentParser()
 ARGUMENTS.add_argument("--backend")
 ARGUMENTS.add_argument("--min-passed", type=int)
-ARGUMENTS.add_argument("-k", default="")
+ARGUMENTS.add_argument("-k", "-m", dest="k", default="")  # marks are keywords
 ARGUMENTS.add_argument("paths", nargs="*", default=["tests/"])
 CHOSEN = {row.name: ARGUMENTS.parse_args(row.arguments()) for row in matrix.ROWS}
 # A plugin that lists the tests, and evaluates -k with pytest's own code.
