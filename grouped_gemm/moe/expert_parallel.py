@@ -176,9 +176,7 @@ class AllToAll:
         # The numbers travel while rows are packed, which is for as many as there can be.
         most = num_tokens * min(num_ranks, top_k) if self.capacity is None else self.capacity * num_ranks
         receive = _start(numbers, None, None, self.group)
-        packed = ops.moe_pack(
-            dense_rows(x.detach()), topk_ids, topk_weights.detach(), places, most, self.recipe.value, lost is not None
-        )
+        packed = ops.moe_pack(dense_rows(x.detach()), topk_ids, topk_weights.detach(), places, most, self.recipe.value)
         sends = takes = num_slots = None
         if lost is None:
             sends, takes, num_slots = self._read(numbers, receive)
@@ -337,7 +335,7 @@ class _Return(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``y``."""
         (places,), (num_rows, sends, takes, group) = ctx.saved_tensors, ctx.arguments
-        packed = ops.moe_pack(dense_rows(dy.detach()), None, None, places, num_rows, ctx.recipe.value, sends is None)
+        packed = ops.moe_pack(dense_rows(dy.detach()), None, None, places, num_rows, ctx.recipe.value)
         arrived = _exchange(packed, sends, takes, group)
         data, scale, _, _ = unpack(arrived, dy.shape[1], 0, dy.dtype, ctx.recipe)
         if scale is not None:

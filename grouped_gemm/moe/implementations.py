@@ -94,7 +94,9 @@ def _run_batched(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: Exp
         y = torch.bmm(own, rows.unsqueeze(2)).squeeze(2)
         return y if own_bias is None else y + own_bias
 
-    y = experts.run(multiply, x.repeat_interleave(k, dim=0))
+    # A dropped slot multiplies by an expert's weights too, whose gradient must not see what its row holds.
+    rows = torch.where(is_kept.unsqueeze(1), x.repeat_interleave(k, dim=0), 0)
+    y = experts.run(multiply, rows)
     return _weighted_sum(y.view(num_tokens, k, x.shape[1]), topk_weights, is_kept.view(num_tokens, k))
 
 
@@ -117,8 +119,9 @@ def _weighted_sum(y_TkH: Tensor, topk_weights: Tensor, is_kept: Tensor) -> Tenso
     if y_TkH.shape[1] == 0:
         return y_TkH.sum(1)  # zeros that have gradients
     total = y_TkH.new_zeros(y_TkH.shape[0], y_TkH.shape[2], dtype=torch.float32)
+    weights = torch.where(is_kept, topk_weights.float(), 0)  # so that gradients do not see those of dropped slots
     for j in range(y_TkH.shape[1]):
-        total = total + torch.where(is_kept[:, j, None], topk_weights[:, j, None].float() * y_TkH[:, j].float(), 0)
+        total = total + torch.where(is_kept[:, j, None], weights[:, j, None] * y_TkH[:, j].float(), 0)
     return total.to(y_TkH.dtype)
 
 

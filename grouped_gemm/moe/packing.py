@@ -94,26 +94,22 @@ def _moe_find_ranks(topk_ids: Tensor, num_experts: Size, num_ranks: Size) -> Ste
 
 @define_op()
 def _moe_pack(
-    x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, places: Tensor, num_rows: Size, recipe: str,
-    has_gaps: bool,
-) -> Steps[Tensor]:  # fmt: skip
+    x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, places: Tensor, num_rows: Size, recipe: str
+) -> Steps[Tensor]:
     """(S, bytes) uint8: tokens in rows as this module has them, quantized if the recipe is blockwise.
 
     Args:
         topk_ids: (T, k) int32 or int64, and ``topk_weights`` (T, k), or None for k = 0.
         places: (T, W) int32, the rows of a token; -1: none.
-        num_rows: S.
-        has_gaps: whether there may be rows before others that are no token's. These are zero, or the smallest scale.
-            Otherwise rows after the last place are not specified.
+        num_rows: S. Rows that are no token's are not specified.
     """
     parsed, top_k = Recipe(recipe), 0 if topk_ids is None else topk_ids.shape[1]
-    new = x_TH.new_zeros if has_gaps else x_TH.new_empty
-    packed = new(num_rows, _offsets(x_TH.shape[1], top_k, x_TH.dtype, parsed)[-1], dtype=torch.uint8)
+    packed = x_TH.new_empty(num_rows, _offsets(x_TH.shape[1], top_k, x_TH.dtype, parsed)[-1], dtype=torch.uint8)
     yield packed
-    parts = unpack(packed, x_TH.shape[1], top_k, x_TH.dtype, parsed)
     if runs_kernels(x_TH.device):
         from grouped_gemm.kernels.moe import packing as kernel
 
+        parts = unpack(packed, x_TH.shape[1], top_k, x_TH.dtype, parsed)
         ids, weights = (None if s is None else dense_rows(s) for s in (topk_ids, topk_weights))
         targets = (None, None) if ids is None else (parts.ids, parts.weights)
         kernel.pack(dense_rows(x_TH), ids, weights, places.contiguous(), parsed, parts.data, parts.scale, *targets)
@@ -121,7 +117,10 @@ def _moe_pack(
     tokens = torch.arange(len(places), device=places.device).unsqueeze(1).expand(places.shape)
     source = places.new_full((num_rows + 1,), -1, dtype=torch.int64)
     source.scatter_(0, torch.where(places < 0, num_rows, places).flatten().long(), tokens.flatten())
-    rows = F.pad(x_TH, (0, 0, 0, 1))[source[:-1]]  # -1 is the row of zeros at the end
+    source = source[:-1]  # -1 takes the row of zeros at the end
+    written = torch.zeros_like(packed)
+    parts = unpack(written, x_TH.shape[1], top_k, x_TH.dtype, parsed)
+    rows = F.pad(x_TH, (0, 0, 0, 1))[source]
     if parts.scale is not None:
         data, scale = reference.quantize(rows, reference.row_blocks(parsed), parsed, parts.data.dtype)
         parts.data.copy_(data)
@@ -130,5 +129,6 @@ def _moe_pack(
         parts.data.copy_(rows)
     if topk_ids is not None and topk_weights is not None:
         ids = torch.where((topk_ids >= 0) & (topk_ids <= 0x7FFFFFFF), topk_ids, -1)
-        parts.ids.copy_(F.pad(ids, (0, 0, 0, 1))[source[:-1]])
-        parts.weights.copy_(F.pad(topk_weights, (0, 0, 0, 1))[source[:-1]])
+        parts.ids.copy_(F.pad(ids, (0, 0, 0, 1))[source])
+        parts.weights.copy_(F.pad(topk_weights, (0, 0, 0, 1))[source])
+    packed.copy_(torch.where(source.unsqueeze(1) < 0, packed, written))
