@@ -988,3 +988,16 @@ def test_transformers_keeps_its_own_implementations():
 
     assert moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"] is moe.grouped_mm_experts_forward
     assert moe.ALL_EXPERTS_FUNCTIONS["batched_mm"] is moe.batched_mm_experts_forward
+
+
+def test_scales_without_axes_of_one():
+    """So `save_pretrained` of transformers 5.17 leaves them: those of gate and up (1, 2) become (2,), of down too."""
+    module, call = fp8_experts(), fp8_inputs()
+    expected = module(*call)
+    for name in ("gate_up_proj_scale_inv", "down_proj_scale_inv"):
+        flat = torch.nn.Parameter(getattr(module, name).detach().flatten(1), requires_grad=False)
+        setattr(module, name, flat)
+    assert torch.equal(module(*call), expected)
+    module.down_proj_scale_inv = torch.nn.Parameter(torch.ones(4), requires_grad=False)
+    with pytest.raises(ValueError, match=r"scales of FP8 experts of the shape \(E, .*; found \(4,\)"):
+        module(*call)

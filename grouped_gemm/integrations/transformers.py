@@ -360,10 +360,16 @@ def _adopt(
         )
 
     w, scale = w.detach(), scale.detach()
+    columns = -(-w.shape[2] // 128)
+    if scale.dim() == 2 and scale.shape[1] % columns == 0:  # transformers 5.17 saves an expert's without axes of 1
+        scale = scale.unflatten(1, (-1, columns))
+    if scale.dim() != 3:
+        expected, found = "(E, rows / 128, columns / 128), or (E, 1, 1) for each matrix", tuple(scale.shape)
+        raise ValueError(f"grouped_gemm: expected scales of FP8 experts of the shape {expected}; found {found}")
     rows, lines = w.shape[1], scale.shape[1]
     blocks = -(-(rows // 2) // 128)  # along the rows of gate, and of up
     if is_stacked and lines == 2 and scale.shape[2] == 1:  # one scale for the gate's matrix, one for up's
-        scale = scale.float().repeat_interleave(blocks, 1).expand(-1, -1, -(-w.shape[2] // 128))
+        scale = scale.float().repeat_interleave(blocks, 1).expand(-1, -1, columns)
         lines = 2 * blocks
     if not is_stacked or rows % 256 == 0 or lines != 2 * blocks:
         return adopt(w, scale)
