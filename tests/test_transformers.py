@@ -1001,3 +1001,29 @@ def test_scales_without_axes_of_one():
     module.down_proj_scale_inv = torch.nn.Parameter(torch.ones(4), requires_grad=False)
     with pytest.raises(ValueError, match=r"scales of FP8 experts of the shape \(E, .*; found \(4,\)"):
         module(*call)
+
+
+def test_a_model_quantized_while_loading_and_its_checkpoint(monkeypatch, tmp_path):
+    """`from_pretrained` both ways. transformers wants a GPU for either, but needs it only for linear layers in FP8."""
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *args, **options: None)
+    config = config_of("qwen3_moe")
+    config.update({"hidden_size": 256, "moe_intermediate_size": 128, "head_dim": 64})  # whole blocks are quantized
+    torch.manual_seed(2)
+    alone = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    alone.save_pretrained(tmp_path / "bf16")
+    skipped = ["lm_head", "q_proj", "k_proj", "v_proj", "o_proj", "mlp.gate"]
+    quantization = transformers.FineGrainedFP8Config(modules_to_not_convert=skipped)
+    options = {"experts_implementation": "grouped_gemm", "dtype": torch.bfloat16}
+    load = functools.partial(transformers.AutoModelForCausalLM.from_pretrained, **options)
+    model = load(tmp_path / "bf16", quantization_config=quantization)
+    assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float8_e4m3fn
+    ids = tokens_for(model)
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert error(logits, alone(ids).logits) < 7e-2
+        model.save_pretrained(tmp_path / "fp8")
+        again = load(tmp_path / "fp8")
+        assert again.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float8_e4m3fn
+        assert torch.equal(again(ids).logits, logits)
