@@ -483,12 +483,9 @@ def a_dispatcher_that_pads(job: Job) -> None:
 
 
 def compiled_with_a_capacity(job: Job) -> None:
-    """With gradients: torch 2.11 would make them zero if two ops returned what an autograd.Function returns.
-
-    That depends on types alone, so 2 ranks are enough: 4 on two cores would take most of a minute.
-    """
-    for (dtype, recipe), limits in CLOSE.items() if job.ranks == 2 else ():
-        given = layer(job, dtype, [6] * job.ranks)
+    """With gradients: torch 2.11 would make them zero if two ops returned what an autograd.Function returns."""
+    for recipe in (None, BLOCKWISE):
+        given, limits = layer(job, torch.bfloat16, [6] * job.ranks), CLOSE[torch.bfloat16, recipe]
         dispatcher = AllToAll(job.mesh, E, recipe=recipe, capacity=6)
         torch._dynamo.reset()
         call = functools.partial(experts_forward, mesh=dispatcher, recipe=recipe)

@@ -233,8 +233,7 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("is_made_inside", (False, True))
-@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+@pytest.mark.parametrize("recipe, is_made_inside", ((None, False), ("fp8_blockwise", True)))
 def test_compiles_once_per_row_class_and_plans_once_per_graph(recipe, is_made_inside):
     def layer(a: Tensor, up: Tensor, down: Tensor, groups: Tensor | GroupPlan) -> Tensor:
         groups = GroupPlan(groups, a.shape[0]) if is_made_inside else groups
