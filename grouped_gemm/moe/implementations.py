@@ -154,8 +154,8 @@ def _one_expert(experts: ExpertWeights, e: int) -> Callable[[Tensor, Weights, Te
 
 def _run_row_by_row(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> Tensor:
     """Each routed row in GEMMs of its own, so that no other row decides how it is computed. For a CPU; a host sync."""
-    rows, num_experts = [x.new_zeros(0, x.shape[1])], experts.num_experts
-    ids = topk_ids.flatten().tolist()
+    num_experts, ids = experts.num_experts, topk_ids.flatten().tolist()
+    rows = [experts.run(_one_expert(experts, 0), x[:0])]  # if all slots are dropped, the graph still has all operands
     for slot, e in enumerate(ids):
         row = x[slot // topk_ids.shape[1]].unsqueeze(0)
         rows.append(experts.run(_one_expert(experts, e), row) if 0 <= e < num_experts else torch.zeros_like(row))
