@@ -198,6 +198,18 @@ def tokens_past_the_capacity(job: Job) -> None:
     dispatcher.check()
 
 
+def a_capacity_in_inference_mode(job: Job) -> None:
+    """A dispatcher whose first call was in inference mode also trains."""
+    given = layer(job, torch.float32, [6] * job.ranks)
+    dispatcher = AllToAll(job.mesh, E, capacity=6)
+    with torch.inference_mode():
+        experts_forward(
+            job.own(given.x), job.own(given.ids), job.own(given.weights), job.experts(given.gate_up),
+            job.experts(given.down), mesh=dispatcher,
+        )  # fmt: skip
+    assert_close(parallel(job, given, dispatcher), whole(job, given, None), CLOSE[torch.float32, None])
+
+
 def every_rank_learns_of_a_lost_token(job: Job) -> None:
     """If only one of them raised, the others would wait for it."""
     tokens = [6] + [1] * (job.ranks - 1)
@@ -576,6 +588,7 @@ CHECKS = (
     all_slots_dropped,
     a_fixed_capacity,
     tokens_past_the_capacity,
+    a_capacity_in_inference_mode,
     every_rank_learns_of_a_lost_token,
     the_same_bits_on_one_rank,
     sharded_weights,

@@ -226,7 +226,8 @@ class AllToAll:
 
     def _remember(self, lost: Tensor) -> None:
         if self._lost is None:
-            self._lost = torch.zeros_like(lost)
+            with torch.inference_mode(False):  # later calls outside of inference mode write to it
+                self._lost = torch.zeros_like(lost)
         self._lost.logical_or_(lost)
         if is_capturing(lost) or torch.compiler.is_compiling():
             return
