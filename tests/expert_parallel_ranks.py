@@ -554,6 +554,17 @@ def numbers_of_experts(job: Job) -> None:
         experts_forward(*own, *sharded, mesh=job.mesh)
 
 
+def weights_on_other_ranks(job: Job) -> None:
+    """DTensors on another axis of the mesh would be other experts."""
+    mesh = init_device_mesh(job.device.type, (2, job.ranks // 2), mesh_dim_names=("data", "expert"))
+    given = layer(job, torch.float32, [4] * job.ranks)
+    own = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    weights = [distribute_tensor(w, mesh["data"], [Shard(0)]) for w in given[:2]]
+    for ranks in (mesh["expert"], mesh["expert"].get_group(), AllToAll(mesh["expert"], E)):
+        with pytest.raises(ValueError, match=r"weights: expected DTensors on the ranks \[.*\], .*; found some on \["):
+            experts_forward(*own, *weights, mesh=ranks)
+
+
 def ranks_with_different_numbers_of_experts(job: Job) -> None:
     """All of them raise, and none waits for another. The next call is as usual."""
     given = layer(job, torch.float32, [4] * job.ranks)
@@ -604,6 +615,7 @@ CHECKS = (
     compiled_with_data_dependent_sizes,
     wrong_arguments,
     numbers_of_experts,
+    weights_on_other_ranks,
     ranks_with_different_numbers_of_experts,
     a_peer_that_dies,  # the last one
 )

@@ -298,6 +298,23 @@ def dispatcher_of(mesh: Any, num_local_experts: int, recipe: Recipe | None) -> D
     return AllToAll(group, num_local_experts * dist.get_world_size(group), recipe=outward)
 
 
+def check_ranks(mesh: Any, of_weights: DeviceMesh) -> None:
+    """Checks that DTensors of weights are on the ranks of ``mesh``, in their order, except in compiled calls.
+
+    Nothing is known of the ranks of a dispatcher that is no `AllToAll`.
+
+    Raises:
+        ValueError: they are on others, such as those of another axis of the same mesh.
+    """
+    if torch.compiler.is_compiling():
+        return
+    group = mesh.group if isinstance(mesh, AllToAll) else mesh
+    if isinstance(group, (DeviceMesh, dist.ProcessGroup)):
+        expected, found = dist.get_process_group_ranks(group_of(group)), of_weights.mesh.flatten().tolist()
+        if found != expected:
+            checks.fail("weights", f"DTensors on the ranks {expected}, those of mesh", f"some on {found}")
+
+
 class _Send(torch.autograd.Function):
     """Tokens to the ranks of their experts, one row for each rank."""
 

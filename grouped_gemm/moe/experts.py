@@ -124,10 +124,7 @@ def _across_ranks(
     from grouped_gemm.moe import expert_parallel  # imports torch.distributed
 
     _check_slots(x, topk_ids, topk_weights)
-    gate_up, gate_up_bias = (
-        [_local(w) for w in p] if isinstance(p, (tuple, list)) else _local(p) for p in (gate_up, gate_up_bias)
-    )
-    down, down_bias = _local(down), _local(down_bias)
+    gate_up, down, gate_up_bias, down_bias = _local(mesh, gate_up, down, gate_up_bias, down_bias)
     recipe, weight_only = parse_recipe(options["recipe"])
     dispatcher = expert_parallel.dispatcher_of(mesh, shape_of(down)[0], None if weight_only else recipe)
     if torch.is_autocast_enabled(x.device.type):  # tokens travel in the dtype of the GEMMs
@@ -146,14 +143,21 @@ def _across_ranks(
     return dispatcher.combine(y, arrived.handle)
 
 
-def _local(w: Any) -> Any:
-    """The experts of this rank, if ``w`` is a DTensor that is sharded over them."""
+def _local(mesh: Any, *weights: Any) -> list[Any]:
+    """The experts of this rank, of DTensors that are sharded over the ranks of ``mesh``. Other weights stay."""
+    return [[_shard(mesh, w) for w in p] if isinstance(p, (tuple, list)) else _shard(mesh, p) for p in weights]
+
+
+def _shard(mesh: Any, w: Any) -> Any:
     if not dtensor.is_dtensor(w):
         return w
+    from grouped_gemm.moe import expert_parallel
+
     if not all(p.is_shard(0) for p in w.placements):
         checks.fail("weights", "DTensors that are Shard(0), with mesh", w.placements)
     if w.shape[0] % w.device_mesh.size():
         checks.fail("weights", f"experts that {w.device_mesh.size()} ranks share evenly", w.shape[0])
+    expert_parallel.check_ranks(mesh, w.device_mesh)
     return w.to_local()
 
 
