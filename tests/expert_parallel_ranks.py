@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from grouped_gemm.moe import Experts, experts_forward
+from grouped_gemm.moe import Experts, experts_forward, explain_experts, fused
 from grouped_gemm.moe.expert_parallel import AllToAll, SortedRows
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
@@ -565,6 +565,18 @@ def weights_on_other_ranks(job: Job) -> None:
             experts_forward(*own, *weights, mesh=ranks)
 
 
+def explained(job: Job) -> None:
+    """What runs on this rank's experts, be they DTensors or not."""
+    given = layer(job, torch.bfloat16, [9] * job.ranks)
+    own = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    weights = [distribute_tensor(w, job.mesh, [Shard(0)]) for w in given[:2]]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "runs_fused", lambda device: True)
+        found = explain_experts(*own, *weights, mesh=job.mesh)
+        assert found == explain_experts(*own, *(w.to_local() for w in weights), mesh=job.mesh)
+    assert "grouped_mm, fused" in found
+
+
 def ranks_with_different_numbers_of_experts(job: Job) -> None:
     """All of them raise, and none waits for another. The next call is as usual."""
     given = layer(job, torch.float32, [4] * job.ranks)
@@ -616,6 +628,7 @@ CHECKS = (
     wrong_arguments,
     numbers_of_experts,
     weights_on_other_ranks,
+    explained,
     ranks_with_different_numbers_of_experts,
     a_peer_that_dies,  # the last one
 )

@@ -169,7 +169,10 @@ def explain_experts(*args: Any, **options: Any) -> str:
     """
     call = inspect.signature(experts_forward).bind(*args, **options)
     call.apply_defaults()
-    del call.arguments["mesh"]  # what each rank runs does not depend on where its tokens come from
+    mesh = call.arguments.pop("mesh")  # what each rank runs does not depend on where its tokens come from
+    if mesh is not None:
+        weights = "gate_up", "down", "gate_up_bias", "down_bias"
+        call.arguments.update(zip(weights, _local(mesh, *(call.arguments[name] for name in weights))))
     x, experts = _prepared(**call.arguments)
     name, ids, weights = (call.arguments[argument] for argument in ("implementation", "topk_ids", "topk_weights"))
     return implementations.explain(name, x, ids, weights, experts)
