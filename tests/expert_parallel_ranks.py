@@ -451,6 +451,29 @@ def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGra
     return graph, results
 
 
+def gradients_of_gradients(job: Job) -> None:
+    """They are those of one process. What travels in fp8 has none, and batched gradients do not travel."""
+    given = layer(job, torch.float32, [5] * job.ranks)
+
+    def second(own: Any, ids: Tensor, mesh: Any) -> tuple[Tensor, ...]:
+        leaves = [t.detach().clone().requires_grad_() for t in own]
+        y = experts_forward(leaves[0], ids, *leaves[1:], mesh=mesh)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), leaves)
+
+    own = job.own(given.x), job.own(given.weights), job.experts(given.gate_up), job.experts(given.down)
+    every = torch.cat(given.x), torch.cat(given.weights), given.gate_up, given.down
+    dx, dweights, *of_experts = second(every, torch.cat(given.ids), None)
+    rows = [job.own(list(t.chunk(job.ranks))) for t in (dx, dweights)]
+    expected = *rows, *(job.experts(t) for t in of_experts)
+    assert_close(second(own, job.own(given.ids), job.mesh), expected, CLOSE[torch.float32, None][1:])
+    with pytest.raises(RuntimeError, match="AllToAll: expected create_graph=False with recipe fp8_blockwise"):
+        second(own, job.own(given.ids), AllToAll(job.mesh, E, recipe=BLOCKWISE))
+    y = experts_forward(own[0].requires_grad_(), job.own(given.ids), *own[1:], mesh=job.mesh)
+    with pytest.raises(RuntimeError, match="experts_forward: expected no batched gradients"):
+        torch.autograd.grad(y, own[0], torch.stack([y.detach()] * 2), is_grads_batched=True)
+
+
 class PaddingDispatcher:
     """Sends rows in expert order, padded with zeros to multiples of 16, as DeepEP does. All ranks have all tokens."""
 
@@ -622,6 +645,7 @@ CHECKS = (
     main_grad_gets_the_sum,
     batch_invariant,
     a_cuda_graph,
+    gradients_of_gradients,
     a_dispatcher_that_pads,
     compiled_with_a_capacity,
     compiled_with_data_dependent_sizes,

@@ -36,6 +36,7 @@ from grouped_gemm.core.dense import dense_rows
 from grouped_gemm.core.library import ops
 from grouped_gemm.core.machine import is_capturing
 from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.core.vmap import is_batched
 from grouped_gemm.moe import rows  # noqa: F401  (defines ops)
 from grouped_gemm.moe.packing import unpack
 from grouped_gemm.moe.tokens import QuantizedTokens
@@ -352,6 +353,7 @@ class _Return(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``y``."""
+        _check_gradient(dy, ctx.recipe)
         (places,), (num_rows, sends, takes, group) = ctx.saved_tensors, ctx.arguments
         packed = ops.moe_pack(dense_rows(dy.detach()), None, None, places, num_rows, ctx.recipe.value)
         arrived = _exchange(packed, sends, takes, group)
@@ -359,6 +361,26 @@ class _Return(torch.autograd.Function):
         if scale is not None:
             data = ops.moe_dequantize_tokens(data, scale.contiguous(), dy.dtype)
         return _Send.apply(dy, data, ctx.num_arrived, places, *ctx.arguments), *[None] * 6
+
+
+def _check_gradient(dy: Tensor, recipe: Recipe) -> None:
+    """Checks a gradient before it travels, by ``recipe``.
+
+    Raises:
+        RuntimeError: it is batched, or it is rounded to fp8 under ``create_graph=True``.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if is_batched(dy):
+        raise RuntimeError(
+            "experts_forward: expected no batched gradients (is_grads_batched, vectorize=True) with mesh; found some; "
+            "compute the gradients one by one"
+        )
+    if recipe.is_scaled and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"AllToAll: expected create_graph=False with recipe {recipe.value}; found True. "
+            "Rounding to fp8 has no second derivative: use recipe=None where second derivatives are needed."
+        )
 
 
 def _start(
