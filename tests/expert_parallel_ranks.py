@@ -552,14 +552,21 @@ def wrong_arguments(job: Job) -> None:
         AllToAll(job.mesh, E + 1)
     with pytest.raises(ValueError, match=r"recipe: expected None or one of fp8_blockwise"):
         AllToAll(job.mesh, E, recipe="fp8_rowwise")
-    with pytest.raises(ValueError, match="capacity: expected None or a number"):
-        AllToAll(job.mesh, E, capacity=0)
+    with pytest.raises(TypeError, match="num_experts: expected an int; found float"):
+        AllToAll(job.mesh, float(E))  # type: ignore[arg-type]
+    for capacity in (0, True):
+        with pytest.raises(ValueError, match="capacity: expected None or a number"):
+            AllToAll(job.mesh, E, capacity=capacity)
     with pytest.raises(TypeError, match="mesh: expected a DeviceMesh, a ProcessGroup or a Dispatcher; found str"):
         experts_forward(*own, *weights, mesh="ranks")
     with pytest.raises(ValueError, match=r"mesh: expected one dimension"):
         experts_forward(*own, *weights, mesh=init_device_mesh(job.device.type, (1, job.ranks)))
     with pytest.raises(ValueError, match=r"topk_ids\.shape"):
         experts_forward(own[0], own[1][:2], own[2], *weights, mesh=job.mesh)
+    with pytest.raises(ValueError, match="x: expected a tensor of rank 2; found 1"):
+        experts_forward(own[0][:, 0], *own[1:], *weights, mesh=job.mesh)
+    with pytest.raises(TypeError, match=r"down: expected a torch\.Tensor; found NoneType"):
+        experts_forward(*own, weights[0], None, mesh=job.mesh)  # type: ignore[arg-type]
 
 
 def numbers_of_experts(job: Job) -> None:
@@ -568,7 +575,7 @@ def numbers_of_experts(job: Job) -> None:
     own = job.own(given.x), job.own(given.ids), job.own(given.weights)
     weights = job.experts(given.gate_up), job.experts(given.down)
     local = E // job.ranks
-    with pytest.raises(ValueError, match=f"num_experts: .* at least {job.ranks}; found 0"):
+    with pytest.raises(ValueError, match=r"num_experts: expected at least 1 .*; found 0"):
         experts_forward(*own, *(w[:0] for w in weights), mesh=job.mesh)
     with pytest.raises(ValueError, match=f"weights: .* of {2 * E} experts on {job.ranks} .*; found {local} experts"):
         experts_forward(*own, *weights, mesh=AllToAll(job.mesh, 2 * E))

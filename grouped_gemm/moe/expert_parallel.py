@@ -142,12 +142,13 @@ class AllToAll:
     ) -> None:
         self.group = group_of(group)
         self.num_ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
-        if num_experts < 1 or num_experts % self.num_ranks:
+        checks.check_num_experts(num_experts)
+        if num_experts % self.num_ranks:
             checks.fail("num_experts", f"a multiple of {self.num_ranks} ranks, at least {self.num_ranks}", num_experts)
         parsed = Recipe.NONE if recipe is None else Recipe.parse(recipe)
         if parsed.is_scaled and parsed not in _QUANTIZING:
             checks.fail("recipe", f"None or one of {', '.join([r.value for r in _QUANTIZING])}", parsed.value)
-        if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+        if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
             checks.fail("capacity", "None or a number of rows of at least 1", repr(capacity))
         self.num_experts, self.recipe, self.capacity = num_experts, parsed, capacity
         self._lost: Tensor | None = None  # () bool, on the device: whether a token did not fit

@@ -123,8 +123,11 @@ def _across_ranks(
     """`experts_forward` with the experts of several ranks."""
     from grouped_gemm.moe import expert_parallel  # imports torch.distributed
 
+    checks.check_tensor("x", x, (2,), checks.DTYPES)
     _check_slots(x, topk_ids, topk_weights)
     gate_up, down, gate_up_bias, down_bias = _local(mesh, gate_up, down, gate_up_bias, down_bias)
+    if not isinstance(down, QuantizedWeights):  # which has the number of experts
+        checks.check_tensor("down", down, (3,), checks.DTYPES)
     recipe, weight_only = parse_recipe(options["recipe"])
     dispatcher = expert_parallel.dispatcher_of(mesh, shape_of(down)[0], None if weight_only else recipe)
     if torch.is_autocast_enabled(x.device.type):  # tokens travel in the dtype of the GEMMs

@@ -97,6 +97,11 @@ def check_topk_ids(topk_ids: Tensor, num_experts: int) -> None:
         found = f"shape {tuple(topk_ids.shape)}; pass topk_ids[:, None] for one expert per token"
         fail("topk_ids", "shape (T, k), the k experts of each token", found)
     check_tensor("topk_ids", topk_ids, (2,), (torch.int32, torch.int64))
+    check_num_experts(num_experts)
+
+
+def check_num_experts(num_experts: int) -> None:
+    """Checks the number of experts of an MoE layer."""
     if isinstance(num_experts, bool) or not isinstance(num_experts, (int, torch.SymInt)):
         raise TypeError(f"num_experts: expected an int; found {type(num_experts).__name__}")
     if holds(num_experts < 1) or holds(num_experts > MOST_EXPERTS):
