@@ -8,6 +8,7 @@ Every check compares with the same layer in one process. All ranks make the same
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -248,6 +249,18 @@ def sharded_weights(job: Job) -> None:
         module.gate_up.copy_(job.experts(given.gate_up))
         module.down.copy_(job.experts(given.down))
     torch.testing.assert_close(module(job.own(given.x), job.own(given.ids), job.own(given.weights)), expected[0])
+
+
+def copied_modules(job: Job) -> None:
+    """A copy has the same ranks, and a dispatcher of its own."""
+    given = layer(job, torch.float32, [6] * job.ranks)
+    own = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    dispatcher = AllToAll(job.mesh, E, capacity=6)
+    for mesh in (job.mesh, dispatcher):
+        module = Experts(E // job.ranks, H, I, mesh=mesh, device=job.device)
+        other = copy.deepcopy(module)
+        assert torch.equal(other(*own), module(*own))
+    assert other.mesh is not dispatcher
 
 
 class RoutedExperts(torch.nn.Module):
@@ -645,6 +658,7 @@ CHECKS = (
     every_rank_learns_of_a_lost_token,
     the_same_bits_on_one_rank,
     sharded_weights,
+    copied_modules,
     fsdp_and_experts,
     tensor_parallel,
     experts_and_tensor_parallel,

@@ -154,6 +154,10 @@ class AllToAll:
         self._lost: Tensor | None = None  # () bool, on the device: whether a token did not fit
         self._seen: tuple[Tensor, torch.cuda.Event | None] | None = None  # a copy on the host, and when it is there
 
+    def __deepcopy__(self, memo: Any) -> AllToAll:
+        """Another one of the same ranks, as groups cannot be copied; so that modules can."""
+        return AllToAll(self.group, self.num_experts, recipe=self.recipe, capacity=self.capacity)
+
     def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tokens:
         """See `Dispatcher`.
 
