@@ -626,9 +626,25 @@ def ranks_with_different_numbers_of_experts(job: Job) -> None:
     own = job.own(given.x), job.own(given.ids), job.own(given.weights)
     local = E // job.ranks
     fewer = [job.experts(w)[: local - (job.rank == 1)] for w in given[:2]]
-    with pytest.raises(ValueError, match=f"num_experts: expected as many .*; found {local - 1} and {local}"):
+    with pytest.raises(ValueError, match=f"ranks: expected the same E, k, .*; found E = {job.ranks * len(fewer[0])}, "):
         experts_forward(*own, *fewer, mesh=job.mesh)
     agree(job, [4] * job.ranks)
+
+
+def ranks_that_send_other_rows(job: Job) -> None:
+    """As many bytes of another dtype, and rows of another k, would be read as what they are not."""
+    given = layer(job, torch.float32, [4] * job.ranks)
+    weights = job.experts(given.gate_up), job.experts(given.down)
+    x, ids, own_weights = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    dtype = torch.bfloat16 if job.rank else torch.float16
+    top_k = 1 if job.rank else 2
+    mine = f"k = {top_k}, H = {H}, float32, recipe none on this one, not on all"
+    with pytest.raises(ValueError, match=f"ranks: .*, {str(dtype).removeprefix('torch.')}, recipe none on this one"):
+        experts_forward(x.to(dtype), ids, own_weights, *(w.to(dtype) for w in weights), mesh=job.mesh)
+    with pytest.raises(ValueError, match=f"ranks: expected the same E, k, H, .*{mine}"):
+        experts_forward(x, ids[:, :top_k], own_weights[:, :top_k], *weights, mesh=job.mesh)
+    with pytest.raises(ValueError, match=r"ranks: .*, recipe .* on this one"):
+        experts_forward(x, ids, own_weights, *weights, mesh=job.mesh, recipe=None if job.rank else BLOCKWISE)
 
 
 def a_peer_that_dies(job: Job) -> None:
@@ -675,6 +691,7 @@ CHECKS = (
     weights_on_other_ranks,
     explained,
     ranks_with_different_numbers_of_experts,
+    ranks_that_send_other_rows,
     a_peer_that_dies,  # the last one
 )
 

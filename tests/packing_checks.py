@@ -10,7 +10,7 @@ from grouped_gemm.core.library import ops
 from grouped_gemm.moe.packing import unpack
 from grouped_gemm.testing import poisoned_memory
 
-E, W = 8, 4
+E, W, DIGEST = 8, 4, 2**31 - 1
 IDS = torch.tensor([[0, 1, 7], [3, 3, 2], [-1, 8, 2**31], [2**32, 5, -7], [6, 0, 4]])
 # (T, W): the ranks of these ids, each with two experts
 GOES = [[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 1]]
@@ -20,12 +20,12 @@ NUMBERS = [[2, 3], [1, 3], [2, 2], [2, 2]]  # tokens and slots of each rank
 def check_find_ranks(device: torch.device | str, num_copies: int = 1) -> None:
     """Tokens in the order of ranks, then of tokens."""
     ids = IDS.repeat(num_copies, 1).to(device)
-    numbers, places = ops.moe_find_ranks(ids, E, W)
+    numbers, places = ops.moe_find_ranks(ids, E, W, DIGEST)
     goes = torch.tensor(GOES, dtype=torch.bool).repeat(num_copies, 1)
     expected = torch.full(goes.shape, -1, dtype=torch.int32)
     expected.t()[goes.t()] = torch.arange(int(goes.sum()), dtype=torch.int32)
     assert_same(places.cpu(), expected, "places")
-    expected = torch.tensor([[num_copies * n for n in row] + [E] for row in NUMBERS], dtype=torch.int32)
+    expected = torch.tensor([[num_copies * n for n in row] + [DIGEST] for row in NUMBERS], dtype=torch.int32)
     assert_same(numbers.cpu(), expected, "numbers")
 
 
@@ -37,7 +37,7 @@ def check_pack(
     wide = torch.randn(num_tokens, features + 8)
     x = wide.to(device, dtype)[:, 8:]
     weights = torch.rand(num_tokens, top_k).to(device, torch.bfloat16)
-    places = ops.moe_find_ranks(IDS.to(device), E, W)[1]
+    places = ops.moe_find_ranks(IDS.to(device), E, W, DIGEST)[1]
     if has_gaps:
         places = torch.where(places >= 0, places + 2 * (places > 2) + 2 * (places > 5), -1).to(torch.int32)
     with poisoned_memory():

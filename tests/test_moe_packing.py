@@ -31,7 +31,7 @@ def test_rows_with_gaps(device):
 
 def test_no_tokens_and_no_slots(device):
     for shape in ((0, 3), (4, 0)):
-        numbers, places = ops.moe_find_ranks(torch.zeros(shape, dtype=torch.int64, device=device), 8, 4)
-        assert numbers.tolist() == [[0, 0, 8]] * 4 and places.shape == (shape[0], 4) and (places < 0).all()
+        numbers, places = ops.moe_find_ranks(torch.zeros(shape, dtype=torch.int64, device=device), 8, 4, 16)
+        assert numbers.tolist() == [[0, 0, 16]] * 4 and places.shape == (shape[0], 4) and (places < 0).all()
         x = torch.randn(shape[0], 16, device=device)
         assert ops.moe_pack(x, None, None, places, 0, "none").shape == (0, 64)

@@ -56,8 +56,8 @@ def moe_route():
 
 def moe_find_ranks():
     ids = torch.tensor([[0, 3, 1], [-1, 1, 4]])
-    yield "strided", (ids.t(), 4, 2)
-    yield "no tokens", (ids[:0].int(), 4, 2)
+    yield "strided", (ids.t(), 4, 2, 9)
+    yield "no tokens", (ids[:0].int(), 4, 2, 9)
 
 
 def moe_pack():

@@ -23,6 +23,7 @@ S: rows that a rank sends.
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -32,6 +33,7 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from grouped_gemm.core.call_spec import dtype_name
 from grouped_gemm.core.dense import dense_rows
 from grouped_gemm.core.library import ops
 from grouped_gemm.core.machine import is_capturing
@@ -128,8 +130,8 @@ class AllToAll:
             the host reads the numbers once in each call.
 
     Raises:
-        TypeError, ValueError: an argument does not fit. E must be a multiple of W. Ranks with different E: without a
-            capacity, `dispatch` raises on all of them; with one, nothing compares them.
+        TypeError, ValueError: an argument does not fit. E must be a multiple of W. Ranks with different E, k, H,
+            dtypes or recipes: without a capacity, `dispatch` raises on all of them; with one, nothing compares them.
     """
 
     def __init__(
@@ -162,15 +164,20 @@ class AllToAll:
         """See `Dispatcher`.
 
         Raises:
-            ValueError: without a capacity, ranks have different numbers of experts. All ranks raise, except in compiled
-                calls, where nothing compares them.
+            ValueError: without a capacity, ranks have different E, k, H, dtypes or recipes. All ranks raise, except in
+                compiled calls, where nothing compares them.
             RuntimeError: with a capacity, a token of the call before did not fit. The host waits for its dispatch.
         """
         checks.check_topk_ids(topk_ids, self.num_experts)
         if not is_capturing(topk_ids):
             self._raise_if_lost()
         num_ranks, (num_tokens, top_k) = self.num_ranks, topk_ids.shape
-        numbers, places = ops.moe_find_ranks(topk_ids, self.num_experts, num_ranks)
+        form, digest = "", 0  # of the rows that travel; a compiled call has none
+        if not torch.compiler.is_compiling():
+            shape = f"E = {self.num_experts}, k = {top_k}, H = {x.shape[1]}"
+            form = f"{shape}, {dtype_name(x.dtype)}, recipe {self.recipe.value}"
+            digest = zlib.crc32(form.encode()) >> 1  # an int32
+        numbers, places = ops.moe_find_ranks(topk_ids, self.num_experts, num_ranks, digest)
         lost = None
         if self.capacity is not None:
             counts, ranks = numbers[:, 0], torch.arange(num_ranks, device=places.device)
@@ -185,7 +192,7 @@ class AllToAll:
         packed = ops.moe_pack(dense_rows(x.detach()), topk_ids, topk_weights.detach(), places, most, self.recipe.value)
         sends = takes = num_slots = None
         if lost is None:
-            sends, takes, num_slots = self._read(numbers, receive)
+            sends, takes, num_slots = self._read(numbers, receive, form)
             packed = packed.narrow(0, 0, sum(sends))  # Dynamo cannot slice no rows at all to a data-dependent end
         routes = _Routes(places, packed.shape[0], sends, takes, self.group, lost)
         arrived = _exchange(packed, sends, takes, self.group)
@@ -211,23 +218,22 @@ class AllToAll:
         if self._lost is not None and bool(self._lost):
             self._raise()
 
-    def _read(self, numbers: Tensor, receive: Callable[[], Tensor]) -> tuple[list[int], list[int], int]:
+    def _read(self, numbers: Tensor, receive: Callable[[], Tensor], form: str) -> tuple[list[int], list[int], int]:
         """The host read: how many rows go to each rank and come from it, and how many slots come.
 
         On a GPU it waits for the numbers alone, not for the packing of rows.
 
         Raises:
-            ValueError: ranks have different numbers of experts. All of them raise.
+            ValueError: ranks have different forms. All of them raise.
         """
         if not numbers.is_cuda or torch.compiler.is_compiling():
             found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
         else:
             with torch.cuda.stream(_reading(numbers.device)):  # what is received was sent after ``numbers`` were there
                 found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
-        sends, takes, slots, experts = found
-        if not torch.compiler.is_compiling() and min(experts) != max(experts):
-            each = [str(e // self.num_ranks) for e in sorted(set(experts))]
-            checks.fail("num_experts", "as many experts on each rank as on others", " and ".join(each))
+        sends, takes, slots, digests = found
+        if not torch.compiler.is_compiling() and len({*digests} - {0}) > 1:
+            checks.fail("ranks", "the same E, k, H, dtype and recipe on each", f"{form} on this one, not on all")
         return sends, takes, sum(slots)
 
     def _remember(self, lost: Tensor) -> None:

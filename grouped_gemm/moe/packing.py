@@ -63,16 +63,17 @@ def _offsets(features: int, top_k: int, dtype: torch.dtype, recipe: Recipe) -> t
 
 
 @define_op()
-def _moe_find_ranks(topk_ids: Tensor, num_experts: Size, num_ranks: Size) -> Steps[tuple[Tensor, Tensor]]:
+def _moe_find_ranks(topk_ids: Tensor, num_experts: Size, num_ranks: Size, digest: Size) -> Steps[tuple[Tensor, Tensor]]:
     """Which tokens go to which rank: to each that has any of their experts. Rank w has those from w * E / W on.
 
     Args:
         topk_ids: (T, k) int32 or int64. Ids outside [0, E) are on no rank.
+        digest: an int32 of what all ranks must have in common.
 
     Returns:
-        numbers (W, 3) int32: how many tokens go to each rank, how many of their slots are there, and E, which ranks
-        compare; and places (T, W) int32: the row of each token among those that are sent, which are in the order of
-        ranks and of tokens; -1: it does not go there.
+        numbers (W, 3) int32: how many tokens go to each rank, how many of their slots are there, and ``digest``, which
+        ranks compare; and places (T, W) int32: the row of each token among those that are sent, which are in the order
+        of ranks and of tokens; -1: it does not go there.
     """
     numbers = topk_ids.new_zeros(num_ranks, 3, dtype=torch.int32)
     places = topk_ids.new_empty(topk_ids.shape[0], num_ranks, dtype=torch.int32)
@@ -82,13 +83,13 @@ def _moe_find_ranks(topk_ids: Tensor, num_experts: Size, num_ranks: Size) -> Ste
         from grouped_gemm.kernels.moe import routing
 
         ranks = torch.empty_like(places)
-        kernel.find_ranks(topk_ids.contiguous(), num_experts, ranks, numbers)
+        kernel.find_ranks(topk_ids.contiguous(), num_experts, digest, ranks, numbers)
         routing.route(ranks, numbers.new_empty(num_ranks), None, places)
     else:
         ranks = torch.arange(num_ranks, device=topk_ids.device)
         owns = (topk_ids // (num_experts // num_ranks)).unsqueeze(2) == ranks  # (T, k, W)
         goes = owns.any(1)
-        numbers.copy_(torch.stack((goes.sum(0), owns.sum((0, 1)), torch.full_like(ranks, num_experts)), 1))
+        numbers.copy_(torch.stack((goes.sum(0), owns.sum((0, 1)), torch.full_like(ranks, digest)), 1))
         places.copy_(reference.route(torch.where(goes, ranks, -1), num_ranks)[2])
 
 

@@ -20,7 +20,7 @@ def samples():
     yield "triton_group_sums", (dy, OFFS, torch.float32)
     ids = torch.tensor([[0, 3], [4, -1], [1, 1]]).t()
     yield "moe_route", (ids, 4)
-    yield "moe_find_ranks", (ids, 4, 2)
+    yield "moe_find_ranks", (ids, 4, 2, 9)
     yield "moe_pack", (dy[:2], ids, torch.rand(2, 3), torch.tensor([[0, 1], [2, -1]]).int(), 3, "fp8_blockwise")
     dh, offs, recipe = torch.randn(20, 24, dtype=torch.bfloat16), torch.tensor([3, 3, 20]).int(), "fp8_blockwise"
     own = OPS.triton_token_blocks(offs, 20)

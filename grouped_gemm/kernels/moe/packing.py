@@ -23,14 +23,16 @@ _IDS = 2048  # of a program
 _TILE = 4096  # tokens times features of a program
 
 
-def find_ranks(topk_ids: Tensor, num_experts: int, ranks: Tensor, numbers: Tensor) -> None:
+def find_ranks(topk_ids: Tensor, num_experts: int, digest: int, ranks: Tensor, numbers: Tensor) -> None:
     """Finds the ranks that have any of a token's experts. Ids outside [0, E) are on no rank.
 
     Args:
         topk_ids: (T, k) int32 or int64, contiguous.
         num_experts: E, a multiple of W.
+        digest: an int32, which is told to all ranks.
         ranks: (T, W) int32, contiguous: w where rank w has any, else -1.
-        numbers: (W, 3) int32, contiguous, zeros: how many tokens have experts on each rank, how many slots, and E.
+        numbers: (W, 3) int32, contiguous, zeros: how many tokens have experts on each rank, how many slots, and
+            ``digest``.
     """
     (num_tokens, top_k), num_ranks = topk_ids.shape, numbers.shape[0]
     slots = next_power_of_2(max(top_k, 1))
@@ -38,7 +40,7 @@ def find_ranks(topk_ids: Tensor, num_experts: int, ranks: Tensor, numbers: Tenso
     with on_device(topk_ids):
         launch(
             _find_ranks, (max(cdiv(num_tokens, constants["TOKENS"]), 1), num_ranks),
-            topk_ids, ranks, numbers, num_tokens, top_k, num_experts // num_ranks, num_ranks,
+            topk_ids, ranks, numbers, num_tokens, top_k, num_experts // num_ranks, num_ranks, digest,
             constants=constants, num_warps=4,
         )  # fmt: skip
 
@@ -81,8 +83,8 @@ def pack(
 _UNSCALED = {"LIMIT": 0.0, "POWER_OF_TWO": False, "NVIDIA": False}
 
 
-@triton.jit(do_not_specialize=["T"])
-def _find_ranks(topk_ids, ranks, numbers, T, K, local, W, TOKENS: tl.constexpr, SLOTS: tl.constexpr):
+@triton.jit(do_not_specialize=["T", "digest"])
+def _find_ranks(topk_ids, ranks, numbers, T, K, local, W, digest, TOKENS: tl.constexpr, SLOTS: tl.constexpr):
     """The tokens of one rank, which has ``local`` experts, among TOKENS tokens."""
     rank = tl.program_id(1)
     t, slots = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, SLOTS)
@@ -93,7 +95,7 @@ def _find_ranks(topk_ids, ranks, numbers, T, K, local, W, TOKENS: tl.constexpr, 
     tl.store(ranks + t.to(tl.int64) * W + rank, tl.where(goes, rank, -1), mask=t < T)
     tl.atomic_add(numbers + 3 * rank, tl.sum(goes.to(tl.int32)))
     tl.atomic_add(numbers + 3 * rank + 1, tl.sum(counts))
-    tl.store(numbers + 3 * rank + 2, local * W)
+    tl.store(numbers + 3 * rank + 2, digest)
 
 
 @triton.jit(do_not_specialize=["T"])
