@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from grouped_gemm.moe import Experts, experts_forward, explain_experts, fused
+from grouped_gemm.moe import Experts, expert_parallel, experts_forward, explain_experts, fused
 from grouped_gemm.moe.expert_parallel import AllToAll, SortedRows
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
@@ -582,6 +582,15 @@ def wrong_arguments(job: Job) -> None:
         experts_forward(*own, weights[0], None, mesh=job.mesh)  # type: ignore[arg-type]
 
 
+def a_capture_without_a_capacity(job: Job) -> None:
+    """No CPU captures, so it is told that it does. A graph that is captured and replayed is in `a_cuda_graph`."""
+    given = layer(job, torch.float32, [4] * job.ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expert_parallel, "is_capturing", lambda x: True)
+        with pytest.raises(RuntimeError, match="expected an AllToAll with a capacity while a CUDA graph is captured"):
+            parallel(job, given, job.mesh)
+
+
 def numbers_of_experts(job: Job) -> None:
     """None, other numbers than the dispatcher has, DTensors with a remainder: errors that each rank finds itself."""
     given = layer(job, torch.float32, [4] * job.ranks)
@@ -687,6 +696,7 @@ CHECKS = (
     compiled_with_a_capacity,
     compiled_with_data_dependent_sizes,
     wrong_arguments,
+    a_capture_without_a_capacity,
     numbers_of_experts,
     weights_on_other_ranks,
     explained,

@@ -167,10 +167,16 @@ class AllToAll:
             ValueError: without a capacity, ranks have different E, k, H, dtypes or recipes. All ranks raise, except in
                 compiled calls, where nothing compares them.
             RuntimeError: with a capacity, a token of the call before did not fit. The host waits for its dispatch.
+                Without one, a CUDA graph is being captured.
         """
         checks.check_topk_ids(topk_ids, self.num_experts)
         if not is_capturing(topk_ids):
             self._raise_if_lost()
+        elif self.capacity is None:
+            raise RuntimeError(
+                "expert parallelism: expected an AllToAll with a capacity while a CUDA graph is captured; found none, "
+                "so the host reads how many rows travel. Pass mesh=AllToAll(..., capacity=...)."
+            )
         num_ranks, (num_tokens, top_k) = self.num_ranks, topk_ids.shape
         form, digest = "", 0  # of the rows that travel; a compiled call has none
         if not torch.compiler.is_compiling():
