@@ -90,8 +90,9 @@ def experts_forward(
         mesh: for expert parallelism, the ranks that share the experts: a `DeviceMesh` of one dimension, a process
             group, or a dispatcher, such as `grouped_gemm.moe.expert_parallel.AllToAll`. Weights and biases are then
             those of this rank's experts, the same number on each rank, or DTensors that are sharded over experts, and
-            ``topk_ids`` count all experts. Every rank must make the call. The host reads how many tokens go where,
-            unless a dispatcher has a capacity.
+            ``topk_ids`` count all experts. Every rank must make the call and run its backward, with gradients of the
+            same operands, or the others wait. The host reads how many tokens go where, unless a dispatcher has a
+            capacity.
 
     Returns:
         (T, H) in the dtype of ``x``.
