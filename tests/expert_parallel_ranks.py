@@ -580,15 +580,19 @@ def wrong_arguments(job: Job) -> None:
         experts_forward(own[0][:, 0], *own[1:], *weights, mesh=job.mesh)
     with pytest.raises(TypeError, match=r"down: expected a torch\.Tensor; found NoneType"):
         experts_forward(*own, weights[0], None, mesh=job.mesh)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"topk_ids and topk_weights: expected \(T, k\) each, with T = 4"):
+        AllToAll(job.mesh, E).dispatch(own[0], own[1][:2], own[2][:2])
 
 
-def a_capture_without_a_capacity(job: Job) -> None:
+def a_capture_that_cannot_work(job: Job) -> None:
     """No CPU captures, so it is told that it does. A graph that is captured and replayed is in `a_cuda_graph`."""
     given = layer(job, torch.float32, [4] * job.ranks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expert_parallel, "is_capturing", lambda x: True)
         with pytest.raises(RuntimeError, match="expected an AllToAll with a capacity while a CUDA graph is captured"):
             parallel(job, given, job.mesh)
+        with pytest.raises(RuntimeError, match="expected a call of this AllToAll before a CUDA graph is captured"):
+            parallel(job, given, AllToAll(job.mesh, E, capacity=4))
 
 
 def numbers_of_experts(job: Job) -> None:
@@ -696,7 +700,7 @@ CHECKS = (
     compiled_with_a_capacity,
     compiled_with_data_dependent_sizes,
     wrong_arguments,
-    a_capture_without_a_capacity,
+    a_capture_that_cannot_work,
     numbers_of_experts,
     weights_on_other_ranks,
     explained,

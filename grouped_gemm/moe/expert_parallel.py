@@ -177,6 +177,14 @@ class AllToAll:
                 "expert parallelism: expected an AllToAll with a capacity while a CUDA graph is captured; found none, "
                 "so the host reads how many rows travel. Pass mesh=AllToAll(..., capacity=...)."
             )
+        elif self._lost is None:  # it would be made, and cleared, by each replay
+            raise RuntimeError(
+                "expert parallelism: expected a call of this AllToAll before a CUDA graph is captured; found none. Run "
+                "the captured function before, as torch's warm-up does."
+            )
+        if not x.shape[0] == topk_ids.shape[0] == topk_weights.shape[0] or topk_ids.shape != topk_weights.shape:
+            found = f"{tuple(topk_ids.shape)} and {tuple(topk_weights.shape)}"
+            checks.fail("topk_ids and topk_weights", f"(T, k) each, with T = {x.shape[0]}, as x has it", found)
         num_ranks, (num_tokens, top_k) = self.num_ranks, topk_ids.shape
         form, digest = "", 0  # of the rows that travel; a compiled call has none
         if not torch.compiler.is_compiling():
@@ -235,7 +243,9 @@ class AllToAll:
         if not numbers.is_cuda or torch.compiler.is_compiling():
             found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
         else:
-            with torch.cuda.stream(_reading(numbers.device)):  # what is received was sent after ``numbers`` were there
+            with torch.cuda.stream(
+                _host_read_stream(numbers.device)
+            ):  # what is received was sent after ``numbers`` were there
                 found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
         sends, takes, slots, digests = found
         if not torch.compiler.is_compiling() and len({*digests} - {0}) > 1:
@@ -277,7 +287,7 @@ class AllToAll:
 
 
 @functools.cache
-def _reading(device: torch.device) -> torch.cuda.Stream:
+def _host_read_stream(device: torch.device) -> torch.cuda.Stream:
     """The stream on which the host waits for numbers."""
     return torch.cuda.Stream(device)
 
@@ -409,7 +419,7 @@ def _start(
         arriving = collectives.all_to_all_single(x, takes, sends, group)
         return lambda: collectives.wait_tensor(arriving)
     arrived = x.new_empty(x.shape[0] if takes is None else sum(takes), *x.shape[1:])
-    work = dist.all_to_all_single(arrived, x, takes, sends, group, async_op=True)  # the host takes a third of the time
+    work = dist.all_to_all_single(arrived, x, takes, sends, group, async_op=True)  # costs the host less
 
     def wait() -> Tensor:
         work.wait()

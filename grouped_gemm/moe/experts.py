@@ -54,7 +54,8 @@ def experts_forward(
 
     An expert is down(act(gate(x)) * up(x)), with biases if there are any. Differentiable in ``x``, ``topk_weights``,
     the weights and the biases. Weighted rows are summed in fp32, in the order of a token's slots, so bits repeat. No
-    host sync, except with the implementations "eager" and "eager_fused", and where `explain` announces one.
+    host sync, except with the implementations "eager" and "eager_fused", with ``mesh`` unless it has a capacity, and
+    where `explain` announces one.
 
     Args:
         x: (T, H); bfloat16, float16 or float32.

@@ -1,6 +1,6 @@
 """What travels between ranks: a row for each token and rank, with all that belongs to it.
 
-A row is so many bytes, for k slots and H features:
+The bytes of a row, for k slots and H features:
 
 | features | scales, if the features are in fp8 | ids of experts | weights |
 | --- | --- | --- | --- |
