@@ -258,7 +258,8 @@ def _wgrad(
         # offsets within the tile.
         corner = out + e.to(tl.int64) * P * Q + first_p.to(tl.int64) * Q + first_q
         offsets = tl.arange(0, BLOCK_M)[:, None] * Q + tl.arange(0, BLOCK_N)[None, :]
-        tl.atomic_add(corner + offsets, acc, mask=mask & (length > 0), sem="relaxed")
+        added = (ps < tl.where(length > 0, P, 0))[:, None] & (qs < Q)[None, :]
+        tl.atomic_add(corner + offsets, acc, mask=added, sem="relaxed")
     else:
         tl.store(target, acc.to(out.dtype.element_ty), mask=mask)
 
