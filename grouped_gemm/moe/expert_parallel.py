@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -96,7 +97,7 @@ class Dispatcher(Protocol):
 
 
 class _Routes(NamedTuple):
-    """Which token goes where. Every part but ``lost`` is an argument of `_Send` and `_Return`.
+    """Which token goes where: arguments of `_Send` and `_Return`.
 
     Attributes:
         places: (T, W) int32: row ``places[t, w]`` of what is sent is token t for rank w; -1: it does not go there.
@@ -104,7 +105,6 @@ class _Routes(NamedTuple):
         sends: rows for each rank; None: equally many, with gaps.
         takes: rows from each rank; None: equally many.
         group: the ranks.
-        lost: (T,) whether a token did not fit; None: all fit.
     """
 
     places: Tensor
@@ -112,7 +112,6 @@ class _Routes(NamedTuple):
     sends: list[int] | None
     takes: list[int] | None
     group: dist.ProcessGroup
-    lost: Tensor | None
 
 
 class AllToAll:
@@ -169,6 +168,54 @@ class AllToAll:
             RuntimeError: with a capacity, a token of the call before did not fit. The host waits for its dispatch.
                 Without one, a CUDA graph is being captured.
         """
+        self._check(x, topk_ids, topk_weights)
+        num_ranks, (num_tokens, top_k) = self.num_ranks, topk_ids.shape
+        form, digest = "", 0  # of the rows that travel; a compiled call has none
+        if not torch.compiler.is_compiling():
+            shape = f"E = {self.num_experts}, k = {top_k}, H = {x.shape[1]}"
+            form = f"{shape}, {dtype_name(x.dtype)}, recipe {self.recipe.value}"
+            digest = zlib.crc32(form.encode()) >> 1  # an int32
+        numbers, places = ops.moe_find_ranks(topk_ids, self.num_experts, num_ranks, digest)
+        lost = None
+        if self.capacity is not None:
+            places, lost = self._within(self.capacity, places, numbers[:, 0])
+            # All ranks have to raise, so they tell each other.
+            numbers = torch.cat((numbers, lost.any().to(torch.int32).expand(num_ranks, 1)), 1)
+        # The numbers travel while rows are packed, which is for as many as there can be.
+        most = num_tokens * min(num_ranks, top_k) if self.capacity is None else self.capacity * num_ranks
+        receive = _start(numbers, None, None, self.group)
+        packed = ops.moe_pack(dense_rows(x.detach()), topk_ids, topk_weights.detach(), places, most, self.recipe.value)
+        sends = takes = num_slots = None
+        if lost is None:
+            sends, takes, num_slots = self._read(numbers, receive, form)
+            packed = packed.narrow(0, 0, sum(sends))  # Dynamo cannot slice no rows at all to a data-dependent end
+        routes = _Routes(places, packed.shape[0], sends, takes, self.group)
+        arrived = _exchange(packed, sends, takes, self.group)
+        data, scale, ids, weights = unpack(arrived, x.shape[1], top_k, x.dtype, self.recipe)
+        ids = ids - self.rank * (self.num_experts // num_ranks)
+        if self.capacity is not None:
+            received = receive()
+            self._remember(received[:, -1].any())
+            is_used = torch.arange(self.capacity, device=ids.device) < received[:, :1]
+            ids = torch.where(is_used.view(-1, 1), ids, -1)
+        quantized = None if scale is None else QuantizedTokens(data, scale.contiguous(), self.recipe)
+        x = _Send.apply(x, data if quantized is None else None, len(arrived), *routes)
+        weights = _Send.apply(topk_weights, weights, len(arrived), *routes)
+        return Tokens(x, ids, weights, (routes, lost), num_slots, quantized)
+
+    def combine(self, y: Tensor, handle: tuple[_Routes, Tensor | None]) -> Tensor:
+        """See `Dispatcher`."""
+        routes, lost = handle
+        total = _Return.apply(y, *routes, self.recipe)
+        return total if lost is None else total.masked_fill(lost.unsqueeze(1), torch.nan)
+
+    def check(self) -> None:
+        """Synchronizes the host, and raises `RuntimeError` if a token has not fitted since the last error."""
+        if self._lost is not None and bool(self._lost):
+            self._raise()
+
+    def _check(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+        """Raises the errors of a call that this rank can see by itself, and that of lost tokens."""
         checks.check_topk_ids(topk_ids, self.num_experts)
         if not is_capturing(topk_ids):
             self._raise_if_lost()
@@ -185,52 +232,14 @@ class AllToAll:
         if not x.shape[0] == topk_ids.shape[0] == topk_weights.shape[0] or topk_ids.shape != topk_weights.shape:
             found = f"{tuple(topk_ids.shape)} and {tuple(topk_weights.shape)}"
             checks.fail("topk_ids and topk_weights", f"(T, k) each, with T = {x.shape[0]}, as x has it", found)
-        num_ranks, (num_tokens, top_k) = self.num_ranks, topk_ids.shape
-        form, digest = "", 0  # of the rows that travel; a compiled call has none
-        if not torch.compiler.is_compiling():
-            shape = f"E = {self.num_experts}, k = {top_k}, H = {x.shape[1]}"
-            form = f"{shape}, {dtype_name(x.dtype)}, recipe {self.recipe.value}"
-            digest = zlib.crc32(form.encode()) >> 1  # an int32
-        numbers, places = ops.moe_find_ranks(topk_ids, self.num_experts, num_ranks, digest)
-        lost = None
-        if self.capacity is not None:
-            counts, ranks = numbers[:, 0], torch.arange(num_ranks, device=places.device)
-            order = places - (counts.cumsum(0) - counts)
-            is_lost = order >= self.capacity  # not where places are -1
-            places = torch.where(is_lost | (places < 0), -1, order + self.capacity * ranks).to(torch.int32)
-            lost = is_lost.any(1)  # all ranks have to raise, so they tell each other
-            numbers = torch.cat((numbers, lost.any().to(torch.int32).expand(num_ranks, 1)), 1)
-        # The numbers travel while rows are packed, which is for as many as there can be.
-        most = num_tokens * min(num_ranks, top_k) if self.capacity is None else self.capacity * num_ranks
-        receive = _start(numbers, None, None, self.group)
-        packed = ops.moe_pack(dense_rows(x.detach()), topk_ids, topk_weights.detach(), places, most, self.recipe.value)
-        sends = takes = num_slots = None
-        if lost is None:
-            sends, takes, num_slots = self._read(numbers, receive, form)
-            packed = packed.narrow(0, 0, sum(sends))  # Dynamo cannot slice no rows at all to a data-dependent end
-        routes = _Routes(places, packed.shape[0], sends, takes, self.group, lost)
-        arrived = _exchange(packed, sends, takes, self.group)
-        data, scale, ids, weights = unpack(arrived, x.shape[1], top_k, x.dtype, self.recipe)
-        ids = ids - self.rank * (self.num_experts // num_ranks)
-        if self.capacity is not None:
-            received = receive()
-            self._remember(received[:, -1].any())
-            is_used = torch.arange(self.capacity, device=ids.device) < received[:, :1]
-            ids = torch.where(is_used.view(-1, 1), ids, -1)
-        quantized = None if scale is None else QuantizedTokens(data, scale.contiguous(), self.recipe)
-        x = _Send.apply(x, data if quantized is None else None, len(arrived), *routes[:-1])
-        weights = _Send.apply(topk_weights, weights, len(arrived), *routes[:-1])
-        return Tokens(x, ids, weights, routes, num_slots, quantized)
 
-    def combine(self, y: Tensor, handle: _Routes) -> Tensor:
-        """See `Dispatcher`."""
-        total = _Return.apply(y, *handle[:-1], self.recipe)
-        return total if handle.lost is None else total.masked_fill(handle.lost.unsqueeze(1), torch.nan)
-
-    def check(self) -> None:
-        """Synchronizes the host, and raises `RuntimeError` if a token has not fitted since the last error."""
-        if self._lost is not None and bool(self._lost):
-            self._raise()
+    def _within(self, capacity: int, places: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Places where each rank has ``capacity`` rows, -1 for what does not fit; and (T,) which tokens are lost."""
+        ranks = torch.arange(self.num_ranks, device=places.device)
+        order = places - (counts.cumsum(0) - counts)
+        is_lost = order >= capacity  # not where places are -1
+        places = torch.where(is_lost | (places < 0), -1, order + capacity * ranks).to(torch.int32)
+        return places, is_lost.any(1)
 
     def _read(self, numbers: Tensor, receive: Callable[[], Tensor], form: str) -> tuple[list[int], list[int], int]:
         """The host read: how many rows go to each rank and come from it, and how many slots come.
@@ -240,13 +249,10 @@ class AllToAll:
         Raises:
             ValueError: ranks have different forms. All of them raise.
         """
-        if not numbers.is_cuda or torch.compiler.is_compiling():
+        is_apart = numbers.is_cuda and not torch.compiler.is_compiling()
+        with torch.cuda.stream(_host_read_stream(numbers.device)) if is_apart else nullcontext():
+            # What is received was sent after ``numbers`` were there.
             found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
-        else:
-            with torch.cuda.stream(
-                _host_read_stream(numbers.device)
-            ):  # what is received was sent after ``numbers`` were there
-                found = torch.cat((numbers[:, :1], receive()), 1).t().tolist()
         sends, takes, slots, digests = found
         if not torch.compiler.is_compiling() and len({*digests} - {0}) > 1:
             checks.fail("ranks", "the same E, k, H, dtype and recipe on each", f"{form} on this one, not on all")
