@@ -351,8 +351,10 @@ def agree_with_shards(job: Job, mesh: DeviceMesh, experts: DeviceMesh | None = N
         found = y, dx, dweights, torch.cat((dgate, dup), 1), ddown
         y_limit, dx_limit, dweights_limit, *others = limits
         # Each rank rounds its part of a row, then their sum is rounded: those of y and dx, and the products with dy.
+        # A pair of gate and up is not fused: then h and its gradients are rounded more often than in the whole layer.
         partial = 2 * y_limit, 2 * dx_limit, max(dweights_limit, 2 * y_limit)
-        assert_close(found, whole(part, given, recipe), (*partial, *others))
+        of_weights = (limit if dtype == torch.float32 else max(limit, 8e-3) for limit in others)
+        assert_close(found, whole(part, given, recipe), (*partial, *of_weights))
 
 
 def biases_and_a_pair(job: Job) -> None:
