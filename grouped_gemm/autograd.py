@@ -8,7 +8,8 @@ M, E, K, N: rows, groups, in and out features. D: K or N.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
 from grouped_gemm.core import vmap
 from grouped_gemm.core.dense import dense_rows, dense_weights
+from grouped_gemm.core.library import replayed_call
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.group_plan import Plans, plans_of
 from grouped_gemm.selection.route import Route
-from grouped_gemm.weight_gradients import WgradDestination, deliver_wgrad
+from grouped_gemm.weight_gradients import Compute, WgradDestination, deliver_wgrad
 
 
 def layouts(
@@ -84,37 +86,47 @@ def _add_wgrad(route: Route, lhs: Quantized | None, rhs: Quantized | None, plans
     get_backend(route.wgrad).add_wgrad(lhs, rhs, plans[route.wgrad], sum_EKN)
 
 
-def _save(ctx: Any, route: Route, plans: Plans, *operands: Quantized | None) -> None:
-    """Saves plans and operands for backward. Tensors go through autograd, so that checkpointing can see them."""
+_Forms = tuple[tuple[Any, ...] | None, ...]  # `Quantized.form` of each operand
+_Saved = tuple[Any, ...]  # forms, sizes of plans, and tensors: what `_load` takes
+
+
+def _to_save(plans: Plans, *operands: Quantized | None) -> _Saved:
+    """Plans and operands as constants and tensors, which go through autograd, so that checkpointing can see them."""
     tensors: list[Tensor | None] = []
     for operand in operands:
         tensors += (None, None) if operand is None else (operand.data, operand.scale)
     for plan in plans.values():
         tensors += (plan.offs, *plan.derived)
+    forms = tuple([None if operand is None else operand.form for operand in operands])
+    return forms, tuple([1 + len(plan.derived) for plan in plans.values()]), *tensors
+
+
+def _save(ctx: Any, route: Route, saved: _Saved) -> None:
+    """Saves for backward."""
+    ctx.forms, ctx.plan_sizes, *tensors = saved
     ctx.save_for_backward(*tensors)
     ctx.route = route
-    ctx.forms = [None if operand is None else operand.form for operand in operands]
-    ctx.plan_sizes = [1 + len(plan.derived) for plan in plans.values()]
 
 
-def _load(ctx: Any, num_rows: int) -> tuple[Route, Plans, list[Quantized | None]]:
-    """Returns what `_save` saved."""
-    tensors = list(ctx.saved_tensors)
+def _load(
+    route: Route, forms: _Forms, plan_sizes: tuple[int, ...], tensors: Sequence[Any], num_rows: int
+) -> tuple[Plans, list[Quantized | None]]:
+    """The plans and operands of `_to_save`."""
     operands = []
-    for form in ctx.forms:
+    for form in forms:
         operands.append(None if form is None else Quantized(tensors[0], tensors[1], *form))
         tensors = tensors[2:]
     plans = {}
-    for kind, size in zip(ctx.route.backends, ctx.plan_sizes):
+    for kind, size in zip(route.backends, plan_sizes):
         plans[kind] = OffsetPlan(tensors[0], num_rows, tuple(tensors[1:size]))
         tensors = tensors[size:]
-    return ctx.route, plans, operands
+    return plans, operands
 
 
 def run_forward(
     a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, groups: Tensor | Plans, route: Route
-) -> tuple[Tensor, Plans, Quantized | None, Quantized | None]:
-    """Runs the forward pass. Returns the output, and what backward needs: plans, ``a`` for wgrad, ``b`` for dgrad.
+) -> tuple[Any, ...]:
+    """Runs the forward pass. Returns the output, and what `_save` takes: plans, ``a`` for wgrad, ``b`` for dgrad.
 
     Args:
         a: (M, K) with contiguous rows.
@@ -123,9 +135,6 @@ def run_forward(
         groups: ``offs``, from which each backend of the call plans; or the plans of a `GroupPlan`.
         route: the backend of each pass.
     """
-    assert route.forward is not None, "every route of grouped_mm has a forward pass"
-    plans = groups if isinstance(groups, dict) else plans_of(route, groups, a.shape[0])
-    a_rows, a_columns = _activations_for(a, route.recipe, plans, route.forward, route.wgrad)
     if isinstance(b, Tensor):
         b_forward, b_dgrad = layouts(
             route.forward,
@@ -134,8 +143,32 @@ def run_forward(
         )
     else:
         b_forward, b_dgrad = b.forward, b.dgrad
-    y = _gemm(route.forward, a_rows, b_forward, plans, route.out_dtype, bias)
-    return y, plans, a_columns, b_dgrad
+    if isinstance(groups, dict):
+        return _multiply(a, b_forward, b_dgrad, bias, groups, route)
+    assert b_forward is not None, "every route of grouped_mm has a forward pass"
+    of_dgrad = (None, None, None) if b_dgrad is None else (b_dgrad.data, b_dgrad.scale, b_dgrad.form)
+    found: tuple[Any, ...] = _plan_and_multiply(
+        a, b_forward.data, b_forward.scale, b_forward.form, *of_dgrad, bias, groups, route
+    )
+    return found
+
+
+@replayed_call
+def _plan_and_multiply(
+    a: Tensor, b: Tensor, b_scale: Tensor | None, b_form: tuple[Any, ...], dgrad: Tensor | None,
+    dgrad_scale: Tensor | None, dgrad_form: tuple[Any, ...] | None, bias: Tensor | None, offs: Tensor, route: Route,
+) -> tuple[Any, ...]:  # fmt: skip
+    b_dgrad = None if dgrad is None or dgrad_form is None else Quantized(dgrad, dgrad_scale, *dgrad_form)
+    plans = plans_of(route, offs, a.shape[0])
+    return _multiply(a, Quantized(b, b_scale, *b_form), b_dgrad, bias, plans, route)
+
+
+def _multiply(
+    a: Tensor, b: Quantized | None, b_dgrad: Quantized | None, bias: Tensor | None, plans: Plans, route: Route
+) -> tuple[Any, ...]:
+    assert route.forward is not None, "every route of grouped_mm has a forward pass"
+    a_rows, a_columns = _activations_for(a, route.recipe, plans, route.forward, route.wgrad)
+    return _gemm(route.forward, a_rows, b, plans, route.out_dtype, bias), *_to_save(plans, a_columns, b_dgrad)
 
 
 def _refuse_second_derivative(route: Route) -> None:
@@ -165,8 +198,8 @@ class GroupedMM(torch.autograd.Function):
         destination: WgradDestination | None,
     ) -> Tensor:
         """Y (M, N). The arguments are those of `run_forward`, and where the gradient of ``b`` goes."""
-        y, plans, a_columns, b_dgrad = run_forward(a, b, bias, groups, route)
-        _save(ctx, route, plans, a_columns, b_dgrad)
+        y, *saved = run_forward(a, b, bias, groups, route)
+        _save(ctx, route, tuple(saved))
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.destination = destination
         return y
@@ -180,26 +213,12 @@ class GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        route, plans, (a_columns, b_dgrad) = _load(ctx, dy.shape[0])
-        # Cast before making rows dense: a cast may change strides, for example where rows overlap.
-        g = dense_rows(dy if dy.dtype == route.dtype else dy.to(route.dtype))
-        dy_rows, dy_columns = _activations_for(g, route.recipe, plans, route.dgrad, route.wgrad)
-        da = db = dbias = None
-        if route.dgrad is not None:
-            da = _gemm(route.dgrad, dy_rows, b_dgrad, plans, route.dtype)
-        if route.wgrad is not None:
-
-            def compute(sum_EKN: Tensor | None) -> Tensor | None:
-                if sum_EKN is None:
-                    return _wgrad(route, a_columns, dy_columns, plans, route.dtype)
-                _add_wgrad(route, a_columns, dy_columns, plans, sum_EKN)
-                return None
-
-            db = deliver_wgrad(ctx.destination, dy, compute)
-        if ctx.needs_input_grad[2]:
-            kind = route.backends[0]  # any backend of the call will do: each has a plan
-            dbias = get_backend(kind).bias_grad(dense_rows(dy), plans[kind], ctx.bias_dtype)
-        return da, db, dbias
+        bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[2] else None
+        found = ctx.route, ctx.forms, ctx.plan_sizes, bias_dtype, *ctx.saved_tensors
+        if ctx.destination is None:
+            gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = _gradients(dy, *found)
+            return gradients
+        return _gradients_to(functools.partial(deliver_wgrad, ctx.destination, dy), dy, *found)
 
     @staticmethod
     def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -207,7 +226,8 @@ class GroupedMM(torch.autograd.Function):
 
         Without a recipe, an operand is its own layout. So the saved tensors are ``a`` and ``b``, with their history.
         """
-        route, plans, (a, b) = _load(ctx, dy.shape[0])
+        route = ctx.route
+        plans, (a, b) = _load(route, ctx.forms, ctx.plan_sizes, ctx.saved_tensors, dy.shape[0])
         _refuse_second_derivative(route)
         g = dense_rows(dy.to(route.dtype))
         da = db = dbias = None
@@ -222,6 +242,38 @@ class GroupedMM(torch.autograd.Function):
         return da, db, dbias
 
 
+def _gradients_to(
+    deliver: Callable[[Compute], Tensor | None], dy: Tensor, route: Route, forms: _Forms, plan_sizes: tuple[int, ...],
+    bias_dtype: torch.dtype | None, *saved: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dA, dB as ``deliver`` returns it, and, with ``bias_dtype``, dbias."""
+    plans, (a_columns, b_dgrad) = _load(route, forms, plan_sizes, saved, dy.shape[0])
+    # Cast before making rows dense: a cast may change strides, for example where rows overlap.
+    g = dense_rows(dy if dy.dtype == route.dtype else dy.to(route.dtype))
+    dy_rows, dy_columns = _activations_for(g, route.recipe, plans, route.dgrad, route.wgrad)
+    da = db = dbias = None
+    if route.dgrad is not None:
+        da = _gemm(route.dgrad, dy_rows, b_dgrad, plans, route.dtype)
+    if route.wgrad is not None:
+
+        def compute(sum_EKN: Tensor | None) -> Tensor | None:
+            if sum_EKN is None:
+                return _wgrad(route, a_columns, dy_columns, plans, route.dtype)
+            _add_wgrad(route, a_columns, dy_columns, plans, sum_EKN)
+            return None
+
+        db = deliver(compute)
+    if bias_dtype is not None:
+        kind = route.backends[0]  # any backend of the call will do: each has a plan
+        dbias = get_backend(kind).bias_grad(dense_rows(dy), plans[kind], bias_dtype)
+    return da, db, dbias
+
+
+@replayed_call
+def _gradients(dy: Tensor, *found: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return _gradients_to(lambda compute: compute(None), dy, *found)
+
+
 class GroupedWgrad(torch.autograd.Function):
     """C = X^T G for each group of rows: a wgrad as a call of its own. Its gradients run as dgrad and forward on dC."""
 
@@ -231,7 +283,7 @@ class GroupedWgrad(torch.autograd.Function):
         plans = groups if isinstance(groups, dict) else plans_of(route, groups, x_MK.shape[0])
         x_rows, x_columns = _activations_for(x_MK, route.recipe, plans, route.forward, route.wgrad)
         g_rows, g_columns = _activations_for(g_MN, route.recipe, plans, route.dgrad, route.wgrad)
-        _save(ctx, route, plans, x_rows, g_rows)
+        _save(ctx, route, _to_save(plans, x_rows, g_rows))
         ctx.num_rows = x_MK.shape[0]
         return _wgrad(route, x_columns, g_columns, plans, route.out_dtype)
 
@@ -244,7 +296,8 @@ class GroupedWgrad(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        route, plans, (x_rows, g_rows) = _load(ctx, ctx.num_rows)
+        route = ctx.route
+        plans, (x_rows, g_rows) = _load(route, ctx.forms, ctx.plan_sizes, ctx.saved_tensors, ctx.num_rows)
         dc, _ = dense_weights(dc_EKN.to(route.dtype))
         dc_forward, dc_dgrad = weights_for(dc, route.recipe, route.forward, route.dgrad)
         dx = dg = None
@@ -257,7 +310,8 @@ class GroupedWgrad(torch.autograd.Function):
     @staticmethod
     def _differentiable_gradients(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """As `GroupedMM._differentiable_gradients`."""
-        route, plans, (x, g) = _load(ctx, ctx.num_rows)
+        route = ctx.route
+        plans, (x, g) = _load(route, ctx.forms, ctx.plan_sizes, ctx.saved_tensors, ctx.num_rows)
         _refuse_second_derivative(route)
         dc, _ = dense_weights(dc_EKN.to(route.dtype))
         dx = dg = None

@@ -71,6 +71,7 @@ LAYERS = (
     ("backends.*.layouts", "kernels.common.hopper"),
     ("kernels", "kernels.*"),
     ("core.library", "core.call_spec", "core.quantized", "core.store", "reference"),
+    ("core.replay",),
     ("core.machine", "core.preference", "core.recipes", "kernels.common.interpreter"),
     ("autotune.timing", "core.distributions", "core.vmap"),
     ("autotune", "core", "selection"),

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 import fake_rocm
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grouped_gemm import Recipe
 from grouped_gemm.backends.deepgemm import layouts as deepgemm_layouts
@@ -219,3 +220,61 @@ def test_no_constant_of_a_kernel_grows_with_the_number_of_groups(recipe, launche
 def test_no_constant_for_hipblaslt_grows_with_the_number_of_groups(recipe, launches, monkeypatch):
     monkeypatch.setattr(machine, "_probe", lambda kind, index: fake_rocm.machine("gfx950", "7.1"))
     assert_same_for_many(launch_all_for_hipblaslt, recipe, launches)
+
+
+# What Triton's own launcher on CUDA passes on to its function in C is what a prepared launch passes
+
+
+class Utils:
+    """A fake of the driver's functions in C."""
+
+    @staticmethod
+    def fill_tma_descriptor(address, *facts):
+        return "map", address, facts
+
+    fill_tma_descriptor_tiled = fill_tma_descriptor
+
+
+@pytest.mark.parametrize("has_descriptor", (True, False))
+def test_a_prepared_launch_passes_what_triton_passes(monkeypatch, has_descriptor):
+    nvidia, called = pytest.importorskip("triton.backends.nvidia.driver"), []
+    active = SimpleNamespace(utils=Utils, allocate_default_profile_scratch=None)
+    monkeypatch.setattr(nvidia.triton.runtime, "driver", SimpleNamespace(active=active))
+    meta = {"swizzle": 3, "elem_size": 4, "elem_type": 7, "block_size": [8, 16], "fp4_padded": False}
+    signature = {0: "tensordesc<fp32[8, 16]>"} if has_descriptor else {0: "*fp32"}
+    launch = nvidia.wrap_handle_tensordesc(
+        lambda *args: called.append(args), signature | {1: "*fp32", 2: "i32", 3: "constexpr"}, [meta]
+    )
+    triton_launcher = nvidia.CudaLauncher.__new__(nvidia.CudaLauncher)
+    vars(triton_launcher).update(
+        launch=launch, num_ctas=1, global_scratch_size=0, global_scratch_align=1, profile_scratch_size=0,
+        profile_scratch_align=1, launch_cooperative_grid=False, launch_pdl=True, gsan_enabled=False,
+    )  # fmt: skip
+    if "arg_annotations" in nvidia.CudaLauncher.__init__.__code__.co_names:
+        vars(triton_launcher).update(arg_annotations="annotations", kernel_signature="signature")
+    monkeypatch.setattr(launching, "_function_in_c", lambda run: lambda *args: called.append(args))
+    compiled = launching._Compiled(
+        SimpleNamespace(metadata=SimpleNamespace(tensordesc_meta=[meta])), triton_launcher, 5, "metadata", lambda _: 7
+    )
+    first, second = torch.zeros(8, 16), torch.zeros(8, 16)
+
+    def args_of(x):
+        described = launching.describe(TensorDescriptor, x, x.shape, x.stride(), [8, 16])
+        return described if has_descriptor else x, x[1], 33, 64
+
+    prepared = launching.Prepared.of(
+        compiled, 0, (3, 2), args_of(first), lambda t: (1, t.data_ptr() - first.data_ptr())
+    )
+    for x in (first, second, first):  # whose descriptor is kept
+        triton_launcher(3, 2, 1, 7, 5, "metadata", None, None, None, *args_of(x))
+        prepared([0, x.data_ptr()])
+        expected, found = (addresses(call) for call in called[-2:])
+        assert found == expected
+
+
+def addresses(call):
+    """Arguments, with addresses in place of tensors."""
+    return [
+        addresses(x) if isinstance(x, (list, tuple)) else x.data_ptr() if isinstance(x, torch.Tensor) else x
+        for x in call
+    ]

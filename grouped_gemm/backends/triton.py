@@ -169,7 +169,7 @@ def _contiguous(data_EKN: Tensor, axis: int) -> Tensor:
     return data_EKN.transpose(axis, 2).contiguous().transpose(axis, 2)
 
 
-@define_op()
+@define_op(replays=True)
 def _triton_grouped_mm(
     lhs_MC: Tensor, lhs_scale: Tensor | None, rhs_ECO: Tensor, rhs_scale: Tensor | None, bias_EO: Tensor | None,
     offs: Tensor, recipe: str, out_dtype: torch.dtype,
@@ -181,7 +181,7 @@ def _triton_grouped_mm(
     m_grouped.grouped_mm(lhs_MC, lhs_scale, rhs_ECO, rhs_scale, bias_EO, offs, Recipe(recipe), out_MO)
 
 
-@define_op()
+@define_op(replays=True)
 def _triton_wgrad(
     lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: Tensor | None, offs: Tensor, num_rows: Size,
     recipe: str, out_dtype: torch.dtype,
@@ -193,7 +193,7 @@ def _triton_wgrad(
     k_grouped.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, Recipe(recipe), out_EPQ)
 
 
-@define_op()
+@define_op(replays=True)
 def _triton_wgrad_add(
     sum_EPQ: Changed, lhs: Tensor, lhs_scale: Tensor | None, rhs: Tensor, rhs_scale: Tensor | None, offs: Tensor,
     num_rows: Size, recipe: str,
@@ -204,7 +204,7 @@ def _triton_wgrad_add(
     k_grouped.wgrad(lhs, lhs_scale, rhs, rhs_scale, offs, num_rows, Recipe(recipe), sum_EPQ, accumulate=True)
 
 
-@define_op()
+@define_op(replays=True)
 def _triton_group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Steps[Tensor]:
     out_EN = x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype)
     yield out_EN
@@ -213,7 +213,7 @@ def _triton_group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> St
     k_grouped.group_sums(x_MN, offs, out_EN)
 
 
-@define_op()
+@define_op(replays=True)
 def _triton_quantize_activations(
     x_MD: Tensor, offs: Tensor, recipe: str, rows: bool, columns: bool, blocks: Tensor | None = None
 ) -> Steps[Operands]:
@@ -228,7 +228,7 @@ def _triton_quantize_activations(
         quantize_fp8.quantize_activations(x_MD, offs, Recipe(recipe), out, blocks)
 
 
-@define_op()
+@define_op(replays=True)
 def _triton_quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Steps[Operands]:
     out = layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
     yield out

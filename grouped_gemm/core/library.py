@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,8 @@ from typing import Annotated, Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+
+from grouped_gemm.core.replay import implementations, replayed
 
 _library = torch.library.Library("grouped_gemm", "FRAGMENT")
 NAMES: list[str] = []
@@ -38,7 +41,9 @@ _TYPES: dict[Any, str] = {
 _SHAPE = re.compile("_[A-Z]+$")
 
 
-def define_op(*, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Steps[Any]]], Callable[..., Any]]:
+def define_op(
+    *, tags: Sequence[torch.Tag] = (), replays: bool = False
+) -> Callable[[Callable[..., Steps[Any]]], Callable[..., Any]]:
     """Decorator: registers a generator function as ``torch.ops.grouped_gemm.<name>``, its name less a leading "_".
 
     One function serves as schema, fake and op, in two steps:
@@ -48,7 +53,7 @@ def define_op(*, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Step
     - Then it fills that result. Or it yields a second result, which replaces the first one. In that case, it should
       first yield a function that allocates the fake's result, so that the op itself does not allocate it for nothing.
 
-    >>> @define_op()
+    >>> @define_op(replays=True)
     ... def _triton_group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Steps[Tensor]:
     ...     out = x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype)
     ...     yield out
@@ -65,13 +70,15 @@ def define_op(*, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Step
 
     Args:
         tags: additional tags of the op.
+        replays: whether calls may be replayed on a GPU, see `core.replay`: besides allocating, filling and viewing
+            tensors, the op only launches kernels, by `kernels.common.launch`. Nobody would see what a library launches.
 
     Returns:
         A decorator. It returns a plain function that runs the op without the dispatcher.
     """
 
     def register(op: Callable[..., Steps[Any]]) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
+        def execute(*args: Any) -> Any:
             for result in op(*args):  # noqa: B007
                 pass
             return result
@@ -82,11 +89,15 @@ def define_op(*, tags: Sequence[torch.Tag] = ()) -> Callable[[Callable[..., Step
 
         schema = schema_of(op)
         name = schema.partition("(")[0]
+        run = replayed(name, execute) if replays else execute
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"grouped_gemm::{name}", fake, lib=_library)
         NAMES.append(name)
-        setattr(ops, name, _shortcut(getattr(torch.ops.grouped_gemm, name).default, run))
+        overload = getattr(torch.ops.grouped_gemm, name).default
+        if replays:
+            implementations[overload] = execute
+        setattr(ops, name, _shortcut(overload, run))
         return run
 
     return register
@@ -124,21 +135,36 @@ def is_intercepted() -> bool:
     return bool(_is_compiling() or _modes() or _transform() is not None or _jit_trace() is not None)
 
 
+def _is_seen() -> bool:
+    """Whether anything, a profiler included, sees the ops that are called now."""
+    return bool(
+        _is_compiling()
+        or _modes()
+        or _function_modes()
+        or _transform() is not None
+        or _jit_trace() is not None
+        or torch.autograd.profiler._is_profiler_enabled
+    )
+
+
 def _shortcut(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:
     """``op``, which skips the dispatcher where all it would do is call ``implementation``."""
 
     def call(*args: Any) -> Any:
-        if (
-            _is_compiling()
-            or _modes()
-            or _function_modes()
-            or _transform() is not None
-            or _jit_trace() is not None
-            or torch.autograd.profiler._is_profiler_enabled
-            or not _PLAIN.issuperset(map(type, args))
-            or args[0].is_meta  # an op's first argument is a tensor; on the meta device, the fake runs
-        ):
+        # An op's first argument is a tensor. On the meta device, the fake runs.
+        if _is_seen() or not _PLAIN.issuperset(map(type, args)) or args[0].is_meta:
             return op(*args)
         return implementation(*args)
+
+    return call
+
+
+def replayed_call(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which calls ops, replayed as a whole where nothing sees them. `replayed` says what it may take."""
+    replays = replayed(f"{function.__module__}.{function.__qualname__}", function)
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        return function(*args) if _is_seen() else replays(*args)
 
     return call

@@ -147,7 +147,7 @@ class _Activate(torch.autograd.Function):
         return None, None, dfirst, None
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_activate(pre_MP: Tensor, activation: str, interleaved: bool) -> Steps[Tensor]:
     """h (M, I)."""
     h_MI = pre_MP.new_empty(pre_MP.shape[0], features_of(pre_MP, activation))
@@ -160,7 +160,7 @@ def _moe_activate(pre_MP: Tensor, activation: str, interleaved: bool) -> Steps[T
         h_MI.copy_(value(ACTIVATIONS[activation], interleaved, pre_MP))
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_activate_gradient(dh_MI: Tensor, pre_MP: Tensor, activation: str, interleaved: bool) -> Steps[Tensor]:
     """The gradient of ``pre``, without what else `steps` computes with it."""
     dpre_MP = pre_MP.new_empty(pre_MP.shape)

@@ -186,7 +186,7 @@ def dequantized(w: Weights, recipe: Recipe, dtype: torch.dtype) -> Tensor:
     return values.view(num_experts, out, inner)
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_decode(
     x_TH: Tensor, topk_ids: Tensor, topk_weights: Tensor, first: Tensor, first_scale: Tensor | None,
     first_bias: Tensor | None, up: Tensor | None, up_scale: Tensor | None, up_bias: Tensor | None, down: Tensor,

@@ -17,7 +17,9 @@ T, k, M, E: tokens, slots of a token, routed rows, experts. H, I: hidden and int
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,7 +28,7 @@ from grouped_gemm import weight_cache, weight_gradients
 from grouped_gemm.backends import get_backend
 from grouped_gemm.core.call_spec import dtype_name
 from grouped_gemm.core.dense import dense_rows, dense_weights
-from grouped_gemm.core.library import ops
+from grouped_gemm.core.library import ops, replayed_call
 from grouped_gemm.core.preference import BackendKind, KernelPreference, resolve, surrounding
 from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
@@ -39,7 +41,7 @@ from grouped_gemm.moe.composed import ExpertWeights, Weights, dense, grouped, ru
 from grouped_gemm.moe.routing import Routing
 from grouped_gemm.moe.tokens import QuantizedTokens
 from grouped_gemm.selection.spec import needs_gradient
-from grouped_gemm.weight_gradients import WgradDestination, check_backward, deliver_wgrad, destination_of
+from grouped_gemm.weight_gradients import Compute, WgradDestination, check_backward, deliver_wgrad, destination_of
 
 _RECIPES = (Recipe.NONE, Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)
 _GATE_BLOCK = 128  # columns of h in a tile of the GEMM of gate and up, and values of a block of scales
@@ -262,29 +264,14 @@ class _FusedExperts(torch.autograd.Function):
         ``settings``: recipe, activation, interleaved, and what to keep, see `moe_gated_mm`. ``destinations``: of the
         gradients of gate_up and down. ``data`` and its scales: x in fp8, if it has no values.
         """
-        recipe, activation, interleaved, keep = settings
+        recipe, _, _, keep = settings
         dgrad = keep != "nothing" and recipe.is_scaled
         gate_up_forward, gate_up_dgrad = layouts_of(gate_up, recipe, dgrad)
         down_forward, down_dgrad = layouts_of(down, recipe, dgrad)
-        w, w_scale = operand(gate_up_forward)
-        if data is not None:
-            tokens, scale = data, data_scale
-        else:
-            tokens, scale = ops.moe_quantize_tokens(x, recipe.value) if recipe.is_scaled else (x, None)
-        if _can_gate(w.shape[2] // 2, recipe, interleaved):
-            h, h_scale, pre, pre_scale = ops.moe_gated_mm(
-                tokens, scale, source, w, w_scale, offs, recipe.value, x.dtype, activation, interleaved, keep
-            )
-        else:
-            pre = ops.moe_gathered_mm(tokens, scale, source, w, w_scale, offs, x.dtype)
-            blocks = token_blocks(offs, source.shape[0])
-            h, h_scale = ops.moe_activate_quantize(pre, blocks, recipe.value, activation, interleaved, offs.shape[0])
-            pre_scale = None
-            if keep == "recipe":
-                pre, pre_scale = ops.moe_quantize_tokens(pre, recipe.value)
-        w, w_scale = operand(down_forward)
-        h_scale = h_scale if recipe.is_scaled else None
-        y_rows = ops.triton_grouped_mm(h, h_scale, w, w_scale, None, offs, recipe.value, x.dtype)
+        y, tokens, scale, pre, pre_scale = _forward(
+            x, data, data_scale, topk_weights, *operand(gate_up_forward), *operand(down_forward), offs, source, places,
+            *settings,
+        )  # fmt: skip
         if keep != "nothing":
             if recipe.is_scaled:
                 weights = *operand(gate_up_dgrad), *operand(down_dgrad)
@@ -295,7 +282,8 @@ class _FusedExperts(torch.autograd.Function):
                 *of_x, pre, pre_scale if keep == "recipe" else None, topk_weights, offs, source, places, *weights
             )
         ctx.settings, ctx.dtype, ctx.destinations = settings, x.dtype, destinations
-        return y_rows if places is None else ops.moe_combine(y_rows, topk_weights, places)
+        result: Tensor = y
+        return result
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -305,11 +293,62 @@ class _FusedExperts(torch.autograd.Function):
             return (*gradients(ctx, dense_rows(dy)), *[None] * 7)
 
 
+@replayed_call
+def _forward(
+    x: Tensor, data: Tensor | None, data_scale: Tensor | None, topk_weights: Tensor | None, gate_up: Tensor,
+    gate_up_scale: Tensor | None, down: Tensor, down_scale: Tensor | None, offs: Tensor, source: Tensor,
+    places: Tensor | None, recipe: Recipe, activation: str, interleaved: bool, keep: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:  # fmt: skip
+    """y; x as the GEMM has read it, and its scales; pre-activations and their scales, where they are kept."""
+    if data is not None:
+        tokens, scale = data, data_scale
+    else:
+        tokens, scale = ops.moe_quantize_tokens(x, recipe.value) if recipe.is_scaled else (x, None)
+    if _can_gate(gate_up.shape[2] // 2, recipe, interleaved):
+        h, h_scale, pre, pre_scale = ops.moe_gated_mm(
+            tokens, scale, source, gate_up, gate_up_scale, offs, recipe.value, x.dtype, activation, interleaved, keep
+        )
+    else:
+        pre = ops.moe_gathered_mm(tokens, scale, source, gate_up, gate_up_scale, offs, x.dtype)
+        blocks = token_blocks(offs, source.shape[0])
+        h, h_scale = ops.moe_activate_quantize(pre, blocks, recipe.value, activation, interleaved, offs.shape[0])
+        pre_scale = None
+        if keep == "recipe":
+            pre, pre_scale = ops.moe_quantize_tokens(pre, recipe.value)
+    h_scale = h_scale if recipe.is_scaled else None
+    y = ops.triton_grouped_mm(h, h_scale, down, down_scale, None, offs, recipe.value, x.dtype)
+    return y if places is None else ops.moe_combine(y, topk_weights, places), tokens, scale, pre, pre_scale
+
+
+Deliver: TypeAlias = Callable[[Compute], Tensor | None]
+
+
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, x_scale, pre, pre_scale, topk_weights, offs, source, places, *weights = ctx.saved_tensors
-    gate_up, gate_up_scale, down, down_scale = weights
-    (recipe, activation, interleaved, _), dtype = ctx.settings, ctx.dtype
-    needs_x, needs_weights, needs_gate_up, needs_down = ctx.needs_input_grad[:4]
+    found = *ctx.settings[:3], ctx.dtype, tuple(ctx.needs_input_grad[:4]), *ctx.saved_tensors
+    if ctx.destinations == (None, None):
+        gradients: tuple[Tensor | None, ...] = _gradients_alone(dy, *found)
+        return gradients
+    gate_up, down = (functools.partial(deliver_wgrad, destination, dy) for destination in ctx.destinations)
+    return _gradients_to(gate_up, down, dy, *found)
+
+
+@replayed_call
+def _gradients_alone(dy: Tensor, *found: Any) -> tuple[Tensor | None, ...]:
+    return _gradients_to(_compute, _compute, dy, *found)
+
+
+def _compute(compute: Compute) -> Tensor | None:
+    return compute(None)
+
+
+def _gradients_to(
+    deliver_gate_up: Deliver, deliver_down: Deliver, dy: Tensor, recipe: Recipe, activation: str, interleaved: bool,
+    dtype: torch.dtype, needs: tuple[bool, ...], x: Tensor, x_scale: Tensor | None, pre: Tensor,
+    pre_scale: Tensor | None, topk_weights: Tensor | None, offs: Tensor, source: Tensor, places: Tensor | None,
+    gate_up: Tensor, gate_up_scale: Tensor | None, down: Tensor, down_scale: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Gradients of x and topk_weights, and those of gate_up and down as they are delivered."""
+    needs_x, needs_weights, needs_gate_up, needs_down = needs
     tokens, scale = ops.moe_quantize_tokens(dy, recipe.value) if recipe.is_scaled else (dy, None)
     dh = ops.moe_gathered_mm(tokens, scale, source, down, down_scale, offs, dtype)
     dpre_scale = None
@@ -335,11 +374,10 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return wgrad(dpre, tokens, False, total)
 
     dx = dgate_up = ddown = None
-    gate_up_destination, down_destination = ctx.destinations
     if needs_down:
-        ddown = deliver_wgrad(down_destination, dy, lambda total: wgrad(dy, h, True, total))
+        ddown = deliver_down(lambda total: wgrad(dy, h, True, total))
     if needs_gate_up:
-        dgate_up = deliver_wgrad(gate_up_destination, dy, gate_up_wgrad)
+        dgate_up = deliver_gate_up(gate_up_wgrad)
     if needs_x:
         rhs = gate_up, gate_up_scale
         dx_rows = ops.triton_grouped_mm(dpre_rows, dpre_scale, *rhs, None, offs, recipe.value, dtype)

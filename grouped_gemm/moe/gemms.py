@@ -26,7 +26,7 @@ def runs_hopper_kernels(device: torch.device) -> bool:
     return runs_kernels(device) and machine_of(device).traits.kernels == "hopper"
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_gathered_mm(
     x_TC: Tensor, x_scale: Tensor | None, source: Tensor, w_ECN: Tensor, w_scale: Tensor | None, offs: Tensor,
     dtype: torch.dtype,
@@ -48,7 +48,7 @@ def _moe_gathered_mm(
         out_MN.copy_(_gathered_mm(x_TC, x_scale, source, w_ECN, w_scale, offs))
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_gated_mm(
     x_TC: Tensor, x_scale: Tensor | None, source: Tensor, gate_up_ECN: Tensor, w_scale: Tensor | None, offs: Tensor,
     recipe: str, dtype: torch.dtype, activation: str, interleaved: bool, keep: str,
@@ -105,7 +105,7 @@ def _moe_gated_mm(
         start = end
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_gathered_wgrad(
     lhs: Tensor, rhs: Tensor, source: Tensor, gathers_lhs: bool, offs: Tensor, dtype: torch.dtype
 ) -> Steps[Tensor]:
@@ -126,7 +126,7 @@ def _moe_gathered_wgrad(
     out_EPQ.copy_(_gathered_wgrad(lhs, rhs, source, gathers_lhs, offs))
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_gathered_wgrad_add(
     sum_EPQ: Changed, lhs: Tensor, rhs: Tensor, source: Tensor, gathers_lhs: bool, offs: Tensor
 ) -> Steps[None]:

@@ -62,7 +62,7 @@ def _offsets(features: int, top_k: int, dtype: torch.dtype, recipe: Recipe) -> t
     return scale_at, ids_at, weights_at, -(-(weights_at + 4 * top_k) // 64) * 64
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_find_ranks(topk_ids: Tensor, num_experts: Size, num_ranks: Size, digest: Size) -> Steps[tuple[Tensor, Tensor]]:
     """Which tokens go to which rank: to each that has any of their experts. Rank w has those from w * E / W on.
 
@@ -93,7 +93,7 @@ def _moe_find_ranks(topk_ids: Tensor, num_experts: Size, num_ranks: Size, digest
         places.copy_(reference.route(torch.where(goes, ranks, -1), num_ranks)[2])
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_pack(
     x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, places: Tensor, num_rows: Size, recipe: str
 ) -> Steps[Tensor]:

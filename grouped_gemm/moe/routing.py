@@ -52,7 +52,7 @@ def route(topk_ids: Tensor, num_experts: int, group_alignment: int = 1) -> Routi
     return Routing(*ops.moe_route(topk_ids, num_experts, group_alignment))
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_route(
     topk_ids: Tensor, num_experts: Size, group_alignment: int | None = None
 ) -> Steps[tuple[Tensor, Tensor, Tensor]]:

@@ -142,7 +142,7 @@ class _Dots(torch.autograd.Function):
 # The ops
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_gather(x_TH: Tensor, source: Tensor, places: Tensor) -> Steps[Tensor]:
     out_MH = x_TH.new_empty(source.shape[0], x_TH.shape[1])
     yield out_MH
@@ -154,7 +154,7 @@ def _moe_gather(x_TH: Tensor, source: Tensor, places: Tensor) -> Steps[Tensor]:
         _gather(x_TH, None, source, places, out_MH)
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor) -> Steps[Tensor]:
     y_TH = rows_MH.new_empty(places.shape[0], rows_MH.shape[1])
     yield y_TH
@@ -166,7 +166,7 @@ def _moe_combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor) -> Ste
         _combine(rows_MH, weights, places, y_TH)
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_combine_backward(
     dy_TH: Tensor, rows_MH: Tensor | None, weights: Tensor | None, source: Tensor, places: Tensor, for_rows: bool
 ) -> Steps[tuple[Tensor, Tensor]]:

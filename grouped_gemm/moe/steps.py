@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from grouped_gemm.kernels.moe.activation import Weights
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_activate_backward(
     dh_MI: Tensor, pre_MP: Tensor, topk_weights: Tensor | None, source: Tensor, places: Tensor | None, activation: str,
     interleaved: bool, offs: Tensor,
@@ -62,7 +62,7 @@ def _moe_activate_backward(
             out.copy_(result)
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_activate_quantize(
     pre_MP: Tensor, blocks: Tensor, recipe: str, activation: str, interleaved: bool, num_groups: Size
 ) -> Steps[tuple[Tensor, Tensor]]:
@@ -84,7 +84,7 @@ def _moe_activate_quantize(
         _quantize_rows(h_MI, blocks, Recipe(recipe), data_MI, scale)
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_activate_backward_quantize(
     dh_MI: Tensor, pre_MP: Tensor, topk_weights: Tensor | None, source: Tensor, places: Tensor | None, blocks: Tensor,
     offs: Tensor, recipe: str, activation: str, interleaved: bool, pre_scale: Tensor | None = None,
@@ -136,7 +136,7 @@ def _weights_of_rows(
     return Weights(topk_weights.contiguous(), source.contiguous(), places.contiguous(), dweights)
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_quantize_tokens(x_TD: Tensor, recipe: str) -> Steps[tuple[Tensor, Tensor]]:
     """Tokens quantized in blocks of 128 features, without groups, to be read by their number.
 
@@ -157,7 +157,7 @@ def _moe_quantize_tokens(x_TD: Tensor, recipe: str) -> Steps[tuple[Tensor, Tenso
         scale.copy_(scales)
 
 
-@define_op()
+@define_op(replays=True)
 def _moe_dequantize_tokens(data_TD: Tensor, scale: Tensor, dtype: torch.dtype) -> Steps[Tensor]:
     """The values (T, D) in ``dtype`` of what `moe_quantize_tokens` returns."""
     x_TD = torch.empty(data_TD.shape, dtype=dtype, device=data_TD.device)

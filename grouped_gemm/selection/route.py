@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm.backends import candidates, get_backend
+from grouped_gemm.core import replay
 from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import (
     AUTOTUNE,
@@ -206,6 +207,7 @@ def forget() -> None:
     _epoch += 1
     _routes.clear()
     _decide_once.cache_clear()
+    replay.forget()
 
 
 def reset_caches() -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from replay_checks import check_replayed_steps, replay_ops_on_a_cpu
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,6 +125,18 @@ def test_these_ops_run(recipe):
     aside = ("moe_route", "triton_token_blocks", "triton_quantize_weights")
     before = [] if recipe is None else ["moe_quantize_tokens"]
     assert [name for name in seen.names if name not in aside] == before + FUSED + BACKWARD[recipe]
+
+
+@pytest.mark.parametrize(
+    "options", ({}, {"recipe": "fp8_blockwise"}, {"recipe": "fp8_blockwise", "keep": "recipe", "interleaved": True})
+)
+def test_replayed_layers(options, monkeypatch):
+    """One program of forward and one of backward. Other ops, in plain torch, are not replayed here."""
+    inputs, new_input = Inputs(128), lambda: torch.randn(T, 72).bfloat16().requires_grad_()
+    replay_ops_on_a_cpu(monkeypatch)
+    check_replayed_steps(
+        lambda x: inputs.run([x, *inputs.leaves[1:]], **options), new_input, tuple(inputs.leaves[1:]), monkeypatch, 2
+    )
 
 
 # Values

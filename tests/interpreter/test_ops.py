@@ -2,46 +2,89 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from op_samples import samples
+from replay_checks import at, check_replay, check_replayed_steps
+from torch.utils._python_dispatch import _disable_current_modes
 
-from grouped_gemm.moe import routing, steps  # noqa: F401, define their ops
+from grouped_gemm import grouped_mm
+from grouped_gemm.core import replay
+from grouped_gemm.core.library import ops
+from grouped_gemm.kernels.common import launch
 
 OPS = torch.ops.grouped_gemm
-OFFS = torch.tensor([3, 3, 20], dtype=torch.int32)
-
-
-def samples():
-    a, dy = torch.randn(24, 16, dtype=torch.bfloat16), torch.randn(24, 48, dtype=torch.bfloat16)
-    b, bias = torch.randn(3, 16, 48, dtype=torch.bfloat16), torch.randn(3, 48)
-    yield "triton_grouped_mm", (a, None, b, None, bias, OFFS, "none", torch.float32)
-    yield "triton_wgrad", (a, None, dy, None, OFFS, 24, "none", torch.float32)
-    yield "triton_wgrad_add", (torch.randn(3, 16, 48), a, None, dy, None, OFFS, 24, "none")
-    yield "triton_group_sums", (dy, OFFS, torch.float32)
-    ids = torch.tensor([[0, 3], [4, -1], [1, 1]]).t()
-    yield "moe_route", (ids, 4)
-    yield "moe_find_ranks", (ids, 4, 2, 9)
-    yield "moe_pack", (dy[:2], ids, torch.rand(2, 3), torch.tensor([[0, 1], [2, -1]]).int(), 3, "fp8_blockwise")
-    dh, offs, recipe = torch.randn(20, 24, dtype=torch.bfloat16), torch.tensor([3, 3, 20]).int(), "fp8_blockwise"
-    own = OPS.triton_token_blocks(offs, 20)
-    yield "moe_activate", (dy, "swiglu", False)
-    yield "moe_activate_gradient", (dy, dy, "gelu", False)
-    source = torch.arange(20).int()
-    rows, weighted = (dh, dy[:20], None, source, None), (dh, dy[:20], torch.rand(20, 1), source, source[:, None])
-    yield "moe_activate_backward", (*weighted, "swiglu", True, offs)
-    yield "moe_activate_backward_quantize", (*weighted, own, offs, recipe, "swiglu", True)
-    yield "moe_activate_backward_quantize", (*rows, own, offs, recipe, "swiglu", False)
-    yield "moe_activate_quantize", (dy[:20], own, recipe, "swiglu", False, 3)
-    yield "moe_quantize_tokens", (dy, recipe)
-    blocks = OPS.triton_token_blocks(OFFS, 24)
-    yield "triton_token_blocks", (OFFS, 24)
-    yield "triton_quantize_activations", (a, OFFS, "fp8_rowwise", True, True, blocks)
-    for recipe in ("fp8_rowwise", "fp8_blockwise", "mxfp8"):
-        yield "triton_quantize_activations", (a, OFFS, recipe, True, True)
-        yield "triton_quantize_weights", (b, recipe, True, True)
+ENDS = torch.tensor([3, 3, 20], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("name, arguments", list(samples()), ids=lambda x: x if isinstance(x, str) else "")
 def test_op(name, arguments):
     tests = ("test_schema", "test_faketensor")  # opcheck compares outputs elsewhere, which fp8 tensors do not allow
     torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=tests)
+
+
+class InterpretedLaunch:
+    """A launch for Triton's interpreter, which needs tensors and not addresses."""
+
+    def __init__(self, launcher, grid, args, place):
+        self.launcher, self.grid, self.args = launcher, grid, args
+        bases = [getattr(x, "base", x) for x in args]
+        self.places = [place(base) if isinstance(base, torch.Tensor) else None for base in bases]
+
+    def can_run(self, device):
+        return True
+
+    def __call__(self, addresses):
+        placed = zip(self.args, self.places)
+        self.launcher(self.grid, *(x if p is None else self.at(addresses[p[0]] + p[1], x) for x, p in placed))
+
+    def at(self, address, x):
+        if not isinstance(x, torch.Tensor):
+            described = copy.copy(x)
+            described.base = self.at(address, x.base)
+            return described
+        return at(address, x)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Calls are replayed, although operands are on a CPU."""
+    monkeypatch.setattr(replay, "_is_on_gpu", lambda x: True)
+    monkeypatch.setattr(
+        replay, "_new_empty", lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
+    )
+    monkeypatch.setattr(replay.Program, "can_run", lambda self: True)
+    monkeypatch.setattr(
+        launch.Launcher, "_prepared",
+        lambda self, compiled, device, grid, args, place: InterpretedLaunch(self, grid, args, place),
+    )  # fmt: skip
+    compile_and_launch = launch.Launcher._compile_and_launch
+
+    def unseen(self, *args):  # a launch on a GPU calls no ops of torch
+        with _disable_current_modes():
+            return compile_and_launch(self, *args)
+
+    monkeypatch.setattr(launch.Launcher, "_compile_and_launch", unseen)
+    replay.forget()
+    yield
+    replay.forget()
+
+
+@pytest.mark.parametrize("name, arguments", list(samples()), ids=lambda x: x if isinstance(x, str) else "")
+def test_replayed_ops(name, arguments, monkeypatch, as_on_a_gpu):
+    """Ids that are not contiguous are copied, and such calls are not replayed."""
+    if name in ("moe_route", "moe_find_ranks", "moe_pack"):
+        arguments = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments]
+    assert check_replay(getattr(ops, name), arguments, monkeypatch, changes=name.endswith("_add"))
+
+
+@pytest.mark.parametrize("recipe", ("none", "fp8_rowwise", "fp8_blockwise", "mxfp8"))
+def test_replayed_steps(recipe, monkeypatch, as_on_a_gpu):
+    """A step of training is a program of weights, one of forward and one of backward."""
+    w, bias = torch.randn(3, 48, 32).bfloat16().requires_grad_(), torch.randn(3, 48).bfloat16().requires_grad_()
+    check_replayed_steps(
+        lambda x: grouped_mm(x, w.mT, ENDS, recipe=recipe, bias=bias, kernel_preference="triton"),
+        lambda: torch.randn(24, 32).bfloat16().requires_grad_(), (w, bias), monkeypatch, 2 + (recipe != "none"),
+    )  # fmt: skip

@@ -196,7 +196,7 @@ def _with_next_block(row_map: Tensor) -> Tensor:
     return F.pad(row_map, (0, BLOCK), value=-1)[: row_map.shape[0]]
 
 
-@define_op()
+@define_op(replays=True)
 def _deepgemm_plan(offs: Tensor, num_rows: Size, is_aligned: bool) -> Steps[tuple[Tensor, Tensor, Tensor]]:
     out = deepgemm_layouts.plan(offs, num_rows, is_aligned)
     yield out
@@ -205,7 +205,7 @@ def _deepgemm_plan(offs: Tensor, num_rows: Size, is_aligned: bool) -> Steps[tupl
     deepgemm_quantize.fill_plan(offs, num_rows, out)
 
 
-@define_op()
+@define_op(replays=True)
 def _deepgemm_quantize_activations(
     x_MD: Tensor, row_map: Tensor, blocks: Tensor, recipe: str, rows: bool, columns: bool
 ) -> Steps[Operands]:
@@ -216,7 +216,7 @@ def _deepgemm_quantize_activations(
     deepgemm_quantize.quantize_activations(x_MD, blocks, Recipe(recipe), out)
 
 
-@define_op()
+@define_op(replays=True)
 def _deepgemm_quantize_weights(
     b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool
 ) -> Steps[tuple[Tensor, Tensor, Tensor]]:
@@ -280,7 +280,7 @@ def _deepgemm_wgrad(
     yield out_EPQ.to(out_dtype)
 
 
-@define_op()
+@define_op(replays=True)
 def _deepgemm_group_sums(x_MN: Tensor, offs: Tensor, out_dtype: torch.dtype) -> Steps[Tensor]:
     out_EN = x_MN.new_empty(offs.shape[0], x_MN.shape[1], dtype=out_dtype)
     yield out_EN

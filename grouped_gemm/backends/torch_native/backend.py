@@ -222,7 +222,7 @@ def _scaled_grouped_mm(lhs: Tensor, lhs_scale: Tensor, rhs: Tensor, rhs_scale: T
     )  # fmt: skip
 
 
-@define_op()
+@define_op(replays=True)
 def _torch_plan(offs: Tensor, num_rows: Size) -> Steps[tuple[Tensor, Tensor]]:
     out = torch_native_layouts.plan(offs, num_rows)
     yield out
@@ -237,7 +237,7 @@ def _torch_plan(offs: Tensor, num_rows: Size) -> Steps[tuple[Tensor, Tensor]]:
     yield ends, tokens.cumsum(0, dtype=torch.int32)
 
 
-@define_op()
+@define_op(replays=True)
 def _torch_token_blocks(ends: Tensor, token_ends: Tensor, num_rows: Size) -> Steps[Tensor]:
     blocks = torch_native_layouts.token_blocks(ends, num_rows)
     yield blocks
@@ -246,7 +246,7 @@ def _torch_token_blocks(ends: Tensor, token_ends: Tensor, num_rows: Size) -> Ste
     torch_native_quantize.find_blocks(ends, token_ends, num_rows, blocks)
 
 
-@define_op()
+@define_op(replays=True)
 def _torch_quantize_activations(
     x_MD: Tensor, ends: Tensor, token_ends: Tensor, recipe: str, rows: bool, columns: bool,
     blocks: Tensor | None = None,
@@ -262,7 +262,7 @@ def _torch_quantize_activations(
         torch_native_quantize.quantize(x_MD, ends, token_ends, Recipe(recipe), out, blocks)
 
 
-@define_op()
+@define_op(replays=True)
 def _torch_quantize_weights(b_EKN: Tensor, recipe: str, forward: bool, dgrad: bool) -> Steps[Operands]:
     out = torch_native_layouts.weights(b_EKN, Recipe(recipe), forward=forward, dgrad=dgrad)
     yield out

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
 
+from grouped_gemm.core import replay
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.recipes import Recipe
 
@@ -172,13 +175,21 @@ class Launcher:
             if compiled is not None:  # the interpreter compiles nothing
                 stream_of = driver.active.get_current_stream
                 parts = compiled.run, compiled.function, compiled.packed_metadata, stream_of
-                self._compiled[key] = _Compiled(compiled, *parts)
+                self._compiled[key] = known = _Compiled(compiled, *parts)
         elif _is_watched():
             known.whole[(*grid, 1, 1)[:3]](*args, *self._values)
         else:
             _, run, function, metadata, stream_of = known
             x, y, z, *_ = *grid, 1, 1
             run(x, y, z, stream_of(device), function, metadata, None, None, None, *args, *self._values)
+        recording = replay.current()
+        if recording is not None:
+            recording.add(self._prepared(known, device, grid, args, recording.place))
+
+    def _prepared(
+        self, compiled: _Compiled | None, device: int, grid: tuple[int, ...], args: tuple[Any, ...], place: replay.Place
+    ) -> replay.Launch | None:
+        return compiled and Prepared.of(compiled, device, grid, (*args, *self._values), place)
 
     def _compile_and_launch(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> Any:
         expected, found = self._kernel.arg_names[len(args) :], list(self._constants)
@@ -190,6 +201,116 @@ class Launcher:
 
         with hardware_arithmetic():
             return self._kernel[grid](*args, **self._constants, **self._options)
+
+
+class Prepared:
+    """A launch of a compiled kernel with everything but addresses, see `core.replay`.
+
+    It calls the function in C that Triton's launcher ends in. That one takes addresses as integers, and descriptors
+    encoded and followed by shapes and strides. Encoded descriptors are kept by address.
+    """
+
+    def __init__(self, compiled: _Compiled, device: int, low: Callable[..., None], before: list[Any]) -> None:
+        self._device, self._low, self._stream_of = device, low, compiled.stream_of
+        self._args = before  # of the function in C; or the last one is a list of those of the kernel
+        self._kernel_args: list[Any] = before
+        self._addresses: list[tuple[int, int, int]] = []  # place among the arguments, slot, offset
+        self._descriptors: list[tuple[int, int, int, Callable[[int], Any], dict[int, Any]]] = []
+
+    @classmethod
+    def of(
+        cls, compiled: _Compiled, device: int, grid: tuple[int, ...], args: Sequence[Any], place: replay.Place
+    ) -> Prepared | None:
+        """The launch of ``args``, whose tensors have a ``place``; None: this Triton, or the kernel, needs more."""
+        run: Any = compiled.run
+        low = _function_in_c(run)
+        if low is None:
+            return None
+        scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+        if scratch or getattr(run, "gsan_enabled", False):
+            return None
+        begin = [*(*grid, 1, 1)[:3], None, compiled.function, run.launch_cooperative_grid, run.launch_pdl]
+        hooks = [compiled.metadata, None, None, None]
+        if hasattr(run, "arg_annotations"):  # Triton 3.7
+            found = cls(compiled, device, low, [*begin, *hooks, None, None, run.arg_annotations, run.kernel_signature])
+            found._kernel_args = []
+            found._args.append(found._kernel_args)
+        else:
+            found = cls(compiled, device, low, [*begin, None, None, *hooks])
+        metas = iter(getattr(compiled.whole.metadata, "tensordesc_meta", None) or ())
+        return found if all([found._add(arg, place, metas) for arg in args]) else None
+
+    def _add(self, arg: Any, place: replay.Place, metas: Iterator[Any]) -> bool:
+        into = self._kernel_args
+        if isinstance(arg, Tensor):
+            found = place(arg)
+            if found is not None:
+                self._addresses.append((len(into), *found))
+            into.append(None)
+            return found is not None
+        if not hasattr(arg, "block_shape"):
+            into.append(arg)
+            return True
+        found, meta = place(arg.base), next(metas, None)
+        if found is None or meta is None:
+            return False
+        encode = functools.partial(_encode, arg.__class__, {**arg.__dict__, "base": None}, meta)
+        self._descriptors.append((len(into), *found, encode, {}))
+        into += [None, *arg.shape, *arg.strides]
+        return True
+
+    def can_run(self, device: int) -> bool:
+        """Whether this thread may launch now, and nobody watches."""
+        return _thread.has_context and not _is_watched()
+
+    def __call__(self, addresses: Sequence[int]) -> None:
+        """Launches on the current stream."""
+        args = self._args.copy()
+        kernel_args = args
+        if self._kernel_args is not self._args:
+            kernel_args = args[-1] = self._kernel_args.copy()
+        args[3] = self._stream_of(self._device)
+        for at, slot, offset in self._addresses:
+            kernel_args[at] = addresses[slot] + offset
+        for at, slot, offset, encode, encoded in self._descriptors:
+            address = addresses[slot] + offset
+            found = encoded.get(address)
+            if found is None:
+                if len(encoded) >= _MAX_DESCRIPTORS:
+                    encoded.clear()
+                found = encoded[address] = encode(address)
+            kernel_args[at] = found
+        self._low(*args)
+
+
+_MAX_DESCRIPTORS = 64  # of an operand
+
+
+def _function_in_c(run: Any) -> Callable[..., None] | None:
+    """What Triton's launcher on CUDA calls in the end; None if this is another launcher."""
+    launch = getattr(run, "launch", None)
+    if isinstance(launch, FunctionType):  # a wrapper that encodes descriptors
+        launch = inspect.getclosurevars(launch).nonlocals.get("launcher")
+    return launch if isinstance(launch, BuiltinFunctionType) else None
+
+
+class _Address(NamedTuple):
+    """A stand-in for a tensor."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _encode(form: Any, parts: dict[str, Any], meta: Any, address: int) -> Any:
+    """A descriptor of what is at ``address``, as Triton's launcher encodes it."""
+    from triton.backends.nvidia.driver import make_tensordesc_arg
+
+    described = form.__new__(form)
+    described.__dict__ = {**parts, "base": _Address(address)}
+    num_parameters = make_tensordesc_arg.__code__.co_argcount  # Triton 3.9 has one more
+    return make_tensordesc_arg(described, meta, *[None] * (num_parameters - 2))[0]
 
 
 def _is_interpreted(kernel: Any) -> bool:

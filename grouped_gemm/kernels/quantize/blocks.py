@@ -14,7 +14,7 @@ def token_blocks(offs: Tensor, num_rows: int) -> Tensor:
     return blocks
 
 
-@define_op()
+@define_op(replays=True)
 def _triton_token_blocks(offs: Tensor, num_rows: Size) -> Steps[Tensor]:
     blocks = layouts.token_blocks(offs, num_rows)
     yield blocks

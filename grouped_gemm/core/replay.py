@@ -1,0 +1,326 @@
+"""Replays of calls: one whose operands are like those of an earlier call allocates and launches the same again.
+
+The host time of a call on small operands is the Python around its launches: tiles, layouts, descriptors, arguments. All
+of it follows from shapes, strides, dtypes and alignments. So the second call with the same ones is recorded as a
+`Program`: what it allocates, fills, launches and frees, and where in which operand each address lies. Later calls run
+the program. A call that does anything else, such as to copy an operand, is not replayed.
+
+This is for eager calls on a GPU. A CUDA graph captures a program as it would capture the call.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from grouped_gemm.core.preference import AUTOTUNE
+
+Run = Callable[..., Any]
+Place = Callable[[Tensor], tuple[int, int] | None]  # `Recording.place`
+Step = Callable[[list[Any], list[int]], None]  # takes the slots and their addresses
+# On the current device, in half the time of torch.empty_strided.
+_new_empty: Any = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
+
+
+class Launch(Protocol):
+    """A launch that lacks only addresses."""
+
+    def can_run(self, device: int) -> bool:
+        """Whether this thread may launch on ``device`` now."""
+
+    def __call__(self, addresses: Sequence[int]) -> None:
+        """Launches on the current stream, with the addresses of operands and then of what was allocated."""
+
+
+class View(NamedTuple):
+    """A tensor in a slot.
+
+    Attributes:
+        slot: the slot.
+        layout: size, stride, and offset in values from the tensor in the slot; None: it is that tensor.
+    """
+
+    slot: int
+    layout: tuple[Sequence[int], Sequence[int], int] | None
+
+    def of(self, slots: list[Any]) -> Tensor:
+        """The tensor."""
+        tensor: Tensor = slots[self.slot]
+        if self.layout is None:
+            return tensor
+        size, stride, offset = self.layout
+        return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+
+
+class Program(NamedTuple):
+    """What a call does. Slots are its arguments, then what it allocates.
+
+    Attributes:
+        device: the index of the device.
+        steps: what it does, in order.
+        launch: one of the launches.
+        results: what the call returns, views and constants.
+        is_tuple: whether it returns a tuple of them, or the only one.
+    """
+
+    device: int
+    steps: list[Step]
+    launch: Launch
+    results: list[Any]
+    is_tuple: bool
+
+    def can_run(self) -> bool:
+        """Whether it does now what the call would do."""
+        return (
+            torch.cuda.current_device() == self.device
+            and not torch.are_deterministic_algorithms_enabled()  # which fill new memory
+            and self.launch.can_run(self.device)
+        )
+
+    def run(self, args: Sequence[Any], addresses: list[int]) -> Any:
+        """Does what the call does with ``args``, which lie at ``addresses``; 0 for what is no tensor."""
+        slots = list(args)
+        for step in self.steps:
+            step(slots, addresses)
+        results = [x.of(slots) if type(x) is View else x for x in self.results]
+        return tuple(results) if self.is_tuple else results[0]
+
+
+_REFUSED, _SEEN = "refused", "seen"
+_programs: dict[tuple[Any, ...], Program | str] = {}
+_MAX_PROGRAMS = 4096
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+def forget() -> None:
+    """Drops all programs, because what calls do may have changed."""
+    _programs.clear()
+
+
+def replayed(name: str, run: Run) -> Run:
+    """``run``, replayed where that is possible.
+
+    Args:
+        name: part of the key of its programs.
+        run: a function of tensors, the first one on the device of all, and of constants that can be hashed. It returns
+            a tensor, or a tuple of tensors and constants, or None. All else that it depends on changes only with
+            `forget`.
+    """
+
+    def call(*args: Any) -> Any:
+        if not _is_on_gpu(args[0]) or AUTOTUNE.is_on_now() or _local.recording is not None:
+            return run(*args)
+        key: list[Any] = [name]
+        addresses = []
+        for arg in args:
+            if isinstance(arg, Tensor):
+                if type(arg) not in _PLAIN:
+                    return run(*args)
+                address = arg.data_ptr()
+                key += arg.shape, arg.stride(), arg.dtype, arg.get_device(), address & 15
+                addresses.append(address)
+            else:
+                key.append(arg)
+                addresses.append(0)
+        found = _programs.get(known := tuple(key))
+        if isinstance(found, Program):
+            return found.run(args, addresses) if found.can_run() else run(*args)
+        if found is _REFUSED:
+            return run(*args)
+        if found is None:  # it may compile kernels, and it may be the only such call
+            if len(_programs) >= _MAX_PROGRAMS:
+                _programs.clear()
+            _programs[known] = _SEEN
+            return run(*args)
+        recording = _local.recording = Recording(args)
+        try:
+            with recording:
+                result = run(*args)
+        finally:
+            _local.recording = None
+        _programs[known] = recording.program(result) or _REFUSED
+        return result
+
+    return call
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
+
+
+class _Local(threading.local):
+    recording: Recording | None = None
+
+
+_local = _Local()
+
+
+def current() -> Recording | None:
+    """What this thread records now."""
+    return _local.recording
+
+
+# The implementations of ops that may be replayed as part of a call.
+implementations: dict[Any, Run] = {}
+
+
+class _Slot(NamedTuple):
+    """A tensor that the call was given, or that it has allocated."""
+
+    address: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    start: int  # in its storage
+
+
+class Recording(TorchDispatchMode):
+    """Records a call while it runs.
+
+    Args:
+        args: of the call, first a tensor.
+    """
+
+    def __init__(self, args: Sequence[Any]) -> None:
+        super().__init__()
+        self._device: int = args[0].get_device()
+        self._args = args  # which stay alive, so that their identities are theirs
+        self._slots = [_slot_of(arg) if isinstance(arg, Tensor) else None for arg in args]
+        self._slot_by_id = {id(arg): i for i, arg in enumerate(args) if isinstance(arg, Tensor)}
+        self._views: list[Tensor] = []  # of arguments; they stay alive too
+        self._alive: dict[int, dict[int, Any]] = {}  # weak references to all tensors in a slot that was allocated
+        self._steps: list[Step] = []
+        self._launch: Launch | None = None
+        self._is_refused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in implementations:
+            with self:
+                return implementations[func](*args)
+        result = func(*args, **(kwargs or {}))
+        if func in _EMPTY:
+            self._allocate(result)
+        elif func is _aten.new_zeros.default:
+            self._allocate(result)
+            self._fill(result, 0)
+        elif func is _aten.zero_.default:
+            self._fill(args[0], 0)
+        elif func is _aten.fill_.Scalar:
+            self._fill(args[0], args[1])
+        elif func.is_view and id(args[0]) in self._slot_by_id:
+            for view in result if isinstance(result, (list, tuple)) else [result]:
+                self._keep(view, self._slot_by_id[id(args[0])])
+        else:
+            self._is_refused = True
+        return result
+
+    def place(self, x: Tensor) -> tuple[int, int] | None:
+        """The slot of ``x``, and how many bytes after its beginning; None, and no program, if it has none."""
+        slot = self._slot_by_id.get(id(x))
+        whole = None if slot is None else self._slots[slot]
+        if slot is None or whole is None:
+            self._is_refused = True
+            return None
+        return slot, x.data_ptr() - whole.address if x.numel() else 0
+
+    def add(self, launch: Launch | None) -> None:
+        """Adds a launch. None: it cannot be replayed."""
+        if launch is None:
+            self._is_refused = True
+            return
+        self._launch = launch
+        self._steps.append(lambda slots, addresses: launch(addresses))
+
+    def program(self, result: Any) -> Program | None:
+        """The program of the call, whose result is given; None: it cannot be replayed."""
+        self._alive.clear()
+        is_tuple = isinstance(result, tuple)
+        results = [self._view(x) if isinstance(x, Tensor) else x for x in (result if is_tuple else [result])]
+        if self._is_refused or self._launch is None:
+            return None
+        return Program(self._device, self._steps, self._launch, results, is_tuple)
+
+    def _keep(self, x: Tensor, slot: int) -> None:
+        """Notes that ``x`` is in ``slot``, which is free once no such tensor is left."""
+        key = id(x)
+        self._slot_by_id[key] = slot
+        if slot < len(self._args):
+            self._views.append(x)
+            return
+        alive = self._alive.setdefault(slot, {})
+
+        def release(_: Any) -> None:
+            self._slot_by_id.pop(key, None)
+            alive.pop(key, None)
+            if not alive and slot in self._alive:
+                self._steps.append(functools.partial(_free, slot))
+
+        alive[key] = weakref.ref(x, release)
+
+    def _allocate(self, x: Tensor) -> None:
+        if x.get_device() != self._device:
+            self._is_refused = True
+        self._slots.append(_slot_of(x))
+        self._steps.append(functools.partial(_add_empty, tuple(x.shape), x.stride(), x.dtype))
+        self._keep(x, len(self._slots) - 1)
+
+    def _fill(self, x: Tensor, value: float) -> None:
+        view = self._view(x)
+        if view is not None:
+            self._steps.append(functools.partial(_fill, view, value))
+
+    def _view(self, x: Tensor) -> View | None:
+        slot = self._slot_by_id.get(id(x))
+        whole = None if slot is None else self._slots[slot]
+        if whole is None or slot is None or x.dtype != whole.dtype:
+            self._is_refused = True
+            return None
+        found = _slot_of(x)
+        if found == whole:
+            return View(slot, None)
+        return View(slot, (found.shape, found.stride, found.start - whole.start))
+
+
+def _slot_of(x: Tensor) -> _Slot:
+    return _Slot(x.data_ptr(), x.dtype, tuple(x.shape), x.stride(), int(x.storage_offset()))
+
+
+# Steps
+
+
+def _add_empty(
+    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, slots: list[Any], addresses: list[int]
+) -> None:
+    new = _new_empty(size, stride, dtype)
+    slots.append(new)
+    addresses.append(new.data_ptr())
+
+
+def _fill(view: View, value: float, slots: list[Any], addresses: list[int]) -> None:
+    if value == 0:
+        view.of(slots).zero_()
+    else:
+        view.of(slots).fill_(value)
+
+
+def _free(slot: int, slots: list[Any], addresses: list[int]) -> None:
+    slots[slot] = None
+
+
+_aten = torch.ops.aten
+_EMPTY = frozenset(
+    (
+        _aten.empty.memory_format,
+        _aten.empty_like.default,
+        _aten.empty_strided.default,
+        _aten.new_empty.default,
+        _aten.new_empty_strided.default,
+    )
+)

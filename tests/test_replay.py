@@ -1,0 +1,288 @@
+"""Replayed ops do what the ops do. tests/interpreter/test_ops.py has the same for kernels that Triton interprets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from op_samples import hopper_samples, samples
+from replay_checks import check_replay, check_replayed_steps, replay_on_a_cpu
+
+from grouped_gemm import grouped_mm
+from grouped_gemm.core import replay
+from grouped_gemm.core.library import ops
+from grouped_gemm.core.machine import machine_of
+from grouped_gemm.moe import experts_forward
+
+CUDA = torch.device("cuda")
+
+
+def dense(arguments):
+    """An op that copies what is not dense is not replayed."""
+    return tuple(x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments)
+
+
+@pytest.mark.gpu
+def test_ops_on_a_gpu(monkeypatch):
+    refused = []
+    for name, arguments in list(samples("cuda")):
+        if not check_replay(getattr(ops, name), dense(arguments), monkeypatch, changes=name.endswith("_add")):
+            refused.append(name)
+        monkeypatch.undo()
+    assert not refused
+
+
+@pytest.mark.gpu
+def test_ops_on_hopper(monkeypatch):
+    if machine_of(CUDA).traits.kernels != "hopper":
+        pytest.skip("needs a Hopper GPU")
+    refused = []
+    for name, arguments in list(hopper_samples(CUDA)):
+        if not check_replay(getattr(ops, name), arguments, monkeypatch, changes=name.endswith("_add")):
+            refused.append(name)
+        monkeypatch.undo()
+    assert not refused
+
+
+SIZES = {"E": 4, "H": 256, "I": 128, "T": 40}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ("none", "fp8_rowwise", "fp8_blockwise"))
+def test_steps_on_a_gpu(recipe, monkeypatch):
+    w = torch.randn(3, 48, 64, device=CUDA).bfloat16().requires_grad_()
+    bias, ends = torch.randn(3, 48, device=CUDA).bfloat16().requires_grad_(), torch.tensor([3, 3, 20]).int().to(CUDA)
+    check_replayed_steps(
+        lambda x: grouped_mm(x, w.mT, ends, recipe=recipe, bias=bias, kernel_preference="triton"),
+        lambda: torch.randn(24, 64, device=CUDA).bfloat16().requires_grad_(), (w, bias), monkeypatch,
+        2 + (recipe != "none"),
+    )  # fmt: skip
+
+
+def layer_of(recipe, keep="full"):
+    (e, h, i, t), top_k = SIZES.values(), 2
+    gate_up, down = (torch.randn(shape, device=CUDA).bfloat16() / 16 for shape in ((e, 2 * i, h), (e, h, i)))
+    ids, weights = torch.rand(t, e, device=CUDA).topk(top_k).indices, torch.rand(t, top_k, device=CUDA)
+    parameters = gate_up.requires_grad_(), down.requires_grad_(), weights.requires_grad_()
+
+    def layer(x):
+        return experts_forward(x, ids, weights, gate_up, down, recipe=recipe, keep=keep, implementation="grouped_mm")
+
+    return layer, parameters, lambda: torch.randn(t, h, device=CUDA).bfloat16().requires_grad_()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe, keep", ((None, "full"), ("fp8_blockwise", "full"), ("fp8_blockwise", "recipe")))
+def test_fused_layers_on_hopper(recipe, keep, monkeypatch):
+    if machine_of(CUDA).traits.kernels != "hopper":
+        pytest.skip("needs a Hopper GPU")
+    layer, parameters, new_input = layer_of(recipe, keep)
+    programs = 1 + 2 + (2 if recipe else 0)  # route, forward and backward, both weights
+    check_replayed_steps(layer, new_input, parameters, monkeypatch, programs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+def test_peak_memory_of_a_replayed_step(recipe):
+    layer, parameters, new_input = layer_of(recipe)
+    x, peaks = new_input(), []
+    for _ in range(4):
+        torch.cuda.reset_peak_memory_stats()
+        y = layer(x)
+        torch.autograd.grad(y, (x, *parameters), y.detach())
+        del y
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[3] <= peaks[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+def test_a_graph_of_replayed_calls(recipe):
+    layer, _, new_input = layer_of(recipe)
+    x = new_input().detach()
+    with torch.no_grad():
+        for _ in range(3):
+            expected = layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, expected)
+        x.copy_(new_input())
+        graph.replay()
+        assert torch.equal(y, layer(x))
+
+
+@pytest.mark.gpu
+def test_a_profiler_sees_each_op():
+    layer, _, new_input = layer_of("fp8_blockwise")
+    x = new_input().detach()
+    for _ in range(3):
+        layer(x)
+    with torch.profiler.profile() as profile:
+        layer(x)
+    names = {event.key for event in profile.key_averages()}
+    assert {"grouped_gemm::moe_gated_mm", "grouped_gemm::moe_quantize_tokens", "grouped_gemm::moe_combine"} <= names
+
+
+def fake_op(calls, work, name="fake"):
+    """A replayed function of tensors on a CPU, which counts how often it runs itself."""
+
+    def run(*args):
+        calls.append(args)
+        return work(*args)
+
+    return replay.replayed(name, run)
+
+
+class FakeLaunch:
+    """Launches that only note the addresses."""
+
+    def __init__(self):
+        self.addresses = []
+
+    def can_run(self, device):
+        return True
+
+    def __call__(self, addresses):
+        self.addresses.append(list(addresses))
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    found = FakeLaunch()
+    replay_on_a_cpu(monkeypatch)
+    replay.forget()
+    yield found
+    replay.forget()
+
+
+def launching(launch):
+    def work(x, y=None, n=0):
+        out, zeros = torch.empty_like(x), x.new_zeros(3, dtype=torch.int32)
+        replay.current() and replay.current().add(launch)
+        return out[..., :2], zeros
+
+    return work
+
+
+def test_the_third_call_is_replayed(launch):
+    calls = []
+    op = fake_op(calls, launching(launch))
+    for _ in range(4):
+        x = torch.randn(2, 4)
+        out, zeros = op(x)
+        assert out.shape == (2, 2) and out.stride() == (4, 1) and not zeros.any()
+    assert len(calls) == 2
+    assert launch.addresses[-1] == [x.data_ptr(), out.data_ptr(), zeros.data_ptr()]
+
+
+X = torch.zeros(8, 16)
+OTHERS = {
+    "shape": (X[:4],),
+    "strides": (X.t().contiguous().t(),),
+    "dtype": (X.int(),),
+    "alignment": (torch.zeros(8 * 16 + 1)[1:].view(8, 16),),
+    "another tensor": (X, X),
+    "absent tensor": (X, None),
+    "size": (X, None, 3),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_calls_that_differ_are_distinguished(launch, other):
+    calls = []
+    op = fake_op(calls, launching(launch))
+    for _ in range(3):
+        op(X)
+    op(*other)
+    assert len(calls) == 3
+
+
+def test_what_else_an_op_does_is_not_replayed(launch):
+    for work in (
+        lambda x: (launching(launch)(x), x + 1)[1],  # computes
+        lambda x: launching(launch)(x.t().contiguous()),  # copies
+        lambda x: x.new_empty(3),  # launches nothing
+        lambda x: (launching(launch)(x), X.new_empty(1).view(torch.int32))[1],  # returns what it cannot make
+    ):
+        calls = []
+        op = fake_op(calls, work)
+        replay.forget()
+        for _ in range(4):
+            op(X)
+        assert len(calls) == 4
+
+
+@pytest.mark.parametrize("keeps", (False, True))
+def test_memory_is_freed_as_the_call_frees_it(launch, keeps):
+    """What is allocated first goes before the last tensor comes, unless a view of it is left."""
+
+    def work(x):
+        first = torch.empty_like(x)
+        view = first[:2] if keeps else 0
+        replay.current() and replay.current().add(launch)
+        del first
+        return torch.empty_like(x), view
+
+    op = fake_op([], work)
+    for _ in range(3):
+        op(X)
+    (program,) = replay._programs.values()
+    names = [getattr(step, "func", step).__name__ for step in program.steps]
+    assert names == ["_add_empty", "<lambda>", *([] if keeps else ["_free"]), "_add_empty"]
+
+
+def test_arguments_and_their_views_are_returned(launch):
+    def work(x, text):
+        replay.current() and replay.current().add(launch)
+        return x, x[2:], text, None
+
+    op = fake_op([], work)
+    for _ in range(3):
+        x = torch.randn(9, 16)[1:]
+        same, part, text, nothing = op(x, "text")
+        assert same is x and torch.equal(part, x[2:]) and text == "text" and nothing is None
+
+
+def test_calls_inside_a_call_are_part_of_it(launch):
+    inner = fake_op([], launching(launch), "inner")
+
+    def work(x):
+        return inner(x)[0]
+
+    op = fake_op([], work)
+    for _ in range(3):
+        assert op(X).shape == (8, 2)
+    assert sum(isinstance(p, replay.Program) for p in replay._programs.values()) == 1
+
+
+def test_forget(launch):
+    calls = []
+    op = fake_op(calls, launching(launch))
+    for _ in range(3):
+        op(X)
+    replay.forget()
+    op(X)
+    assert len(calls) == 3
+
+
+def test_programs_are_bounded(launch, monkeypatch):
+    monkeypatch.setattr(replay, "_MAX_PROGRAMS", 4)
+    op = fake_op([], launching(launch))
+    for n in range(9):
+        op(X, None, n)
+        assert len(replay._programs) <= 4
+
+
+def test_an_error_leaves_no_recording(launch):
+    def work(x):
+        raise ValueError
+
+    op = fake_op([], work)
+    for _ in range(3):
+        with pytest.raises(ValueError):
+            op(X)
+        assert replay.current() is None
