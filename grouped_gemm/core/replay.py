@@ -129,7 +129,10 @@ def replayed(name: str, run: Run) -> Run:
             else:
                 key.append(arg)
                 addresses.append(0)
-        found = _programs.get(known := tuple(key))
+        try:
+            found = _programs.get(known := tuple(key))
+        except TypeError:  # a constant cannot be hashed
+            return run(*args)
         if isinstance(found, Program):
             return found.run(args, addresses) if found.can_run() else run(*args)
         if found is _REFUSED:

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from grouped_gemm.core.call_spec import dtype_name
-from grouped_gemm.core.preference import VALIDATE, KernelPreference, Preference, check_bool
-from grouped_gemm.core.quantized import QuantizedWeights
+from grouped_gemm.core.library import replayed_call
+from grouped_gemm.core.preference import (
+    VALIDATE,
+    KernelPreference,
+    Preference,
+    check_bool,
+    environment,
+    surrounding,
+)
+from grouped_gemm.core.quantized import Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.core.tracing import holds
 from grouped_gemm.core.vmap import check_no_transform
@@ -105,17 +113,77 @@ def experts_forward(
     """
     check_no_transform("experts_forward")
     if mesh is not None:
-        options = {
+        named = {
             "recipe": recipe, "activation": activation, "interleaved": interleaved, "implementation": implementation,
             "kernel_preference": kernel_preference, "keep": keep, "accumulate_main_grad": accumulate_main_grad,
             "batch_invariant": batch_invariant,
         }  # fmt: skip
-        return _across_ranks(mesh, x, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, options)
+        return _across_ranks(mesh, x, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, named)
+    options = implementation, kernel_preference, keep, accumulate_main_grad, batch_invariant
+    of_weights = recipe, activation, interleaved
+    if _can_replay(x, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, recipe):
+        settings = environment(), surrounding.kernel_preference, surrounding.host_sync, tuple(map(type, options))
+        y: Tensor = _run_parts(
+            x, topk_ids, topk_weights, *_parts_of(gate_up), *_parts_of(down), gate_up_bias, down_bias, of_weights,
+            options, settings,
+        )  # fmt: skip
+        return y
+    return _run(x, topk_ids, topk_weights, gate_up, down, *of_weights, gate_up_bias, down_bias, options)
+
+
+def _run(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Weights | tuple[Weights, Weights], down: Weights,
+    recipe: Recipe | str | None, activation: str, interleaved: bool, gate_up_bias: Any, down_bias: Tensor | None,
+    options: tuple[Any, ...],
+) -> Tensor:  # fmt: skip
+    """`experts_forward` with the experts of one rank. Arguments as of `_prepared`."""
     x, experts = _prepared(
-        x, topk_ids, topk_weights, gate_up, down, recipe, activation, interleaved, gate_up_bias, down_bias,
-        implementation, kernel_preference, keep, accumulate_main_grad, batch_invariant,
-    )  # fmt: skip
-    return implementations.run(implementation, x, topk_ids, topk_weights, experts)
+        x, topk_ids, topk_weights, gate_up, down, recipe, activation, interleaved, gate_up_bias, down_bias, *options
+    )
+    return implementations.run(options[0], x, topk_ids, topk_weights, experts)
+
+
+def _can_replay(x: Any, topk_ids: Any, topk_weights: Any, gate_up: Any, down: Any, *biases_and_recipe: Any) -> bool:
+    """Whether a call may be replayed as a whole, checks included: one for inference that quantizes no weights."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return False
+    *biases, recipe = biases_and_recipe
+    plain = [x, topk_ids, topk_weights, *(b for b in biases if b is not None)]
+    for w in (gate_up, down):
+        if not isinstance(w, QuantizedWeights):
+            plain.append(w)
+            if recipe is not None:
+                return False
+    return all([type(t) in fused.PLAIN and t.layout is torch.strided and not t.is_neg() for t in plain])
+
+
+_Parts: TypeAlias = tuple[Tensor, Tensor | None, tuple[Any, ...] | None]
+
+
+def _parts_of(w: Any) -> _Parts:
+    """The tensors of weights for forward, and the rest as constants; None of weights that are not quantized."""
+    if isinstance(w, QuantizedWeights):
+        return w.forward.data, w.forward.scale, (w.shape, w.dtype, w.forward.form, w.forward_backend)
+    return w, None, None
+
+
+def _of_parts(data: Tensor, scale: Tensor | None, form: tuple[Any, ...] | None) -> Weights:
+    if form is None:
+        return data
+    shape, dtype, of_forward, backend = form
+    return QuantizedWeights(shape, dtype, Quantized(data, scale, *of_forward), None, backend, None)
+
+
+@replayed_call
+def _run_parts(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, gate_up_scale: Tensor | None,
+    gate_up_form: tuple[Any, ...] | None, down: Tensor, down_scale: Tensor | None, down_form: tuple[Any, ...] | None,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, of_weights: tuple[Any, str, bool],
+    options: tuple[Any, ...], settings: tuple[Any, ...],
+) -> Tensor:  # fmt: skip
+    """`_run`. ``settings`` are what else it reads."""
+    weights = _of_parts(gate_up, gate_up_scale, gate_up_form), _of_parts(down, down_scale, down_form)
+    return _run(x, topk_ids, topk_weights, *weights, *of_weights, gate_up_bias, down_bias, options)
 
 
 def _across_ranks(

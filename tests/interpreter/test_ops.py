@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 from op_samples import samples
-from replay_checks import at, check_replay, check_replayed_steps
+from replay_checks import at, check_replay, check_replayed_steps, count_programs
 from torch.utils._python_dispatch import _disable_current_modes
 
-from grouped_gemm import grouped_mm
+from grouped_gemm import grouped_mm, prefer, quantize_weights
 from grouped_gemm.core import replay
 from grouped_gemm.core.library import ops
 from grouped_gemm.kernels.common import launch
+from grouped_gemm.moe import experts_forward
 
 OPS = torch.ops.grouped_gemm
 ENDS = torch.tensor([3, 3, 20], dtype=torch.int32)
@@ -88,3 +90,54 @@ def test_replayed_steps(recipe, monkeypatch, as_on_a_gpu):
         lambda x: grouped_mm(x, w.mT, ENDS, recipe=recipe, bias=bias, kernel_preference="triton"),
         lambda: torch.randn(24, 32).bfloat16().requires_grad_(), (w, bias), monkeypatch, 2 + (recipe != "none"),
     )  # fmt: skip
+
+
+def decoding(recipe=None):
+    """A layer with few tokens, for inference, and its operands."""
+    weights = torch.randn(4, 64, 32).bfloat16() / 8, torch.randn(4, 32, 32).bfloat16() / 8
+    if recipe is not None:
+        weights = [quantize_weights(w.mT, recipe, kernel_preference="triton") for w in weights]
+    ids = torch.tensor([[0, 3], [1, -1]])
+    call = functools.partial(experts_forward, implementation="decode")
+    return call, lambda: (torch.randn(2, 32).bfloat16(), ids.clone(), torch.rand(2, 2), *weights)
+
+
+@pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
+def test_replayed_inference(recipe, monkeypatch, as_on_a_gpu):
+    """Checks, choices and kernels are one program."""
+    call, operands = decoding(recipe)
+    ran = count_programs(monkeypatch)
+    with torch.no_grad():
+        for number in range(4):
+            given = operands()
+            y = call(*given)
+            assert len(ran) == max(number - 1, 0)
+            with monkeypatch.context() as patch:
+                patch.setattr(replay, "_is_on_gpu", lambda x: False)
+                assert torch.equal(y, call(*given))
+
+
+def test_what_decides_a_call_is_part_of_its_key(monkeypatch, as_on_a_gpu):
+    call, operands = decoding()
+    given = operands()
+    ran = count_programs(monkeypatch)
+    with torch.no_grad():
+        for _ in range(3):
+            call(*given)
+        assert len(ran) == 1
+        for options, error in (({"keep": "all"}, "keep: expected"), ({"activation": "tanh"}, "activation: expected")):
+            with pytest.raises(ValueError, match=error):
+                call(*given, **options)
+        with pytest.raises(TypeError, match="batch_invariant: expected"):
+            call(*given, batch_invariant=0)  # which equals False
+        with pytest.raises(ValueError, match="topk_weights"):
+            call(*given[:2], given[2][:, :1], *given[3:])
+        with pytest.raises(ValueError, match="kernel_preference auto or triton"), prefer("emulated"):
+            call(*given)
+        with monkeypatch.context() as patch:
+            patch.setenv("GROUPED_GEMM_BACKEND", "emulated")
+            with pytest.raises(ValueError, match="kernel_preference auto or triton"):
+                call(*given)
+    with pytest.raises(ValueError, match="expected no gradients"):
+        call(given[0].requires_grad_(), *given[1:])
+    assert len(ran) == 1
