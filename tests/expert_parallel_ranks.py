@@ -182,10 +182,16 @@ def a_fixed_capacity(job: Job) -> None:
 
 
 def tokens_past_the_capacity(job: Job) -> None:
-    """They get NaN, others their results, and the next call raises once; NaN reaches no gradient of another token."""
-    given = layer(job, torch.float32, [6] * job.ranks, lambda t: torch.zeros(t, TOP_K, dtype=torch.int64))
+    """They get NaN, others their results, and the next call raises once; NaN reaches no gradient of another token.
+
+    Nor have they gradients on the last rank, where they do fit.
+    """
+    ids = torch.zeros(6, TOP_K, dtype=torch.int64)
+    ids[4:, -1] = E - 1
+    given = layer(job, torch.float32, [6] * job.ranks, lambda t: ids)
     dispatcher = AllToAll(job.mesh.get_group(), E, capacity=4)
-    y, dx, *_ = parallel(job, given, dispatcher)
+    y, dx, _, *of_experts = parallel(job, given, dispatcher)
+    assert job.rank == 0 or not any(g.any() for g in of_experts)
     expected, right_dx, *_ = whole(job, given, None)
     assert y[4:].isnan().all() and not y[:4].isnan().any()
     torch.testing.assert_close(y[:4], expected[:4])

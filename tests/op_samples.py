@@ -31,6 +31,9 @@ def _samples() -> Samples:
     ids = torch.tensor([[0, 3], [4, -1], [1, 1]]).t()
     yield "moe_route", (ids, 4)
     yield "moe_find_ranks", (ids, 4, 2, 9)
+    found = torch.tensor([[0, 1], [2, -1]]).int(), torch.tensor([[2, 3, 9], [1, 1, 9]]).int()
+    yield "moe_limit_rows", (*found, 1)
+    yield "moe_local_ids", (torch.arange(12).int().view(4, 3), torch.tensor([[2, 0], [1, 1]]).int(), 4)
     yield "moe_pack", (dy[:2], ids, torch.rand(2, 3), torch.tensor([[0, 1], [2, -1]]).int(), 3, "fp8_blockwise")
     dh, offs, recipe = torch.randn(20, 24, dtype=torch.bfloat16), torch.tensor([3, 3, 20]).int(), "fp8_blockwise"
     own = ops.triton_token_blocks(offs, 20)

@@ -63,3 +63,31 @@ def check_pack(
     assert (packed[gaps] == 255).all()
     alone = ops.moe_pack(x, None, None, places, num_rows, recipe.value)
     assert_same(unpack(alone, features, 0, dtype, recipe).data[used], data[used], "features without slots")
+
+
+def check_limit_rows(device: torch.device | str, num_copies: int = 1) -> None:
+    """What does not fit has no place, and its token is lost."""
+    numbers, places = ops.moe_find_ranks(IDS.repeat(num_copies, 1).to(device), E, W, DIGEST)
+    goes = torch.tensor(GOES).repeat(num_copies, 1)
+    for capacity in (num_copies, 2 * num_copies):
+        limited, lost, told = ops.moe_limit_rows(places, numbers, capacity)
+        order = goes.cumsum(0) - 1
+        fits = (goes > 0) & (order < capacity)
+        expected = torch.where(fits, torch.arange(W) * capacity + order, -1)
+        assert_same(limited.cpu(), expected.int(), "places")
+        assert lost.dtype == torch.bool
+        assert_same(lost.cpu(), (goes > 0).ne(fits).any(1), "lost tokens")
+        counts, is_lost = [num_copies * n for n, _ in NUMBERS], int(capacity == num_copies)
+        assert told.tolist() == [[count, is_lost] for count in counts]
+
+
+def check_local_ids(device: torch.device | str, capacity: int = 3) -> None:
+    """Ids count from this rank's first expert, in the rows that a rank says it has filled."""
+    ids = torch.randint(E, (W * capacity, 2 + 5), dtype=torch.int32, device=device)[:, 1:6]
+    counts = torch.tensor([0, capacity, 2, 1])
+    for lost in (torch.zeros(W), torch.arange(W) == W - 1):
+        told = torch.stack((counts, lost, counts), 1).int().to(device)[:, :2]
+        local, any_lost = ops.moe_local_ids(ids, told, 6)
+        is_used = torch.arange(capacity) < counts[:, None]
+        assert_same(local.cpu(), torch.where(is_used.view(-1, 1), ids.cpu() - 6, -1), "ids")
+        assert any_lost.dtype == torch.bool and any_lost.item() == bool(lost.any())

@@ -17,6 +17,16 @@ def test_ranks_of_tokens(num_copies, device):
     checks.check_find_ranks(device, num_copies)
 
 
+@pytest.mark.parametrize("num_copies", (1, 700))
+def test_limited_rows_of_ranks(num_copies, device):
+    checks.check_limit_rows(device, num_copies)
+
+
+def test_local_ids(device):
+    checks.check_local_ids(device)
+    checks.check_local_ids(device, 700)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
 @pytest.mark.parametrize("features", (1, 72, 1408))

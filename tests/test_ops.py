@@ -69,6 +69,18 @@ def moe_pack():
         yield recipe, (torch.randn(features, 3, dtype=torch.bfloat16).t(), *slots, places, 4, recipe)
 
 
+def moe_limit_rows():
+    numbers = torch.tensor([[2, 3, 9], [1, 1, 9]], dtype=torch.int32)
+    yield "one is lost", (torch.tensor([[0, 2], [-1, -1], [1, -1]], dtype=torch.int32), numbers, 1)
+    yield "no tokens", (torch.empty(0, 2, dtype=torch.int32), torch.zeros_like(numbers), 3)
+
+
+def moe_local_ids():
+    ids, told = torch.arange(24, dtype=torch.int32).view(6, 4), torch.tensor([[2, 0], [1, 1]], dtype=torch.int32)
+    yield "one is lost", (ids[:, 1:], told, 4)
+    yield "none is", (ids, told.fill_(0), 0)
+
+
 # hipBLASLt needs an AMD GPU, but its ops around the GEMMs run on a CPU, and so do GEMMs without scales.
 # tests/test_hipblaslt.py has the scaled GEMMs, on a fake build of torch.
 
@@ -123,6 +135,7 @@ def moe_combine():
         _, places = routing(len(x) // 2, 2)
         yield name, (x, torch.rand(places.shape), places)
         yield f"{name}, no weights", (x, None, places)
+        yield f"{name}, none lost", (x, None, places, torch.zeros(len(places), dtype=torch.bool))
 
 
 def moe_combine_backward():
@@ -273,6 +286,8 @@ BY_HAND = {
         moe_gathered_wgrad,
         moe_gathered_wgrad_add,
         moe_pack,
+        moe_limit_rows,
+        moe_local_ids,
         moe_quantize_tokens,
     )
 }

@@ -178,9 +178,7 @@ class AllToAll:
         numbers, places = ops.moe_find_ranks(topk_ids, self.num_experts, num_ranks, digest)
         lost = None
         if self.capacity is not None:
-            places, lost = self._within(self.capacity, places, numbers[:, 0])
-            # All ranks have to raise, so they tell each other.
-            numbers = torch.cat((numbers, lost.any().to(torch.int32).expand(num_ranks, 1)), 1)
+            places, lost, numbers = ops.moe_limit_rows(places, numbers, self.capacity)
         # The numbers travel while rows are packed, which is for as many as there can be.
         most = num_tokens * min(num_ranks, top_k) if self.capacity is None else self.capacity * num_ranks
         receive = _start(numbers, None, None, self.group)
@@ -192,12 +190,12 @@ class AllToAll:
         routes = _Routes(places, packed.shape[0], sends, takes, self.group)
         arrived = _exchange(packed, sends, takes, self.group)
         data, scale, ids, weights = unpack(arrived, x.shape[1], top_k, x.dtype, self.recipe)
-        ids = ids - self.rank * (self.num_experts // num_ranks)
-        if self.capacity is not None:
-            received = receive()
-            self._remember(received[:, -1].any())
-            is_used = torch.arange(self.capacity, device=ids.device) < received[:, :1]
-            ids = torch.where(is_used.view(-1, 1), ids, -1)
+        first = self.rank * (self.num_experts // num_ranks)
+        if self.capacity is None:
+            ids = ids - first
+        else:
+            ids, any_lost = ops.moe_local_ids(ids, receive(), first)
+            self._remember(any_lost)
         quantized = None if scale is None else QuantizedTokens(data, scale.contiguous(), self.recipe)
         x = _Send.apply(x, data if quantized is None else None, len(arrived), *routes)
         weights = _Send.apply(topk_weights, weights, len(arrived), *routes)
@@ -206,8 +204,8 @@ class AllToAll:
     def combine(self, y: Tensor, handle: tuple[_Routes, Tensor | None]) -> Tensor:
         """See `Dispatcher`."""
         routes, lost = handle
-        total = _Return.apply(y, *routes, self.recipe)
-        return total if lost is None else total.masked_fill(lost.unsqueeze(1), torch.nan)
+        total: Tensor = _Return.apply(y, lost, *routes, self.recipe)
+        return total
 
     def check(self) -> None:
         """Synchronizes the host, and raises `RuntimeError` if a token has not fitted since the last error."""
@@ -232,14 +230,6 @@ class AllToAll:
         if not x.shape[0] == topk_ids.shape[0] == topk_weights.shape[0] or topk_ids.shape != topk_weights.shape:
             found = f"{tuple(topk_ids.shape)} and {tuple(topk_weights.shape)}"
             checks.fail("topk_ids and topk_weights", f"(T, k) each, with T = {x.shape[0]}, as x has it", found)
-
-    def _within(self, capacity: int, places: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Places where each rank has ``capacity`` rows, -1 for what does not fit; and (T,) which tokens are lost."""
-        ranks = torch.arange(self.num_ranks, device=places.device)
-        order = places - (counts.cumsum(0) - counts)
-        is_lost = order >= capacity  # not where places are -1
-        places = torch.where(is_lost | (places < 0), -1, order + capacity * ranks).to(torch.int32)
-        return places, is_lost.any(1)
 
     def _read(self, numbers: Tensor, receive: Callable[[], Tensor], form: str) -> tuple[list[int], list[int], int]:
         """The host read: how many rows go to each rank and come from it, and how many slots come.
@@ -367,7 +357,7 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``x``."""
-        return _Return.apply(dy, *ctx.saved_tensors, *ctx.arguments, Recipe.NONE), *[None] * 7
+        return _Return.apply(dy, None, *ctx.saved_tensors, *ctx.arguments, Recipe.NONE), *[None] * 7
 
 
 class _Return(torch.autograd.Function):
@@ -375,25 +365,27 @@ class _Return(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, places: Tensor, num_rows: int, sends: list[int] | None, takes: list[int] | None,
-        group: dist.ProcessGroup, backward_recipe: Recipe,
+        ctx: Any, y: Tensor, lost: Tensor | None, places: Tensor, num_rows: int, sends: list[int] | None,
+        takes: list[int] | None, group: dist.ProcessGroup, backward_recipe: Recipe,
     ) -> Tensor:  # fmt: skip
-        """(T, H) of ``y`` (R, H). With a recipe, gradients travel in fp8."""
-        ctx.save_for_backward(places)
+        """(T, H) of ``y`` (R, H), NaN for tokens that are ``lost`` (T,). With a recipe, gradients travel in fp8."""
+        ctx.save_for_backward(places, lost)
         ctx.arguments, ctx.num_arrived, ctx.recipe = (num_rows, sends, takes, group), y.shape[0], backward_recipe
-        return ops.moe_combine(_exchange(y, takes, sends, group), None, places)
+        return ops.moe_combine(_exchange(y, takes, sends, group), None, places, lost)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``y``."""
         _check_gradient(dy, ctx.recipe)
-        (places,), (num_rows, sends, takes, group) = ctx.saved_tensors, ctx.arguments
+        (places, lost), (num_rows, sends, takes, group) = ctx.saved_tensors, ctx.arguments
+        if lost is not None:
+            dy = dy.masked_fill(lost.unsqueeze(1), 0)
         packed = ops.moe_pack(dense_rows(dy.detach()), None, None, places, num_rows, ctx.recipe.value)
         arrived = _exchange(packed, sends, takes, group)
         data, scale, _, _ = unpack(arrived, dy.shape[1], 0, dy.dtype, ctx.recipe)
         if scale is not None:
             data = ops.moe_dequantize_tokens(data, scale.contiguous(), dy.dtype)
-        return _Send.apply(dy, data, ctx.num_arrived, places, *ctx.arguments), *[None] * 6
+        return _Send.apply(dy, data, ctx.num_arrived, places, *ctx.arguments), *[None] * 7
 
 
 def _check_gradient(dy: Tensor, recipe: Recipe) -> None:

@@ -94,6 +94,57 @@ def _moe_find_ranks(topk_ids: Tensor, num_experts: Size, num_ranks: Size, digest
 
 
 @define_op(replays=True)
+def _moe_limit_rows(places: Tensor, numbers: Tensor, capacity: int) -> Steps[tuple[Tensor, Tensor, Tensor]]:
+    """Where rows go if each rank has ``capacity`` of them, from what `moe_find_ranks` returns.
+
+    Returns:
+        places (T, W) int32: row ``w * capacity + i`` is the i-th token for rank w; -1: it does not go there, or does
+        not fit; lost (T,) bool: tokens that do not fit somewhere; and told (W, 2) int32, what ranks tell each other:
+        how many tokens go there, and whether this rank has lost any.
+    """
+    limited, told = places.new_empty(places.shape), numbers.new_empty(len(numbers), 2)
+    lost = places.new_empty(len(places), dtype=torch.bool)
+    yield limited, lost, told
+    if runs_kernels(places.device):
+        from grouped_gemm.kernels.moe import packing as kernel
+
+        kernel.limit(places.contiguous(), numbers.contiguous(), capacity, limited, lost.view(torch.uint8), told)
+        return
+    counts = numbers[:, 0]
+    order = places - (counts.cumsum(0) - counts)
+    is_lost = order >= capacity  # not where places are -1
+    first = capacity * torch.arange(len(numbers), device=places.device)
+    limited.copy_(torch.where(is_lost | (places < 0), -1, order + first))
+    lost.copy_(is_lost.any(1))
+    told.copy_(torch.stack((counts, (counts > capacity).any().expand_as(counts)), 1))
+
+
+@define_op(replays=True)
+def _moe_local_ids(ids: Tensor, told: Tensor, first: Size) -> Steps[tuple[Tensor, Tensor]]:
+    """What has arrived of ``capacity`` rows of each rank.
+
+    Args:
+        ids: (W * capacity, k) int32.
+        told: (W, 2) int32, by the ranks that they came from, as in `moe_limit_rows`.
+        first: this rank's first expert.
+
+    Returns:
+        (W * capacity, k) int32, ``ids`` less ``first``, and -1 in rows that no token fills; and () bool: whether any
+        rank has lost a token.
+    """
+    local, any_lost = ids.new_empty(ids.shape), ids.new_empty((), dtype=torch.bool)
+    yield local, any_lost
+    if runs_kernels(ids.device):
+        from grouped_gemm.kernels.moe import packing as kernel
+
+        kernel.local_ids(dense_rows(ids), told, first, local, any_lost.view(torch.uint8))
+        return
+    is_used = torch.arange(len(ids) // len(told), device=ids.device) < told[:, :1]
+    local.copy_(torch.where(is_used.view(-1, 1), ids - first, -1))
+    any_lost.copy_(told[:, 1].any())
+
+
+@define_op(replays=True)
 def _moe_pack(
     x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, places: Tensor, num_rows: Size, recipe: str
 ) -> Steps[Tensor]:

@@ -155,15 +155,23 @@ def _moe_gather(x_TH: Tensor, source: Tensor, places: Tensor) -> Steps[Tensor]:
 
 
 @define_op(replays=True)
-def _moe_combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor) -> Steps[Tensor]:
+def _moe_combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, lost: Tensor | None = None) -> Steps[Tensor]:
+    """(T, H).
+
+    Args:
+        lost: (T,) bool, tokens whose sum is NaN.
+    """
     y_TH = rows_MH.new_empty(places.shape[0], rows_MH.shape[1])
     yield y_TH
     if runs_kernels(rows_MH.device):
         from grouped_gemm.kernels.moe import combine as kernel
 
-        kernel.combine(rows_MH, weights, places.contiguous(), y_TH)
+        is_lost = None if lost is None else lost.view(torch.uint8)
+        kernel.combine(rows_MH, weights, places.contiguous(), y_TH, is_lost)
     else:
         _combine(rows_MH, weights, places, y_TH)
+        if lost is not None:
+            y_TH.masked_fill_(lost[:, None], torch.nan)
 
 
 @define_op(replays=True)

@@ -15,6 +15,16 @@ def test_ranks_of_tokens(monkeypatch):
     checks.check_find_ranks("cpu", 5)
 
 
+def test_limited_rows_of_ranks(monkeypatch):
+    monkeypatch.setattr(packing, "_IDS", 16)
+    checks.check_limit_rows("cpu", 3)
+
+
+def test_local_ids(monkeypatch):
+    monkeypatch.setattr(packing, "_IDS", 16)
+    checks.check_local_ids("cpu")
+
+
 @pytest.mark.parametrize("recipe", (Recipe.NONE, Recipe.FP8_BLOCKWISE_POW2), ids=str)
 @pytest.mark.parametrize("features, dtype", ((72, torch.float32), (1160, torch.bfloat16)), ids=str)
 def test_rows(features, dtype, recipe):

@@ -16,7 +16,7 @@ from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on
 _MOST_UNROLLED = 16  # slots whose loads are in flight together
 
 
-def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tensor) -> None:
+def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tensor, lost: Tensor | None = None) -> None:
     """Writes each token's weighted sum of its rows, in fp32 and in the order of slots.
 
     Args:
@@ -24,6 +24,7 @@ def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tenso
         weights: (T, k), last axis contiguous; None: all weights are 1.
         places: (T, k) int32, contiguous: the row of each slot; -1: the slot was dropped.
         y_TH: the output, contiguous.
+        lost: (T,) uint8, contiguous: tokens whose sum is NaN.
     """
     if places.numel() == 0:
         y_TH.zero_()
@@ -34,7 +35,8 @@ def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tenso
     with on_device(y_TH):
         launch(
             _combine, (num_tokens, cdiv(features, block_h)),
-            rows_MH, weights, places, y_TH, features, rows_MH.stride(0), 0 if weights is None else weights.stride(0),
+            rows_MH, weights, places, lost, y_TH, features, rows_MH.stride(0),
+            0 if weights is None else weights.stride(0),
             constants=constants, num_warps=max(1, block_h // 256),
         )  # fmt: skip
 
@@ -46,7 +48,7 @@ def unrolled(top_k: int) -> int:
 
 @triton.jit
 def _combine(
-    rows, weights, places, y, H, rows_stride, weights_stride,
+    rows, weights, places, lost, y, H, rows_stride, weights_stride,
     TOP_K: tl.constexpr, UNROLLED: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H features of one token. UNROLLED divides TOP_K."""
@@ -63,4 +65,6 @@ def _combine(
                 weight = tl.load(weights + t * weights_stride + first + i, mask=is_used, other=0)
                 values *= weight.to(tl.float32)
             total += values
+    if lost is not None:
+        total = tl.where(tl.load(lost + t) != 0, float("nan"), total)
     tl.store(y + t * H + hs, total.to(y.dtype.element_ty), mask=hs < H)

@@ -45,6 +45,48 @@ def find_ranks(topk_ids: Tensor, num_experts: int, digest: int, ranks: Tensor, n
         )  # fmt: skip
 
 
+def limit(places: Tensor, numbers: Tensor, capacity: int, limited: Tensor, lost: Tensor, told: Tensor) -> None:
+    """Places for ``capacity`` rows of each rank, as `moe_limit_rows` returns them.
+
+    Args:
+        places: (T, W) int32, contiguous, of rows in the order of ranks.
+        numbers: (W, 3) int32, contiguous, from `find_ranks`.
+        capacity: the most rows of a rank.
+        limited: (T, W) int32, contiguous: new places.
+        lost: (T,) uint8.
+        told: (W, 2) int32, contiguous.
+    """
+    num_tokens, num_ranks = places.shape
+    ranks = next_power_of_2(num_ranks)
+    constants = {"TOKENS": max(_IDS // ranks, 1), "RANKS": ranks}
+    with on_device(places):
+        launch(
+            _limit, (max(cdiv(num_tokens, constants["TOKENS"]), 1),),
+            places, numbers, limited, lost, told, num_tokens, num_ranks, capacity, constants=constants, num_warps=4,
+        )  # fmt: skip
+
+
+def local_ids(ids: Tensor, told: Tensor, first: int, local: Tensor, any_lost: Tensor) -> None:
+    """Ids of local experts in rows that have arrived, as `moe_local_ids` returns them.
+
+    Args:
+        ids: (W * capacity, k) int32, last axis contiguous.
+        told: (W, 2) int32, last axis contiguous.
+        first: the first local expert.
+        local: (W * capacity, k) int32, contiguous.
+        any_lost: () uint8.
+    """
+    (num_rows, top_k), num_ranks = ids.shape, told.shape[0]
+    slots = next_power_of_2(max(top_k, 1))
+    constants = {"ROWS": max(_IDS // slots, 1), "SLOTS": slots, "RANKS": next_power_of_2(num_ranks)}
+    with on_device(ids):
+        launch(
+            _local_ids, (cdiv(num_rows, constants["ROWS"]),),
+            ids, told, local, any_lost, num_rows, num_rows // num_ranks, top_k, num_ranks, first, ids.stride(0),
+            told.stride(0), constants=constants, num_warps=4,
+        )  # fmt: skip
+
+
 def pack(
     x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, places: Tensor, recipe: Recipe,
     data: Tensor, scale: Tensor | None, ids: Tensor | None, weights: Tensor | None,
@@ -96,6 +138,46 @@ def _find_ranks(topk_ids, ranks, numbers, T, K, local, W, digest, TOKENS: tl.con
     tl.atomic_add(numbers + 3 * rank, tl.sum(goes.to(tl.int32)))
     tl.atomic_add(numbers + 3 * rank + 1, tl.sum(counts))
     tl.store(numbers + 3 * rank + 2, digest)
+
+
+@triton.jit(do_not_specialize=["T", "capacity"])
+def _limit(places, numbers, limited, lost, told, T, W, capacity, TOKENS: tl.constexpr, RANKS: tl.constexpr):
+    """TOKENS tokens. The first program also tells the ranks."""
+    ranks = tl.arange(0, RANKS)
+    counts = tl.load(numbers + 3 * ranks, mask=ranks < W, other=0)
+    first = tl.cumsum(counts, 0) - counts
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    at = t.to(tl.int64)[:, None] * W + ranks[None, :]
+    mask = (t < T)[:, None] & (ranks < W)[None, :]
+    place = tl.load(places + at, mask=mask, other=-1)
+    order = place - first[None, :]
+    fits = (place >= 0) & (order < capacity)
+    tl.store(limited + at, tl.where(fits, ranks[None, :] * capacity + order, -1), mask=mask)
+    is_lost = (place >= 0) & (order >= capacity)
+    tl.store(lost + t, tl.max(is_lost.to(tl.int32), 1).to(tl.uint8), mask=t < T)
+    is_first = (ranks < W) & (tl.program_id(0) == 0)
+    tl.store(told + 2 * ranks, counts, mask=is_first)
+    any_lost = tl.max(counts, 0) > capacity
+    tl.store(told + 2 * ranks + 1, tl.zeros_like(counts) + any_lost.to(tl.int32), mask=is_first)
+
+
+@triton.jit(do_not_specialize=["first"])
+def _local_ids(
+    ids, told, local, any_lost, R, capacity, K, W, first, ids_stride, told_stride,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows. The first program also asks whether any rank has lost a token."""
+    row, slots = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SLOTS)
+    count = tl.load(told + row // capacity * told_stride, mask=row < R, other=0)
+    mask = (row < R)[:, None] & (slots < K)[None, :]
+    is_used = (row % capacity < count)[:, None] & mask
+    at = row.to(tl.int64)[:, None]
+    expert = tl.load(ids + at * ids_stride + slots[None, :], mask=is_used, other=0)
+    tl.store(local + at * K + slots[None, :], tl.where(is_used, expert - first, -1), mask=mask)
+    if tl.program_id(0) == 0:
+        ranks = tl.arange(0, RANKS)
+        is_lost = tl.load(told + ranks * told_stride + 1, mask=ranks < W, other=0)
+        tl.store(any_lost, tl.max(is_lost, 0).to(tl.uint8))
 
 
 @triton.jit(do_not_specialize=["T"])
