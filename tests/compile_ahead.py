@@ -425,18 +425,21 @@ def compile_packing(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("ranks", "numbers", "places", "ids"), "*i32")
     ranks = {"TOKENS": 256, "SLOTS": 8}
     compiled = {"ranks of tokens": compile_kernel(packing._find_ranks, arch, types, ranks, num_warps=4)}
-    types |= dict.fromkeys(("limited", "told", "local"), "*i32") | {"lost": "*u8", "any_lost": "*u8"}
+    types |= dict.fromkeys(("limited", "told", "header"), "*i32") | {"shifts": "*i64", "lost": "*u8"}
+    types |= {"local": "*i32", "any_lost": "*u8"}
     local = {"ROWS": 256, "SLOTS": 8, "RANKS": 8}
     compiled["local ids"] = compile_kernel(packing._local_ids, arch, types, local, num_warps=4)
     limits = {"TOKENS": 256, "RANKS": 8}
     compiled["limited rows of ranks"] = compile_kernel(packing._limit, arch, types, limits, num_warps=4)
     tile = {"BLOCK": 128, "ROWS": 4, "WIDTH": 1024, "SLOTS": 8}
-    without = {"scales": None, "LIMIT": 0.0, "POWER_OF_TWO": False, "NVIDIA": False}
+    no_peers = dict.fromkeys(("shifts", "told", "header"))
+    without = {"scales": None, "LIMIT": 0.0, "POWER_OF_TWO": False, "NVIDIA": False} | no_peers
     forms = [("pack", "bf16", without), ("pack alone", "bf16", without | _NO_SLOTS)]
     if ARCHS[arch].fp8 is not None:
         fp8, scaling = dtype_of("rowwise", arch), without | {"LIMIT": limit_of(arch), "NVIDIA": arch.startswith("sm")}
         del scaling["scales"]
         forms += [("pack in fp8", fp8, scaling), ("pack in fp8 alone", fp8, scaling | _NO_SLOTS)]
+        forms.append(("pack in fp8 for peers", fp8, {k: v for k, v in scaling.items() if k not in no_peers}))
     for name, data, changes in forms:
         compiled[name] = compile_kernel(packing._pack, arch, types | {"data": f"*{data}"}, tile | changes, num_warps=4)
     return compiled
@@ -448,11 +451,12 @@ _NO_SLOTS = dict.fromkeys(("topk_ids", "topk_weights", "ids", "weights"))
 def compile_moe(arch: str) -> dict[str, Any]:
     """Gather and combine of bf16 rows: 8 slots, 16, and more than are unrolled."""
     types = dict.fromkeys(("x", "rows", "y", "out"), "*bf16") | dict.fromkeys(("source", "places"), "*i32")
-    types |= dict.fromkeys(("weights", "dots"), "*fp32") | {"lost": "*u8"}
+    types |= dict.fromkeys(("weights", "dots"), "*fp32") | {"shifts": "*i64", "lost": "*u8"}
     compiled = {}
     for top_k in (8, 16, 40):
         constants = {"TOP_K": top_k, "UNROLLED": moe_combine.unrolled(top_k), "BLOCK_H": 1024}
-        for name, one in (("combine", constants | {"lost": None}), ("combine of ranks", constants | {"weights": None})):
+        local, of_peers = constants | {"shifts": None, "lost": None}, constants | {"weights": None}
+        for name, one in (("combine", local), ("combine of peers", of_peers)):
             compiled[f"{name} {top_k=}"] = compile_kernel(moe_combine._combine, arch, types, one, num_warps=4)
         slots = min(top_k, 16)
         constants = {"TOP_K": top_k, "SLOTS": slots, "BLOCK_H": 2048 // slots}

@@ -4,6 +4,9 @@
 
 Prints a line of JSON for each check: its name, and the error or an empty string. `test_expert_parallel` starts ranks.
 Every check compares with the same layer in one process. All ranks make the same random numbers.
+
+On GPUs, checks with a capacity also use symmetric memory. On a CPU with TRITON_INTERPRET=1, files are that memory:
+interpreted kernels write to files of other processes as compiled ones do to other GPUs.
 """
 
 from __future__ import annotations
@@ -28,12 +31,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from grouped_gemm.moe import Experts, expert_parallel, experts_forward, explain_experts, fused
+from grouped_gemm.moe import Experts, expert_parallel, experts_forward, explain_experts, fused, peer_memory
 from grouped_gemm.moe.expert_parallel import AllToAll, SortedRows
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather
 from grouped_gemm.testing import poisoned_memory
 
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 E, H, I, TOP_K = 8, 256, 128, 3  # noqa: E741
 BLOCKWISE = "fp8_blockwise"
 # Relative errors of the result and of the gradients of x, topk_weights, gate_up and down.
@@ -168,13 +172,18 @@ def every_step(steps: Iterator[int], t: int) -> Tensor:
     return torch.arange(TOP_K).expand(t, -1) * step if step else torch.full((t, TOP_K), -1)
 
 
+def transports(job: Job) -> tuple[bool, ...]:
+    """Values of ``symmetric_memory`` that run here."""
+    return (False, True) if job.device.type == "cuda" else (IS_INTERPRETED,)
+
+
 def a_fixed_capacity(job: Job) -> None:
     """Rows that no token fills are not written. They reach no gradient, whatever they hold."""
     tokens = [5 + rank for rank in range(job.ranks)]
-    for (dtype, recipe), limits in CLOSE.items():
+    for ((dtype, recipe), limits), symmetric in itertools.product(CLOSE.items(), transports(job)):
         given = layer(job, dtype, tokens)
         for implementation in ("auto", "batched_mm") if dtype == torch.float32 else ("auto",):
-            dispatcher = AllToAll(job.mesh, E, recipe=recipe, capacity=max(tokens) + 3)
+            dispatcher = AllToAll(job.mesh, E, recipe=recipe, capacity=max(tokens) + 3, symmetric_memory=symmetric)
             with poisoned_memory():
                 found = parallel(job, given, dispatcher, recipe=recipe, implementation=implementation)
             assert_close(found, whole(job, given, recipe), limits)
@@ -189,7 +198,11 @@ def tokens_past_the_capacity(job: Job) -> None:
     ids = torch.zeros(6, TOP_K, dtype=torch.int64)
     ids[4:, -1] = E - 1
     given = layer(job, torch.float32, [6] * job.ranks, lambda t: ids)
-    dispatcher = AllToAll(job.mesh.get_group(), E, capacity=4)
+    for symmetric in transports(job):
+        lose_tokens(job, given, AllToAll(job.mesh.get_group(), E, capacity=4, symmetric_memory=symmetric))
+
+
+def lose_tokens(job: Job, given: Layer, dispatcher: AllToAll) -> None:
     y, dx, _, *of_experts = parallel(job, given, dispatcher)
     assert job.rank == 0 or not any(g.any() for g in of_experts)
     expected, right_dx, *_ = whole(job, given, None)
@@ -208,23 +221,65 @@ def tokens_past_the_capacity(job: Job) -> None:
 def a_capacity_in_inference_mode(job: Job) -> None:
     """A dispatcher whose first call was in inference mode also trains."""
     given = layer(job, torch.float32, [6] * job.ranks)
-    dispatcher = AllToAll(job.mesh, E, capacity=6)
-    with torch.inference_mode():
-        experts_forward(
-            job.own(given.x), job.own(given.ids), job.own(given.weights), job.experts(given.gate_up),
-            job.experts(given.down), mesh=dispatcher,
-        )  # fmt: skip
-    assert_close(parallel(job, given, dispatcher), whole(job, given, None), CLOSE[torch.float32, None])
+    for symmetric in transports(job):
+        dispatcher = AllToAll(job.mesh, E, capacity=6, symmetric_memory=symmetric)
+        with torch.inference_mode():
+            experts_forward(
+                job.own(given.x), job.own(given.ids), job.own(given.weights), job.experts(given.gate_up),
+                job.experts(given.down), mesh=dispatcher,
+            )  # fmt: skip
+        assert_close(parallel(job, given, dispatcher), whole(job, given, None), CLOSE[torch.float32, None])
 
 
 def every_rank_learns_of_a_lost_token(job: Job) -> None:
     """If only one of them raised, the others would wait for it."""
     tokens = [6] + [1] * (job.ranks - 1)
     given = layer(job, torch.float32, tokens, lambda t: torch.zeros(t, TOP_K, dtype=torch.int64))
-    dispatcher = AllToAll(job.mesh, E, capacity=4)
-    parallel(job, given, dispatcher)
-    with pytest.raises(RuntimeError, match="at most 4 tokens for each rank"):
+    for symmetric in transports(job):
+        dispatcher = AllToAll(job.mesh, E, capacity=4, symmetric_memory=symmetric)
         parallel(job, given, dispatcher)
+        with pytest.raises(RuntimeError, match="at most 4 tokens for each rank"):
+            parallel(job, given, dispatcher)
+
+
+def symmetric_memory_has_the_same_bits(job: Job) -> None:
+    """As collectives, in results and gradients, also if another batch goes through the same buffers in between."""
+    if not any(transports(job)):
+        return
+    for dtype, recipe in CLOSE:
+        given = layer(job, dtype, [6 + rank for rank in range(job.ranks)])
+        other = layer(job, dtype, [job.ranks - rank for rank in range(job.ranks)], seed=1)  # also fewer than before
+        one, two = (AllToAll(job.mesh, E, recipe=recipe, capacity=12, symmetric_memory=s) for s in (False, True))
+        options: Any = {"recipe": recipe, "implementation": "eager"}  # which is quick under the interpreter
+        expected = [parallel(job, g, one, **options) for g in (given, other)]
+        both = [
+            [t.detach().requires_grad_() for t in (job.own(g.x), job.own(g.weights), job.experts(g.gate_up))]
+            for g in (given, other)
+        ]
+        results = [
+            experts_forward(x, job.own(g.ids), w, gate_up, job.experts(g.down), mesh=two, **options)
+            for g, (x, w, gate_up) in zip((given, other), both)
+        ]
+        for g, y, leaves, right in zip((given, other), results, both, expected):
+            found = (y, *torch.autograd.grad(y, leaves, job.own(g.dy)))
+            for name, one_of, other_of in zip(("y", "dx", "dweights", "dgate_up"), found, right):
+                assert torch.equal(one_of, other_of), name
+
+
+def batches_between_dispatch_and_combine(job: Job) -> None:
+    """With gradients, what has arrived is the layer's own: a second dispatch does not change it."""
+    if not any(transports(job)):
+        return
+    given = layer(job, torch.float32, [5] * job.ranks)
+    own = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    dispatcher = AllToAll(job.mesh, E, capacity=5, symmetric_memory=True)
+    first = dispatcher.dispatch(*own)
+    second = dispatcher.dispatch(-own[0], *own[1:])
+    used = (first.topk_ids >= 0) & (first.topk_ids < E // job.ranks)
+    for sign, arrived in ((1, first), (-1, second)):
+        weights = (arrived.topk_weights * used).sum(1, keepdim=True)
+        y = dispatcher.combine(arrived.x.where(used.any(1, keepdim=True), 0) * weights, arrived.handle)
+        torch.testing.assert_close(y, sign * own[0] * own[2].sum(1, keepdim=True))
 
 
 def the_same_bits_on_one_rank(job: Job) -> None:
@@ -417,16 +472,17 @@ def a_cuda_graph(job: Job) -> None:
     """
     if job.device.type != "cuda":
         return
-    for recipe in (None, BLOCKWISE):
-        replay(job, recipe)
+    for recipe, symmetric in itertools.product((None, BLOCKWISE), transports(job)):
+        replay(job, recipe, symmetric)
 
 
-def replay(job: Job, recipe: str | None) -> None:
+def replay(job: Job, recipe: str | None, symmetric: bool) -> None:
+    """Replays of two graphs of one dispatcher by turns."""
     given, other = (layer(job, torch.bfloat16, [12] * job.ranks, seed=seed) for seed in (0, 1))
     other = other._replace(gate_up=given.gate_up, down=given.down)
     for every in (*given.ids, *other.ids):
         every[8:] = -1  # so that 8 tokens at most go to a rank
-    dispatcher = AllToAll(job.mesh, E, recipe=recipe, capacity=8)
+    dispatcher = AllToAll(job.mesh, E, recipe=recipe, capacity=8, symmetric_memory=symmetric)
     own = job.own(given.x), job.own(given.weights), job.experts(given.gate_up), job.experts(given.down)
     x, weights, gate_up, down = leaves = [t.clone().requires_grad_() for t in own]
     ids, dy = job.own(given.ids).clone(), job.own(given.dy).clone()
@@ -439,16 +495,18 @@ def replay(job: Job, recipe: str | None) -> None:
         y = experts_forward(x, ids, weights, gate_up, down, recipe=recipe, mesh=dispatcher)
         return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
-    for call in (infer, train):
-        graph, results = captured(call)
-        for now in (other, given):
-            with torch.no_grad():
-                for static, new in zip((x, ids, weights, dy), (now.x, now.ids, now.weights, now.dy)):
-                    static.copy_(job.own(new))
+    graphs = [captured(call) for call in (infer, train)]
+    for now in (other, given):
+        with torch.no_grad():
+            for static, new in zip((x, ids, weights, dy), (now.x, now.ids, now.weights, now.dy)):
+                static.copy_(job.own(new))
+        for graph, _ in graphs:
             graph.replay()
-            expected = parallel(job, now, AllToAll(job.mesh, E, recipe=recipe, capacity=8), recipe=recipe)
+        expected = parallel(job, now, AllToAll(job.mesh, E, recipe=recipe, capacity=8), recipe=recipe)
+        for _, results in graphs:
             assert_close(results, expected, CLOSE[torch.bfloat16, recipe])
-        dispatcher.check()
+    dispatcher.check()
+    for graph, results in graphs:
         ids.zero_()
         graph.replay()
         assert results[0][8:].isnan().all() and not results[0][:8].isnan().any()
@@ -478,7 +536,8 @@ def gradients_of_gradients(job: Job) -> None:
 
     def second(own: Any, ids: Tensor, mesh: Any) -> tuple[Tensor, ...]:
         leaves = [t.detach().clone().requires_grad_() for t in own]
-        y = experts_forward(leaves[0], ids, *leaves[1:], mesh=mesh)
+        implementation = "eager" if IS_INTERPRETED else "auto"  # which is quicker there
+        y = experts_forward(leaves[0], ids, *leaves[1:], mesh=mesh, implementation=implementation)
         first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
         return torch.autograd.grad(torch.stack([g.square().sum() for g in first]).sum(), leaves)
 
@@ -488,6 +547,9 @@ def gradients_of_gradients(job: Job) -> None:
     rows = [job.own(list(t.chunk(job.ranks))) for t in (dx, dweights)]
     expected = *rows, *(job.experts(t) for t in of_experts)
     assert_close(second(own, job.own(given.ids), job.mesh), expected, CLOSE[torch.float32, None][1:])
+    if any(transports(job)):
+        dispatcher = AllToAll(job.mesh, E, capacity=5, symmetric_memory=True)
+        assert_close(second(own, job.own(given.ids), dispatcher), expected, CLOSE[torch.float32, None][1:])
     with pytest.raises(RuntimeError, match="AllToAll: expected create_graph=False with recipe fp8_blockwise"):
         second(own, job.own(given.ids), AllToAll(job.mesh, E, recipe=BLOCKWISE))
     y = experts_forward(own[0].requires_grad_(), job.own(given.ids), *own[1:], mesh=job.mesh)
@@ -550,6 +612,21 @@ def compiled_with_a_capacity(job: Job) -> None:
         assert_close(found, whole(job, given, recipe), limits)
 
 
+def compiled_with_symmetric_memory(job: Job) -> None:
+    """The graph breaks; without breaks, the error names the option."""
+    if not any(transports(job)):
+        return
+    given, limits = layer(job, torch.bfloat16, [6] * job.ranks), CLOSE[torch.bfloat16, BLOCKWISE]
+    torch._dynamo.reset()
+    dispatcher = AllToAll(job.mesh, E, recipe=BLOCKWISE, capacity=6, symmetric_memory=True)
+    call = functools.partial(experts_forward, mesh=dispatcher, recipe=BLOCKWISE)
+    compiled = torch.compile(call, backend="aot_eager")
+    assert_close(parallel(job, given, dispatcher, run=compiled), whole(job, given, BLOCKWISE), limits)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="symmetric_memory=True breaks the graph"):
+        parallel(job, given, dispatcher, run=torch.compile(call, backend="aot_eager", fullgraph=True))
+
+
 def compiled_with_data_dependent_sizes(job: Job) -> None:
     """One graph for any number of rows that are sent and that arrive, also for none."""
     recipe, limits = BLOCKWISE, CLOSE[torch.bfloat16, BLOCKWISE]
@@ -578,6 +655,11 @@ def wrong_arguments(job: Job) -> None:
     for capacity in (0, True):
         with pytest.raises(ValueError, match="capacity: expected None or a number"):
             AllToAll(job.mesh, E, capacity=capacity)
+    with pytest.raises(ValueError, match=r"capacity: expected a number of rows .*, with symmetric_memory=True"):
+        AllToAll(job.mesh, E, symmetric_memory=True)
+    if not any(transports(job)):
+        with pytest.raises(ValueError, match="symmetric_memory: expected tensors on a GPU; leave the option out"):
+            parallel(job, given, AllToAll(job.mesh, E, capacity=4, symmetric_memory=True))
     with pytest.raises(TypeError, match="mesh: expected a DeviceMesh, a ProcessGroup or a Dispatcher; found str"):
         experts_forward(*own, *weights, mesh="ranks")
     with pytest.raises(ValueError, match=r"mesh: expected one dimension"):
@@ -601,6 +683,11 @@ def a_capture_that_cannot_work(job: Job) -> None:
             parallel(job, given, job.mesh)
         with pytest.raises(RuntimeError, match="expected a call of this AllToAll before a CUDA graph is captured"):
             parallel(job, given, AllToAll(job.mesh, E, capacity=4))
+        patch.setattr(peer_memory, "is_capturing", lambda x: True)
+        with pytest.raises(
+            RuntimeError, match="symmetric_memory: expected a call with the same H, k, dtype and recipe"
+        ):
+            peer_memory.PeerMemory(job.mesh.get_group(), 4).sums(job.own(given.x), job.own(given.ids), None)
 
 
 def numbers_of_experts(job: Job) -> None:
@@ -693,6 +780,8 @@ CHECKS = (
     tokens_past_the_capacity,
     a_capacity_in_inference_mode,
     every_rank_learns_of_a_lost_token,
+    symmetric_memory_has_the_same_bits,
+    batches_between_dispatch_and_combine,
     the_same_bits_on_one_rank,
     sharded_weights,
     copied_modules,
@@ -706,6 +795,7 @@ CHECKS = (
     gradients_of_gradients,
     a_dispatcher_that_pads,
     compiled_with_a_capacity,
+    compiled_with_symmetric_memory,
     compiled_with_data_dependent_sizes,
     wrong_arguments,
     a_capture_that_cannot_work,
@@ -723,6 +813,38 @@ def checks_of(ranks: int) -> list[Callable[[Job], None]]:
     return [check for check in CHECKS if ranks == 2 or not check.__name__.startswith("compiled")]
 
 
+# What uses symmetric memory and is quick under the interpreter.
+OF_PEERS = (
+    tokens_past_the_capacity,
+    a_capacity_in_inference_mode,
+    every_rank_learns_of_a_lost_token,
+    symmetric_memory_has_the_same_bits,
+    batches_between_dispatch_and_combine,
+    gradients_of_gradients,
+    compiled_with_symmetric_memory,
+)
+
+
+class SharedFiles:
+    """A `peer_memory._Buffer` that is a file of each rank, in ``folder``."""
+
+    folder = ""
+    numbers = itertools.count()
+
+    def __init__(self, group: dist.ProcessGroup, num_bytes: int, device: torch.device) -> None:
+        name, rank = f"{self.folder}/{next(self.numbers)}", dist.get_rank(group)
+
+        def opened(w: int) -> Tensor:
+            return torch.from_file(f"{name}.{w}", shared=True, size=num_bytes, dtype=torch.uint8)
+
+        self.memory = opened(rank).fill_(255)
+        dist.barrier(group)
+        self._files = [self.memory if w == rank else opened(w) for w in range(dist.get_world_size(group))]
+        self.away = [file.data_ptr() - self.memory.data_ptr() for file in self._files]
+        self.shifts: dict[int, Tensor] = {}
+        self.barrier = functools.partial(dist.barrier, group)
+
+
 def main(device_type: str, ranks: str, rendezvous: str, *names: str) -> None:
     rank = int(os.environ["RANK"])
     device = torch.device(device_type, rank if device_type == "cuda" else None)
@@ -733,6 +855,9 @@ def main(device_type: str, ranks: str, rendezvous: str, *names: str) -> None:
     dist.init_process_group(
         backend, f"file://{rendezvous}", timeout=timedelta(seconds=60), rank=rank, world_size=int(ranks)
     )
+    if IS_INTERPRETED:
+        SharedFiles.folder = os.path.dirname(rendezvous)
+        peer_memory._Buffer = SharedFiles  # type: ignore[misc, assignment]
     job = Job(rank, int(ranks), device, init_device_mesh(device_type, (int(ranks),)))
     for check in checks_of(job.ranks):
         if names and check.__name__ not in names:

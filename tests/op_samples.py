@@ -35,6 +35,9 @@ def _samples() -> Samples:
     yield "moe_limit_rows", (*found, 1)
     yield "moe_local_ids", (torch.arange(12).int().view(4, 3), torch.tensor([[2, 0], [1, 1]]).int(), 4)
     yield "moe_pack", (dy[:2], ids, torch.rand(2, 3), torch.tensor([[0, 1], [2, -1]]).int(), 3, "fp8_blockwise")
+    buffer, shifts = torch.zeros(4096, dtype=torch.uint8), torch.zeros(2, 2, dtype=torch.int64)
+    told = torch.ones(2, 2, dtype=torch.int32)
+    yield "moe_pack_for_peers", (buffer, dy[:2], ids, torch.rand(2, 3), found[0], told, shifts, 1, 3, "fp8_blockwise")
     dh, offs, recipe = torch.randn(20, 24, dtype=torch.bfloat16), torch.tensor([3, 3, 20]).int(), "fp8_blockwise"
     own = ops.triton_token_blocks(offs, 20)
     yield "moe_activate", (dy, "swiglu", False)

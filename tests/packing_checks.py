@@ -7,6 +7,7 @@ from kernel_checks import assert_same
 
 from grouped_gemm import Recipe, reference
 from grouped_gemm.core.library import ops
+from grouped_gemm.moe import packing
 from grouped_gemm.moe.packing import unpack
 from grouped_gemm.testing import poisoned_memory
 
@@ -91,3 +92,43 @@ def check_local_ids(device: torch.device | str, capacity: int = 3) -> None:
         is_used = torch.arange(capacity) < counts[:, None]
         assert_same(local.cpu(), torch.where(is_used.view(-1, 1), ids.cpu() - 6, -1), "ids")
         assert any_lost.dtype == torch.bool and any_lost.item() == bool(lost.any())
+
+
+def check_pack_for_peers(device: torch.device | str, recipe: Recipe, num_tokens: int = 5) -> None:
+    """Buffers of ranks, here in one memory: kernels write to all what each rank's part of `moe_pack` has."""
+    rank, capacity, features, top_k = 1, 4, 200, IDS.shape[1]
+    x, weights = torch.randn(5, features, device=device)[:num_tokens], torch.rand(5, top_k, device=device)[:num_tokens]
+    ids = IDS[:num_tokens].to(device)
+    numbers, places = ops.moe_find_ranks(ids, E, W, DIGEST)
+    places, _, told = ops.moe_limit_rows(places, numbers, capacity)
+    num_bytes, num_rows = packing.row_bytes(x, top_k, recipe), W * capacity
+    size = packing.buffer_bytes(W, num_rows * num_bytes)
+    buffers = torch.full((W, size), 255, dtype=torch.uint8, device=device)
+    away = [(w - rank) * size for w in range(W)]
+    of_rows = [base + (rank - w) * capacity * num_bytes for w, base in enumerate(away)]
+    shifts = torch.tensor([of_rows, away], device=device)
+    own, slots = (buffers[rank], x), (ids, weights)
+    ops.moe_pack_for_peers(*own, *slots, places, told, shifts, rank, num_rows, recipe.value)
+    expected = ops.moe_pack(x, *slots, places, num_rows, recipe.value).view(W, capacity, num_bytes)
+    for w, count in enumerate(numbers[:, 0].tolist()):
+        headers, rows = packing.in_buffer(buffers[w], W, num_rows, num_bytes)
+        assert headers[rank].tolist() == [count, 0]
+        parts = (unpack(r, features, top_k, x.dtype, recipe) for r in (rows.view(W, capacity, -1)[rank], expected[w]))
+        for found, right in zip(*parts):
+            if found is not None:
+                assert_same(found[:count], right[:count], f"rows for rank {w}")
+        rows.view(W, capacity, -1)[rank, :count], headers[rank] = 255, -1
+    assert (buffers == 255).all()  # nothing else is written
+
+
+def check_combine_of_peers(device: torch.device | str, dtype: torch.dtype) -> None:
+    """Rows of ranks in one memory: the sums have the bits of those of rows that lie in one tensor."""
+    rows = torch.randn(W, 6, 200).to(device, dtype)
+    places = torch.tensor([[0, -1, 5, 2], [-1, -1, -1, -1], [1, 0, 3, 3]], dtype=torch.int32, device=device)
+    shifts = torch.arange(W, device=device) * rows[0].nbytes
+    lost = torch.tensor([False, False, True], device=device)
+    in_one = torch.where(places >= 0, places + 6 * torch.arange(W, device=device), -1).int()
+    expected = ops.moe_combine(rows.flatten(0, 1), None, in_one)
+    assert_same(ops.moe_combine(rows[0], None, places, None, shifts), expected, "sums")
+    expected[2] = torch.nan
+    assert_same(ops.moe_combine(rows[0], None, places, lost, shifts), expected, "sums, one token lost")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from expert_parallel_ranks import checks_of
+from expert_parallel_ranks import OF_PEERS, checks_of
 
 SCRIPT = Path(__file__).with_name("expert_parallel_ranks.py")
 TIMEOUT = 400  # seconds; a rank that waits for one that has failed gives up after 60
@@ -19,13 +19,17 @@ TIMEOUT = 400  # seconds; a rank that waits for one that has failed gives up aft
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Callable[[str, int], dict[str, dict[str, str]]]:
-    """The errors of all ranks by check; a check that a rank has not reached is missing."""
+    """The errors of all ranks by check; a check that a rank has not reached is missing. "interpreter" is a CPU, too."""
 
     @functools.cache
     def run(device_type: str, ranks: int) -> dict[str, dict[str, str]]:
         folder = tmp_path_factory.mktemp("ranks")
-        command = [sys.executable, str(SCRIPT), device_type, str(ranks), str(folder / "meeting")]
+        is_interpreted = device_type == "interpreter"
+        names = [one.__name__ for one in OF_PEERS] if is_interpreted else []
+        device = "cpu" if is_interpreted else device_type
+        command = [sys.executable, str(SCRIPT), device, str(ranks), str(folder / "meeting"), *names]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+        environment |= {"TRITON_INTERPRET": "1"} if is_interpreted else {}
         logs = [(folder / f"{rank}.out").open("w+") for rank in range(ranks)]
         processes = [
             subprocess.Popen(command, env=environment | {"RANK": str(r)}, stdout=log, stderr=subprocess.STDOUT)
@@ -55,6 +59,12 @@ def check(found: Callable[[str, int], dict[str, dict[str, str]]], device_type: s
 @pytest.mark.parametrize("name, ranks", [(check.__name__, ranks) for ranks in (2, 4) for check in checks_of(ranks)])
 def test_ranks_on_a_cpu(name, ranks, found):
     check(found, "cpu", ranks, name)
+
+
+@pytest.mark.parametrize("name", [one.__name__ for one in OF_PEERS])
+def test_files_in_place_of_peer_memory(name, found):
+    pytest.importorskip("triton")
+    check(found, "interpreter", 2, name)
 
 
 @pytest.mark.gpu2

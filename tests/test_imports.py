@@ -28,6 +28,7 @@ LAYERS = (
     ("moe.module",),
     ("moe.experts",),
     ("moe.expert_parallel", "moe.implementations"),
+    ("moe.peer_memory",),
     ("moe.decode",),
     ("moe.fused",),
     ("moe.tokens",),

@@ -39,6 +39,15 @@ def test_rows_with_gaps(device):
     checks.check_pack(136, torch.bfloat16, Recipe.NONE, device, has_gaps=True)
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_rows_for_peers(recipe, device):
+    if device.type == "cpu":
+        pytest.skip("kernels alone write to other buffers: tests/interpreter runs them")
+    checks.check_pack_for_peers(device, recipe)
+    checks.check_pack_for_peers(device, recipe, num_tokens=0)
+    checks.check_combine_of_peers(device, torch.bfloat16)
+
+
 def test_no_tokens_and_no_slots(device):
     for shape in ((0, 3), (4, 0)):
         numbers, places = ops.moe_find_ranks(torch.zeros(shape, dtype=torch.int64, device=device), 8, 4, 16)

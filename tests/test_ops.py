@@ -81,6 +81,14 @@ def moe_local_ids():
     yield "none is", (ids, told.fill_(0), 0)
 
 
+def moe_pack_for_peers():
+    """On a CPU, where no kernel runs, rows go to this rank's buffer."""
+    for name, (*tokens, places, num_rows, recipe) in moe_pack():
+        told, shifts = torch.ones(2, 2, dtype=torch.int32), torch.zeros(2, 2, dtype=torch.int64)
+        buffer = torch.zeros(4096, dtype=torch.uint8)
+        yield name, (buffer, *tokens, places, told, shifts, 1, num_rows, recipe)
+
+
 # hipBLASLt needs an AMD GPU, but its ops around the GEMMs run on a CPU, and so do GEMMs without scales.
 # tests/test_hipblaslt.py has the scaled GEMMs, on a fake build of torch.
 
@@ -135,6 +143,7 @@ def moe_combine():
         _, places = routing(len(x) // 2, 2)
         yield name, (x, torch.rand(places.shape), places)
         yield f"{name}, no weights", (x, None, places)
+        yield f"{name}, of peers", (x, None, places, None, torch.zeros(2, dtype=torch.int64))
         yield f"{name}, none lost", (x, None, places, torch.zeros(len(places), dtype=torch.bool))
 
 
@@ -288,6 +297,7 @@ BY_HAND = {
         moe_pack,
         moe_limit_rows,
         moe_local_ids,
+        moe_pack_for_peers,
         moe_quantize_tokens,
     )
 }

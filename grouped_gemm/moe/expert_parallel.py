@@ -2,8 +2,8 @@
 
 `experts_forward` with ``mesh`` runs three steps: a dispatcher brings each token to the ranks of its experts; every
 rank runs its own experts on what has arrived, which adds up a token's experts on that rank; the dispatcher returns one
-row per token and rank, and adds them up. `AllToAll` is the dispatcher on torch's collectives (NCCL, gloo). Others plug
-in by the protocol `Dispatcher`.
+row per token and rank, and adds them up. `AllToAll` is the dispatcher on torch's collectives (NCCL, gloo), or on
+memory that GPUs reach over NVLink. Others plug in by the protocol `Dispatcher`.
 
 A token goes once to a rank, however many of its experts are there. With k experts drawn at random among W ranks, that
 are W * (1 - (1 - 1/W)^k) rows instead of k: on 2 ranks with k = 8, 4.0 times fewer, on 8 ranks 1.5.
@@ -42,6 +42,7 @@ from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.core.vmap import is_batched
 from grouped_gemm.moe import rows  # noqa: F401  (defines ops)
 from grouped_gemm.moe.packing import unpack
+from grouped_gemm.moe.peer_memory import PeerMemory
 from grouped_gemm.moe.tokens import QuantizedTokens
 from grouped_gemm.selection import checks
 
@@ -96,22 +97,29 @@ class Dispatcher(Protocol):
         """(T, H): the sums of the results ``y`` of what `dispatch` returned, one row for each of its rows."""
 
 
-class _Routes(NamedTuple):
-    """Which token goes where: arguments of `_Send` and `_Return`.
+class _Collectives(NamedTuple):
+    """How rows travel by collectives. `PeerMemory` is the other way.
 
     Attributes:
-        places: (T, W) int32: row ``places[t, w]`` of what is sent is token t for rank w; -1: it does not go there.
         num_rows: S.
         sends: rows for each rank; None: equally many, with gaps.
         takes: rows from each rank; None: equally many.
         group: the ranks.
     """
 
-    places: Tensor
     num_rows: int
     sends: list[int] | None
     takes: list[int] | None
     group: dist.ProcessGroup
+
+    def send(self, x: Tensor, places: Tensor, recipe: Recipe) -> Tensor:
+        """What arrives on this rank of ``x`` (T, H), rows (R, bytes) from `moe_pack`."""
+        packed = ops.moe_pack(dense_rows(x), None, None, places, self.num_rows, recipe.value)
+        return _exchange(packed, self.sends, self.takes, self.group)
+
+    def sums(self, y: Tensor, places: Tensor, lost: Tensor | None) -> Tensor:
+        """(T, H): the sums of each token's rows ``y`` (R, H) of all ranks. Tokens that are ``lost`` (T,) get NaN."""
+        return ops.moe_combine(_exchange(y, self.takes, self.sends, self.group), None, places, lost)
 
 
 class AllToAll:
@@ -127,6 +135,11 @@ class AllToAll:
             graph can be captured. A token that does not fit gets NaN as its result, and the next `dispatch` raises, on
             all ranks. While a graph is captured or replayed, nothing raises: call `check`. None: as many as there are;
             the host reads the numbers once in each call.
+        symmetric_memory: whether ranks write to each other's memory and read from it (`moe.peer_memory`), in place of
+            collectives, which takes less time for few tokens. It needs a capacity, and GPUs that reach each other's
+            memory, as in one host with NVLink. The first call with an H, k and dtype allocates that memory, on all
+            ranks, and comes before any that is captured. Calls are on one stream, or on streams that wait for each
+            other. Where gradients are off, what `dispatch` returns lasts until the next `dispatch` or `combine`.
 
     Raises:
         TypeError, ValueError: an argument does not fit. E must be a multiple of W. Ranks with different E, k, H,
@@ -140,6 +153,7 @@ class AllToAll:
         *,
         recipe: Recipe | str | None = None,
         capacity: int | None = None,
+        symmetric_memory: bool = False,
     ) -> None:
         self.group = group_of(group)
         self.num_ranks, self.rank = dist.get_world_size(self.group), dist.get_rank(self.group)
@@ -152,22 +166,33 @@ class AllToAll:
         if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int) or capacity < 1):
             checks.fail("capacity", "None or a number of rows of at least 1", repr(capacity))
         self.num_experts, self.recipe, self.capacity = num_experts, parsed, capacity
+        self._peers: PeerMemory | None = None
+        if symmetric_memory:
+            if capacity is None:
+                checks.fail("capacity", "a number of rows of at least 1, with symmetric_memory=True", "None")
+            self._peers = PeerMemory(self.group, capacity)
         self._lost: Tensor | None = None  # () bool, on the device: whether a token did not fit
         self._seen: tuple[Tensor, torch.cuda.Event | None] | None = None  # a copy on the host, and when it is there
 
     def __deepcopy__(self, memo: Any) -> AllToAll:
         """Another one of the same ranks, as groups cannot be copied; so that modules can."""
-        return AllToAll(self.group, self.num_experts, recipe=self.recipe, capacity=self.capacity)
+        symmetric_memory = self._peers is not None
+        return AllToAll(
+            self.group, self.num_experts, recipe=self.recipe, capacity=self.capacity, symmetric_memory=symmetric_memory
+        )
 
     def dispatch(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tokens:
         """See `Dispatcher`.
 
         Raises:
             ValueError: without a capacity, ranks have different E, k, H, dtypes or recipes. All ranks raise, except in
-                compiled calls, where nothing compares them.
+                compiled calls, where nothing compares them. Or tensors are not on a GPU, with symmetric memory.
             RuntimeError: with a capacity, a token of the call before did not fit. The host waits for its dispatch.
-                Without one, a CUDA graph is being captured.
+                Without one, a CUDA graph is being captured. Or the ranks do not reach each other's memory.
         """
+        if self._peers is not None and torch.compiler.is_compiling():
+            found: Tokens = _eagerly(self.dispatch, x, topk_ids, topk_weights)
+            return found
         self._check(x, topk_ids, topk_weights)
         num_ranks, (num_tokens, top_k) = self.num_ranks, topk_ids.shape
         form, digest = "", 0  # of the rows that travel; a compiled call has none
@@ -179,32 +204,44 @@ class AllToAll:
         lost = None
         if self.capacity is not None:
             places, lost, numbers = ops.moe_limit_rows(places, numbers, self.capacity)
-        # The numbers travel while rows are packed, which is for as many as there can be.
-        most = num_tokens * min(num_ranks, top_k) if self.capacity is None else self.capacity * num_ranks
-        receive = _start(numbers, None, None, self.group)
-        packed = ops.moe_pack(dense_rows(x.detach()), topk_ids, topk_weights.detach(), places, most, self.recipe.value)
-        sends = takes = num_slots = None
-        if lost is None:
-            sends, takes, num_slots = self._read(numbers, receive, form)
-            packed = packed.narrow(0, 0, sum(sends))  # Dynamo cannot slice no rows at all to a data-dependent end
-        routes = _Routes(places, packed.shape[0], sends, takes, self.group)
-        arrived = _exchange(packed, sends, takes, self.group)
+        given = dense_rows(x.detach()), topk_ids, topk_weights.detach(), places
+        num_slots = None
+        transport: _Collectives | PeerMemory
+        if self._peers is not None:
+            transport = self._peers
+            arrived, told = transport.send_tokens(*given, numbers, self.recipe)
+            if torch.is_grad_enabled():
+                arrived = arrived.clone()  # autograd keeps it
+        else:
+            # The numbers travel while rows are packed, which is for as many as there can be.
+            most = num_tokens * min(num_ranks, top_k) if self.capacity is None else self.capacity * num_ranks
+            receive = _start(numbers, None, None, self.group)
+            packed = ops.moe_pack(*given, most, self.recipe.value)
+            sends = takes = None
+            if lost is None:
+                sends, takes, num_slots = self._read(numbers, receive, form)
+                packed = packed.narrow(0, 0, sum(sends))  # Dynamo cannot slice no rows at all to a data-dependent end
+            transport = _Collectives(packed.shape[0], sends, takes, self.group)
+            arrived = _exchange(packed, sends, takes, self.group)
+            told = numbers if lost is None else receive()
         data, scale, ids, weights = unpack(arrived, x.shape[1], top_k, x.dtype, self.recipe)
         first = self.rank * (self.num_experts // num_ranks)
         if self.capacity is None:
             ids = ids - first
         else:
-            ids, any_lost = ops.moe_local_ids(ids, receive(), first)
+            ids, any_lost = ops.moe_local_ids(ids, told, first)
             self._remember(any_lost)
         quantized = None if scale is None else QuantizedTokens(data, scale.contiguous(), self.recipe)
-        x = _Send.apply(x, data if quantized is None else None, len(arrived), *routes)
-        weights = _Send.apply(topk_weights, weights, len(arrived), *routes)
-        return Tokens(x, ids, weights, (routes, lost), num_slots, quantized)
+        x = _Send.apply(x, data if quantized is None else None, len(arrived), places, transport)
+        weights = _Send.apply(topk_weights, weights, len(arrived), places, transport)
+        return Tokens(x, ids, weights, (places, transport, lost), num_slots, quantized)
 
-    def combine(self, y: Tensor, handle: tuple[_Routes, Tensor | None]) -> Tensor:
+    def combine(self, y: Tensor, handle: tuple[Tensor, _Collectives | PeerMemory, Tensor | None]) -> Tensor:
         """See `Dispatcher`."""
-        routes, lost = handle
-        total: Tensor = _Return.apply(y, lost, *routes, self.recipe)
+        if self._peers is not None and torch.compiler.is_compiling():
+            return _eagerly(self.combine, y, handle)
+        places, transport, lost = handle
+        total: Tensor = _Return.apply(y, places, lost, transport, self.recipe)
         return total
 
     def check(self) -> None:
@@ -339,17 +376,25 @@ def check_ranks(mesh: Any, of_weights: DeviceMesh) -> None:
             checks.fail("weights", f"DTensors on the ranks {expected}, those of mesh", f"some on {found}")
 
 
+@torch.compiler.disable(reason="AllToAll with symmetric_memory=True breaks the graph; without it, none breaks.")
+def _eagerly(method: Callable[..., Any], *args: Any) -> Any:
+    return method(*args)
+
+
 class _Send(torch.autograd.Function):
-    """Tokens to the ranks of their experts, one row for each rank."""
+    """Tokens to the ranks of their experts, one row for each rank.
+
+    ``places`` (T, W) int32: row ``places[t, w]`` of what is sent is token t for rank w; -1: it does not go there.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, arrived: Tensor | None, num_arrived: int, places: Tensor, num_rows: int,
-        sends: list[int] | None, takes: list[int] | None, group: dist.ProcessGroup,
+        ctx: Any, x: Tensor, arrived: Tensor | None, num_arrived: int, places: Tensor,
+        transport: _Collectives | PeerMemory,
     ) -> Tensor:  # fmt: skip
         """(R, H): what has ``arrived`` of ``x`` (T, H). None: it arrived elsewhere, and this is NaN without memory."""
         ctx.save_for_backward(places)
-        ctx.arguments = num_rows, sends, takes, group
+        ctx.transport = transport
         if arrived is None:
             return x.new_full((1, 1), torch.nan).expand(num_arrived, x.shape[1])
         return arrived.clone() if torch.compiler.is_compiling() else arrived.view_as(arrived)
@@ -357,7 +402,7 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``x``."""
-        return _Return.apply(dy, None, *ctx.saved_tensors, *ctx.arguments, Recipe.NONE), *[None] * 7
+        return _Return.apply(dy, *ctx.saved_tensors, None, ctx.transport, Recipe.NONE), *[None] * 4
 
 
 class _Return(torch.autograd.Function):
@@ -365,27 +410,26 @@ class _Return(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, lost: Tensor | None, places: Tensor, num_rows: int, sends: list[int] | None,
-        takes: list[int] | None, group: dist.ProcessGroup, backward_recipe: Recipe,
+        ctx: Any, y: Tensor, places: Tensor, lost: Tensor | None, transport: _Collectives | PeerMemory,
+        backward_recipe: Recipe,
     ) -> Tensor:  # fmt: skip
         """(T, H) of ``y`` (R, H), NaN for tokens that are ``lost`` (T,). With a recipe, gradients travel in fp8."""
         ctx.save_for_backward(places, lost)
-        ctx.arguments, ctx.num_arrived, ctx.recipe = (num_rows, sends, takes, group), y.shape[0], backward_recipe
-        return ops.moe_combine(_exchange(y, takes, sends, group), None, places, lost)
+        ctx.transport, ctx.num_arrived, ctx.recipe = transport, y.shape[0], backward_recipe
+        return transport.sums(y, places, lost)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of ``y``."""
         _check_gradient(dy, ctx.recipe)
-        (places, lost), (num_rows, sends, takes, group) = ctx.saved_tensors, ctx.arguments
+        places, lost = ctx.saved_tensors
         if lost is not None:
             dy = dy.masked_fill(lost.unsqueeze(1), 0)
-        packed = ops.moe_pack(dense_rows(dy.detach()), None, None, places, num_rows, ctx.recipe.value)
-        arrived = _exchange(packed, sends, takes, group)
+        arrived = ctx.transport.send(dy.detach(), places, ctx.recipe)
         data, scale, _, _ = unpack(arrived, dy.shape[1], 0, dy.dtype, ctx.recipe)
         if scale is not None:
             data = ops.moe_dequantize_tokens(data, scale.contiguous(), dy.dtype)
-        return _Send.apply(dy, data, ctx.num_arrived, places, *ctx.arguments), *[None] * 7
+        return _Send.apply(dy, data, ctx.num_arrived, places, ctx.transport), *[None] * 4
 
 
 def _check_gradient(dy: Tensor, recipe: Recipe) -> None:

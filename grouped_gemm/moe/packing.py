@@ -22,7 +22,7 @@ from torch import Tensor
 from grouped_gemm import reference
 from grouped_gemm.backends import runs_kernels
 from grouped_gemm.core.dense import dense_rows
-from grouped_gemm.core.library import Size, Steps, define_op
+from grouped_gemm.core.library import Changed, Size, Steps, define_op
 from grouped_gemm.core.machine import fp8_dtype_of
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.quantize.layouts import TOKEN_BLOCK
@@ -52,6 +52,11 @@ def unpack(packed: Tensor, features: int, top_k: int, dtype: torch.dtype, recipe
     scale = packed[:, scale_at:ids_at].view(torch.float32) if recipe.is_scaled else None
     ids = packed[:, ids_at:weights_at].view(torch.int32)
     return Packed(data, scale, ids, packed[:, weights_at : weights_at + 4 * top_k].view(torch.float32))
+
+
+def row_bytes(x_TH: Tensor, top_k: int, recipe: Recipe) -> int:
+    """The bytes of a row from `moe_pack` of such tokens."""
+    return _offsets(x_TH.shape[1], top_k, x_TH.dtype, recipe)[-1]
 
 
 def _offsets(features: int, top_k: int, dtype: torch.dtype, recipe: Recipe) -> tuple[int, int, int, int]:
@@ -156,25 +161,75 @@ def _moe_pack(
         num_rows: S. Rows that are no token's are not specified.
     """
     parsed, top_k = Recipe(recipe), 0 if topk_ids is None else topk_ids.shape[1]
-    packed = x_TH.new_empty(num_rows, _offsets(x_TH.shape[1], top_k, x_TH.dtype, parsed)[-1], dtype=torch.uint8)
+    packed = x_TH.new_empty(num_rows, row_bytes(x_TH, top_k, parsed), dtype=torch.uint8)
     yield packed
+    _write(packed, x_TH, topk_ids, topk_weights, places, parsed)
+
+
+@define_op(replays=True)
+def _moe_pack_for_peers(
+    buffer: Changed, x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, places: Tensor,
+    told: Tensor | None, shifts: Tensor, rank: int, num_rows: Size, recipe: str,
+) -> Steps[None]:  # fmt: skip
+    """Writes what `moe_pack` returns into the buffers of all ranks, which lie as `in_buffer` has them.
+
+    Args:
+        buffer: this rank's, (bytes,) uint8. Without kernels, nothing but it is written: there are no peers.
+        places: (T, W), as in `moe_pack`.
+        told: (W, 2) int32, what each rank reads in its header from this one; None: headers stay.
+        shifts: (2, W) int64, multiples of 16: how many bytes from its place in ``buffer`` a row for rank w is written,
+            and its header.
+        rank: of this process.
+    """
+    yield None
+    parsed, top_k = Recipe(recipe), 0 if topk_ids is None else topk_ids.shape[1]
+    headers, rows = in_buffer(buffer, places.shape[1], num_rows, row_bytes(x_TH, top_k, parsed))
+    _write(rows, x_TH, topk_ids, topk_weights, places, parsed, shifts, told, headers[rank])
+
+
+_HEADER = 16  # bytes of a rank's
+
+
+def in_buffer(buffer: Tensor, num_ranks: int, num_rows: int, num_bytes: int) -> tuple[Tensor, Tensor]:
+    """The headers of all ranks, (W, 2) int32, and the rows, (S, bytes) uint8, in a buffer that peers write to."""
+    rows_at = buffer_bytes(num_ranks, 0)
+    headers = buffer[: _HEADER * num_ranks].view(torch.int32).view(num_ranks, -1)[:, :2]
+    return headers, buffer[rows_at : rows_at + num_rows * num_bytes].view(num_rows, num_bytes)
+
+
+def buffer_bytes(num_ranks: int, of_rows: int) -> int:
+    """How large such a buffer is."""
+    return -(-_HEADER * num_ranks // 128) * 128 + of_rows
+
+
+def _write(
+    packed: Tensor, x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, places: Tensor, recipe: Recipe,
+    shifts: Tensor | None = None, told: Tensor | None = None, header: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fills rows; with ``shifts`` and ``told`` also those of other ranks and their headers, by kernels alone."""
+    top_k = 0 if topk_ids is None else topk_ids.shape[1]
     if runs_kernels(x_TH.device):
         from grouped_gemm.kernels.moe import packing as kernel
 
-        parts = unpack(packed, x_TH.shape[1], top_k, x_TH.dtype, parsed)
+        parts = unpack(packed, x_TH.shape[1], top_k, x_TH.dtype, recipe)
         ids, weights = (None if s is None else dense_rows(s) for s in (topk_ids, topk_weights))
-        targets = (None, None) if ids is None else (parts.ids, parts.weights)
-        kernel.pack(dense_rows(x_TH), ids, weights, places.contiguous(), parsed, parts.data, parts.scale, *targets)
+        to_ids, to_weights = (None, None) if ids is None else (parts.ids, parts.weights)
+        kernel.pack(
+            dense_rows(x_TH), ids, weights, places.contiguous(), recipe, parts.data, parts.scale, to_ids, to_weights,
+            shifts, told, None if told is None else header,
+        )  # fmt: skip
         return
+    if told is not None and header is not None:
+        header.copy_(told[-1])
     tokens = torch.arange(len(places), device=places.device).unsqueeze(1).expand(places.shape)
-    source = places.new_full((num_rows + 1,), -1, dtype=torch.int64)
-    source.scatter_(0, torch.where(places < 0, num_rows, places).flatten().long(), tokens.flatten())
+    source = places.new_full((len(packed) + 1,), -1, dtype=torch.int64)
+    source.scatter_(0, torch.where(places < 0, len(packed), places).flatten().long(), tokens.flatten())
     source = source[:-1]  # -1 takes the row of zeros at the end
     written = torch.zeros_like(packed)
-    parts = unpack(written, x_TH.shape[1], top_k, x_TH.dtype, parsed)
+    parts = unpack(written, x_TH.shape[1], top_k, x_TH.dtype, recipe)
     rows = F.pad(x_TH, (0, 0, 0, 1))[source]
     if parts.scale is not None:
-        data, scale = reference.quantize(rows, reference.row_blocks(parsed), parsed, parts.data.dtype)
+        data, scale = reference.quantize(rows, reference.row_blocks(recipe), recipe, parts.data.dtype)
         parts.data.copy_(data)
         parts.scale.copy_(scale)
     else:

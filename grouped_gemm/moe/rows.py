@@ -155,11 +155,14 @@ def _moe_gather(x_TH: Tensor, source: Tensor, places: Tensor) -> Steps[Tensor]:
 
 
 @define_op(replays=True)
-def _moe_combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, lost: Tensor | None = None) -> Steps[Tensor]:
+def _moe_combine(
+    rows_MH: Tensor, weights: Tensor | None, places: Tensor, lost: Tensor | None = None, shifts: Tensor | None = None
+) -> Steps[Tensor]:
     """(T, H).
 
     Args:
         lost: (T,) bool, tokens whose sum is NaN.
+        shifts: (k,) int64, how many bytes from ``rows`` a slot's row is, on another rank; kernels alone read it.
     """
     y_TH = rows_MH.new_empty(places.shape[0], rows_MH.shape[1])
     yield y_TH
@@ -167,7 +170,7 @@ def _moe_combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, lost: 
         from grouped_gemm.kernels.moe import combine as kernel
 
         is_lost = None if lost is None else lost.view(torch.uint8)
-        kernel.combine(rows_MH, weights, places.contiguous(), y_TH, is_lost)
+        kernel.combine(rows_MH, weights, places.contiguous(), y_TH, is_lost, shifts)
     else:
         _combine(rows_MH, weights, places, y_TH)
         if lost is not None:

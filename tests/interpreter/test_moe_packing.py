@@ -25,6 +25,17 @@ def test_local_ids(monkeypatch):
     checks.check_local_ids("cpu")
 
 
+@pytest.mark.parametrize("num_tokens", (5, 0))
+@pytest.mark.parametrize("recipe", (Recipe.NONE, Recipe.FP8_BLOCKWISE), ids=str)
+def test_rows_for_peers(recipe, num_tokens):
+    checks.check_pack_for_peers("cpu", recipe, num_tokens)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_sums_of_peers(dtype):
+    checks.check_combine_of_peers("cpu", dtype)
+
+
 @pytest.mark.parametrize("recipe", (Recipe.NONE, Recipe.FP8_BLOCKWISE_POW2), ids=str)
 @pytest.mark.parametrize("features, dtype", ((72, torch.float32), (1160, torch.bfloat16)), ids=str)
 def test_rows(features, dtype, recipe):

@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 from op_samples import samples
-from replay_checks import at, check_replay, check_replayed_steps, count_programs
+from replay_checks import at, check_replay, check_replayed_steps, count_programs, replay_on_a_cpu
 from torch.utils._python_dispatch import _disable_current_modes
 
 from grouped_gemm import grouped_mm, prefer, quantize_weights
@@ -18,6 +18,7 @@ from grouped_gemm.kernels.common import launch
 from grouped_gemm.moe import experts_forward
 
 OPS = torch.ops.grouped_gemm
+CHANGING = "_add", "_for_peers"  # ops that change their first argument
 ENDS = torch.tensor([3, 3, 20], dtype=torch.int32)
 
 
@@ -77,9 +78,9 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("name, arguments", list(samples()), ids=lambda x: x if isinstance(x, str) else "")
 def test_replayed_ops(name, arguments, monkeypatch, as_on_a_gpu):
     """Ids that are not contiguous are copied, and such calls are not replayed."""
-    if name in ("moe_route", "moe_find_ranks", "moe_pack"):
+    if name in ("moe_route", "moe_find_ranks", "moe_pack", "moe_pack_for_peers"):
         arguments = [x.contiguous() if isinstance(x, torch.Tensor) else x for x in arguments]
-    assert check_replay(getattr(ops, name), arguments, monkeypatch, changes=name.endswith("_add"))
+    assert check_replay(getattr(ops, name), arguments, monkeypatch, changes=name.endswith(CHANGING))
 
 
 @pytest.mark.parametrize("recipe", ("none", "fp8_rowwise", "fp8_blockwise", "mxfp8"))

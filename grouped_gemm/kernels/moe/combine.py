@@ -16,7 +16,10 @@ from grouped_gemm.kernels.common.launch import cdiv, launch, next_power_of_2, on
 _MOST_UNROLLED = 16  # slots whose loads are in flight together
 
 
-def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tensor, lost: Tensor | None = None) -> None:
+def combine(
+    rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tensor,
+    lost: Tensor | None = None, shifts: Tensor | None = None,
+) -> None:  # fmt: skip
     """Writes each token's weighted sum of its rows, in fp32 and in the order of slots.
 
     Args:
@@ -25,6 +28,7 @@ def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tenso
         places: (T, k) int32, contiguous: the row of each slot; -1: the slot was dropped.
         y_TH: the output, contiguous.
         lost: (T,) uint8, contiguous: tokens whose sum is NaN.
+        shifts: (k,) int64, contiguous, multiples of 16: how many bytes from ``rows_MH`` a slot's row is; None: 0.
     """
     if places.numel() == 0:
         y_TH.zero_()
@@ -35,7 +39,7 @@ def combine(rows_MH: Tensor, weights: Tensor | None, places: Tensor, y_TH: Tenso
     with on_device(y_TH):
         launch(
             _combine, (num_tokens, cdiv(features, block_h)),
-            rows_MH, weights, places, lost, y_TH, features, rows_MH.stride(0),
+            rows_MH, weights, places, lost, shifts, y_TH, features, rows_MH.stride(0),
             0 if weights is None else weights.stride(0),
             constants=constants, num_warps=max(1, block_h // 256),
         )  # fmt: skip
@@ -48,7 +52,7 @@ def unrolled(top_k: int) -> int:
 
 @triton.jit
 def _combine(
-    rows, weights, places, lost, y, H, rows_stride, weights_stride,
+    rows, weights, places, lost, shifts, y, H, rows_stride, weights_stride,
     TOP_K: tl.constexpr, UNROLLED: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_H features of one token. UNROLLED divides TOP_K."""
@@ -59,7 +63,11 @@ def _combine(
         for i in tl.static_range(UNROLLED):
             place = tl.load(places + t * TOP_K + first + i)
             is_used = place >= 0
-            values = tl.load(rows + place.to(tl.int64) * rows_stride + hs, mask=hs < tl.where(is_used, H, 0), other=0)
+            row = rows + place.to(tl.int64) * rows_stride
+            if shifts is not None:
+                shift = tl.multiple_of(tl.load(shifts + first + i), 16)
+                row += shift // (rows.dtype.element_ty.primitive_bitwidth // 8)
+            values = tl.load(row + hs, mask=hs < tl.where(is_used, H, 0), other=0)
             values = values.to(tl.float32)
             if weights is not None:
                 weight = tl.load(weights + t * weights_stride + first + i, mask=is_used, other=0)

@@ -90,8 +90,11 @@ def local_ids(ids: Tensor, told: Tensor, first: int, local: Tensor, any_lost: Te
 def pack(
     x_TH: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, places: Tensor, recipe: Recipe,
     data: Tensor, scale: Tensor | None, ids: Tensor | None, weights: Tensor | None,
+    shifts: Tensor | None = None, told: Tensor | None = None, header: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Writes each token to its rows, quantized if there are scales, with its slots if there are any.
+
+    With ``shifts``, rows for rank w are that many bytes away from those in ``data``, ``scale``, ``ids``, ``weights``.
 
     Args:
         x_TH: last axis contiguous; bfloat16, float16 or float32.
@@ -103,9 +106,11 @@ def pack(
         scale: (S, ceil(H/128)) fp32 of the same rows, or None.
         ids: (S, k) int32 of the same rows, or None. Ids that are no int32 become -1.
         weights: (S, k) fp32 of the same rows, or None.
+        shifts: (2, W) int64, contiguous, multiples of 16: of rows, and of ``header``.
+        told: (W, 2) int32, contiguous, or None: what each rank gets into its ``header``, (2,) int32, also if T = 0.
     """
     (num_tokens, features), num_ranks = x_TH.shape, places.shape[1]
-    if num_tokens == 0:
+    if num_tokens == 0 and told is None:
         return
     width = max(min(next_power_of_2(features), 1024), TOKEN_BLOCK)
     top_k = 0 if topk_ids is None else topk_ids.shape[1]
@@ -116,8 +121,8 @@ def pack(
     strides = [0 if x is None else x.stride(0) for x in (x_TH, topk_ids, topk_weights, data, scale, ids, weights)]
     with on_device(x_TH):
         launch(
-            _pack, (cdiv(num_tokens, _TILE // width), cdiv(features, width)),
-            x_TH, topk_ids, topk_weights, places, data, scale, ids, weights,
+            _pack, (max(cdiv(num_tokens, _TILE // width), 1), cdiv(features, width)),
+            x_TH, topk_ids, topk_weights, places, data, scale, ids, weights, shifts, told, header,
             num_tokens, features, top_k, num_ranks, *strides, constants=constants, num_warps=4,
         )  # fmt: skip
 
@@ -182,7 +187,7 @@ def _local_ids(
 
 @triton.jit(do_not_specialize=["T"])
 def _pack(
-    x, topk_ids, topk_weights, places, data, scales, ids, weights, T, H, K, W,
+    x, topk_ids, topk_weights, places, data, scales, ids, weights, shifts, told, header, T, H, K, W,
     x_stride, topk_ids_stride, topk_weights_stride, data_stride, scale_stride, ids_stride, weights_stride,
     LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, SLOTS: tl.constexpr,
@@ -208,10 +213,19 @@ def _pack(
     for w in range(W):
         # Loaded before it gets a second axis: so a thread loads each place once.
         place = tl.load(places + t.to(tl.int64) * W + w, mask=t < T, other=-1).to(tl.int64)[:, None]
-        tl.store(data + place * data_stride + columns, values, mask=(place >= 0) & (columns < H))
+        shift = 0
+        if shifts is not None:
+            shift = tl.multiple_of(tl.load(shifts + w), 16)
+        row = data + shift // (data.dtype.element_ty.primitive_bitwidth // 8) + place * data_stride
+        tl.store(row + columns, values, mask=(place >= 0) & (columns < H))
         if scales is not None:
             has_blocks = (place >= 0) & (blocks < tl.cdiv(H, BLOCK))
-            tl.store(scales + place * scale_stride + blocks, scale, mask=has_blocks)
+            tl.store(scales + shift // 4 + place * scale_stride + blocks, scale, mask=has_blocks)
         if ids is not None:
-            tl.store(ids + place * ids_stride + slots, expert, mask=(place >= 0) & has_slots)
-            tl.store(weights + place * weights_stride + slots, weight.to(tl.float32), mask=(place >= 0) & has_slots)
+            has = (place >= 0) & has_slots
+            tl.store(ids + shift // 4 + place * ids_stride + slots, expert, mask=has)
+            tl.store(weights + shift // 4 + place * weights_stride + slots, weight.to(tl.float32), mask=has)
+        if told is not None:
+            part = tl.arange(0, 2)
+            is_first = (part < 2) & (tl.program_id(0) + tl.program_id(1) == 0)
+            tl.store(header + tl.load(shifts + W + w) // 4 + part, tl.load(told + 2 * w + part), mask=is_first)
