@@ -10,9 +10,10 @@ dispatch: the peer's all-to-all of rows, and our tokens with their ids and weigh
 quantizing included; also as a CUDA graph, with a capacity of all tokens, which shows what the host costs. combine: the
 peer's all-to-all, index_copy and weighted sum, and ours. layer: forward, and a step, which is forward with the
 gradients of x, topk_weights and weights; in fp8 with weights quantized once per step. Results are compared with the
-peer's first.
+peer's first. "symmetric": with symmetric memory in place of collectives. Of few tokens, forward is also a CUDA graph.
 
-Times are medians over repetitions, each between barriers, in microseconds of rank 0 by CUDA events.
+Times are medians over repetitions, each between barriers, in microseconds of rank 0 by CUDA events; of few tokens, a
+repetition is ten calls.
 
 T, k, E, H, I: tokens of a rank, experts per token, experts of all ranks, hidden and intermediate features.
 """
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +59,8 @@ class Shape(NamedTuple):
 
 
 SHAPES = {"dsv3": Shape(16384, 64, 7168, 2048, 8), "qwen3-30b": Shape(16384, 128, 2048, 768, 8)}
+_QWEN3 = SHAPES["qwen3-30b"]
+FEW = {"qwen3-30b, 512 tokens": _QWEN3._replace(tokens=512), "qwen3-30b, 64 tokens": _QWEN3._replace(tokens=64)}
 TINY = {"tiny": Shape(48, 8, 128, 128, 2)}
 # What a line is compared with, and the goal: at most so much of it, or at least so many times as fast.
 GOALS = {
@@ -102,7 +106,7 @@ class Peer:
         return self.combine(torch._grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=self.offs), weights)
 
 
-def median_us(call: Callable[[], Any], is_cuda: bool, repetitions: int) -> float:
+def median_us(call: Callable[[], Any], is_cuda: bool, repetitions: int, calls: int = 1) -> float:
     times = []
     for i in range(repetitions + 2):
         dist.barrier()
@@ -110,10 +114,11 @@ def median_us(call: Callable[[], Any], is_cuda: bool, repetitions: int) -> float
             torch.cuda.synchronize()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            call()
+            for _ in range(calls):
+                call()
             end.record()
             torch.cuda.synchronize()
-            taken = begin.elapsed_time(end) * 1e3
+            taken = begin.elapsed_time(end) * 1e3 / calls
         else:
             start = time.perf_counter()
             call()
@@ -149,7 +154,7 @@ def measure(name: str, shape: Shape, device: torch.device, repetitions: int) -> 
     def run(layer: str) -> Tensor:
         if layer == "peer":
             return Peer(ids, shape, ranks).layer(*leaves)
-        recipe = None if layer == "bf16" else layer
+        recipe = ours[layer].recipe
         return experts_forward(x, ids, weights, gate_up, down, recipe=recipe, mesh=ours[layer])
 
     def step(layer: str) -> None:
@@ -159,43 +164,58 @@ def measure(name: str, shape: Shape, device: torch.device, repetitions: int) -> 
     def timed(part: str, calls: dict[str, Callable[[], Any]], error: dict[str, float]) -> None:
         base = None
         for layer, call in calls.items():
-            us = median_us(call, device.type == "cuda", repetitions)
+            us = median_us(call, device.type == "cuda", repetitions, 10 if name in FEW else 1)
             base = base or us
             row = {"shape": name, "part": part, "name": layer, "us": us, "of_peer": us / base}
             rows.append(row | ({"error": error[layer]} if layer in error else {}))
             if rank == 0:
-                print(f"{name:10} {part:9} {layer:20} {us:10.1f} us {us / base:6.2f} of the peer's", flush=True)
+                print(f"{name:21} {part:9} {layer:31} {us:9.1f} us {us / base:6.2f} of the peer's", flush=True)
 
     with torch.no_grad():
         truth = run("peer")
         errors = {layer: relative_error(run(layer), truth) for layer in ours}
         for layer, error in errors.items():
-            if not error < ERROR[layer]:
-                raise RuntimeError(f"{name} {layer}: expected an error of at most {ERROR[layer]}; found {error:.1e}")
+            check(error, f"{name} {layer}", ERROR[layer])
         sent = x.detach()[peer.order // top_k]
         arrived = {layer: one.dispatch(x.detach(), ids, weights.detach()) for layer, one in ours.items()}
         received = randn(sum(peer.takes), hidden)
         dispatches: dict[str, Callable[[], Any]]
         dispatches = {layer: partial(one.dispatch, x.detach(), ids, weights.detach()) for layer, one in ours.items()}
-        fixed = [AllToAll(dist.group.WORLD, experts, recipe=one.recipe, capacity=tokens) for one in ours.values()]
-        if device.type == "cuda":
-            for layer, one in zip(ours, fixed):  # which live as long as their graphs
-                graph, _ = captured(partial(one.dispatch, x.detach(), ids, weights.detach()))
-                dispatches[f"{layer}, graph"] = graph
+        combines: dict[str, Callable[[], Any]] = {
+            "peer": lambda: peer.combine(received, weights),
+            "bf16": lambda: ours["bf16"].combine(arrived["bf16"].x, arrived["bf16"].handle),
+        }
+        fixed: dict[str, AllToAll] = {}  # which live as long as their graphs
+        for (layer, one), symmetric in product(ours.items() if device.type == "cuda" else (), (False, True)):
+            form = f"{layer}, symmetric, graph" if symmetric else f"{layer}, graph"
+            fixed[form] = made = AllToAll(
+                dist.group.WORLD, experts, recipe=one.recipe, capacity=tokens, symmetric_memory=symmetric
+            )
+            dispatches[form], _ = captured(partial(made.dispatch, x.detach(), ids, weights.detach()))
+            if layer == "bf16":
+                given = made.dispatch(x.detach(), ids, weights.detach())
+                y = torch.where((given.topk_ids >= 0).any(1, keepdim=True), given.x, 0)
+                combines[form], _ = captured(partial(made.combine, y, given.handle))
         timed("dispatch", {"peer": lambda: peer.dispatch(sent), **dispatches}, {})
-        del dispatches
-        timed(
-            "combine",
-            {
-                "peer": lambda: peer.combine(received, weights),
-                "bf16": lambda: ours["bf16"].combine(arrived["bf16"].x, arrived["bf16"].handle),
-            },
-            {},
-        )
+        timed("combine", combines, {})
+        del dispatches, combines
         with cache_weights():
-            timed("forward", {layer: lambda layer=layer: run(layer) for layer in ("peer", *ours)}, errors)
+            forwards: dict[str, Callable[[], Any]] = {layer: partial(run, layer) for layer in ("peer", *ours)}
+            for form, made in fixed.items() if name in FEW else ():
+                ours[form] = made
+                forwards[form], _ = captured(partial(run, form))
+                errors[form] = relative_error(forwards[form](), truth)
+                check(errors[form], f"{name} {form}", ERROR[form.partition(",")[0]])
+            timed("forward", forwards, errors)
+    if name in FEW:
+        return rows
     timed("step", {layer: lambda layer=layer: step(layer) for layer in ("peer", *ours)}, errors)
     return rows
+
+
+def check(error: float, what: str, most: float) -> None:
+    if not error < most:
+        raise RuntimeError(f"{what}: expected an error of at most {most}; found {error:.1e}")
 
 
 def work(rank: int, args: argparse.Namespace, meeting: str) -> None:
@@ -205,7 +225,8 @@ def work(rank: int, args: argparse.Namespace, meeting: str) -> None:
         torch.cuda.set_device(device)
     backend = "nccl" if args.device == "cuda" else "gloo"
     dist.init_process_group(backend, f"file://{meeting}", rank=rank, world_size=args.ranks)
-    shapes = {name: SHAPES[name] for name in args.shapes} if args.device == "cuda" else TINY
+    shapes = {name: shape for name, shape in (SHAPES | FEW).items() if name.split(",")[0] in args.shapes}
+    shapes = shapes if args.device == "cuda" else TINY
     rows = [row for name, shape in shapes.items() for row in measure(name, shape, device, args.repetitions)]
     if rank == 0:
         report(rows)
@@ -221,7 +242,7 @@ def report(rows: list[dict[str, Any]]) -> None:
     print("\ngoals, in this run")
     for row in rows:
         kind, limit = GOALS.get((row["part"], row["name"]), ("", 0.0))
-        if kind:
+        if kind and row["shape"] not in FEW:
             figure = row["of_peer"] if kind == "most" else 1 / row["of_peer"]
             reached = figure <= limit if kind == "most" else figure >= limit
             sign = "<=" if kind == "most" else ">="
