@@ -27,7 +27,9 @@ def dense(arguments):
 def test_ops_on_a_gpu(monkeypatch):
     refused = []
     for name, arguments in list(samples("cuda")):
-        if not check_replay(getattr(ops, name), dense(arguments), monkeypatch, changes=name.endswith(("_add", "_for_peers"))):
+        if not check_replay(
+            getattr(ops, name), dense(arguments), monkeypatch, changes=name.endswith(("_add", "_for_peers"))
+        ):
             refused.append(name)
         monkeypatch.undo()
     assert not refused

@@ -182,8 +182,8 @@ def _run_parts(
     options: tuple[Any, ...], settings: tuple[Any, ...],
 ) -> Tensor:  # fmt: skip
     """`_run`. ``settings`` are what else it reads."""
-    weights = _of_parts(gate_up, gate_up_scale, gate_up_form), _of_parts(down, down_scale, down_form)
-    return _run(x, topk_ids, topk_weights, *weights, *of_weights, gate_up_bias, down_bias, options)
+    experts = _of_parts(gate_up, gate_up_scale, gate_up_form), _of_parts(down, down_scale, down_form), *of_weights
+    return _run(x, topk_ids, topk_weights, *experts, gate_up_bias, down_bias, options)
 
 
 def _across_ranks(

@@ -54,11 +54,7 @@ class InterpretedLaunch:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """Calls are replayed, although operands are on a CPU."""
-    monkeypatch.setattr(replay, "_is_on_gpu", lambda x: True)
-    monkeypatch.setattr(
-        replay, "_new_empty", lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype)
-    )
-    monkeypatch.setattr(replay.Program, "can_run", lambda self: True)
+    replay_on_a_cpu(monkeypatch)
     monkeypatch.setattr(
         launch.Launcher, "_prepared",
         lambda self, compiled, device, grid, args, place: InterpretedLaunch(self, grid, args, place),
