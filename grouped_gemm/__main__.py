@@ -83,9 +83,9 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
     from grouped_gemm.core.call_spec import CallSpec, Pass, RowClass, row_class
     from grouped_gemm.core.machine import default_device, hypothetical, machine_of
     from grouped_gemm.core.preference import AUTOTUNE, STRICT, KernelPreference, resolve
-    from grouped_gemm.core.recipes import Recipe
+    from grouped_gemm.core.recipes import FASTEST, OF_FASTEST, Recipe
     from grouped_gemm.selection.explanation import Explanation
-    from grouped_gemm.selection.rules import decide
+    from grouped_gemm.selection.rules import decide, fastest_recipe, times_of_recipes
 
     def run(args: argparse.Namespace) -> int:
         here = machine_of(default_device())
@@ -101,13 +101,14 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
         fastest = args.k if args.b_contiguous == "k" else args.n
 
         def explained(rows: RowClass) -> Explanation:
+            picks = args.recipe == FASTEST
             spec = CallSpec(
                 machine,
                 num_groups=args.experts,
                 k=args.k,
                 n=args.n,
                 rows=rows,
-                recipe=Recipe(args.recipe),
+                recipe=Recipe.NONE if picks else Recipe(args.recipe),
                 dtype=args.dtype,
                 out_dtype=args.out_dtype or args.dtype,
                 passes=(Pass.FORWARD,) if args.inference else tuple(Pass),
@@ -117,8 +118,16 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
                 is_aligned=all(size * args.dtype.itemsize % 16 == 0 for size in (args.k, fastest)),
             )
             profiles = profile.profiles(machine, tunes)
-            decision = decide(spec, preference, found, asked_by=asked_by, strict=strict, profiles=profiles)
-            return Explanation(decision, args.m)
+            decisions = {
+                recipe: decide(
+                    spec._replace(recipe=recipe), preference, found, asked_by=asked_by, strict=strict,
+                    profiles=profiles,
+                )
+                for recipe in (*OF_FASTEST, spec.recipe)
+            }  # fmt: skip
+            times = times_of_recipes(list(decisions.values()))
+            decision = decisions[fastest_recipe(times) if picks else spec.recipe]
+            return Explanation(decision, args.m, times, picks)
 
         classes = args.rows if args.m is None else (row_class(args.m, args.experts),)
         explanations = [explained(rows) for rows in classes]
@@ -132,7 +141,7 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
             print("\n".join(map(str, explanations)))
         return 0 if all(explanation.decision.is_complete for explanation in explanations) else 1
 
-    _add_call(parser)
+    _add_call(parser, FASTEST)
     other = parser.add_argument_group("another machine", "explain what would run there; no backend is tried")
     other.add_argument("--arch", type=str.lower, help="its exact architecture: sm_90, gfx942, cpu")
     other.add_argument("--vendor", type=str.lower, help="nvidia, amd or cpu; must match --arch (default: its vendor)")
@@ -212,7 +221,7 @@ def _warmup(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def _add_call(parser: argparse.ArgumentParser) -> None:
+def _add_call(parser: argparse.ArgumentParser, *further_recipes: str) -> None:
     """Adds the options that describe a call, for every command that takes one."""
     from grouped_gemm.core.call_spec import RowClass
     from grouped_gemm.core.preference import KernelPreference
@@ -248,7 +257,7 @@ def _add_call(parser: argparse.ArgumentParser) -> None:
         help="instead of M, row classes, by average rows per expert: decode (at most 16), small (at most 256), large "
         "(default: all)",
     )
-    _choice(parser, "--recipe", [recipe.value for recipe in Recipe], "none", "how operands are quantized")
+    _choice(parser, "--recipe", [*(r.value for r in Recipe), *further_recipes], "none", "how operands are quantized")
     help_ = f"dtype of the operands: {', '.join(dtypes)} (bfloat16)"
     parser.add_argument("--dtype", type=dtype, default=torch.bfloat16, help=help_, metavar="NAME")
     parser.add_argument(

@@ -14,15 +14,16 @@ from torch import Tensor
 from grouped_gemm import reference, weight_gradients
 from grouped_gemm.autograd import GroupedMM, GroupedWgrad, layouts, run_forward, weights_for
 from grouped_gemm.core import vmap
+from grouped_gemm.core.call_spec import Pass
 from grouped_gemm.core.dense import dense_weights, materialized
 from grouped_gemm.core.machine import fp8_dtype_of
 from grouped_gemm.core.preference import KernelPreference, Preference, check_bool
 from grouped_gemm.core.quantized import QuantizedWeights
-from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.core.recipes import Recipe, is_fastest
 from grouped_gemm.group_plan import GroupPlan, Plans
 from grouped_gemm.selection import checks, dtensor
 from grouped_gemm.selection.explanation import Explanation
-from grouped_gemm.selection.route import decision_of, recall, remember, route_of
+from grouped_gemm.selection.route import decision_of, in_fastest_recipe, recall, remember, route_of, times_of
 from grouped_gemm.selection.spec import autocast, describe, describe_weights, needs_gradient
 from grouped_gemm.weight_gradients import destination_of
 
@@ -56,6 +57,8 @@ def grouped_mm(
             Values out of order or out of range give wrong rows, but never an access out of bounds.
             Or a `GroupPlan`, which several calls with the same groups share.
         recipe: how operands are quantized on the fly, a `Recipe` or its name. None: not at all, or as ``b`` already is.
+            "fp8": by none, fp8_rowwise or fp8_blockwise, whichever was measured to be the fastest on this GPU for such
+            weights and so many rows per group, as a class; none where no call was measured. `explain` shows the times.
         bias: (E, N), added to each row of its group.
         out_dtype: bfloat16, float16 or float32; None: the dtype of ``a``.
         group_alignment: the caller guarantees that every group's size is a multiple of it, so that backends that pad
@@ -109,6 +112,8 @@ def _grouped_mm(
     if route is None:
         given = a, b, offs, bias
         a, b, offs, bias, spec = describe(a, b, offs, bias, *options)
+        if is_fastest(options[0]):
+            spec = in_fastest_recipe(spec)
         route = route_of(spec)
         # Remember no call whose operands were copied or transposed: `describe` must do that again each time. And none
         # from a graph capture, where backends are assumed to be healthy.
@@ -157,7 +162,10 @@ def explain(
     a, _, _, _, spec = describe(a, b, ends, bias, recipe, out_dtype, group_alignment, kernel_preference)
     if plan is not None:
         plan.check_rows(a.shape[0])
-    return Explanation(decision_of(spec), a.shape[0])
+    if is_fastest(recipe):
+        spec = in_fastest_recipe(spec)
+    times = times_of(spec) if spec.weights is None and spec.passes[0] is Pass.FORWARD else {}
+    return Explanation(decision_of(spec), a.shape[0], times, is_fastest(recipe))
 
 
 def quantize_weights(

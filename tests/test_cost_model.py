@@ -8,12 +8,26 @@ import math
 import pytest
 import torch
 
-from grouped_gemm import BackendKind, CallSpec, Explanation, KernelPreference, Machine, Pass, Recipe
+from grouped_gemm import (
+    BackendKind,
+    CallSpec,
+    Explanation,
+    KernelPreference,
+    Machine,
+    Pass,
+    Recipe,
+    explain,
+    grouped_mm,
+    override_torch,
+    quantize_weights,
+)
 from grouped_gemm.backends import Candidate, get_backend
 from grouped_gemm.backends.base import Health
 from grouped_gemm.core.call_spec import RowClass
+from grouped_gemm.core.recipes import OF_FASTEST
+from grouped_gemm.selection import route
 from grouped_gemm.selection.cost_model import PLANS, Call, Profile, Times, expected
-from grouped_gemm.selection.rules import FIRST, MARGIN, auto_order, decide
+from grouped_gemm.selection.rules import FIRST, MARGIN, auto_order, decide, fastest_recipe, times_of_recipes
 
 AUTO = KernelPreference.AUTO
 TRITON, DEEPGEMM, EMULATED = (BackendKind[name] for name in ("TRITON", "DEEPGEMM", "EMULATED"))
@@ -221,6 +235,81 @@ def test_equal_calls_are_decided_alike_whatever_the_order_of_candidates():
         for order in itertools.permutations(kinds)
     }
     assert len(found) == 1
+
+
+# The fastest recipe
+
+
+def in_each_recipe(**by_recipe: float | Times) -> dict[Recipe, float]:
+    """`times_of_recipes` for times by recipe; a number stands for that of Triton, at the sizes of `times`."""
+    found = {name: us if isinstance(us, Times) else times({"triton": us}) for name, us in by_recipe.items()}
+    measured = profile(*((STEP._replace(recipe=name), t) for name, t in found.items()))
+    return times_of_recipes([decision(spec(recipe=recipe), measured) for recipe in OF_FASTEST])
+
+
+@pytest.mark.parametrize(
+    "by_recipe, expected",
+    (
+        ({"none": 100.0, "fp8_rowwise": 90.0, "fp8_blockwise": 80.0}, BLOCKWISE),
+        ({"none": 100.0, "fp8_rowwise": 90.0, "fp8_blockwise": 95.0}, Recipe.FP8_ROWWISE),
+        ({"none": 100.0, "fp8_rowwise": 190.0, "fp8_blockwise": 195.0}, Recipe.NONE),
+        ({"none": 100.0, "fp8_blockwise": 99.5}, Recipe.NONE),  # within what medians vary by
+        ({"none": 100.0, "fp8_blockwise": math.inf}, Recipe.NONE),
+        ({"fp8_blockwise": 1.0}, Recipe.NONE),
+        ({}, Recipe.NONE),
+    ),
+)
+def test_fp8_is_the_fastest_measured_recipe(by_recipe, expected):
+    assert fastest_recipe(in_each_recipe(**by_recipe)) is expected
+
+
+def test_recipes_that_were_measured_at_other_sizes_do_not_compare():
+    other = times({"triton": 1.0})._replace(num_rows=4096)
+    found = in_each_recipe(none=100.0, fp8_rowwise=other, fp8_blockwise=80.0)
+    assert found == {Recipe.NONE: 100.0, BLOCKWISE: 80.0}
+
+
+def test_fp8_counts_the_time_of_the_chosen_plan():
+    """Not of a plan that is refused."""
+    measured = profile(
+        (STEP._replace(recipe="none"), times({"triton": 100.0})), (STEP, times({"deepgemm": 10.0, "triton": 120.0}))
+    )
+    found = [decision(spec(recipe=recipe), measured, broken=(DEEPGEMM,)) for recipe in OF_FASTEST]
+    assert times_of_recipes(found) == {Recipe.NONE: 100.0, BLOCKWISE: 120.0}
+
+
+def test_an_explanation_shows_what_was_picked_and_what_is_slower():
+    by_recipe = {"none": 100.0, "fp8_rowwise": 90.0, "fp8_blockwise": 120.0}
+    found = in_each_recipe(**by_recipe)
+    measured = profile(*((STEP._replace(recipe=name), times({"triton": us})) for name, us in by_recipe.items()))
+    picked = Explanation(decision(spec(recipe=Recipe.FP8_ROWWISE), measured), 8192, found, True)
+    assert "  recipes     fp8_rowwise, picked: none 100 us; fp8_rowwise 90 us; fp8_blockwise 120 us" in str(picked)
+    assert "WARNING" not in str(picked) and not picked.to_dict()["slower_than_none"]
+    forced = Explanation(decision(spec(), measured), 8192, found)
+    expected = 'slower than none: fp8_blockwise 120 us, none 100 us. recipe="fp8" picks the faster one.'
+    assert expected in str(forced) and forced.to_dict()["slower_than_none"]
+    assert forced.to_dict()["recipes_us"] == by_recipe
+
+
+def test_a_call_in_the_fastest_recipe(monkeypatch):
+    """On a CPU nothing was measured: none. Elsewhere the times decide, for a compiled call too."""
+    a, w = torch.randn(24, 32), torch.randn(3, 48, 32)
+    offs = torch.tensor([3, 3, 24], dtype=torch.int32)
+    expected = {recipe: grouped_mm(a, w.mT, offs, recipe=recipe) for recipe in OF_FASTEST}
+    assert torch.equal(grouped_mm(a, w.mT, offs, recipe="fp8"), expected[Recipe.NONE])
+    assert "none, picked: no such call was measured" in str(explain(a, w.mT, offs, recipe="FP8"))
+    monkeypatch.setattr(route, "times_of", lambda spec: {Recipe.NONE: 3.0, Recipe.FP8_ROWWISE: 2.0, BLOCKWISE: 1.0})
+    route.reset_caches()
+    assert torch.equal(grouped_mm(a, w.mT, offs, recipe="fp8"), expected[BLOCKWISE])
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda a: grouped_mm(a, w.mT, offs, recipe="fp8"), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(a), expected[BLOCKWISE])
+    quantized = quantize_weights(w.mT, "fp8_rowwise")
+    assert torch.equal(grouped_mm(a, quantized, offs, recipe="fp8"), grouped_mm(a, quantized, offs))
+    with override_torch(recipe="fp8"):
+        y = torch._grouped_mm(a.bfloat16(), w.mT.bfloat16(), offs=offs)
+    assert torch.equal(y, grouped_mm(a.bfloat16(), w.mT.bfloat16(), offs, recipe=BLOCKWISE))
+    route.reset_caches()
 
 
 # Explanations

@@ -698,4 +698,7 @@ def test_an_explanation_as_data_is_complete(explained):
         # a and dY: 2 bytes read, and 1 written for each of two layouts; so are the weights
         "quantized_bytes": 4 * (5000 * 4096 + 5000 * 2048 + 8 * 4096 * 2048),
         "expected": None,
+        "recipe_picked": False,
+        "recipes_us": {},
+        "slower_than_none": False,
     }

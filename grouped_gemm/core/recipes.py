@@ -73,6 +73,15 @@ class Recipe(Enum):
         raise ValueError(f"recipe: expected a Recipe or one of {', '.join(_BY_NAME)}; found {value!r}")
 
 
+FASTEST = "fp8"  # in place of a recipe: the fastest of `OF_FASTEST`, see `selection.rules.fastest_recipe`
+OF_FASTEST = (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)
+
+
+def is_fastest(value: object) -> bool:
+    """Whether ``value`` asks for the fastest recipe."""
+    return isinstance(value, str) and value.lower() == FASTEST
+
+
 _BY_NAME = {recipe.value: recipe for recipe in Recipe}
 _BLOCK = {
     Recipe.NONE: None,

@@ -21,7 +21,7 @@ from torch.utils._contextlib import context_decorator
 
 from grouped_gemm.core import tracing
 from grouped_gemm.core.preference import KernelPreference, Preference
-from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.core.recipes import Recipe, is_fastest
 from grouped_gemm.functional import grouped_mm
 from grouped_gemm.selection import checks
 
@@ -70,7 +70,7 @@ class override_torch(TorchFunctionMode):
         kernel_preference: Preference = KernelPreference.AUTO,
     ) -> None:
         super().__init__()
-        self.recipe = None if recipe is None else Recipe.parse(recipe)
+        self.recipe = recipe if recipe is None or is_fastest(recipe) else Recipe.parse(recipe)
         self.kernel_preference = KernelPreference.parse(kernel_preference)
         checks.check_options(None, group_alignment)
         self.group_alignment = group_alignment

@@ -104,11 +104,13 @@ class Expected:
         source: a phrase that says where, when and at which sizes it was taken.
         plans: microseconds of a whole call by plan, the fastest first; infinite if the plan failed.
         is_exact: whether the user measured exactly this call.
+        sizes: M, E, K and N of the measurement.
     """
 
     source: str
     plans: tuple[tuple[str, float], ...]
     is_exact: bool = False
+    sizes: tuple[int, ...] = ()
 
 
 def expected(spec: CallSpec, profiles: Sequence[Profile]) -> Expected | None:
@@ -132,5 +134,5 @@ def expected(spec: CallSpec, profiles: Sequence[Profile]) -> Expected | None:
             source = f"measured on {profile.gpu}, {times.date}, at {sizes}{near}"
             in_full = asked.training == (len(spec.passes) == len(Pass))  # with all gradients, or without any
             plans = tuple(sorted(by_plan.items(), key=lambda item: item[1]))
-            return Expected(source, plans, profile.is_exact and in_full)
+            return Expected(source, plans, profile.is_exact and in_full, (times.num_rows, *nearest[-3:]))
     return None

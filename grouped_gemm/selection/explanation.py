@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from grouped_gemm.backends import get_backend
 from grouped_gemm.core.call_spec import Pass, dtype_name
 from grouped_gemm.core.preference import KernelPreference
+from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.selection.rules import Decision
 
 _WHY = {
@@ -25,10 +27,14 @@ class Explanation:
     Attributes:
         decision: the decision with its refusals; incomplete if no backend runs the call.
         num_rows: M, if it is known.
+        times: measured microseconds of the call by recipe, from `times_of_recipes`.
+        is_picked: whether the recipe was picked by these times, as ``recipe="fp8"``.
     """
 
     decision: Decision
     num_rows: int | None = None
+    times: Mapping[Recipe, float] = field(default_factory=dict)
+    is_picked: bool = False
 
     @property
     def host_syncs(self) -> dict[str, str]:
@@ -68,6 +74,12 @@ class Explanation:
             layouts = [kind for kind in readers if kind is not None]
             total += elements * (len(set(layouts)) * spec.dtype.itemsize + len(layouts))
         return total
+
+    @property
+    def slower_than_none(self) -> tuple[float, float] | None:
+        """The times of the recipe and of none, if none was measured to be faster."""
+        mine, none = self.times.get(self.decision.spec.recipe), self.times.get(Recipe.NONE)
+        return (mine, none) if mine is not None and none is not None and mine > none else None
 
     @property
     def why(self) -> str:
@@ -116,6 +128,9 @@ class Explanation:
             "padding_rows_at_most": self.padding,
             "quantized_bytes": self.quantized_bytes,
             "expected": self._expected_as_dict(),
+            "recipe_picked": self.is_picked,
+            "recipes_us": {recipe.value: us for recipe, us in self.times.items()},
+            "slower_than_none": self.slower_than_none is not None,
         }
 
     def _expected_as_dict(self) -> dict[str, Any] | None:
@@ -141,6 +156,17 @@ class Explanation:
         lines.append(f"  {'why':12}{self.why}")
         if decision.expected is not None:
             lines.append(f"  {'measured':12}{'; '.join(timed(*plan) for plan in decision.expected.plans)}")
+        if self.times or self.is_picked:
+            recipe = decision.spec.recipe.value
+            picked = f"{recipe}, picked: " if self.is_picked else ""
+            times = "; ".join(timed(recipe.value, us) for recipe, us in self.times.items())
+            lines.append(f"  {'recipes':12}{picked}{times or 'no such call was measured'}")
+        if self.slower_than_none:
+            mine, none = self.slower_than_none
+            text = (
+                f'{timed(decision.spec.recipe.value, mine)}, {timed("none", none)}. recipe="fp8" picks the faster one.'
+            )
+            lines.append(f"  {'WARNING':12}this recipe was measured to be slower than none: {text}")
         if self.quantized_bytes:
             lines.append(f"  {'quantized':12}{_bytes(self.quantized_bytes)} read and written")
         syncs = [f"{backend}: {when}" for backend, when in self.host_syncs.items()]

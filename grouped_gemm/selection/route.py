@@ -24,9 +24,9 @@ from grouped_gemm.core.preference import (
     resolve,
 )
 from grouped_gemm.core.quantized import QuantizedWeights
-from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.core.recipes import OF_FASTEST, Recipe
 from grouped_gemm.selection.explanation import Explanation
-from grouped_gemm.selection.rules import Decision, NoBackendError, decide
+from grouped_gemm.selection.rules import Decision, NoBackendError, decide, fastest_recipe, times_of_recipes
 from grouped_gemm.selection.spec import key_of
 
 
@@ -115,6 +115,38 @@ def _decided(fields: tuple[Any, ...]) -> tuple[str, ...]:
 
 # The same as torch.compiler.assume_constant_result, which would import all of Dynamo together with this package.
 _decided._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def in_fastest_recipe(spec: CallSpec) -> CallSpec:
+    """``spec``, in the recipe that ``recipe="fp8"`` stands for. Weights that are quantized already keep theirs.
+
+    Raises:
+        ValueError: an environment switch has an unknown value.
+    """
+    if spec.weights is not None or spec.passes[0] is not Pass.FORWARD:  # a wgrad as a call of its own is not measured
+        return spec
+    return spec._replace(recipe=Recipe.parse(_fastest(tuple(spec))))
+
+
+def _fastest(fields: tuple[Any, ...]) -> str:
+    """The name of the recipe for a `CallSpec` of ``fields``. As `_decided`, a constant of Dynamo."""
+    try:
+        return fastest_recipe(times_of(CallSpec(*fields))).value
+    except ValueError:
+        return Recipe.NONE.value  # `route_of` raises it
+
+
+_fastest._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def times_of(spec: CallSpec) -> dict[Recipe, float]:
+    """Measured microseconds of a call in `OF_FASTEST` and in its own recipe, see `times_of_recipes`.
+
+    Raises:
+        ValueError: an environment switch has an unknown value.
+    """
+    recipes = dict.fromkeys((*OF_FASTEST, spec.recipe))
+    return times_of_recipes([decision_of(spec._replace(recipe=recipe)) for recipe in recipes])
 
 
 def decision_of(spec: CallSpec) -> Decision:

@@ -11,16 +11,20 @@
 5. On a GPU, AUTO falls back to Emulated only if no other backend runs a pass and `strict` is off. `Decision.falls_back`
    then is true.
 6. Only the backend that quantized weights beforehand reads them.
+7. ``recipe="fp8"`` takes the recipe whose call AUTO measured to be the fastest, with weights quantized in each call. It
+   takes none where that was not measured, and where a scaled recipe is not faster by `MARGIN`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from grouped_gemm.backends import Candidate
 from grouped_gemm.core.call_spec import CallSpec, Pass
 from grouped_gemm.core.preference import STRICT, BackendKind, KernelPreference, Preference
+from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.selection.cost_model import PLANS, Expected, Profile, expected
 
 # The backends that AUTO tries first, by vendor; "" is every other device.
@@ -94,6 +98,15 @@ class Decision:
     def backends(self) -> tuple[BackendKind, ...]:
         """Each backend that runs a pass, once."""
         return tuple(dict.fromkeys(backend for _, backend in self.chosen))
+
+    @property
+    def expected_us(self) -> float | None:
+        """The measured microseconds of a call on the chosen backends; None: they were not measured, or failed."""
+        chosen = dict(self.chosen)
+        for name, us in self.expected.plans if self.expected else ():
+            if chosen == {pass_: PLANS[name][pass_] for pass_ in self.spec.passes} and us < math.inf:
+                return us
+        return None
 
     @property
     def is_complete(self) -> bool:
@@ -174,6 +187,29 @@ def decide(
         chosen = _fastest(_first(spec, order, selection), found)
         if all(selection.healthy(kind) for kind in dict.fromkeys(chosen.values())):
             return selection.decision(preference, asked_by, chosen, found)
+
+
+def times_of_recipes(decisions: Sequence[Decision]) -> dict[Recipe, float]:
+    """Measured microseconds by recipe, of decisions on one call in recipes of which the first is none.
+
+    Recipes that were measured at other sizes than none are left out. Without a time of none, there are no times.
+    """
+    none, *_ = decisions
+    if none.expected is None or none.expected_us is None:
+        return {}
+    return {
+        decision.spec.recipe: us
+        for decision in decisions
+        if (us := decision.expected_us) is not None
+        and decision.expected
+        and decision.expected.sizes == none.expected.sizes
+    }
+
+
+def fastest_recipe(times: Mapping[Recipe, float]) -> Recipe:
+    """The recipe that ``recipe="fp8"`` stands for, from `times_of_recipes`."""
+    best = min(times, key=lambda recipe: times[recipe], default=Recipe.NONE)
+    return best if best in times and times[Recipe.NONE] > MARGIN * times[best] else Recipe.NONE
 
 
 def able_plans(spec: CallSpec, candidates: Sequence[Candidate]) -> dict[str, Chosen]:

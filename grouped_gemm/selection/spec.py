@@ -18,7 +18,7 @@ from grouped_gemm.core.dense import dense_rows, dense_weights, materialized
 from grouped_gemm.core.machine import is_capturing
 from grouped_gemm.core.preference import VALIDATE, KernelPreference, Preference, surrounding
 from grouped_gemm.core.quantized import QuantizedWeights
-from grouped_gemm.core.recipes import Recipe
+from grouped_gemm.core.recipes import Recipe, is_fastest
 from grouped_gemm.selection import checks
 
 _MANY_GROUPS = 1024  # stands for a data-dependent E, so that a backend with a limit on E refuses the call
@@ -86,14 +86,14 @@ def describe(
         else:
             b_contiguous, b_needs_grad = "k", False
             weights = b.forward_backend, b.dgrad_backend
-            recipe = b.recipe if recipe is None else recipe
+            recipe = b.recipe if recipe is None or is_fastest(recipe) else recipe
         num_groups, k, n = b.shape
         if tracing.is_data_dependent(offs.shape[0]) or tracing.is_data_dependent(num_groups):
             offs = torch.ops.grouped_gemm.counted_offs(offs, num_groups)
         needs_grad = ((Pass.FORWARD, True), (Pass.DGRAD, needs_gradient(a)), (Pass.WGRAD, b_needs_grad))
     offs = materialized(offs).contiguous()
     bias = None if bias is None else materialized(bias)
-    recipe = Recipe.NONE if recipe is None else Recipe.parse(recipe)
+    recipe = Recipe.NONE if recipe is None or is_fastest(recipe) else Recipe.parse(recipe)
     if isinstance(b, QuantizedWeights) and recipe is not b.recipe:
         checks.fail("recipe", f"{b.recipe.value}, the recipe of the quantized weights", recipe.value)
     if VALIDATE.is_on():
