@@ -148,6 +148,7 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
     )
     types |= dict.fromkeys(("row_scales", "column_scales", "line_scales", "scales"), "*fp32")
     types |= dict.fromkeys(("offs", "blocks", "row_amax", "line_amax", "column_amax"), "*i32")
+    types |= dict.fromkeys(("row_maxima", "line_maxima", "column_maxima", "counts"), "*i32")
     nvidia = arch.startswith("sm")
     numbers = {"LIMIT": limit_of(arch), "POWER_OF_TWO": False, "NVIDIA": nvidia}
     tile = {"BLOCK": 128, "GROUP_M": 8}
@@ -161,11 +162,20 @@ def compile_quantizers(arch: str) -> dict[str, Any]:
 
     packed = {}
     if ARCHS[arch].packed_max:
-        packed = {
-            "amax packed": build(packed_bf16.find_amax, tile, 4),
-            "tiles rowwise packed": build(packed_bf16.quantize_rowwise, activations, 4),
-            "tiles blockwise packed": build(packed_bf16.quantize_blockwise, activations, 4),
+        tiles, scaled = packed_bf16.TILES, packed_bf16.SCALED_TILES
+        forms = {
+            "amax": (packed_bf16.find_amax, {"num_warps": 4}),
+            "tiles rowwise": (packed_bf16.quantize_rowwise, scaled),
+            "tiles blockwise": (packed_bf16.quantize_blockwise, tiles),
+            "weights rowwise": (packed_bf16.quantize_weights_rowwise, scaled),
+            "weights rowwise transposed": (packed_bf16.quantize_weights_rowwise, scaled),
+            "weights blockwise": (packed_bf16.quantize_weights_blockwise, tiles),
         }
+        for name, (kernel, options) in forms.items():
+            alone = {"STRAIGHT": False, "line_maxima": None} if name.endswith("transposed") else {}
+            constants = {k: v for k, v in (activations | weights | alone).items() if k in kernel.arg_names}
+            built = compile_kernel(kernel, arch, types, constants, form=GluonASTSource, **options)
+            packed[f"{name} packed"] = built
     return {
         "find blocks": build(quantize_fp8._find_blocks, find, 4),
         "find blocks of many groups": build(quantize_fp8._find_blocks, find | {"E_AT_ONCE": 1024, "AT_ONCE": 8}, 4),
@@ -185,18 +195,23 @@ def compile_deepgemm_quantizers(arch: str) -> dict[str, Any]:
     types |= dict.fromkeys(("row_scales", "column_scales"), "*fp32")
     types |= dict.fromkeys(("offs", "row_map", "blocks", "sizes"), "*i32")
     sides = {"BLOCK": 128, "FIELDS": 5}
-    tile = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, **sides, "GROUP_M": 8}
+    tile: dict[str, Any] = {"LIMIT": 448.0, "POWER_OF_TWO": False, "NVIDIA": True, **sides, "GROUP_M": 8}
     kernels: dict[str, tuple[Any, dict[str, Any]]] = {
         "deepgemm plan": (deepgemm_quantize._lay_out, {"E_AT_ONCE": 1024, **sides, "AT_ONCE": 8}),
         "deepgemm rows": (deepgemm_quantize._quantize_tiles, {"ROWS": True, "COLUMNS": False, **tile}),
         "deepgemm both": (deepgemm_quantize._quantize_tiles, {"ROWS": True, "COLUMNS": True, **tile}),
-        "deepgemm both packed": (deepgemm_quantize._quantize_packed, {"ROWS": True, "COLUMNS": True, **tile}),
-        "deepgemm columns packed": (deepgemm_quantize._quantize_packed, {"ROWS": False, "COLUMNS": True, **tile}),
     }
     for mode in ("pad", "unpad", "zero tail"):
         constants = {"MODE": mode, **sides, "ROWS": 32, "COLUMNS": 256}
         kernels[f"deepgemm {mode}"] = deepgemm_quantize._move_rows, constants
-    return {name: compile_kernel(kernel, arch, types, constants) for name, (kernel, constants) in kernels.items()}
+    compiled = {name: compile_kernel(kernel, arch, types, constants) for name, (kernel, constants) in kernels.items()}
+    del tile["GROUP_M"]
+    for name, rows in (("both", True), ("columns", False)):
+        constants = {"ROWS": rows, "COLUMNS": True, **tile}
+        kernel, options = deepgemm_quantize._quantize_packed, packed_bf16.TILES
+        built = compile_kernel(kernel, arch, types, constants, form=GluonASTSource, **options)
+        compiled[f"deepgemm {name} packed"] = built
+    return compiled
 
 
 def compile_torch_quantizers(arch: str) -> dict[str, Any]:

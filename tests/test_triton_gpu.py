@@ -181,7 +181,7 @@ def test_two_streams_do_not_affect_each_other(case, device):
 
 
 def quantized(recipe: Recipe, dtype: torch.dtype, d: int) -> Case:
-    shape = Shape(f"d{d}", RAGGED.sizes, tail=RAGGED.tail, k=d, n=300)
+    shape = Shape(f"d{d}", RAGGED.sizes, tail=RAGGED.tail, k=d, n=296)
     return Case(TRITON, recipe, dtype, TRAINING, shape)
 
 

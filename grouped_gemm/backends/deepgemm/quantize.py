@@ -6,13 +6,17 @@ of 0 with scales of 1.
 M, E, D: rows, groups, features. B: blocks of 128 rows. R: rows as DeepGEMM sees them. See `layouts`.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs, disable-error-code="assignment"
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 from grouped_gemm.backends.deepgemm.layouts import BLOCK, FIELDS
 from grouped_gemm.core.recipes import Recipe
@@ -58,18 +62,21 @@ def quantize_activations(x_MD: Tensor, blocks: Tensor, recipe: Recipe, out: tupl
     rows, columns = by_row.dim() == 2, column_scale.dim() == 2
     if blocks.shape[0] == 0:
         return
-    quantize_tiles = _quantize_packed if columns and packed_bf16.can_run(x_MD) else _quantize_tiles
+    num_blocks, d_blocks = blocks.shape[0], features // BLOCK
+    args = (
+        x_MD, blocks, by_row, row_scale, by_column, column_scale,
+        by_row.shape[0], features, x_MD.stride(0), row_scale.stride(1) if rows else 0,
+    )  # fmt: skip
+    constants: dict[str, Any] = {"ROWS": rows, "COLUMNS": columns}
+    constants |= scaling_constants(x_MD, recipe, (by_row if rows else by_column).dtype)
+    constants |= {"BLOCK": BLOCK, "FIELDS": FIELDS}
     with on_device(x_MD):
-        launch(
-            quantize_tiles, (blocks.shape[0] * (features // BLOCK),),
-            x_MD, blocks, by_row, row_scale, by_column, column_scale,
-            by_row.shape[0], features, x_MD.stride(0), row_scale.stride(1) if rows else 0,
-            constants={
-                "ROWS": rows, "COLUMNS": columns,
-                **scaling_constants(x_MD, recipe, (by_row if rows else by_column).dtype),
-                "BLOCK": BLOCK, "FIELDS": FIELDS, "GROUP_M": 8,
-            }, num_warps=4,
-        )  # fmt: skip
+        if columns and packed_bf16.can_run(x_MD, num_blocks):
+            grid: tuple[int, ...] = d_blocks, num_blocks
+            launch(_quantize_packed, grid, *args, constants=constants, **packed_bf16.TILES)
+        else:
+            grid = (num_blocks * d_blocks,)
+            launch(_quantize_tiles, grid, *args, constants=constants | {"GROUP_M": 8}, num_warps=4)
 
 
 def pad(x_MD: Tensor, blocks: Tensor) -> Tensor:
@@ -170,39 +177,42 @@ def _column_place(blocks, block, d, D, BLOCK: tl.constexpr, FIELDS: tl.constexpr
     return first.to(tl.int64) * BLOCK * D + d.to(tl.int64) * length + (block - first) * BLOCK, length
 
 
-@triton.jit(do_not_specialize=["R", "row_scale_stride"])
+@gluon.jit(do_not_specialize=["R", "row_scale_stride"])
 def _quantize_packed(
     x, blocks, by_row, row_scales, by_column, column_scales, R, D, x_stride, row_scale_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LIMIT: tl.constexpr, POWER_OF_TWO: tl.constexpr, NVIDIA: tl.constexpr,
-    BLOCK: tl.constexpr, FIELDS: tl.constexpr, GROUP_M: tl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, LIMIT: gl.constexpr, POWER_OF_TWO: gl.constexpr, NVIDIA: gl.constexpr,
+    BLOCK: gl.constexpr, FIELDS: gl.constexpr,
 ):  # fmt: skip
     """As `_quantize_tiles`, where `packed_bf16.can_run`."""
-    block, d_block = tile_of_program(D, BLOCK, GROUP_M)
-    d = d_block * BLOCK
-    row = tl.load(blocks + FIELDS * block)
-    rows_left = tl.load(blocks + FIELDS * block + 1)
-    source = (x + row.to(tl.int64) * x_stride + d).to(tl.pointer_type(tl.int32))
-    padded_row = block.to(tl.int64) * BLOCK
+    block = gl.program_id(1)
+    d = gl.program_id(0) * BLOCK
+    row = gl.load(blocks + FIELDS * block)
+    rows_left = gl.load(blocks + FIELDS * block + 1)
+    padded_row = block.to(gl.int64) * BLOCK
     room = R - block * BLOCK
-    steps = tl.arange(0, BLOCK)
-    magnitudes = packed_bf16.magnitudes_of(packed_bf16.load_tile(source, x_stride // 2, rows_left, BLOCK // 2, BLOCK))
+    tile = packed_bf16.load_tile(x + row.to(gl.int64) * x_stride + d, x_stride, rows_left, BLOCK // 2)
+    low, high = packed_bf16.column_amax(tile)
+    row_inverse = 0
     if ROWS:
-        scale = scale_of(packed_bf16.row_amax_of(magnitudes, BLOCK), LIMIT, POWER_OF_TWO)
-        scale = tl.where(steps < rows_left, scale, 1.0)
-        tl.store(row_scales + d_block.to(tl.int64) * row_scale_stride + padded_row + steps, scale, mask=steps < room)
-        row_inverse = packed_bf16.by_quarter(inverse_of(scale))
+        rows = packed_bf16.rows_of_tile()
+        scale = scale_of(packed_bf16.row_amax(tile), LIMIT, POWER_OF_TWO)
+        scale = gl.where(rows < rows_left, scale, 1.0)
+        scales = row_scales + (d // BLOCK).to(gl.int64) * row_scale_stride + padded_row
+        gl.store(scales + rows, scale, mask=rows < room)
+        row_inverse = packed_bf16.inverse_of(scale)
+    column_inverse = 0
+    offset = 0
+    length = 0
     if COLUMNS:
-        amax = packed_bf16.column_amax_of(magnitudes, BLOCK)
-        scale = tl.where(rows_left > 0, scale_of(amax, LIMIT, POWER_OF_TWO), 1.0)
-        tl.store(column_scales + block.to(tl.int64) * D + d + steps, scale)
-        column_inverse = packed_bf16.by_half(inverse_of(scale))
-    tile = packed_bf16.load_tile(source, x_stride // 2, rows_left, BLOCK // 2, BLOCK)
-    if ROWS:
-        packed_bf16.store_rows(by_row + padded_row * D + d, D, room, BLOCK // 2, tile, row_inverse, BLOCK)
-    if COLUMNS:
+        low = gl.where(rows_left > 0, scale_of(low, LIMIT, POWER_OF_TWO), 1.0)
+        high = gl.where(rows_left > 0, scale_of(high, LIMIT, POWER_OF_TWO), 1.0)
+        packed_bf16.store_column_scales(column_scales + block.to(gl.int64) * D + d, (low, high), BLOCK // 2)
+        column_inverse = (packed_bf16.inverse_of(low), packed_bf16.inverse_of(high))
         offset, length = _column_place(blocks, block, d, D, BLOCK, FIELDS)
-        tokens = tl.where(rows_left > 0, BLOCK, 0)
-        packed_bf16.store_transposed(by_column + offset, length, tokens, BLOCK // 2, tile, column_inverse, BLOCK)
+    packed_bf16.store_tile(
+        tile, by_row + padded_row * D + d, D, row_inverse, room, by_column + offset, length, column_inverse,
+        gl.where(rows_left > 0, BLOCK, 0), BLOCK // 2, ROWS, COLUMNS, "",
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Quantizers of rowwise and blockwise fp8: they write what `kernels.gemm` reads.
 
 The numbers are those of `reference`, bit for bit. The kernels are in `rowwise` and `blockwise`; `packed_bf16` has the
-faster ones for bfloat16 activations on NVIDIA GPUs from Hopper on.
+faster ones for bfloat16 on NVIDIA GPUs from Hopper on.
 
 M, E, K, N: rows, groups, in and out features. D: K or N. T: tokens in blocks of 128 that start anew with each group.
 R, C: lines and columns of a weight matrix as it lies in memory, C contiguous.
@@ -23,7 +23,7 @@ from torch import Tensor
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.common.groups import at_once, groups_of_blocks
-from grouped_gemm.kernels.common.launch import cdiv, in_parts, launch, next_power_of_2, on_device
+from grouped_gemm.kernels.common.launch import cdiv, in_parts, launch, next_power_of_2, num_processors, on_device
 from grouped_gemm.kernels.quantize import blockwise, layouts, packed_bf16, rowwise
 from grouped_gemm.kernels.quantize.layouts import SCALE_ALIGNMENT, TOKEN_BLOCK, Operands
 
@@ -55,29 +55,36 @@ def quantize_activations(
     if recipe.block is None and not columns:
         _quantize_rows(x_MD, by_row, row_scale, constants)
         return
-    packed = columns and packed_bf16.can_run(x_MD)
     with on_device(x_MD):
         if blocks is None:
             blocks = layouts.token_blocks(offs, num_rows)
             find_blocks(offs, num_rows, blocks)
-        grid = (len(blocks) * cdiv(features, TOKEN_BLOCK),)
+        packed = columns and packed_bf16.can_run(x_MD, len(blocks))
+        grid = _grid(len(blocks), cdiv(features, TOKEN_BLOCK), packed)
         if recipe.block is None:
             column_scale.fill_(1)
             row_amax, column_amax = find_amax(x_MD, blocks, num_groups, rows=rows)
-            launch(
-                packed_bf16.quantize_rowwise if packed else rowwise.quantize_tiles, grid,
+            args: tuple[Any, ...] = (
                 x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
                 num_groups, features, x_MD.stride(0), by_row.stride(0),
-                constants={"ROWS": rows} | constants | TILE, num_warps=_WARPS,
             )  # fmt: skip
+            constants = {"ROWS": rows} | constants
+            if packed:
+                launch(packed_bf16.quantize_rowwise, grid, *args, constants=constants, **packed_bf16.SCALED_TILES)
+            else:
+                launch(rowwise.quantize_tiles, grid, *args, constants=constants | TILE, num_warps=_WARPS)
         else:
-            launch(
-                packed_bf16.quantize_blockwise if packed else blockwise.quantize_tiles, grid,
+            args = (
                 x_MD, blocks, by_row, row_scale, by_column, column_scale,
                 features, x_MD.stride(0), by_row.stride(0), row_scale.stride(0) if rows else 0,
-                constants={"ROWS": rows, "COLUMNS": columns} | constants | {"SCALE_ALIGNMENT": SCALE_ALIGNMENT} | TILE,
-                num_warps=_WARPS,
             )  # fmt: skip
+            alignment = {"SCALE_ALIGNMENT": SCALE_ALIGNMENT}
+            if packed:
+                constants = {"ROWS": rows} | constants | alignment
+                launch(packed_bf16.quantize_blockwise, grid, *args, constants=constants, **packed_bf16.TILES)
+            else:
+                constants = {"ROWS": rows, "COLUMNS": columns} | constants | alignment | TILE
+                launch(blockwise.quantize_tiles, grid, *args, constants=constants, num_warps=_WARPS)
 
 
 def _quantize_rows(x_MD: Tensor, data_MD: Tensor, scale_M: Tensor, constants: dict[str, Any]) -> None:
@@ -96,6 +103,10 @@ def _quantize_rows(x_MD: Tensor, data_MD: Tensor, scale_M: Tensor, constants: di
         )  # fmt: skip
 
 
+def _grid(blocks: int, d_blocks: int, packed: bool) -> tuple[int, ...]:
+    return (d_blocks, blocks) if packed else (blocks * d_blocks,)
+
+
 def find_amax(x_MD: Tensor, blocks: Tensor, num_groups: int, *, rows: bool) -> tuple[Tensor | None, Tensor]:
     """Finds the largest magnitudes, see `scaling.magnitude`, of each row, (M,), and each column of a group, (E, D).
 
@@ -111,16 +122,20 @@ def find_amax(x_MD: Tensor, blocks: Tensor, num_groups: int, *, rows: bool) -> t
     num_rows, features = x_MD.shape
     column_amax, row_amax = _zeros(x_MD, num_groups * features, num_rows if rows else None)
     assert column_amax is not None
-    launch(
-        packed_bf16.find_amax if packed_bf16.can_run(x_MD) else rowwise.find_amax,
-        (len(blocks) * cdiv(features, TOKEN_BLOCK),),
-        x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0), constants=TILE, num_warps=_WARPS,
-    )  # fmt: skip
+    packed = packed_bf16.can_run(x_MD, len(blocks))
+    grid = _grid(len(blocks), cdiv(features, TOKEN_BLOCK), packed)
+    args = x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0)
+    if packed:
+        launch(packed_bf16.find_amax, grid, *args, constants={}, num_warps=_WARPS)
+    else:
+        launch(rowwise.find_amax, grid, *args, constants=TILE, num_warps=_WARPS)
     return row_amax, column_amax
 
 
 def quantize_weights(b_EKN: Tensor, recipe: Recipe, out: Operands) -> None:
-    """Fills ``out``, from `layouts.weights`. Tensors of shape (0,) are not wanted. Rowwise, ``b`` is read twice.
+    """Fills ``out``, from `layouts.weights`. Tensors of shape (0,) are not wanted.
+
+    Rowwise, ``b`` is read twice, unless only the operand that is contracted along its contiguous axis is wanted.
 
     Args:
         b_EKN: (E, K, N), K or N contiguous; bfloat16, float16 or float32.
@@ -141,23 +156,38 @@ def _quantize_weights_rowwise(b_EKN: Tensor, recipe: Recipe, out: Sequence[Tenso
         straight, transposed, line_scale, column_scale = forward, dgrad, forward_scale, dgrad_scale
     num_groups, lines, columns = w_ERC.shape
     wants_straight, wants_transposed = straight.dim() == 3, transposed.dim() == 3
+    fp8 = (straight if wants_straight else transposed).dtype
+    if not wants_transposed and w_ERC.stride(0) == lines * w_ERC.stride(1):  # rows of one matrix, each with its scale
+        rows = w_ERC.flatten(0, 1), straight.flatten(0, 1), line_scale.flatten()
+        _quantize_rows(*rows, scaling_constants(b_EKN, recipe, fp8))
+        return
     shape = lines, columns, w_ERC.stride(0), w_ERC.stride(1)
-    grid = (cdiv(lines, TOKEN_BLOCK) * cdiv(columns, TOKEN_BLOCK), num_groups)
+    strides = *_strides(straight), *_strides(transposed)
+    constants = _weight_constants(b_EKN, recipe, straight, transposed)
+    r_blocks = cdiv(lines, TOKEN_BLOCK)
+    tiles = r_blocks * cdiv(columns, TOKEN_BLOCK)
+    line_sizes = num_groups * lines if wants_straight else None
+    column_sizes = num_groups * columns if wants_transposed else None
     with on_device(b_EKN):
-        line_amax, column_amax = _zeros(
-            b_EKN,
-            num_groups * lines if wants_straight else None,
-            num_groups * columns if wants_transposed else None,
-        )
+        if packed_bf16.can_run(w_ERC, r_blocks):
+            zeros = _zeros(b_EKN, line_sizes, column_sizes, num_groups + 1)
+            launch(
+                packed_bf16.quantize_weights_rowwise, (2 * num_groups * tiles,),
+                w_ERC, straight, transposed, line_scale, column_scale, *zeros, num_groups,
+                *shape, *strides, 2 * num_processors(b_EKN.device),
+                constants=constants, **packed_bf16.SCALED_TILES,
+            )  # fmt: skip
+            return
+        line_amax, column_amax = _zeros(b_EKN, line_sizes, column_sizes)
+        grid = tiles, num_groups
         launch(
             rowwise.find_weight_amax, grid, w_ERC, line_amax, column_amax, *shape,
             constants={"BLOCK": TOKEN_BLOCK}, num_warps=8,
         )  # fmt: skip
         launch(
             rowwise.quantize_weight_tiles, grid,
-            w_ERC, straight, transposed, line_scale, column_scale, line_amax, column_amax, *shape,
-            *_strides(straight), *_strides(transposed),
-            constants=_weight_constants(b_EKN, recipe, straight, transposed), num_warps=8,
+            w_ERC, straight, transposed, line_scale, column_scale, line_amax, column_amax, *shape, *strides,
+            constants=constants | TILE, num_warps=8,
         )  # fmt: skip
 
 
@@ -168,14 +198,23 @@ def _quantize_weights_blockwise(b_EKN: Tensor, recipe: Recipe, out: Sequence[Ten
         w_ERC, scale_ERC = b_EKN.transpose(1, 2), scale_EKN.transpose(1, 2)
         straight, transposed = forward, dgrad
     num_groups, lines, columns = w_ERC.shape
+    args = (
+        w_ERC, straight, transposed, scale_ERC, lines, columns, w_ERC.stride(0), w_ERC.stride(1),
+        *_strides(straight), *_strides(transposed), *scale_ERC.stride(),
+    )  # fmt: skip
+    constants = _weight_constants(b_EKN, recipe, straight, transposed)
+    r_blocks, c_blocks = cdiv(lines, TOKEN_BLOCK), cdiv(columns, TOKEN_BLOCK)
     with on_device(b_EKN):
-        launch(
-            blockwise.quantize_weight_tiles,
-            (cdiv(lines, TOKEN_BLOCK) * cdiv(columns, TOKEN_BLOCK), num_groups),
-            w_ERC, straight, transposed, scale_ERC, lines, columns, w_ERC.stride(0), w_ERC.stride(1),
-            *_strides(straight), *_strides(transposed), *scale_ERC.stride(),
-            constants=_weight_constants(b_EKN, recipe, straight, transposed), num_warps=8,
-        )  # fmt: skip
+        if packed_bf16.can_run(w_ERC, r_blocks):
+            launch(
+                packed_bf16.quantize_weights_blockwise, (c_blocks, r_blocks, num_groups), *args,
+                constants=constants, **packed_bf16.TILES,
+            )  # fmt: skip
+        else:
+            launch(
+                blockwise.quantize_weight_tiles, (r_blocks * c_blocks, num_groups), *args,
+                constants=constants | TILE, num_warps=8,
+            )  # fmt: skip
 
 
 def _strides(data: Tensor) -> tuple[int, int]:
@@ -186,7 +225,7 @@ def _strides(data: Tensor) -> tuple[int, int]:
 def _weight_constants(b_EKN: Tensor, recipe: Recipe, straight: Tensor, transposed: Tensor) -> dict[str, Any]:
     fp8 = (straight if straight.dim() == 3 else transposed).dtype
     wanted = {"STRAIGHT": straight.dim() == 3, "TRANSPOSED": transposed.dim() == 3}
-    return wanted | scaling_constants(b_EKN, recipe, fp8) | TILE
+    return wanted | scaling_constants(b_EKN, recipe, fp8)
 
 
 def find_blocks(offs: Tensor, num_rows: int, blocks: Tensor) -> None:
@@ -223,13 +262,11 @@ def _find_blocks(
     tl.store(target + 3, scale_start + row - start, mask=mask)
 
 
-def _zeros(x: Tensor, first: int | None, second: int | None) -> tuple[Tensor | None, Tensor | None]:
-    """Two int32 tensors of that many zeros, from one fill, each 16-byte aligned. None: it is not wanted."""
-    start = -(-(first or 0) // 4) * 4
-    zeros = x.new_zeros(start + (second or 0), dtype=torch.int32)
-    if first is None or second is None:
-        return (None if first is None else zeros), (None if second is None else zeros)
-    return zeros[:first], zeros[start:]
+def _zeros(x: Tensor, *sizes: int | None) -> list[Tensor | None]:
+    """int32 tensors of that many zeros, from one fill, each 16-byte aligned. None: it is not wanted."""
+    padded = [-(-(size or 0) // 4) * 4 for size in sizes]
+    zeros = x.new_zeros(sum(padded), dtype=torch.int32).split(padded)
+    return [None if size is None else part[:size] for size, part in zip(sizes, zeros)]
 
 
 def scaling_constants(x: Tensor, recipe: Recipe, fp8: torch.dtype) -> dict[str, Any]:
