@@ -15,34 +15,29 @@ _RECIPES = {"none": "bf16", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8_
 
 
 def draw(run: dict[str, Any], path: Path) -> None:
-    """Writes a bar chart as a PNG: a panel for each recipe, by shape and pass, and one for the quantizers.
+    """Writes a bar chart as a PNG: a panel for each recipe, by shape and pass.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure  # used directly: no display, no global state
 
-    gemms, quantizers = [r for r in run["rows"] if "pass" in r], [r for r in run["rows"] if "quantizer" in r]
-    panels: list[tuple[str, str, list[Row], str]] = []
+    gemms = [r for r in run["rows"] if "pass" in r]
+    panels: list[tuple[str, list[Row]]] = []
     for recipe, label in _RECIPES.items():
         ceiling = run["ceilings"].get(CEILINGS[recipe])
         title = f"{label} GEMMs, TFLOP/s in the bars; ceiling: one large {CEILINGS[recipe]} matmul"
         title += f", {ceiling:.0f} TFLOP/s" if ceiling else ", which failed"
-        panels.append((title, "share of the matmul", [r for r in gemms if r["recipe"] == recipe], "pass"))
-    copies = sorted({r["copy"] for r in quantizers if r["copy"]})
-    title = "quantizers, GB/s in the bars; ceiling: a copy" + (
-        f", {copies[0]:.0f} to {copies[-1]:.0f} GB/s" if copies else ", which failed"
-    )
-    panels.append((title, "share of a copy", quantizers, "quantizer"))
-    panels = [panel for panel in panels if panel[2]]
+        panels.append((title, [r for r in gemms if r["recipe"] == recipe]))
+    panels = [panel for panel in panels if panel[1]]
     figure = Figure(figsize=(13, 1.2 + 3.6 * max(len(panels), 1)), dpi=120, layout="constrained")
     versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
     title = f"Share of the measured ceiling: grouped_gemm on {run['device']} ({versions})"
     figure.suptitle(title, x=0.01, ha="left", weight="bold", color=_INK)
     axes = figure.subplots(max(len(panels), 1), 1, squeeze=False)[:, 0]
-    for axis, (title, unit, rows, what) in zip(axes, panels):
-        _panel(axis, title, rows, what, run["ceilings"])
-        axis.set_ylabel(unit, color=_INK)
+    for axis, (title, rows) in zip(axes, panels):
+        _panel(axis, title, rows, run["ceilings"])
+        axis.set_ylabel("share of the matmul", color=_INK)
         axis.set_xlabel(
             "shape, M x E x N x K: tokens, experts, out features, in features", fontsize=9, color=_INK, labelpad=40
         )
@@ -51,19 +46,16 @@ def draw(run: dict[str, Any], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def _panel(axis: Any, title: str, rows: list[Row], what: str, ceilings: dict[str, float | None]) -> None:
-    """Bars by shape, for quantizers by shape and recipe, and within these by ``what``: the pass or the quantizer."""
-    by_recipe = what == "quantizer"
-    outer = list(dict.fromkeys((r["shape"], r["recipe"] if by_recipe else "") for r in rows))
-    inner = [p for p in PASSES if any(r[what] == p for r in rows)] if not by_recipe else []
-    inner = inner or list(dict.fromkeys(r[what] for r in rows))
+def _panel(axis: Any, title: str, rows: list[Row], ceilings: dict[str, float | None]) -> None:
+    """Bars by shape, and within these by pass."""
+    outer = list(dict.fromkeys(r["shape"] for r in rows))
+    inner = [p for p in PASSES if any(r["pass"] == p for r in rows)]
     kinds = [kind for kind in _BARS if any(r["kind"] == kind for r in rows)]
     width = 0.84 / len(kinds)
     ticks = {}
     for row in rows:
-        group = outer.index((row["shape"], row["recipe"] if by_recipe else ""))
-        middle = group * (len(inner) + 0.8) + inner.index(row[what])
-        ticks[middle] = row[what]
+        middle = outer.index(row["shape"]) * (len(inner) + 0.8) + inner.index(row["pass"])
+        ticks[middle] = row["pass"]
         x = middle + (kinds.index(row["kind"]) - (len(kinds) - 1) / 2) * width
         mine = share(row, ceilings, row["ms"])
         if mine is None:
@@ -79,13 +71,11 @@ def _panel(axis: Any, title: str, rows: list[Row], what: str, ceilings: dict[str
                 axis.plot(x, theirs, marker, color=color, label=label, markersize=8, markeredgecolor="white",
                           linestyle="none")  # fmt: skip
     axis.axhline(1, color=_INK, linewidth=1, label="ceiling")
-    if by_recipe:
-        axis.axhline(0.9, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), label="goal of quantizers, 0.9")
     axis.set_title(title, loc="left", color=_INK)
     axis.set_xticks(list(ticks), list(ticks.values()), fontsize=8)
-    for group, (shape, recipe) in enumerate(outer):
+    for group, shape in enumerate(outer):
         middle = group * (len(inner) + 0.8) + (len(inner) - 1) / 2
-        label = "\n".join(filter(None, (f"{shape} {recipe}".rstrip(), sizes(shape))))
+        label = "\n".join(filter(None, (shape, sizes(shape))))
         axis.text(middle, -0.1, label, ha="center", va="top", fontsize=10, color=_INK,
                   transform=axis.get_xaxis_transform())  # fmt: skip
     axis.set_xlim(-0.8, len(outer) * (len(inner) + 0.8) - 1)

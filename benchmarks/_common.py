@@ -136,7 +136,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def ends_of(num_rows: int, num_groups: int, kind: str) -> torch.Tensor:
+def ends_of(num_rows: int, num_groups: int, kind: str, device: str = DEVICE) -> torch.Tensor:
     """End rows, (E,) int32: equal groups; or skewed ones, one empty, in multiples of 16, as torch's fp8 needs."""
     if kind == "balanced":
         sizes = torch.full((num_groups,), num_rows // num_groups)
@@ -145,7 +145,7 @@ def ends_of(num_rows: int, num_groups: int, kind: str) -> torch.Tensor:
         shares[num_groups // 2] = 0
         sizes = (shares / shares.sum() * num_rows).int() // 16 * 16
         sizes[0] += num_rows - sizes.sum()
-    return sizes.cumsum(0).int().to(DEVICE)
+    return sizes.cumsum(0).int().to(device)
 
 
 def relative_error(x: torch.Tensor, truth: torch.Tensor) -> float:

@@ -1,8 +1,8 @@
 """The figures of one run as text, and whether they reach the goals. It reads the JSON of grouped_mm.py, without a GPU.
 
 A run is a dict: device, versions, seconds, ceilings (TFLOP/s of one large matmul, by name), failures, rows. A row is a
-GEMM (shape, kind, recipe, pass, flops, error, ms, peers: ms by name), a quantizer (shape, kind, recipe, quantizer,
-bytes, ms, copy: GB/s) or a host time (host, us). A figure that failed is None.
+GEMM (shape, kind, recipe, pass, flops, error, ms, peers: ms by name) or a host time (host, us). A figure that failed is
+None.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def name(row: Row) -> str:
     """The name of a row: "seed ragged none forward"."""
     if "host" in row:
         return f"host time of {row['host']}"
-    return f"{row['shape']} {row['kind']} {row['recipe']} {row.get('pass') or 'quantizer, ' + row['quantizer']}"
+    return f"{row['shape']} {row['kind']} {row['recipe']} {row['pass']}"
 
 
 def sizes(shape: str, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> str:
@@ -58,8 +58,8 @@ def legend(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]] = SHAPES)
 
 
 def rate(row: Row, ms: float | None) -> float | None:
-    """TFLOP/s of a GEMM, or GB/s of a quantizer, that takes ``ms`` milliseconds."""
-    return (row["flops"] / ms / 1e9 if "flops" in row else row["bytes"] / ms / 1e6) if ms else None
+    """TFLOP/s of a GEMM that takes ``ms`` milliseconds."""
+    return row["flops"] / ms / 1e9 if ms else None
 
 
 def ratio(row: Row, peer: str) -> float | None:
@@ -68,8 +68,8 @@ def ratio(row: Row, peer: str) -> float | None:
 
 
 def share(row: Row, ceilings: dict[str, float | None], ms: float | None) -> float | None:
-    """The share of the ceiling, which is a matmul or a copy in the same run; None if one of them failed."""
-    ceiling = ceilings.get(CEILINGS[row["recipe"]]) if "flops" in row else row["copy"]
+    """The share of the ceiling, a matmul in the same run; None if one of them failed."""
+    ceiling = ceilings.get(CEILINGS[row["recipe"]])
     found = rate(row, ms)
     return found / ceiling if found and ceiling else None
 
@@ -78,8 +78,8 @@ def describe(row: Row, ceilings: dict[str, float | None]) -> str:
     """One line: our rate, each peer's rate, and the ratio."""
     if "host" in row:
         return f"{name(row):40s}{_number(row['us'], '8.1f')} us"
-    mine = f"{_number(rate(row, row['ms']), '7.0f')} {'TFLOP/s' if 'flops' in row else 'GB/s   '}"
-    mine += f"{_number(share(row, ceilings, row['ms']), '6.2f')} of {'a matmul' if 'flops' in row else 'a copy'}"
+    mine = f"{_number(rate(row, row['ms']), '7.0f')} TFLOP/s"
+    mine += f"{_number(share(row, ceilings, row['ms']), '6.2f')} of a matmul"
     text = f"{name(row):54s}{mine}"
     for peer, ms in row.get("peers", {}).items():
         text += f"  {peer}{_number(rate(row, ms), '6.0f')}, {_number(ratio(row, peer), '.2f')}x"
@@ -138,7 +138,6 @@ def goals(rows: Iterable[Row]) -> list[Goal]:
     found += [
         against("fp8_blockwise", "forward", "deep_gemm", 0.8),
         against("fp8_blockwise", "wgrad", "deep_gemm", 1.0),
-        Goal("quantizers against a copy", 0.9, [(name(r), share(r, {}, r["ms"])) for r in rows if "quantizer" in r]),
         Goal(
             "host time of an eager call in bf16",
             25.0,

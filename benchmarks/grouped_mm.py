@@ -1,4 +1,4 @@
-"""Triton GEMMs and quantizers on one CUDA GPU, compared with torch, DeepGEMM and the ceilings of the GPU.
+"""Triton GEMMs on one CUDA GPU, compared with torch, DeepGEMM and the ceilings of the GPU.
 
     python -m grouped_gemm bench
     python -m grouped_gemm bench grouped_mm --shapes seed --json run.json --plot run.png
@@ -8,8 +8,8 @@ First, results are compared with `reference` on small ragged cases, and each GEM
 groups, in memory poisoned with NaN; a wrong result makes the exit code 1. Times are medians of CUDA events with a cold
 L2, where ours and the peers' are interleaved; only ratios within a run are reliable. Peers: torch's grouped GEMMs, and
 DeepGEMM if it is installed (for ragged groups, on groups padded to 128, which it needs; the padding is not timed).
-Ceilings: one matmul of 8192^3 in bf16 and in fp8 with rowwise scales, and a copy. The last lines say which goals the
-run has reached.
+Ceilings: one matmul of 8192^3 in bf16 and in fp8 with rowwise scales. The last lines say which goals the run has
+reached. `quantizers` measures the quantizers.
 """
 
 from __future__ import annotations
@@ -99,36 +99,6 @@ def time_gemms(shape: str, kind: str, recipe: Recipe) -> None:
         record(row | {"error": error, "ms": times.pop("", None), "peers": times})
 
 
-def time_quantizers(shape: str, kind: str) -> None:
-    """GB/s of the memory traffic that is needed, each input read once and each output written once, and of a copy."""
-    num_rows, num_groups, n, k = SHAPES[shape]
-    x = torch.randn(num_rows, k, device=DEVICE, dtype=torch.bfloat16)
-    w = torch.randn(num_groups, n, k, device=DEVICE, dtype=torch.bfloat16)
-    plan = OffsetPlan(ends_of(num_rows, num_groups, kind), num_rows)
-    target = torch.empty_like(x)
-    copy_ms = milliseconds("copy", lambda: target.copy_(x))
-    copy = copy_ms and 4 * x.numel() / copy_ms / 1e6
-    for recipe in RECIPES[1:]:
-        cases: dict[str, tuple[int, Callable[[], Any]]] = {
-            what: (
-                3 * x.numel() if not (rows and columns) else 4 * x.numel(),
-                lambda rows=rows, columns=columns, recipe=recipe: TRITON.quantize_activations(
-                    x, plan, recipe, rows=rows, columns=columns
-                ),
-            )
-            for what, rows, columns in (("rows", True, False), ("columns", False, True), ("both", True, True))
-        }
-        cases["weights, both"] = (
-            4 * w.numel(),
-            lambda recipe=recipe: TRITON.quantize_weights(w.transpose(1, 2), recipe, forward=True, dgrad=True),
-        )
-        for what, (nbytes, function) in cases.items():
-            name = f"{shape} {kind} {recipe.value} quantizer, {what}"
-            ms = milliseconds(name, function)
-            row = {"shape": shape, "kind": kind, "recipe": recipe.value, "quantizer": what, "bytes": nbytes}
-            record(row | {"ms": ms, "copy": copy})
-
-
 def time_host() -> None:
     """Host time of an eager call without gradients, in microseconds; the GPU's queue never fills."""
     offs = torch.tensor([64, 128], dtype=torch.int32, device=DEVICE)
@@ -174,11 +144,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         check_small()
     if "host" not in args.skip:
         time_host()
-    if "quantizers" not in args.skip:
-        for shape in ("seed", "qwen3_gateup"):
-            if shape in args.shapes:
-                attempt(f"quantizers {shape}", lambda: time_quantizers(shape, "ragged"))  # noqa: B023
-                torch.cuda.empty_cache()
     if "gemms" not in args.skip:
         attempt("ceilings", measure_ceilings)
         torch.cuda.empty_cache()
@@ -205,7 +170,7 @@ def main() -> int:
     )
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--recipes", nargs="*", choices=[r.value for r in RECIPES], default=[r.value for r in RECIPES])
-    parser.add_argument("--skip", nargs="*", choices=("check", "gemms", "quantizers", "host"), default=[])
+    parser.add_argument("--skip", nargs="*", choices=("check", "gemms", "host"), default=[])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the run to this file")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw it: shares of the measured ceilings")
     parser.add_argument("--from-json", type=Path, metavar="FILE", help="measure nothing, report this run again")

@@ -1,4 +1,4 @@
-"""benchmarks/grouped_mm.py without a GPU: the report of an earlier run, its goals, its chart."""
+"""Benchmarks without a GPU: the report, the goals and the chart of an earlier run of grouped_mm.py; tiny runs."""
 
 from __future__ import annotations
 
@@ -38,8 +38,6 @@ RUN = {
         gemm("fp8_blockwise", "forward", 1.0, deep_gemm=0.9),
         gemm("fp8_blockwise", "dgrad", 1.0, deep_gemm=0.1),
         gemm("fp8_blockwise", "wgrad", 1.0, deep_gemm=0.9),
-        {"shape": "seed", "kind": "ragged", "recipe": "fp8_rowwise", "quantizer": "rows", "bytes": 3.8e9, "ms": 1.0,
-         "copy": 4000.0},
         {"host": "grouped_mm none", "us": 24.0},
         {"host": "grouped_mm fp8_rowwise", "us": 90.0},
     ],
@@ -72,7 +70,6 @@ def test_a_row_shows_our_rate_the_peers_and_the_ratio(shown):
     (line,) = [line for line in out.splitlines() if line.startswith("seed ragged none forward")]
     words = " ".join(line.split())
     assert "500 TFLOP/s 0.62 of a matmul torch 556, 0.90x deep_gemm 667, 0.75x error 2e-03" in words
-    assert "3800 GB/s 0.95 of a copy" in " ".join(out.split())
 
 
 def test_each_goal_has_its_count_and_its_worst_case(shown):
@@ -91,7 +88,6 @@ def test_each_goal_has_its_count_and_its_worst_case(shown):
         "seed balanced fp8_blockwise forward",
         "NOT reached fp8_blockwise wgrad against deep_gemm >= 1.00x 0 of 1, worst 0.90x: "
         "seed balanced fp8_blockwise wgrad",
-        "reached quantizers against a copy >= 0.90x 1 of 1, worst 0.95x: seed ragged fp8_rowwise quantizer, rows",
         "reached host time of an eager call in bf16 <= 25 us 1 of 1, worst 24.0 us: host time of grouped_mm none",
     ]
 
@@ -133,17 +129,16 @@ def test_the_chart_explains_itself(shown, tmp_path, monkeypatch):
     (figure,) = figures
     (legend,) = figure.legends
     named = {text.get_text() for text in legend.get_texts()}
-    assert named == {"grouped_gemm, balanced", "grouped_gemm, ragged", "torch", "DeepGEMM", "ceiling", "failed",
-                     "goal of quantizers, 0.9"}  # fmt: skip
+    assert named == {"grouped_gemm, balanced", "grouped_gemm, ragged", "torch", "DeepGEMM", "ceiling", "failed"}
     for axes in figure.axes:
         texts = [text for text in axes.findobj(Text) if text.get_text()]
         assert min(text.get_fontsize() for text in texts) >= 8
-        assert axes.get_ylabel() in ("share of the matmul", "share of a copy")
+        assert axes.get_ylabel() == "share of the matmul"
         assert axes.get_xlabel().startswith("shape, M x E x N x K")
         assert any("seed" in text.get_text() and "32768x8x2048x7168" in text.get_text() for text in texts)
 
 
-@pytest.mark.parametrize("part", ("pass", "quantizer", "host", "nothing"))
+@pytest.mark.parametrize("part", ("pass", "host", "nothing"))
 def test_part_of_a_run_can_be_drawn(shown, tmp_path, part):
     rows = [row for row in RUN["rows"] if part in row]
     assert shown(RUN | {"rows": rows, "ceilings": {}}, "--plot", str(tmp_path / "run.png"))[0] == 0
@@ -190,3 +185,44 @@ def test_expert_parallelism_is_measured_beside_torch(tmp_path):
     assert all(0 < row["us"] < 1e8 for row in rows)
     assert 0 < next(row["error"] for row in rows if row["name"] == "fp8_blockwise" and "error" in row) < 0.1
     assert out.count("reached") == 6
+
+
+def test_quantizers_are_measured_beside_a_copy(tmp_path, monkeypatch, capsys):
+    """On a CPU: the emulated backend on a tiny shape."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # it would compile for half a minute
+    command = ["bench", "quantizers", "--device", "cpu", "--rounds", "2", "--json", str(tmp_path / "run.json")]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(command)
+    assert exit_.value.code == 0
+    rows = json.loads((tmp_path / "run.json").read_text())["rows"]
+    weights = ("weights, K contiguous", "weights, N contiguous")
+    assert [(row["recipe"], row["quantizer"]) for row in rows] == [
+        (recipe, what)
+        for recipe in ("fp8_rowwise", "fp8_blockwise", "mxfp8")
+        for what in ("rows", "columns", "both", *weights)
+    ]
+    values = 256 * 128
+    assert [row["bytes"] for row in rows[:4]] == [3 * values, 3 * values, 4 * values, 4 * 4 * 64 * 128]
+    assert all(row["us"] > 0 and row["copy_us"] > 0 and list(row["peers"]) == ["torch.compile"] for row in rows)
+    out = capsys.readouterr().out
+    assert out.count("reached") == 9 and out.endswith("0 failures\n")
+
+
+def test_shares_and_means_of_quantizers(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    quantizers = importlib.import_module("quantizers")
+    row = {"recipe": "fp8_rowwise", "quantizer": "both", "bytes": 1, "us": 200.0}
+    first, second = list(quantizers.SWEEP)[:2]
+    rows = [
+        row | {"shape": "seed", "copy_us": 130.0, "peers": {}},
+        row | {"shape": first, "copy_us": 40.0, "peers": {"torch.compile": 400.0}},
+        row | {"shape": second, "copy_us": 160.0, "peers": {"torch.compile": 1600.0, "torchao": 300.0}},
+        row | {"shape": "qwen3_gateup", "us": None, "copy_us": 130.0, "peers": {}},
+    ]
+    (goal,) = (goal for goal in quantizers.goals(rows) if goal.cases)
+    assert (goal.what, goal.reached, goal.worst) == (
+        "fp8_rowwise both", 1, ("qwen3_gateup fp8_rowwise both", None)
+    )  # fmt: skip
+    (line,) = quantizers.means(rows)
+    found = " ".join(line.split())
+    assert found == "fp8_rowwise both 0.40 of a copy, 4.00x torch.compile (2 of 2), 1.50x torchao (1 of 2)"
