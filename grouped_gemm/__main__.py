@@ -141,7 +141,7 @@ def _explain(parser: argparse.ArgumentParser) -> Run:
             print("\n".join(map(str, explanations)))
         return 0 if all(explanation.decision.is_complete for explanation in explanations) else 1
 
-    _add_call(parser, FASTEST)
+    _add_call(parser)
     other = parser.add_argument_group("another machine", "explain what would run there; no backend is tried")
     other.add_argument("--arch", type=str.lower, help="its exact architecture: sm_90, gfx942, cpu")
     other.add_argument("--vendor", type=str.lower, help="nvidia, amd or cpu; must match --arch (default: its vendor)")
@@ -189,6 +189,7 @@ def _versions(text: str) -> dict[str, str]:
 
 def _warmup(parser: argparse.ArgumentParser) -> Run:
     from grouped_gemm import NoBackendError, warmup
+    from grouped_gemm.autotune.warmup import WarmedUp
     from grouped_gemm.core.call_spec import row_class
     from grouped_gemm.core.machine import default_device
 
@@ -198,6 +199,13 @@ def _warmup(parser: argparse.ArgumentParser) -> Run:
 
         e, k, n = args.experts, args.k, args.n
         b = empty(e, n, k).transpose(1, 2) if args.b_contiguous == "k" else empty(e, k, n)
+        shown: list[WarmedUp] = []
+
+        def show(done: WarmedUp) -> None:
+            if not args.json:
+                print(*([] if shown else [done.decision.spec]), done, sep="\n", flush=True)
+                shown.append(done)
+
         try:
             done = warmup(
                 b,
@@ -208,24 +216,25 @@ def _warmup(parser: argparse.ArgumentParser) -> Run:
                 out_dtype=args.out_dtype,
                 group_alignment=args.group_alignment,
                 kernel_preference=args.backend,
+                progress=show,
             )
         except ValueError as error:
             parser.error(str(error))
         except NoBackendError as error:
             print(error, file=sys.stderr)
             return 1
-        print(json.dumps(done.to_dict(), indent=2) if args.json else done)
+        print(json.dumps(done.to_dict(), indent=2) if args.json else done.total)
         return 0
 
     _add_call(parser)
     return run
 
 
-def _add_call(parser: argparse.ArgumentParser, *further_recipes: str) -> None:
+def _add_call(parser: argparse.ArgumentParser) -> None:
     """Adds the options that describe a call, for every command that takes one."""
     from grouped_gemm.core.call_spec import RowClass
     from grouped_gemm.core.preference import KernelPreference
-    from grouped_gemm.core.recipes import Recipe
+    from grouped_gemm.core.recipes import FASTEST, Recipe
     from grouped_gemm.selection import checks
 
     dtypes = {dtype_name(dtype): dtype for dtype in checks.DTYPES}
@@ -257,7 +266,7 @@ def _add_call(parser: argparse.ArgumentParser, *further_recipes: str) -> None:
         help="instead of M, row classes, by average rows per expert: decode (at most 16), small (at most 256), large "
         "(default: all)",
     )
-    _choice(parser, "--recipe", [*(r.value for r in Recipe), *further_recipes], "none", "how operands are quantized")
+    _choice(parser, "--recipe", [*(recipe.value for recipe in Recipe), FASTEST], "none", "how operands are quantized")
     help_ = f"dtype of the operands: {', '.join(dtypes)} (bfloat16)"
     parser.add_argument("--dtype", type=dtype, default=torch.bfloat16, help=help_, metavar="NAME")
     parser.add_argument(

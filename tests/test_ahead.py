@@ -98,6 +98,14 @@ def test_inference_has_no_gradients(weights, calls):
     assert done.classes[0].decision.spec.passes == (Pass.FORWARD,)
 
 
+def test_warmup_shows_its_progress(weights, calls):
+    """Each row class when it is done: before the calls of the next one."""
+    seen = []
+    done = warmup(weights, rows=("small", "decode"), progress=lambda part: seen.append((part, len(calls))))
+    assert tuple(part for part, _ in seen) == done.classes
+    assert [count for _, count in seen] == [done.classes[0].calls, len(calls)] and len(calls) > done.classes[0].calls
+
+
 @pytest.mark.parametrize("dgrad", (False, True))
 def test_warmup_takes_quantized_weights(weights, calls, dgrad):
     done = warmup(quantize_weights(weights, "mxfp8", dgrad=dgrad), rows=("small",))

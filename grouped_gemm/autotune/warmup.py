@@ -88,9 +88,14 @@ class Warmup:
         """The same as plain strings, numbers, lists and dicts, ready for JSON."""
         return {"classes": [warmed.to_dict() for warmed in self.classes], "seconds": self.seconds}
 
+    @property
+    def total(self) -> str:
+        """The last line of it as text: the seconds."""
+        return f"  {'total':12}{self.seconds:.1f} s"
+
     def __str__(self) -> str:
         call = [str(warmed.decision.spec) for warmed in self.classes[:1]]
-        return "\n".join([*call, *map(str, self.classes), f"  {'total':12}{self.seconds:.1f} s"])
+        return "\n".join([*call, *map(str, self.classes), self.total])
 
 
 def warmup(
@@ -103,6 +108,7 @@ def warmup(
     out_dtype: torch.dtype | None = None,
     group_alignment: int = 1,
     kernel_preference: Preference = KernelPreference.AUTO,
+    progress: Callable[[WarmedUp], object] = lambda done: None,
 ) -> Warmup:
     """Compiles what `grouped_mm` with these weights needs, so that no step of a model waits for a compiler.
 
@@ -127,6 +133,7 @@ def warmup(
         out_dtype: as in `grouped_mm`.
         group_alignment: as in `grouped_mm`.
         kernel_preference: as in `grouped_mm`.
+        progress: called with each row class when it is done, for example ``print``.
 
     Returns:
         A `Warmup`: print it, or use its ``to_dict()``.
@@ -155,8 +162,11 @@ def warmup(
             raise RuntimeError("warmup: expected a call outside of CUDA graph capture; found a capture in progress")
         # Most rows first: wgrad has one tile for all row classes, which is searched once.
         most_first = sorted(row_classes, key=_MIN_ROWS.__getitem__, reverse=True)
-        classes = tuple(_warm_up(b, bias, row_class, training, options) for row_class in most_first)
-    return Warmup(classes, time.perf_counter() - begin)
+        classes = []
+        for row_class in most_first:
+            classes.append(_warm_up(b, bias, row_class, training, options))
+            progress(classes[-1])
+    return Warmup(tuple(classes), time.perf_counter() - begin)
 
 
 def _row_class(value: RowClass | str) -> RowClass:
