@@ -250,6 +250,11 @@ def ragged_descriptor(rows: int, columns: int) -> str:
     return f"tensordesc<bf16[1, 1, {rows}, {columns}],{hopper.RAGGED_IN_SHARED!r}>"
 
 
+def result_descriptor() -> str:
+    rows, columns = hopper.STORED
+    return f"tensordesc<bf16[1, {rows}, {columns}],{hopper.RESULTS_IN_SHARED!r}>"
+
+
 def descriptor(dtype: str, rows: int, columns: int) -> str:
     layout = hopper.SCALES_IN_SHARED if dtype == "fp32" else hopper.TILES_IN_SHARED[2 if dtype == "bf16" else 1]
     return f"tensordesc<{dtype}[{rows}, {columns}],{layout!r}>"
@@ -278,20 +283,21 @@ def compile_gemm_hopper(kind: str, tile: Any, c_contiguous: bool, whole: bool) -
 
 def compile_wgrad_hopper(kind: str, tile: Any, whole: bool, accumulate: bool = False) -> Any:
     """``whole``: tiles are stored through shared memory, in bf16; else masked, in fp32."""
-    lhs, rhs = descriptor("fp8e4nv", 64, 128), descriptor("fp8e4nv", tile.block_n, 128)
+    part = k_grouped_hopper.part_of(kind, tile)
+    lhs, rhs = descriptor("fp8e4nv", 64, 128), descriptor("fp8e4nv", part, 128)
     if kind == "16 bit":
         lhs, rhs = ragged_descriptor(tile.block_k, 64), ragged_descriptor(tile.block_k, tile.block_n)
-    types = dict.fromkeys(("lhs_scale", "rhs_scale"), "*fp32") | {"offs": "*i32", "lhs_desc": lhs}
+    types = dict.fromkeys(("lhs_scale", "rhs_scale"), "*fp32") | {"offs": "*i32", "next_tile": "*i32", "lhs_desc": lhs}
     types |= {"out": "*bf16" if whole else "*fp32", "rhs_desc": rhs}
-    types |= {"lhs_scale_desc": descriptor("fp32", 1, 64), "rhs_scale_desc": descriptor("fp32", 1, tile.block_n)}
-    types["out_desc"] = descriptor("bf16", 64, 128)
+    types |= {"lhs_scale_desc": descriptor("fp32", 1, 64), "rhs_scale_desc": descriptor("fp32", 1, part)}
+    types["out_desc"] = result_descriptor()
     constants: dict[str, Any] = {} if whole else {"out_desc": None}
     constants |= {"lhs_scale": None, "rhs_scale": None} if kind == "16 bit" else {}
     constants |= {} if kind == "blockwise" else {"lhs_scale_desc": None, "rhs_scale_desc": None}
     constants |= {
         "KIND": kind, "CONSUMERS": tile.consumers,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,
-        "REGISTERS": tile.registers, "ACCUMULATE": accumulate, "num_warps": 4,
+        "STORES": tile.stores, "REGISTERS": tile.registers, "ACCUMULATE": accumulate, "num_warps": 4,
     }  # fmt: skip
     return compile_kernel(k_grouped_hopper._kernel, "sm_90", types, constants, GluonASTSource, num_warps=4)
 
@@ -364,7 +370,7 @@ def compile_gathered_wgrad(gathers_lhs: bool, whole: bool, accumulate: bool = Fa
     tile = gathered_wgrad.TILE
     types = {"x": "*bf16", "next_tile": "*i32", "source": "*i32", "offs": "*i32", "out": "*bf16" if whole else "*fp32"}
     types["desc"] = ragged_descriptor(tile.block_k, tile.block_n if gathers_lhs else 64)
-    types["out_desc"] = descriptor("bf16", 64, 128)
+    types["out_desc"] = result_descriptor()
     constants: dict[str, Any] = {} if whole else {"out_desc": None}
     constants |= {
         "GATHERS_LHS": gathers_lhs, "CONSUMERS": tile.consumers,

@@ -32,6 +32,7 @@ STORED = [64, 128]  # what one `store_tile` copies of a result
 TILES_IN_SHARED = {
     size: gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * size, rank=2) for size in (1, 2)
 }
+RESULTS_IN_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 RAGGED_IN_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
 SCALES_IN_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
@@ -39,6 +40,15 @@ SCALES_IN_SHARED = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=3
 def describe_tile(x: Tensor, shape: list[int], stride: int, box: list[int]) -> Any:
     """A descriptor of ``x`` as a matrix of ``shape`` with rows ``stride`` apart, for copies of a ``box``."""
     return describe(TensorDescriptor, x, shape, [stride, 1], box, layout=TILES_IN_SHARED[x.element_size()])
+
+
+def describe_result(out_EPQ: Tensor) -> Any:
+    """A descriptor of a contiguous 16-bit (E, P, Q) result, for stores of parts of one of its matrices.
+
+    TMA writes nothing past the end of a matrix.
+    """
+    _, p, q = shape = list(out_EPQ.shape)
+    return describe(TensorDescriptor, out_EPQ, shape, [p * q, q, 1], [1, *STORED], layout=RESULTS_IN_SHARED)
 
 
 def describe_ragged(x: Tensor, box: list[int]) -> Any:
@@ -68,6 +78,7 @@ class HopperTile(NamedTuple):
         num_stages: steps whose operands are in shared memory at once.
         registers: registers of a consumer's thread.
         group_m: as in `tiles.Tile`.
+        stores: buffers of a consumer's results, in shared memory until they are stored.
     """
 
     consumers: int
@@ -76,6 +87,7 @@ class HopperTile(NamedTuple):
     num_stages: int
     registers: int
     group_m: int
+    stores: int = 1
 
 
 @gluon.jit
@@ -102,6 +114,41 @@ def make_barriers(STAGES: gl.constexpr, CONSUMERS: gl.constexpr, COPIERS: gl.con
         mbarrier.init(empty.index(i), count=CONSUMERS)
     fence_async_shared()
     return full, empty
+
+
+@gluon.jit
+def make_tile_ring(CONSUMERS: gl.constexpr):
+    """A ring of two slots, in which the producer tells the consumers which tile is next, and how many steps it has.
+
+    Returns:
+        The numbers in both slots, and barriers like those of `make_barriers`.
+    """
+    numbers = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    full, empty = make_barriers(2, CONSUMERS)
+    return numbers, full, empty
+
+
+@gluon.jit
+def send_tile(tile, steps, count, numbers, full, empty, WARPS: gl.constexpr):
+    """Sends a tile's number and its steps, as number ``count`` of what this producer, of WARPS warps, has sent."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    slot = count % 2
+    mbarrier.wait(empty.index(slot), count // 2 % 2 ^ 1)
+    numbers.index(2 * slot).store(gl.full([1], 0, gl.int32, ONE) + tile)
+    numbers.index(2 * slot + 1).store(gl.full([1], 0, gl.int32, ONE) + steps)
+    mbarrier.arrive(full.index(slot), count=1)
+
+
+@gluon.jit
+def receive_tile(count, numbers, full, empty):
+    """The number of a tile and its steps, which `send_tile` has sent as number ``count``."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    slot = count % 2
+    mbarrier.wait(full.index(slot), count // 2 % 2)
+    tile = gl.max(numbers.index(2 * slot).load(ONE), 0)
+    steps = gl.max(numbers.index(2 * slot + 1).load(ONE), 0)
+    mbarrier.arrive(empty.index(slot), count=1)
+    return tile, steps
 
 
 @gluon.jit
@@ -177,9 +224,12 @@ def finish_block(acc, block, scale, empty, slot):
 
 
 @gluon.jit
-def store_tile(values, buffer, desc, row, column):
-    """Stores 64 by 128 values through shared memory. Waits for the previous store, which used the same buffer."""
-    tma.store_wait(0)
-    buffer.store(values)
+def store_tile(values, buffer, desc, place, PENDING: gl.constexpr = 0):
+    """Stores 64 by 128 values at ``place`` through shared memory.
+
+    Waits until at most PENDING of the stores before have yet to read their buffers; those must not be this ``buffer``.
+    """
+    tma.store_wait(PENDING)
+    buffer.reshape(values.type.shape).store(values)
     fence_async_shared()
-    store(desc, [row, column], buffer)
+    store(desc, place, buffer)

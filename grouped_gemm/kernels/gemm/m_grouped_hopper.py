@@ -285,7 +285,7 @@ def finish_tile(
             acc = acc + gl.expand_dims(biases.to(gl.float32), 0)
         values = acc.to(out.dtype.element_ty)
         if TMA_STORE and row + 64 <= end:
-            store_tile(values, buffer, out_desc, row, column)
+            store_tile(values, buffer, out_desc, [row, column])
         else:
             target = out + gl.expand_dims(rows.to(gl.int64), 1) * N + gl.expand_dims(ns, 0)
             gl.store(target, values, mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(ns < N, 0))

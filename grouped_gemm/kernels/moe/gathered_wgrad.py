@@ -22,13 +22,12 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from grouped_gemm.kernels.common.hopper import (
-    STORED,
     TILES_IN_SHARED,
     HopperTile,
     accumulate,
     copy_rows,
     describe_ragged,
-    describe_tile,
+    describe_result,
     finish_accumulating,
     load,
     make_barriers,
@@ -76,7 +75,7 @@ def wgrad(
     desc = describe_ragged(in_order, [TILE.block_k, TILE.block_n if gathers_lhs else 64])
     out_desc = None
     if out_EPQ.element_size() == 2:
-        out_desc = describe_tile(out_EPQ, [num_groups * p, q], q, STORED)
+        out_desc = describe_result(out_EPQ)
     tiles = num_groups * cdiv(p, 64 * TILE.consumers) * cdiv(q, TILE.block_n)
     with on_device(lhs):
         launch(
@@ -249,7 +248,7 @@ def _kernel(
     rhs_bufs = gl.allocate_shared_memory(desc.dtype, RHS, desc.layout if GATHERS_LHS else _GATHERED)
     out_bufs = lhs_bufs
     if TMA_STORE:
-        out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 64, 128], out_desc.layout)
+        out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 1, 64, 128], out_desc.layout)
     tile_bufs = gl.allocate_shared_memory(gl.int32, [STAGES, 1], _NUMBERS)
     full, empty = make_barriers(STAGES, CONSUMERS, 32 * _COPY_WARPS)
     gl.static_assert(CONSUMERS == 2)
