@@ -91,12 +91,22 @@ class HopperTile(NamedTuple):
 
 
 @gluon.jit
-def tile_position(tile, rows, columns, GROUP_M: gl.constexpr):
-    """As `groups.tile_position`, for Gluon."""
-    stripe = tile // (GROUP_M * columns)
-    height = gl.minimum(rows - stripe * GROUP_M, GROUP_M)
-    in_stripe = tile - stripe * GROUP_M * columns
-    return stripe * GROUP_M + in_stripe % height, in_stripe // height
+def even_height(rows, GROUP_M: gl.constexpr):
+    """The height of stripes of about equal height, at most GROUP_M, for `tile_position`.
+
+    A last stripe of few tile rows would read all columns from memory for little work.
+    """
+    stripes = (rows + GROUP_M - 1) // GROUP_M
+    return (rows + stripes - 1) // stripes
+
+
+@gluon.jit
+def tile_position(tile, rows, columns, height):
+    """As `groups.tile_position`, for Gluon, with stripes of ``height`` tile rows."""
+    stripe = tile // (height * columns)
+    its_height = gl.minimum(rows - stripe * height, height)
+    in_stripe = tile - stripe * height * columns
+    return stripe * height + in_stripe % its_height, in_stripe // its_height
 
 
 @gluon.jit

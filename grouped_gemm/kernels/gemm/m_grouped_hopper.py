@@ -29,6 +29,7 @@ from grouped_gemm.kernels.common.hopper import (
     accumulate,
     describe_scales,
     describe_tile,
+    even_height,
     finish_accumulating,
     finish_block,
     load,
@@ -170,7 +171,7 @@ def _produce(
     phase = 1
     while e < E:
         rows = (end - start + BLOCK_M - 1) // BLOCK_M
-        tile_row, tile_column = tile_position(tile - first_tile, rows, columns, GROUP_M)
+        tile_row, tile_column = tile_position(tile - first_tile, rows, columns, even_height(rows, GROUP_M))
         row = tile_row * BLOCK_M
         column = tile_column * BLOCK_N
         for c in range(0, C, BLOCK_K):
@@ -215,7 +216,7 @@ def _consume(
     phase = 0
     while e <= E:
         rows = (end - start + BLOCK_M - 1) // BLOCK_M
-        tile_row, tile_column = tile_position(tile - first_tile, rows, columns, GROUP_M)
+        tile_row, tile_column = tile_position(tile - first_tile, rows, columns, even_height(rows, GROUP_M))
         row = start + tile_row * BLOCK_M + which * 64
         column = tile_column * BLOCK_N
         acc = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
