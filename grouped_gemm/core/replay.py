@@ -236,10 +236,14 @@ class Recording(TorchDispatchMode):
     def add(self, launch: Launch | None) -> None:
         """Adds a launch. None: it cannot be replayed."""
         if launch is None:
-            self._is_refused = True
+            self.refuse()
             return
         self._launch = launch
         self._steps.append(lambda slots, addresses: launch(addresses))
+
+    def refuse(self) -> None:
+        """Makes the call one that cannot be replayed."""
+        self._is_refused = True
 
     def program(self, result: Any) -> Program | None:
         """The program of the call, whose result is given; None: it cannot be replayed."""

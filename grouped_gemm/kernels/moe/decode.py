@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from grouped_gemm.core import replay
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.common.launch import (
@@ -211,6 +212,9 @@ def _distance(one: Tensor | None, other: Tensor | None) -> int:
     """From the first value of ``one`` to that of ``other``, in values: what turns one pointer into the other."""
     if one is None or other is None:
         return 0
+    recording = replay.current()
+    if recording is not None:  # a program has numbers as they are, and other tensors lie elsewhere
+        recording.refuse()
     return (other.data_ptr() - one.data_ptr()) // one.element_size()
 
 
