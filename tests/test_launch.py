@@ -272,6 +272,19 @@ def test_a_prepared_launch_passes_what_triton_passes(monkeypatch, has_descriptor
         assert found == expected
 
 
+def test_launches_on_rocm_are_not_prepared():
+    """Its launcher has other attributes, and passes other arguments."""
+    amd = pytest.importorskip("triton.backends.amd.driver")
+    rocm_launcher = amd.HIPLauncher.__new__(amd.HIPLauncher)
+    vars(rocm_launcher).update(
+        launch=len, launch_cooperative_grid=False, warp_size=64, global_scratch_size=0, profile_scratch_size=0
+    )
+    compiled = launching._Compiled(
+        SimpleNamespace(metadata=SimpleNamespace()), rocm_launcher, 5, "metadata", lambda _: 7
+    )
+    assert launching.Prepared.of(compiled, 0, (3,), (torch.zeros(8), 1), lambda t: (0, 0)) is None
+
+
 def addresses(call):
     """Arguments, with addresses in place of tensors."""
     return [

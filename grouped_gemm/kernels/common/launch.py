@@ -288,6 +288,8 @@ _MAX_DESCRIPTORS = 64  # of an operand
 
 def _function_in_c(run: Any) -> Callable[..., None] | None:
     """What Triton's launcher on CUDA calls in the end; None if this is another launcher."""
+    if not hasattr(run, "launch_pdl"):  # that of ROCm, whose function takes other arguments
+        return None
     launch = getattr(run, "launch", None)
     if isinstance(launch, FunctionType):  # a wrapper that encodes descriptors
         launch = inspect.getclosurevars(launch).nonlocals.get("launcher")
