@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from grouped_gemm.core.call_spec import dtype_name
 from grouped_gemm.core.library import replayed_call
@@ -122,7 +123,8 @@ def experts_forward(
     options = implementation, kernel_preference, keep, accumulate_main_grad, batch_invariant
     of_weights = recipe, activation, interleaved
     if _can_replay(x, topk_ids, topk_weights, gate_up, down, gate_up_bias, down_bias, recipe):
-        settings = environment(), surrounding.kernel_preference, surrounding.host_sync, tuple(map(type, options))
+        types = tuple(map(type, (*options, interleaved)))  # 0 equals False, but is an error
+        settings = environment(), surrounding.kernel_preference, surrounding.host_sync, types
         y: Tensor = _run_parts(
             x, topk_ids, topk_weights, *_parts_of(gate_up), *_parts_of(down), gate_up_bias, down_bias, of_weights,
             options, settings,
@@ -146,6 +148,8 @@ def _run(
 def _can_replay(x: Any, topk_ids: Any, topk_weights: Any, gate_up: Any, down: Any, *biases_and_recipe: Any) -> bool:
     """Whether a call may be replayed as a whole, checks included: one for inference that quantizes no weights."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+        return False
+    if forward_ad._current_level >= 0:  # tangents are refused, or lost
         return False
     *biases, recipe = biases_and_recipe
     plain = [x, topk_ids, topk_weights, *(b for b in biases if b is not None)]

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from replay_checks import check_replayed_steps, replay_ops_on_a_cpu
+from replay_checks import check_replayed_steps, count_programs, replay_ops_on_a_cpu
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -137,6 +138,18 @@ def test_replayed_layers(options, monkeypatch):
     check_replayed_steps(
         lambda x: inputs.run([x, *inputs.leaves[1:]], **options), new_input, tuple(inputs.leaves[1:]), monkeypatch, 2
     )
+
+
+def test_a_tangent_is_refused_by_a_replayed_layer_too(monkeypatch):
+    inputs = Inputs(128)
+    replay_ops_on_a_cpu(monkeypatch)
+    ran = count_programs(monkeypatch)
+    with torch.no_grad():
+        for _ in range(3):
+            inputs.run()
+        assert len(ran) == 1
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+            inputs.run([forward_ad.make_dual(inputs.x.detach(), torch.ones_like(inputs.x)), *inputs.leaves[1:]])
 
 
 # Values

@@ -145,6 +145,8 @@ def test_what_decides_a_call_is_part_of_its_key(monkeypatch, as_on_a_gpu):
                 call(*given, **options)
         with pytest.raises(TypeError, match="batch_invariant: expected"):
             call(*given, batch_invariant=0)  # which equals False
+        with pytest.raises(TypeError, match="interleaved: expected"):
+            call(*given, interleaved=0)
         with pytest.raises(ValueError, match="topk_weights"):
             call(*given[:2], given[2][:, :1], *given[3:])
         with pytest.raises(ValueError, match="kernel_preference auto or triton"), prefer("emulated"):
