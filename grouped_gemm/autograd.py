@@ -20,7 +20,7 @@ from grouped_gemm import weight_cache
 from grouped_gemm.backends import get_backend
 from grouped_gemm.backends.base import OffsetPlan, _GroupedMMBackend
 from grouped_gemm.core import vmap
-from grouped_gemm.core.dense import dense_rows, dense_weights
+from grouped_gemm.core.dense import dense_rows, dense_weights, materialized
 from grouped_gemm.core.library import replayed_call
 from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
@@ -213,6 +213,7 @@ class GroupedMM(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        dy = materialized(dy)  # a program takes values as they are in memory
         bias_dtype = ctx.bias_dtype if ctx.needs_input_grad[2] else None
         found = ctx.route, ctx.forms, ctx.plan_sizes, bias_dtype, *ctx.saved_tensors
         if ctx.destination is None:

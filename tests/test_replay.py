@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -288,3 +292,69 @@ def test_an_error_leaves_no_recording(launch):
         with pytest.raises(ValueError):
             op(X)
         assert replay.current() is None
+
+
+def test_a_tensor_given_twice_is_two_operands(launch):
+    def work(x, y):
+        recording, out = replay.current(), torch.empty_like(x)
+        if recording:
+            recording.add(launch)
+            places.extend((recording.place(x), recording.place(y)))
+        return x, y, out
+
+    op, places = fake_op([], work), []
+    for _ in range(2):
+        x, y, _ = op(X, X)
+        assert x is X and y is X
+    assert places == [(0, 0), (1, 0)]
+    other = torch.zeros(8, 16)
+    x, y, _ = op(X, other)
+    assert x is X and y is other
+
+
+@pytest.mark.parametrize("fails", (False, True))
+def test_a_recording_keeps_nothing_alive(launch, fails):
+    """Not even while results are alive, or until the garbage collector runs, which trainers may turn off."""
+
+    def work(x):
+        result = launching(launch)(x)
+        if fails and replay.current():
+            raise ValueError
+        return result
+
+    op, results = fake_op(calls := [], work), []
+    gc.disable()
+    try:
+        for _ in range(3):
+            x = torch.zeros(8, 16)
+            is_alive = weakref.ref(x)
+            with contextlib.suppress(ValueError):
+                results.append(op(x))
+            del x
+            calls.clear()
+            assert is_alive() is None
+    finally:
+        gc.enable()
+
+
+def test_forget_while_a_call_is_recorded(launch):
+    def work(x):
+        if replay.current():
+            replay.forget()
+        return launching(launch)(x)
+
+    op = fake_op(calls := [], work)
+    for _ in range(3):
+        op(X)
+    assert len(calls) == 3
+
+
+def test_a_captured_call_is_not_recorded(launch, monkeypatch):
+    op = fake_op([], launching(launch))
+    with monkeypatch.context() as patch:
+        patch.setattr(replay, "is_capturing", lambda x: True)
+        for _ in range(3):
+            op(X)
+    assert not any(isinstance(p, replay.Program) for p in replay._programs.values())
+    op(X)
+    assert any(isinstance(p, replay.Program) for p in replay._programs.values())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grouped_gemm.core.machine import is_capturing
 from grouped_gemm.core.preference import AUTOTUNE
 
 Run = Callable[..., Any]
@@ -100,8 +101,9 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def forget() -> None:
-    """Drops all programs, because what calls do may have changed."""
-    _programs.clear()
+    """Drops all programs, and those that are being recorded, because what calls do may have changed."""
+    global _programs
+    _programs = {}
 
 
 def replayed(name: str, run: Run) -> Run:
@@ -118,7 +120,7 @@ def replayed(name: str, run: Run) -> Run:
         if not _is_on_gpu(args[0]) or AUTOTUNE.is_on_now() or _local.recording is not None:
             return run(*args)
         key: list[Any] = [name]
-        addresses = []
+        addresses, programs = [], _programs
         for arg in args:
             if isinstance(arg, Tensor):
                 if type(arg) not in _PLAIN:
@@ -130,7 +132,7 @@ def replayed(name: str, run: Run) -> Run:
                 key.append(arg)
                 addresses.append(0)
         try:
-            found = _programs.get(known := tuple(key))
+            found = programs.get(known := tuple(key))
         except TypeError:  # a constant cannot be hashed
             return run(*args)
         if isinstance(found, Program):
@@ -138,18 +140,21 @@ def replayed(name: str, run: Run) -> Run:
         if found is _REFUSED:
             return run(*args)
         if found is None:  # it may compile kernels, and it may be the only such call
-            if len(_programs) >= _MAX_PROGRAMS:
-                _programs.clear()
-            _programs[known] = _SEEN
+            if len(programs) >= _MAX_PROGRAMS:
+                programs.clear()
+            programs[known] = _SEEN
+            return run(*args)
+        if is_capturing(args[0]):  # its backends are assumed to be healthy
             return run(*args)
         recording = _local.recording = Recording(args)
         try:
             with recording:
-                result = run(*args)
+                result = run(*recording.args)
         finally:
             _local.recording = None
-        _programs[known] = recording.program(result) or _REFUSED
-        return result
+            recording.end()
+        programs[known] = recording.program(result) or _REFUSED
+        return recording.of_caller(result)
 
     return call
 
@@ -194,9 +199,12 @@ class Recording(TorchDispatchMode):
     def __init__(self, args: Sequence[Any]) -> None:
         super().__init__()
         self._device: int = args[0].get_device()
-        self._args = args  # which stay alive, so that their identities are theirs
+        self._given = args
+        # What to call with. They stay alive, so that their identities are theirs. A tensor that is given twice becomes
+        # two objects: a later call may be given two tensors.
+        self.args = [x.detach() if isinstance(x, Tensor) and _is_in(args[:i], x) else x for i, x in enumerate(args)]
         self._slots = [_slot_of(arg) if isinstance(arg, Tensor) else None for arg in args]
-        self._slot_by_id = {id(arg): i for i, arg in enumerate(args) if isinstance(arg, Tensor)}
+        self._slot_by_id = {id(arg): i for i, arg in enumerate(self.args) if isinstance(arg, Tensor)}
         self._views: list[Tensor] = []  # of arguments; they stay alive too
         self._alive: dict[int, dict[int, Any]] = {}  # weak references to all tensors in a slot that was allocated
         self._steps: list[Step] = []
@@ -245,9 +253,21 @@ class Recording(TorchDispatchMode):
         """Makes the call one that cannot be replayed."""
         self._is_refused = True
 
+    def end(self) -> None:
+        """Ends the call: whatever it frees from now on is its result. Leaves no cycle that would keep tensors alive."""
+        for alive in self._alive.values():
+            alive.clear()
+        self._alive.clear()
+
+    def of_caller(self, result: Any) -> Any:
+        """The result of the call, with the tensors that the caller gave in place of `args`."""
+        given = {id(x): own for x, own in zip(self.args, self._given)}
+        if isinstance(result, tuple):
+            return tuple([given.get(id(x), x) for x in result])
+        return given.get(id(result), result)
+
     def program(self, result: Any) -> Program | None:
         """The program of the call, whose result is given; None: it cannot be replayed."""
-        self._alive.clear()
         is_tuple = isinstance(result, tuple)
         results = [self._view(x) if isinstance(x, Tensor) else x for x in (result if is_tuple else [result])]
         if self._is_refused or self._launch is None:
@@ -258,7 +278,7 @@ class Recording(TorchDispatchMode):
         """Notes that ``x`` is in ``slot``, which is free once no such tensor is left."""
         key = id(x)
         self._slot_by_id[key] = slot
-        if slot < len(self._args):
+        if slot < len(self.args):
             self._views.append(x)
             return
         alive = self._alive.setdefault(slot, {})
@@ -293,6 +313,10 @@ class Recording(TorchDispatchMode):
         if found == whole:
             return View(slot, None)
         return View(slot, (found.shape, found.stride, found.start - whole.start))
+
+
+def _is_in(args: Sequence[Any], x: Tensor) -> bool:
+    return any(arg is x for arg in args)
 
 
 def _slot_of(x: Tensor) -> _Slot:

@@ -89,6 +89,29 @@ def test_replayed_steps(recipe, monkeypatch, as_on_a_gpu):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("recipe", ("none", "fp8_rowwise"))
+@pytest.mark.parametrize("change", ("negated", "the input"))
+def test_replayed_gradients_of_unusual_gradients(recipe, change, monkeypatch, as_on_a_gpu):
+    """One with a pending negation; or once the very input, and later another tensor."""
+    w = torch.randn(3, 32, 32).bfloat16().requires_grad_()
+    ran = count_programs(monkeypatch)
+    for number in range(4):
+        x = torch.randn(24, 32).bfloat16().requires_grad_()
+        dy = torch.randn(24, 32).bfloat16()
+        if change == "negated":
+            dy = torch._neg_view(dy) if number == 3 else dy
+        elif number < 3:
+            dy = x
+        found = [None, None]
+        for i, is_on_gpu in enumerate((True, False)):
+            with monkeypatch.context() as patch:
+                patch.setattr(replay, "_is_on_gpu", lambda _, on=is_on_gpu: on)
+                y = grouped_mm(x, w.mT, ENDS, recipe=recipe, kernel_preference="triton")
+                found[i] = torch.autograd.grad(y, (x, w), dy)
+        assert all(map(torch.equal, *found)), number
+    assert ran
+
+
 def decoding(recipe=None):
     """A layer with few tokens, for inference, and its operands."""
     weights = torch.randn(4, 64, 32).bfloat16() / 8, torch.randn(4, 32, 32).bfloat16() / 8
