@@ -162,10 +162,11 @@ def explain(
     a, _, _, _, spec = describe(a, b, ends, bias, recipe, out_dtype, group_alignment, kernel_preference)
     if plan is not None:
         plan.check_rows(a.shape[0])
-    if is_fastest(recipe):
+    picks = is_fastest(recipe) and spec.weights is None  # weights that are quantized already keep their recipe
+    if picks:
         spec = in_fastest_recipe(spec)
     times = times_of(spec) if spec.weights is None and spec.passes[0] is Pass.FORWARD else {}
-    return Explanation(decision_of(spec), a.shape[0], times, is_fastest(recipe))
+    return Explanation(decision_of(spec), a.shape[0], times, picks)
 
 
 def quantize_weights(

@@ -269,6 +269,15 @@ def test_recipes_that_were_measured_at_other_sizes_do_not_compare():
     assert found == {Recipe.NONE: 100.0, BLOCKWISE: 80.0}
 
 
+def test_times_of_two_profiles_do_not_compare():
+    """The user's GPU may be slower than that of the shipped profile."""
+    none, blockwise = STEP._replace(recipe="none"), times({"triton": 80.0})
+    shipped = profile((none, times({"triton": 90.0})), (STEP, blockwise))
+    own = profile((none, times({"triton": 200.0})), is_exact=True)
+    found = times_of_recipes([decision(spec(recipe=recipe), own, shipped) for recipe in OF_FASTEST])
+    assert found == {Recipe.NONE: 200.0}
+
+
 def test_fp8_counts_the_time_of_the_chosen_plan():
     """Not of a plan that is refused."""
     measured = profile(
@@ -306,6 +315,7 @@ def test_a_call_in_the_fastest_recipe(monkeypatch):
     assert torch.equal(compiled(a), expected[BLOCKWISE])
     quantized = quantize_weights(w.mT, "fp8_rowwise")
     assert torch.equal(grouped_mm(a, quantized, offs, recipe="fp8"), grouped_mm(a, quantized, offs))
+    assert "picked" not in str(explain(a, quantized, offs, recipe="fp8"))
     with override_torch(recipe="fp8"):
         y = torch._grouped_mm(a.bfloat16(), w.mT.bfloat16(), offs=offs)
     assert torch.equal(y, grouped_mm(a.bfloat16(), w.mT.bfloat16(), offs, recipe=BLOCKWISE))

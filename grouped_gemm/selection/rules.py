@@ -192,17 +192,19 @@ def decide(
 def times_of_recipes(decisions: Sequence[Decision]) -> dict[Recipe, float]:
     """Measured microseconds by recipe, of decisions on one call in recipes of which the first is none.
 
-    Recipes that were measured at other sizes than none are left out. Without a time of none, there are no times.
+    Recipes that were measured at other sizes than none are left out, and those of which one is from the user's own
+    profile and the other is not. Without a time of none, there are no times.
     """
     none, *_ = decisions
     if none.expected is None or none.expected_us is None:
         return {}
+    alike = none.expected.sizes, none.expected.is_exact
     return {
         decision.spec.recipe: us
         for decision in decisions
         if (us := decision.expected_us) is not None
         and decision.expected
-        and decision.expected.sizes == none.expected.sizes
+        and (decision.expected.sizes, decision.expected.is_exact) == alike
     }
 
 
