@@ -272,6 +272,15 @@ def test_a_prepared_launch_passes_what_triton_passes(monkeypatch, has_descriptor
         assert found == expected
 
 
+def test_a_prepared_launch_keeps_the_descriptors_of_many_layers():
+    compiled, encoded = launching._Compiled(None, None, 5, "metadata", lambda _: 7), []
+    prepared = launching.Prepared(compiled, 0, lambda *args: None, [3, 2, 1, None, None])
+    prepared._descriptors.append((4, 0, 0, lambda address: encoded.append(address) or address + 1, {}))
+    for address in (*range(128), *range(128)):
+        prepared([address])
+    assert len(encoded) == 128
+
+
 def test_launches_on_rocm_are_not_prepared():
     """Its launcher has other attributes, and passes other arguments."""
     amd = pytest.importorskip("triton.backends.amd.driver")

@@ -283,7 +283,7 @@ class Prepared:
         self._low(*args)
 
 
-_MAX_DESCRIPTORS = 64  # of an operand
+_MAX_DESCRIPTORS = 256  # of an operand: layers of a model share a launch, and each has weights of its own
 
 
 def _function_in_c(run: Any) -> Callable[..., None] | None:
