@@ -307,6 +307,8 @@ def test_a_call_in_the_fastest_recipe(monkeypatch):
     expected = {recipe: grouped_mm(a, w.mT, offs, recipe=recipe) for recipe in OF_FASTEST}
     assert torch.equal(grouped_mm(a, w.mT, offs, recipe="fp8"), expected[Recipe.NONE])
     assert "none, picked: no such call was measured" in str(explain(a, w.mT, offs, recipe="FP8"))
+    named = explain(a, w.mT, offs, recipe="fp8", kernel_preference="emulated")
+    assert "none, picked: only AUTO compares recipes" in str(named)
     monkeypatch.setattr(route, "times_of", lambda spec: {Recipe.NONE: 3.0, Recipe.FP8_ROWWISE: 2.0, BLOCKWISE: 1.0})
     route.reset_caches()
     assert torch.equal(grouped_mm(a, w.mT, offs, recipe="fp8"), expected[BLOCKWISE])

@@ -160,7 +160,9 @@ class Explanation:
             recipe = decision.spec.recipe.value
             picked = f"{recipe}, picked: " if self.is_picked else ""
             times = "; ".join(timed(recipe.value, us) for recipe, us in self.times.items())
-            lines.append(f"  {'recipes':12}{picked}{times or 'no such call was measured'}")
+            compares = decision.preference is KernelPreference.AUTO
+            why = "no such call was measured" if compares else "only AUTO compares recipes"
+            lines.append(f"  {'recipes':12}{picked}{times or why}")
         if self.slower_than_none:
             mine, none = self.slower_than_none
             text = (

@@ -160,7 +160,7 @@ def _limit(places, numbers, limited, lost, told, T, W, capacity, TOKENS: tl.cons
     tl.store(limited + at, tl.where(fits, ranks[None, :] * capacity + order, -1), mask=mask)
     is_lost = (place >= 0) & (order >= capacity)
     tl.store(lost + t, tl.max(is_lost.to(tl.int32), 1).to(tl.uint8), mask=t < T)
-    is_first = (ranks < W) & (tl.program_id(0) == 0)
+    is_first = ranks < tl.where(tl.program_id(0) == 0, W, 0)
     tl.store(told + 2 * ranks, counts, mask=is_first)
     any_lost = tl.max(counts, 0) > capacity
     tl.store(told + 2 * ranks + 1, tl.zeros_like(counts) + any_lost.to(tl.int32), mask=is_first)
@@ -206,7 +206,7 @@ def _pack(
         blocks = first // BLOCK + tl.arange(0, WIDTH // BLOCK)[None, :]
     if ids is not None:
         slots = tl.arange(0, SLOTS)[None, :]
-        has_slots = (slots < K) & (tl.program_id(1) == 0)
+        has_slots = slots < tl.where(tl.program_id(1) == 0, K, 0)
         expert = tl.load(topk_ids + at * topk_ids_stride + slots, mask=is_token & has_slots, other=-1)
         expert = tl.where((expert >= 0) & (expert <= 0x7FFFFFFF), expert, -1).to(tl.int32)
         weight = tl.load(topk_weights + at * topk_weights_stride + slots, mask=is_token & has_slots, other=0)
@@ -227,5 +227,5 @@ def _pack(
             tl.store(weights + shift // 4 + place * weights_stride + slots, weight.to(tl.float32), mask=has)
         if told is not None:
             part = tl.arange(0, 2)
-            is_first = (part < 2) & (tl.program_id(0) + tl.program_id(1) == 0)
+            is_first = part < tl.where(tl.program_id(0) + tl.program_id(1) == 0, 2, 0)
             tl.store(header + tl.load(shifts + W + w) // 4 + part, tl.load(told + 2 * w + part), mask=is_first)
