@@ -725,7 +725,11 @@ def explained(job: Job) -> None:
         patch.setattr(fused, "runs_fused", lambda device: True)
         found = explain_experts(*own, *weights, mesh=job.mesh)
         assert found == explain_experts(*own, *(w.to_local() for w in weights), mesh=job.mesh)
+        fixed = explain_experts(*own, *weights, mesh=AllToAll(job.mesh, E, recipe=BLOCKWISE, capacity=20))
+    travels = f"a token once to each rank of {job.ranks} with its experts, in"
     assert "grouped_mm, fused" in found
+    assert f"{travels} their own dtype, by all-to-all; the host reads how many" in found
+    assert f"{travels} fp8_blockwise, by all-to-all; 20 rows for each rank, without a host sync" in fixed
 
 
 def ranks_with_different_numbers_of_experts(job: Job) -> None:

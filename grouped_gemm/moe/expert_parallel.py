@@ -359,6 +359,18 @@ def dispatcher_of(mesh: Any, num_local_experts: int, recipe: Recipe | None) -> D
     return AllToAll(group, num_local_experts * dist.get_world_size(group), recipe=outward)
 
 
+def explain(dispatcher: Dispatcher) -> str:
+    """How tokens travel, on a line."""
+    if not isinstance(dispatcher, AllToAll):
+        return f"  dispatch  by {type(dispatcher).__name__}"
+    tokens = dispatcher.recipe.value if dispatcher.recipe.is_scaled else "their own dtype"
+    capacity = dispatcher.capacity
+    reads = "the host reads how many" if capacity is None else f"{capacity} rows for each rank, without a host sync"
+    by = "all-to-all" if dispatcher._peers is None else "symmetric memory"
+    where = f"each rank of {dispatcher.num_ranks} with its experts"
+    return f"  dispatch  a token once to {where}, in {tokens}, by {by}; {reads}"
+
+
 def check_ranks(mesh: Any, of_weights: DeviceMesh) -> None:
     """Checks that DTensors of weights are on the ranks of ``mesh``, in their order, except in compiled calls.
 

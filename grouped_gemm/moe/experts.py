@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from grouped_gemm.moe.implementations import IMPLEMENTATIONS
 from grouped_gemm.selection import checks, dtensor
 from grouped_gemm.selection.spec import autocast
 from grouped_gemm.weight_gradients import is_delaying
+
+if TYPE_CHECKING:
+    from grouped_gemm.moe import expert_parallel
 
 WEIGHT_ONLY = "fp8_weight_only"  # a recipe of a layer, not of a GEMM
 _RECIPES = tuple(recipe.value for recipe in Recipe)  # Dynamo of torch 2.11 does not iterate over an Enum
@@ -202,8 +205,7 @@ def _across_ranks(
     gate_up, down, gate_up_bias, down_bias = _local(mesh, gate_up, down, gate_up_bias, down_bias)
     if not isinstance(down, QuantizedWeights):  # which has the number of experts
         checks.check_tensor("down", down, (3,), checks.DTYPES)
-    recipe, weight_only = parse_recipe(options["recipe"])
-    dispatcher = expert_parallel.dispatcher_of(mesh, shape_of(down)[0], None if weight_only else recipe)
+    dispatcher = _dispatcher(mesh, down, options["recipe"])
     if torch.is_autocast_enabled(x.device.type):  # tokens travel in the dtype of the GEMMs
         x = x.to(torch.get_autocast_dtype(x.device.type))
     arrived = dispatcher.dispatch(x, topk_ids, topk_weights)
@@ -241,18 +243,31 @@ def _shard(mesh: Any, w: Any) -> Any:
 def explain_experts(*args: Any, **options: Any) -> str:
     """What `experts_forward` would run for the same arguments, and what of it is fused. Runs no GEMM.
 
+    With ``mesh``, also how tokens travel. What runs is then judged as if this rank's tokens were those that arrive.
+
     Raises:
         TypeError, ValueError: as `experts_forward`.
     """
     call = inspect.signature(experts_forward).bind(*args, **options)
     call.apply_defaults()
-    mesh = call.arguments.pop("mesh")  # what each rank runs does not depend on where its tokens come from
+    mesh, travels = call.arguments.pop("mesh"), ""
     if mesh is not None:
+        from grouped_gemm.moe import expert_parallel  # imports torch.distributed
+
         weights = "gate_up", "down", "gate_up_bias", "down_bias"
         call.arguments.update(zip(weights, _local(mesh, *(call.arguments[name] for name in weights))))
+        travels = f"\n{expert_parallel.explain(_dispatcher(mesh, call.arguments['down'], call.arguments['recipe']))}"
     x, experts = _prepared(**call.arguments)
     name, ids, weights = (call.arguments[argument] for argument in ("implementation", "topk_ids", "topk_weights"))
-    return implementations.explain(name, x, ids, weights, experts)
+    return implementations.explain(name, x, ids, weights, experts) + travels
+
+
+def _dispatcher(mesh: Any, down: Weights, recipe: Recipe | str | None) -> expert_parallel.Dispatcher:
+    """The dispatcher that ``mesh`` is or stands for, with local experts ``down``."""
+    from grouped_gemm.moe import expert_parallel
+
+    parsed, weight_only = parse_recipe(recipe)
+    return expert_parallel.dispatcher_of(mesh, shape_of(down)[0], None if weight_only else parsed)
 
 
 def sorted_experts(
