@@ -538,6 +538,8 @@ def compile_decode() -> dict[str, Any]:
         ("16 bit", {"w_stride_c": None}),
         ("blockwise", {"SLOTS": 1, "ACT": "gelu", "LAYOUT": "plain"}),
         ("blockwise", {"ACT": "swiglu_clamped", "row_step": 2}),
+        ("16 bit", {"pair": True}),
+        ("blockwise", {"pair": True}),
     ):
         kernel = compile_decode_gemm("gate_up", kind, moe_decode.TILES["gate_up", kind], 8, **changes)
         compiled[f"gemm decode gate_up {kind} {changes}"] = kernel
@@ -555,14 +557,15 @@ def compile_decode() -> dict[str, Any]:
 
 
 def compile_decode_gemm(
-    gemm: str, kind: str, tile: moe_decode.Tile, slots: int, even: bool = True, **changes: Any
+    gemm: str, kind: str, tile: moe_decode.Tile, slots: int, even: bool = True, pair: bool = False, **changes: Any
 ) -> Any:
     """``even``: the contraction has whole steps, weights are prefetched and down is split; else there are biases.
-    ``changes``: of constants; None: the argument is not one."""
+    ``pair``: gate and up are two tensors. ``changes``: of constants; None: the argument is not one."""
     is_down = gemm == "down"
     w, x = "bf16" if kind == "16 bit" else "fp8e4nv", "fp8e4nv" if kind == "blockwise" else "bf16"
     types = {"x": f"*{x}", "ids": "*i64", "w": f"*{w}", "out": "*fp32" if is_down and even else "*bf16"}
     types |= {"x_scale": "*fp32", "scale": "*fp32", "bias": "*bf16"}
+    types |= {"up_w": f"*{w}", "up_scale": "*fp32", "up_bias": "*bf16"}
     strides = {"w_stride_c": 1, "row_step": 1, "scale_stride_n": 1}
     constants: dict[str, Any] = {name: value for name, value in (strides | changes).items() if value is not None}
     constants = {
@@ -570,11 +573,12 @@ def compile_decode_gemm(
         "BY_SLOT": False, "SLOTS": slots, "PDL": True, "EVEN_C": even,
         "PREFETCH": moe_decode._PREFETCHED if even and "w_stride_c" in constants else 0,
         "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "UNROLL": tile.unroll,
-        "STAGES": tile.num_stages,
+        "STAGES": tile.num_stages, "UNIT": 8 if w == "bf16" else 16,
     } | constants  # fmt: skip
     constants |= dict.fromkeys(("x_scale",) if kind != "blockwise" else ())
-    constants |= dict.fromkeys(("scale",) if kind == "16 bit" else ())
-    constants |= dict.fromkeys(("bias",) if even else ())
+    constants |= dict.fromkeys(("scale", "up_scale") if kind == "16 bit" else ())
+    constants |= dict.fromkeys(("bias", "up_bias") if even else ())
+    constants |= dict.fromkeys(() if pair else ("up_w", "up_scale", "up_bias"))
     return compile_kernel(moe_decode._mm, "sm_90", types, constants, num_warps=tile.num_warps)
 
 

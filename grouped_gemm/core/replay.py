@@ -244,14 +244,10 @@ class Recording(TorchDispatchMode):
     def add(self, launch: Launch | None) -> None:
         """Adds a launch. None: it cannot be replayed."""
         if launch is None:
-            self.refuse()
+            self._is_refused = True
             return
         self._launch = launch
         self._steps.append(lambda slots, addresses: launch(addresses))
-
-    def refuse(self) -> None:
-        """Makes the call one that cannot be replayed."""
-        self._is_refused = True
 
     def end(self) -> None:
         """Ends the call: whatever it frees from now on is its result. Leaves no cycle that would keep tensors alive."""

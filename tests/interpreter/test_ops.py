@@ -139,20 +139,20 @@ def test_replayed_inference(recipe, monkeypatch, as_on_a_gpu):
 
 @pytest.mark.parametrize("recipe", (None, "fp8_blockwise"))
 def test_layers_whose_gate_and_up_are_apart(recipe, monkeypatch, as_on_a_gpu):
-    """The kernel gets how far up is from gate, which differs from layer to layer."""
+    """How far up is from gate differs from layer to layer. One program serves them all."""
     x, ids, weights = torch.randn(2, 128).bfloat16(), torch.tensor([[0, 3], [1, -1]]), torch.rand(2, 2)
-    memory = torch.randn(9, 4, 128, 128).bfloat16() / 11
+    memory = list(torch.randn(9, 4, 128, 128).bfloat16() / 11)  # it holds whatever a wrong distance leads to
+    if recipe is not None:
+        memory = [quantize_weights(w.mT, recipe, kernel_preference="triton") for w in memory]
+    ran = count_programs(monkeypatch)
     with torch.no_grad():
-        for up in range(1, 8):  # `memory` holds whatever a wrong distance leads to
-            layer = [memory[0], memory[up], memory[8]]
-            if recipe is not None:
-                memory_of = [quantize_weights(w.mT, recipe, kernel_preference="triton") for w in memory]
-                layer = [memory_of[0], memory_of[up], memory_of[8]]
-            given = x, ids, weights, tuple(layer[:2]), layer[2]
+        for up in range(1, 8):
+            given = x, ids, weights, (memory[0], memory[up]), memory[8]
             y = experts_forward(*given, implementation="decode")
             with monkeypatch.context() as patch:
                 patch.setattr(replay, "_is_on_gpu", lambda x: False)
                 assert torch.equal(y, experts_forward(*given, implementation="decode")), up
+    assert len(ran) == 5  # all but the first two
 
 
 def test_what_decides_a_call_is_part_of_its_key(monkeypatch, as_on_a_gpu):

@@ -29,7 +29,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from grouped_gemm.core import replay
 from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.kernels.common.launch import (
@@ -193,29 +192,33 @@ def _multiply(
     constants = constants | {
         "EVEN_C": c % (tile.block_c * tile.unroll) == 0, "PREFETCH": _PREFETCHED if prefetches else 0,
         "BLOCK_N": tile.block_n, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_c, "UNROLL": tile.unroll,
-        "STAGES": tile.num_stages,
+        "STAGES": tile.num_stages, "UNIT": _unit(weights),
     }  # fmt: skip
     names = _mm.arg_names[-len(constants) :]
     launch(
         _mm, (min(slots, num_experts), cdiv(n, columns), splits),
-        rows, row_scale, ids, first.weight, first.scale, first.bias, out, slots, num_experts, c, n, slots_of_row,
-        rows.stride(0),
-        *first.weight.stride(), step, up_row, _distance(first.weight, up and up.weight),
-        *((0, 0, 0) if first.scale is None else first.scale.stride()), _distance(first.scale, up and up.scale),
-        0 if first.bias is None else first.bias.stride(0), _distance(first.bias, up and up.bias), blocks,
+        rows, row_scale, ids, *first, *(up or (None, None, None)), out, slots, num_experts, c, n, slots_of_row,
+        rows.stride(0), *first.weight.stride(), step, up_row,
+        *((0, 0, 0) if first.scale is None else first.scale.stride()),
+        0 if first.bias is None else first.bias.stride(0), blocks,
         constants={name: constants[name] for name in names}, num_warps=tile.num_warps,
         launch_pdl=overlaps,
     )  # fmt: skip
 
 
-def _distance(one: Tensor | None, other: Tensor | None) -> int:
-    """From the first value of ``one`` to that of ``other``, in values: what turns one pointer into the other."""
-    if one is None or other is None:
-        return 0
-    recording = replay.current()
-    if recording is not None:  # a program has numbers as they are, and other tensors lie elsewhere
-        recording.refuse()
-    return (other.data_ptr() - one.data_ptr()) // one.element_size()
+def _unit(weights: tuple[Tensor, ...]) -> int:
+    """What the distance between two weights is a multiple of, in values: so vectors of that many can be loaded."""
+    return 16 // weights[0].element_size() if all(w.data_ptr() % 16 == 0 for w in weights) else 1
+
+
+@triton.jit
+def _distance(one, other, UNIT: tl.constexpr = 1):
+    """From what ``one`` points to to what ``other`` does, in values, a multiple of UNIT; 0 if there is no other."""
+    distance = 0
+    if other is not None:
+        size: tl.constexpr = UNIT * one.dtype.element_ty.primitive_bitwidth // 8
+        distance = (other.to(tl.int64) - one.to(tl.int64)) // size * UNIT  # so the compiler sees the multiple
+    return distance
 
 
 @triton.jit
@@ -262,13 +265,13 @@ def _scales(left_at, right_at, block, last_block, stride, GATED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "E", "K"])
 def _mm(
-    x, x_scale, ids, w, scale, bias, out, M, E, C, N, K, x_stride, w_stride_e, w_stride_n, w_stride_c,
-    row_step, up_row, to_up, scale_stride_e, scale_stride_n, scale_stride_c, to_up_scale, bias_stride, to_up_bias,
+    x, x_scale, ids, w, scale, bias, up_w, up_scale, up_bias, out, M, E, C, N, K, x_stride,
+    w_stride_e, w_stride_n, w_stride_c, row_step, up_row, scale_stride_e, scale_stride_n, scale_stride_c, bias_stride,
     blocks,
     ACT: tl.constexpr, LAYOUT: tl.constexpr, NVIDIA: tl.constexpr, KIND: tl.constexpr,
     BY_SLOT: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr, EVEN_C: tl.constexpr,
     PREFETCH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """A tile of an expert's weights, BLOCK_N rows, times all rows of this expert, over one part of the contraction.
 
@@ -277,9 +280,7 @@ def _mm(
     Args:
         row_step: rows of the tensor between one row of gate, or up, and the next.
         up_row: rows between a row of gate and that of up, if both are in one tensor.
-        to_up: values between a row of gate and that of up, if up is a tensor of its own.
-        to_up_scale: the same for scales.
-        to_up_bias: the same for biases.
+        up_w: up, with the strides of ``w``, if it is a tensor of its own; and ``up_scale`` and ``up_bias`` likewise.
         blocks: of C in a part.
     """
     GATED: tl.constexpr = LAYOUT == "halves"
@@ -303,7 +304,7 @@ def _mm(
         lines += tl.where(is_up, up_row, 0)
     w_at = e * w_stride_e + lines.to(tl.int64) * w_stride_n
     if GATED:
-        w_at += tl.where(is_up, to_up, 0)
+        w_at += tl.where(is_up, _distance(w, up_w, UNIT), 0)
     w_at = (w + w_at)[:, None]
     first_c = part * blocks * BLOCK_C
     last_c = tl.minimum(first_c + blocks * BLOCK_C, C)
@@ -312,7 +313,7 @@ def _mm(
         right_at = left_at
         if GATED:
             right_line = first_column * row_step + up_row
-            right_at = scale + to_up_scale + e * scale_stride_e + right_line // 128 * scale_stride_n
+            right_at = scale + _distance(scale, up_scale) + e * scale_stride_e + right_line // 128 * scale_stride_n
     last_block = (C - 1) // BLOCK_C
     if PREFETCH > 0:
         size = tl.minimum((last_c - first_c) * (w.dtype.element_ty.primitive_bitwidth // 8), PREFETCH)
@@ -361,7 +362,7 @@ def _mm(
         if bias is not None:
             bias_at = e * bias_stride + lines
             if GATED:
-                bias_at += tl.where(is_up, to_up_bias, 0)
+                bias_at += tl.where(is_up, _distance(bias, up_bias), 0)
             if part == 0:
                 acc += tl.load(bias + bias_at).to(tl.float32)[:, None]
         if GATED:
