@@ -690,6 +690,25 @@ def a_capture_that_cannot_work(job: Job) -> None:
             peer_memory.PeerMemory(job.mesh.get_group(), 4).sums(job.own(given.x), job.own(given.ids), None)
 
 
+def a_capture_after_larger_rows(job: Job) -> None:
+    """Rows that had a buffer before larger ones got theirs still have it: none is made in a capture."""
+    if not any(transports(job)):
+        return
+    given = layer(job, torch.float32, [4] * job.ranks)
+    peers = peer_memory.PeerMemory(job.mesh.get_group(), 4)
+    small, large = given.x[0], torch.cat([given.x[0]] * 2, 1)
+    places = torch.arange(4 * job.ranks, dtype=torch.int32, device=job.device).view(job.ranks, 4).t()
+
+    def sums(x: Tensor) -> Tensor:
+        return peers.sums(torch.cat([x] * job.ranks), places, None)
+
+    expected = sums(small)
+    sums(large)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peer_memory, "is_capturing", lambda x: True)
+        assert torch.equal(sums(small), expected)
+
+
 def numbers_of_experts(job: Job) -> None:
     """None, other numbers than the dispatcher has, DTensors with a remainder: errors that each rank finds itself."""
     given = layer(job, torch.float32, [4] * job.ranks)
@@ -803,6 +822,7 @@ CHECKS = (
     compiled_with_data_dependent_sizes,
     wrong_arguments,
     a_capture_that_cannot_work,
+    a_capture_after_larger_rows,
     numbers_of_experts,
     weights_on_other_ranks,
     explained,
@@ -824,6 +844,7 @@ OF_PEERS = (
     every_rank_learns_of_a_lost_token,
     symmetric_memory_has_the_same_bits,
     batches_between_dispatch_and_combine,
+    a_capture_after_larger_rows,
     gradients_of_gradients,
     compiled_with_symmetric_memory,
 )
@@ -845,7 +866,6 @@ class SharedFiles:
         dist.barrier(group)
         self._files = [self.memory if w == rank else opened(w) for w in range(dist.get_world_size(group))]
         self.away = [file.data_ptr() - self.memory.data_ptr() for file in self._files]
-        self.shifts: dict[int, Tensor] = {}
         self.barrier = functools.partial(dist.barrier, group)
 
 

@@ -2,7 +2,7 @@
 
 Tokens and gradients of results are written into the buffers of their experts' ranks by the kernel that packs them.
 Results and gradients of tokens stay on the ranks that computed them, in a buffer, and the kernel that sums them reads
-them there. One buffer serves all, since each step has the same form:
+them there. A buffer serves all of them, since each step has the same form. Larger rows than before get a new buffer.
 
 1. A barrier of all ranks: each has read what was in the buffers.
 2. Rows are written.
@@ -45,7 +45,9 @@ class PeerMemory:
     def __init__(self, group: dist.ProcessGroup, capacity: int) -> None:
         self._group, self._capacity = group, capacity
         self._num_ranks, self._rank = dist.get_world_size(group), dist.get_rank(group)
-        self._buffers: list[_Buffer] = []  # the last one is used; CUDA graphs may have captured others
+        self._last: _Buffer | None = None  # the largest
+        # By the size of a row: the buffer that its first call found, which CUDA graphs may have captured, and shifts.
+        self._found: dict[int, tuple[_Buffer, Tensor]] = {}
 
     def send(self, x: Tensor, places: Tensor, recipe: Recipe) -> Tensor:
         """(S, bytes): what arrives on this rank of ``x`` (T, H). With a recipe it is in the buffer, to be dequantized.
@@ -103,9 +105,12 @@ class PeerMemory:
         return ops.moe_combine(here, None, places, lost, shifts[0])
 
     def _find(self, x: Tensor, num_bytes: int) -> tuple[_Buffer, Tensor]:
-        """The buffer for rows of so many bytes, or of the size of those of ``x``, and (2, W) int64, its shifts."""
-        if self._buffers and num_bytes in self._buffers[-1].shifts:
-            return self._buffers[-1], self._buffers[-1].shifts[num_bytes]
+        """The buffer for rows of so many bytes, or of the size of those of ``x``, and its shifts.
+
+        Shifts (2, W) int64: how many bytes from a row's place here to the row for rank w, and from here to rank w.
+        """
+        if num_bytes in self._found:
+            return self._found[num_bytes]
         if is_capturing(x):
             raise RuntimeError(
                 "symmetric_memory: expected a call with the same H, k, dtype and recipe before a CUDA graph is "
@@ -116,13 +121,13 @@ class PeerMemory:
         size = packing.buffer_bytes(self._num_ranks, num_rows * max(num_bytes, _row_bytes(x)))
         # Later calls outside of inference mode write to it.
         with torch.inference_mode(False):
-            if not self._buffers or self._buffers[-1].memory.numel() < size:
-                self._buffers.append(_Buffer(self._group, size, x.device))
-            buffer = self._buffers[-1]
+            if self._last is None or self._last.memory.numel() < size:
+                self._last = _Buffer(self._group, size, x.device)
+            buffer = self._last
             moves = [(self._rank - w) * self._capacity * num_bytes for w in range(self._num_ranks)]
             of_rows = [base + move for base, move in zip(buffer.away, moves)]
             shifts = torch.tensor([of_rows, buffer.away], dtype=torch.int64, device=x.device)
-        buffer.shifts[num_bytes] = shifts
+        self._found[num_bytes] = buffer, shifts
         return buffer, shifts
 
 
@@ -132,7 +137,6 @@ class _Buffer:
     Attributes:
         memory: this rank's, (bytes,) uint8.
         away: how many bytes from it each rank's is.
-        shifts: (2, W) int64 for rows of so many bytes: from a row's place here to the row for rank w, and ``away``.
         barrier: waits for all ranks, on the current stream.
     """
 
@@ -158,7 +162,6 @@ class _Buffer:
             ) from error
         bases = [self._handle.get_buffer(w, (1,), torch.uint8).data_ptr() for w in range(self._handle.world_size)]
         self.away = [base - self.memory.data_ptr() for base in bases]
-        self.shifts: dict[int, Tensor] = {}
 
     def barrier(self) -> None:
         self._handle.barrier(channel=0)
