@@ -282,6 +282,21 @@ def batches_between_dispatch_and_combine(job: Job) -> None:
         torch.testing.assert_close(y, sign * own[0] * own[2].sum(1, keepdim=True))
 
 
+def results_that_are_what_arrived(job: Job) -> None:
+    """Without gradients too, where both lie in one buffer."""
+    if not any(transports(job)):
+        return
+    given = layer(job, torch.float32, [5] * job.ranks)
+    x, ids, weights = job.own(given.x), job.own(given.ids), job.own(given.weights)
+    dispatcher = AllToAll(job.mesh, E, capacity=5, symmetric_memory=True)
+    with torch.no_grad():
+        arrived = dispatcher.dispatch(x, ids, weights)
+        y = dispatcher.combine(arrived.x, arrived.handle)
+    of_ranks = torch.arange(job.ranks, device=ids.device)
+    times = (ids.unsqueeze(2) // (E // job.ranks) == of_ranks).any(1).sum(1, keepdim=True)
+    torch.testing.assert_close(y, x * times)
+
+
 def the_same_bits_on_one_rank(job: Job) -> None:
     """Where all experts of a token are on one rank, nothing is rounded differently, however it travels in bf16."""
     local = E // job.ranks
@@ -805,6 +820,7 @@ CHECKS = (
     every_rank_learns_of_a_lost_token,
     symmetric_memory_has_the_same_bits,
     batches_between_dispatch_and_combine,
+    results_that_are_what_arrived,
     the_same_bits_on_one_rank,
     sharded_weights,
     copied_modules,
@@ -844,6 +860,7 @@ OF_PEERS = (
     every_rank_learns_of_a_lost_token,
     symmetric_memory_has_the_same_bits,
     batches_between_dispatch_and_combine,
+    results_that_are_what_arrived,
     a_capture_after_larger_rows,
     gradients_of_gradients,
     compiled_with_symmetric_memory,
@@ -851,7 +868,7 @@ OF_PEERS = (
 
 
 class SharedFiles:
-    """A `peer_memory._Buffer` that is a file of each rank, in ``folder``."""
+    """A `peer_memory._Buffer` that is a file of each rank, in ``folder``. A step begins with nothing in it."""
 
     folder = ""
     numbers = itertools.count()
@@ -866,7 +883,14 @@ class SharedFiles:
         dist.barrier(group)
         self._files = [self.memory if w == rank else opened(w) for w in range(dist.get_world_size(group))]
         self.away = [file.data_ptr() - self.memory.data_ptr() for file in self._files]
-        self.barrier = functools.partial(dist.barrier, group)
+        self._group, self._writes = group, False
+
+    def barrier(self) -> None:
+        dist.barrier(self._group)
+        self._writes = not self._writes
+        if self._writes:  # what lasts until the next step is gone
+            self.memory.fill_(255)
+            dist.barrier(self._group)
 
 
 def main(device_type: str, ranks: str, rendezvous: str, *names: str) -> None:
