@@ -297,6 +297,15 @@ def results_that_are_what_arrived(job: Job) -> None:
     torch.testing.assert_close(y, x * times)
 
 
+def no_slots(job: Job) -> None:
+    """Zeros, whose gradients travel."""
+    given = layer(job, torch.float32, [4] * job.ranks)
+    given = given._replace(ids=[ids[:, :0] for ids in given.ids], weights=[w[:, :0] for w in given.weights])
+    for symmetric in transports(job):
+        found = parallel(job, given, AllToAll(job.mesh, E, capacity=4, symmetric_memory=symmetric))
+        assert not any(t.any() for t in found)
+
+
 def the_same_bits_on_one_rank(job: Job) -> None:
     """Where all experts of a token are on one rank, nothing is rounded differently, however it travels in bf16."""
     local = E // job.ranks
@@ -821,6 +830,7 @@ CHECKS = (
     symmetric_memory_has_the_same_bits,
     batches_between_dispatch_and_combine,
     results_that_are_what_arrived,
+    no_slots,
     the_same_bits_on_one_rank,
     sharded_weights,
     copied_modules,
@@ -861,6 +871,7 @@ OF_PEERS = (
     symmetric_memory_has_the_same_bits,
     batches_between_dispatch_and_combine,
     results_that_are_what_arrived,
+    no_slots,
     a_capture_after_larger_rows,
     gradients_of_gradients,
     compiled_with_symmetric_memory,

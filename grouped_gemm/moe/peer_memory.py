@@ -170,5 +170,5 @@ class _Buffer:
 
 
 def _row_bytes(y: Tensor) -> int:
-    """The size of a row of results."""
-    return -(-y.shape[1] * y.dtype.itemsize // 64) * 64
+    """The size of a row of results, or of the gradients of weights, of which there may be none."""
+    return -(-max(y.shape[1], 1) * y.dtype.itemsize // 64) * 64
