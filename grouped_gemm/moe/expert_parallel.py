@@ -245,7 +245,10 @@ class AllToAll:
         return total
 
     def check(self) -> None:
-        """Synchronizes the host, and raises `RuntimeError` if a token has not fitted since the last error."""
+        """Synchronizes the host, and raises `RuntimeError` if a token has not fitted since the last error.
+
+        Call it on all ranks: one that has raised takes the state for handled, and its next `dispatch` goes on.
+        """
         if self._lost is not None and bool(self._lost):
             self._raise()
 
