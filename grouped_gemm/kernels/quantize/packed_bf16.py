@@ -25,7 +25,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from grouped_gemm.core.machine import machine_of
-from grouped_gemm.kernels.common.scaling import scale_of
+from grouped_gemm.kernels.common.scaling import four_to_fp8, scale_of
 
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7 renamed it
 
@@ -82,24 +82,6 @@ def _pair(low, high):
     """Two fp32 values as fp8, saturated, the first in the low byte."""
     return gl.inline_asm_elementwise(
         "cvt.rn.satfinite.e4m3x2.f32 $0, $2, $1;", "=h,f,f", [low, high], dtype=gl.int16, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _four(v0, v1, v2, v3):
-    """Four fp32 values as fp8 in one word, saturated, the first in the lowest byte."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,f,f,f,f",
-        [v0, v1, v2, v3],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
     )
 
 
@@ -217,7 +199,7 @@ def _four_rows(values):
     even, odd = values.reshape(8, 2, 2, 64).permute(0, 3, 1, 2).split()
     v0, v2 = even.split()
     v1, v3 = odd.split()
-    return _four(v0, v1, v2, v3)
+    return four_to_fp8(v0, v1, v2, v3)
 
 
 @gluon.jit
