@@ -101,8 +101,8 @@ def _to_save(plans: Plans, *operands: Quantized | None) -> _Saved:
     return forms, tuple([1 + len(plan.derived) for plan in plans.values()]), *tensors
 
 
-def _save(ctx: Any, route: Route, saved: _Saved) -> None:
-    """Saves for backward."""
+def _save(ctx: Any, route: Route, saved: Sequence[Any]) -> None:
+    """Saves what `_to_save` returns."""
     ctx.forms, ctx.plan_sizes, *tensors = saved
     ctx.save_for_backward(*tensors)
     ctx.route = route
@@ -121,6 +121,11 @@ def _load(
         plans[kind] = OffsetPlan(tensors[0], num_rows, tuple(tensors[1:size]))
         tensors = tensors[size:]
     return plans, operands
+
+
+def _load_saved(ctx: Any, num_rows: int) -> tuple[Route, Plans, list[Quantized | None]]:
+    """The route, plans and operands of `_save`."""
+    return ctx.route, *_load(ctx.route, ctx.forms, ctx.plan_sizes, ctx.saved_tensors, num_rows)
 
 
 def run_forward(
@@ -199,7 +204,7 @@ class GroupedMM(torch.autograd.Function):
     ) -> Tensor:
         """Y (M, N). The arguments are those of `run_forward`, and where the gradient of ``b`` goes."""
         y, *saved = run_forward(a, b, bias, groups, route)
-        _save(ctx, route, tuple(saved))
+        _save(ctx, route, saved)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.destination = destination
         return y
@@ -227,8 +232,7 @@ class GroupedMM(torch.autograd.Function):
 
         Without a recipe, an operand is its own layout. So the saved tensors are ``a`` and ``b``, with their history.
         """
-        route = ctx.route
-        plans, (a, b) = _load(route, ctx.forms, ctx.plan_sizes, ctx.saved_tensors, dy.shape[0])
+        route, plans, (a, b) = _load_saved(ctx, dy.shape[0])
         _refuse_second_derivative(route)
         g = dense_rows(dy.to(route.dtype))
         da = db = dbias = None
@@ -297,8 +301,7 @@ class GroupedWgrad(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        route = ctx.route
-        plans, (x_rows, g_rows) = _load(route, ctx.forms, ctx.plan_sizes, ctx.saved_tensors, ctx.num_rows)
+        route, plans, (x_rows, g_rows) = _load_saved(ctx, ctx.num_rows)
         dc, _ = dense_weights(dc_EKN.to(route.dtype))
         dc_forward, dc_dgrad = weights_for(dc, route.recipe, route.forward, route.dgrad)
         dx = dg = None
@@ -311,8 +314,7 @@ class GroupedWgrad(torch.autograd.Function):
     @staticmethod
     def _differentiable_gradients(ctx: Any, dc_EKN: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """As `GroupedMM._differentiable_gradients`."""
-        route = ctx.route
-        plans, (x, g) = _load(route, ctx.forms, ctx.plan_sizes, ctx.saved_tensors, ctx.num_rows)
+        route, plans, (x, g) = _load_saved(ctx, ctx.num_rows)
         _refuse_second_derivative(route)
         dc, _ = dense_weights(dc_EKN.to(route.dtype))
         dx = dg = None

@@ -14,7 +14,6 @@ from torch import Tensor
 from grouped_gemm import reference, weight_gradients
 from grouped_gemm.autograd import GroupedMM, GroupedWgrad, layouts, run_forward, weights_for
 from grouped_gemm.core import vmap
-from grouped_gemm.core.call_spec import Pass
 from grouped_gemm.core.dense import dense_weights, materialized
 from grouped_gemm.core.machine import fp8_dtype_of
 from grouped_gemm.core.preference import KernelPreference, Preference, check_bool
@@ -165,8 +164,7 @@ def explain(
     picks = is_fastest(recipe) and spec.weights is None  # weights that are quantized already keep their recipe
     if picks:
         spec = in_fastest_recipe(spec)
-    times = times_of(spec) if spec.weights is None and spec.passes[0] is Pass.FORWARD else {}
-    return Explanation(decision_of(spec), a.shape[0], times, picks)
+    return Explanation(decision_of(spec), a.shape[0], times_of(spec), picks)
 
 
 def quantize_weights(

@@ -90,7 +90,7 @@ class Warmup:
 
     @property
     def total(self) -> str:
-        """The last line of it as text: the seconds."""
+        """The last line of the text: how long all of it took."""
         return f"  {'total':12}{self.seconds:.1f} s"
 
     def __str__(self) -> str:

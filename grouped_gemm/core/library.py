@@ -71,7 +71,7 @@ def define_op(
     Args:
         tags: additional tags of the op.
         replays: whether calls may be replayed on a GPU, see `core.replay`: besides allocating, filling and viewing
-            tensors, the op only launches kernels, by `kernels.common.launch`. Nobody would see what a library launches.
+            tensors, the op only launches kernels, by `kernels.common.launch`. What a library launches is not recorded.
 
     Returns:
         A decorator. It returns a plain function that runs the op without the dispatcher.
@@ -137,14 +137,7 @@ def is_intercepted() -> bool:
 
 def _is_seen() -> bool:
     """Whether anything, a profiler included, sees the ops that are called now."""
-    return bool(
-        _is_compiling()
-        or _modes()
-        or _function_modes()
-        or _transform() is not None
-        or _jit_trace() is not None
-        or torch.autograd.profiler._is_profiler_enabled
-    )
+    return bool(is_intercepted() or _function_modes() or torch.autograd.profiler._is_profiler_enabled)
 
 
 def _shortcut(op: Any, implementation: Callable[..., Any]) -> Callable[..., Any]:

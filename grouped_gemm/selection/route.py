@@ -123,9 +123,7 @@ def in_fastest_recipe(spec: CallSpec) -> CallSpec:
     Raises:
         ValueError: an environment switch has an unknown value.
     """
-    if spec.weights is not None or spec.passes[0] is not Pass.FORWARD:  # a wgrad as a call of its own is not measured
-        return spec
-    return spec._replace(recipe=Recipe.parse(_fastest(tuple(spec))))
+    return spec if spec.weights is not None else spec._replace(recipe=Recipe.parse(_fastest(tuple(spec))))
 
 
 def _fastest(fields: tuple[Any, ...]) -> str:
@@ -142,9 +140,13 @@ _fastest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def times_of(spec: CallSpec) -> dict[Recipe, float]:
     """Measured microseconds of a call in `OF_FASTEST` and in its own recipe, see `times_of_recipes`.
 
+    Calls on weights that are quantized already, and wgrads as calls of their own, are not measured.
+
     Raises:
         ValueError: an environment switch has an unknown value.
     """
+    if spec.weights is not None or spec.passes[0] is not Pass.FORWARD:
+        return {}
     recipes = dict.fromkeys((*OF_FASTEST, spec.recipe))
     return times_of_recipes([decision_of(spec._replace(recipe=recipe)) for recipe in recipes])
 
