@@ -208,6 +208,17 @@ def test_importing_the_package_does_not_import_the_compiler(imported):
     assert not [module for module in imported["modules"] if module.startswith(compiler)]
 
 
+def test_expert_parallelism_does_not_import_dynamo():
+    """Which takes three seconds; torch.distributed does not import it either."""
+    assert not in_a_fresh_process(
+        """
+import json, sys
+import grouped_gemm.moe.expert_parallel
+print(json.dumps("torch._dynamo" in sys.modules))
+"""
+    )
+
+
 def test_importing_the_package_does_not_import_dtensor(imported):
     assert "torch.distributed.tensor" not in imported["modules"]
 

@@ -191,6 +191,7 @@ class AllToAll:
                 Without one, a CUDA graph is being captured. Or the ranks do not reach each other's memory.
         """
         if self._peers is not None and torch.compiler.is_compiling():
+            _break_graphs()
             found: Tokens = _eagerly(self.dispatch, x, topk_ids, topk_weights)
             return found
         self._check(x, topk_ids, topk_weights)
@@ -239,9 +240,11 @@ class AllToAll:
     def combine(self, y: Tensor, handle: tuple[Tensor, _Collectives | PeerMemory, Tensor | None]) -> Tensor:
         """See `Dispatcher`."""
         if self._peers is not None and torch.compiler.is_compiling():
-            return _eagerly(self.combine, y, handle)
+            _break_graphs()
+            total: Tensor = _eagerly(self.combine, y, handle)
+            return total
         places, transport, lost = handle
-        total: Tensor = _Return.apply(y, places, lost, transport, self.recipe)
+        total = _Return.apply(y, places, lost, transport, self.recipe)
         return total
 
     def check(self) -> None:
@@ -391,9 +394,22 @@ def check_ranks(mesh: Any, of_weights: DeviceMesh) -> None:
             checks.fail("weights", f"DTensors on the ranks {expected}, those of mesh", f"some on {found}")
 
 
-@torch.compiler.disable(reason="AllToAll with symmetric_memory=True breaks the graph; without it, none breaks.")
-def _eagerly(method: Callable[..., Any], *args: Any) -> Any:
+def _run(method: Callable[..., Any], *args: Any) -> Any:
     return method(*args)
+
+
+_eagerly = _run  # becomes a function that Dynamo breaks the graph for
+
+
+def _break_graphs() -> None:
+    """As `weight_gradients._break_graphs`: before a call is traced, it would import all of Dynamo."""
+    global _eagerly
+    if _eagerly is _run:
+        reason = "AllToAll with symmetric_memory=True breaks the graph; without it, none breaks."
+        _eagerly = torch.compiler.disable(_run, reason=reason)
+
+
+_break_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Send(torch.autograd.Function):
