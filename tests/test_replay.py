@@ -222,6 +222,22 @@ def test_what_else_an_op_does_is_not_replayed(launch):
         assert len(calls) == 4
 
 
+@pytest.mark.parametrize("copies", (False, True))
+def test_an_op_inside_a_call_that_copies_is_not_replayed(launch, copies, monkeypatch):
+    """Below autograd, contiguous() is one op, whose schema returns a view."""
+    inner = torch.ops.grouped_gemm.moe_gather.default
+
+    def gather(x, source, places):
+        return launching(launch)(x.contiguous())[0]
+
+    monkeypatch.setitem(replay.implementations, inner, gather)
+    calls, source, places = [], torch.zeros(8, dtype=torch.int32), torch.zeros(8, 1, dtype=torch.int32)
+    op = fake_op(calls, lambda x: inner(x, source, places) if replay.current() else x)
+    for _ in range(4):
+        op(X[:, ::2] if copies else X)
+    assert len(calls) == (4 if copies else 2)
+
+
 @pytest.mark.parametrize("keeps", (False, True))
 def test_memory_is_freed_as_the_call_frees_it(launch, keeps):
     """What is allocated first goes before the last tensor comes, unless a view of it is left."""

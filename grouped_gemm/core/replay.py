@@ -227,7 +227,10 @@ class Recording(TorchDispatchMode):
             self._fill(args[0], args[1])
         elif func.is_view and id(args[0]) in self._slot_by_id:
             for view in result if isinstance(result, (list, tuple)) else [result]:
-                self._keep(view, self._slot_by_id[id(args[0])])
+                if _shares_memory(view, args[0]):
+                    self._keep(view, self._slot_by_id[id(args[0])])
+                else:  # such as contiguous(), which is said to be a view where no autograd takes it apart
+                    self._is_refused = True
         else:
             self._is_refused = True
         return result
@@ -309,6 +312,10 @@ class Recording(TorchDispatchMode):
         if found == whole:
             return View(slot, None)
         return View(slot, (found.shape, found.stride, found.start - whole.start))
+
+
+def _shares_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _is_in(args: Sequence[Any], x: Tensor) -> bool:

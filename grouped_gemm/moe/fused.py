@@ -218,7 +218,9 @@ def _apply(
     if needs_gradients(x, topk_weights, gate_up, down):
         keep = experts.keep if recipe.is_scaled else "full"
     settings = recipe, experts.activation.name, experts.interleaved, keep
-    topk_weights = None if topk_weights is None else dense_rows(topk_weights)
+    if topk_weights is not None:
+        # Backward reads them where they are, and is not replayed where it copies.
+        topk_weights = dense_rows(topk_weights) if keep == "nothing" else topk_weights.contiguous()
     data, scale = (None, None) if quantized is None else quantized[:2]
     y: Tensor = _FusedExperts.apply(
         dense_rows(x) if data is None else x,
