@@ -370,7 +370,7 @@ def test_nothing_runs_between_quantizer_and_gemm(shape, device):
         torch.cuda.synchronize()
     events = sorted((e for e in profile.events() if e.device_type.name == "CUDA"), key=lambda e: e.time_range.start)
     kernels = [event.name for event in events]
-    ours = ["_lay_out", "_quantize_tiles", "quantize_weight_tiles"]
+    ours = ["_lay_out", "_quantize_tiles", "quantize_weights_blockwise"]
     assert [name for name in kernels if name in ours] == ours, kernels
     expected = len(ours) + 1 + (0 if shape.alignment % 128 == 0 else 1)
     assert len(kernels) == expected, kernels
