@@ -185,7 +185,8 @@ def measure(name: str, shape: Shape, device: torch.device, repetitions: int) -> 
             "peer": lambda: peer.combine(received, weights),
             "bf16": lambda: ours["bf16"].combine(arrived["bf16"].x, arrived["bf16"].handle),
         }
-        fixed: dict[str, AllToAll] = {}  # which live as long as their graphs
+        fixed: dict[str, AllToAll] = {}  # which live as long as their graphs, as do operands
+        operands = []
         for (layer, one), symmetric in product(ours.items() if device.type == "cuda" else (), (False, True)):
             form = f"{layer}, symmetric, graph" if symmetric else f"{layer}, graph"
             fixed[form] = made = AllToAll(
@@ -195,10 +196,11 @@ def measure(name: str, shape: Shape, device: torch.device, repetitions: int) -> 
             if layer == "bf16":
                 given = made.dispatch(x.detach(), ids, weights.detach())
                 y = torch.where((given.topk_ids >= 0).any(1, keepdim=True), given.x, 0)
-                combines[form], _ = captured(partial(made.combine, y, given.handle))
+                operands.append((y, given.handle))
+                combines[form], _ = captured(partial(made.combine, *operands[-1]))
         timed("dispatch", {"peer": lambda: peer.dispatch(sent), **dispatches}, {})
         timed("combine", combines, {})
-        del dispatches, combines
+        del dispatches, combines, operands
         with cache_weights():
             forwards: dict[str, Callable[[], Any]] = {layer: partial(run, layer) for layer in ("peer", *ours)}
             for form, made in fixed.items() if name in FEW else ():
