@@ -9,7 +9,11 @@ from _report import CEILINGS, PASSES, Row, rate, share, sizes
 
 NEEDED = "--plot needs matplotlib: pip install grouped-gemm-dispatch[bench]"
 _INK = "#3b3f46"
-_BARS = {"balanced": "#0072b2", "ragged": "#8ec1e0"}  # distinguishable for the colour-blind (Okabe, Ito)
+_BARS = {
+    "balanced": "#0072b2",
+    "ragged": "#8ec1e0",
+    "zipf": "#cfe3f1",
+}  # distinguishable for the colour-blind (Okabe, Ito)
 _PEERS = {"torch": ("torch", "D", "#d55e00"), "deep_gemm": ("DeepGEMM", "^", "#009e73")}
 _RECIPES = {"none": "bf16", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8_blockwise"}
 
@@ -30,7 +34,8 @@ def draw(run: dict[str, Any], path: Path) -> None:
         title += f", {ceiling:.0f} TFLOP/s" if ceiling else ", which failed"
         panels.append((title, [r for r in gemms if r["recipe"] == recipe]))
     panels = [panel for panel in panels if panel[1]]
-    figure = Figure(figsize=(13, 1.2 + 3.6 * max(len(panels), 1)), dpi=120, layout="constrained")
+    width = max(13.0, 2.6 * len({r["shape"] for r in gemms}))
+    figure = Figure(figsize=(width, 1.2 + 3.6 * max(len(panels), 1)), dpi=120, layout="constrained")
     versions = ", ".join(f"{package} {version}" for package, version in run["versions"].items())
     title = f"Share of the measured ceiling: grouped_gemm on {run['device']} ({versions})"
     figure.suptitle(title, x=0.01, ha="left", weight="bold", color=_INK)

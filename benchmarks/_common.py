@@ -137,12 +137,20 @@ def synchronize() -> None:
 
 
 def ends_of(num_rows: int, num_groups: int, kind: str, device: str = DEVICE) -> torch.Tensor:
-    """End rows, (E,) int32: equal groups; or skewed ones, one empty, in multiples of 16, as torch's fp8 needs."""
+    """End rows, (E,) int32, of groups that are multiples of 16 rows, as torch's fp8 needs them.
+
+    "balanced": equal groups. "ragged": random sizes, one of them 0. "zipf": the i-th largest has a share of
+    ``i**-1.2``, in random order.
+    """
+    generator = torch.Generator().manual_seed(0)
     if kind == "balanced":
         sizes = torch.full((num_groups,), num_rows // num_groups)
     else:
-        shares = torch.rand(num_groups, generator=torch.Generator().manual_seed(0))
-        shares[num_groups // 2] = 0
+        if kind == "zipf":
+            shares = torch.arange(1, num_groups + 1).pow(-1.2)[torch.randperm(num_groups, generator=generator)]
+        else:
+            shares = torch.rand(num_groups, generator=generator)
+            shares[num_groups // 2] = 0
         sizes = (shares / shares.sum() * num_rows).int() // 16 * 16
         sizes[0] += num_rows - sizes.sum()
     return sizes.cumsum(0).int().to(device)

@@ -3,7 +3,7 @@
     python -m grouped_gemm bench auto --json regret.json
 
 Whole calls: a forward call without gradients, and forward with backward, for the shapes of the profile and for
-the `UNTUNED` ones, which no profile has and no tile was chosen for. Groups are balanced (in whole blocks of 128
+untuned ones, which no profile has and no tile was chosen for. Groups are balanced (in whole blocks of 128
 rows, which is guaranteed), ragged, or few rows: 64 in all. The backends' calls are interleaved, and timed by the wall
 clock, ten in a row. Where AUTO chooses one backend for all passes, both make the same call, so any difference of their
 ratio from 1 is noise. If the regret is over 1.03, all are timed four more times, and the least of each counts. If it
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from _common import DEVICE, ends_of, failures
-from _report import SHAPES, legend
+from _report import ALL_SHAPES, legend
 
 from grouped_gemm import NoBackendError, Recipe, explain, grouped_mm
 from grouped_gemm.autotune.timing import eager_microseconds
@@ -31,14 +31,6 @@ from grouped_gemm.core.preference import BackendKind
 
 GOAL = 1.03
 MOST_RUNS = 5
-UNTUNED = {  # M, E, N, K, as in SHAPES
-    "mixtral_gateup": (16384, 8, 28672, 4096),
-    "mixtral_down": (16384, 8, 4096, 14336),
-    "scout_gateup": (16384, 16, 16384, 5120),
-    "olmoe_gateup": (65536, 64, 2048, 2048),
-    "glm_down": (32768, 40, 5120, 1536),
-}
-ALL_SHAPES = SHAPES | UNTUNED
 CASES = {  # recipe and dtype
     "bf16": (Recipe.NONE, torch.bfloat16),
     "fp16": (Recipe.NONE, torch.float16),
@@ -136,7 +128,7 @@ def main() -> int:
         return 1
     machine, begin = machine_of(DEVICE), time.time()
     print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions))
-    print(legend(args.shapes, ALL_SHAPES), flush=True)
+    print(legend(args.shapes), flush=True)
     for shape in args.shapes:
         for name in args.cases:
             for kind in args.kinds:

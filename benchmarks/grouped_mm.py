@@ -9,7 +9,7 @@ groups, in memory poisoned with NaN; a wrong result makes the exit code 1. Times
 L2, where ours and the peers' are interleaved; only ratios within a run are reliable. Peers: torch's grouped GEMMs, and
 DeepGEMM if it is installed (for ragged groups, on groups padded to 128, which it needs; the padding is not timed).
 Ceilings: one matmul of 8192^3 in bf16 and in fp8 with rowwise scales. The last lines say which goals the run has
-reached. `quantizers` measures the quantizers.
+reached. `quantizers` measures the quantizers, `steps` whole training steps.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from _common import (
     milliseconds,
 )
 from _peers import make_peers
-from _report import SHAPES, check_form, describe, print_run
+from _report import ALL_SHAPES, KINDS, check_form, describe, print_run
 
 from grouped_gemm import Recipe, grouped_mm
 from grouped_gemm.backends.base import OffsetPlan
@@ -73,7 +73,7 @@ def measure_ceilings() -> None:
 
 
 def time_gemms(shape: str, kind: str, recipe: Recipe) -> None:
-    num_rows, num_groups, n, k = SHAPES[shape]
+    num_rows, num_groups, n, k = ALL_SHAPES[shape]
     flops = 2 * num_rows * n * k
     offs = ends_of(num_rows, num_groups, kind)
     plan = OffsetPlan(offs, num_rows)
@@ -149,7 +149,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.empty_cache()
         for shape in args.shapes:
             for recipe in map(Recipe, args.recipes):
-                for kind in ("balanced", "ragged"):
+                for kind in args.kinds:
                     attempt(f"{shape} {recipe.value}", lambda: time_gemms(shape, kind, recipe))  # noqa: B023
                     torch.cuda.empty_cache()
     return {
@@ -168,7 +168,8 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="*", choices=list(ALL_SHAPES), default=list(ALL_SHAPES))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--recipes", nargs="*", choices=[r.value for r in RECIPES], default=[r.value for r in RECIPES])
     parser.add_argument("--skip", nargs="*", choices=("check", "gemms", "host"), default=[])
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the run to this file")

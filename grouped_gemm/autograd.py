@@ -259,6 +259,7 @@ def _gradients_to(
     da = db = dbias = None
     if route.dgrad is not None:
         da = _gemm(route.dgrad, dy_rows, b_dgrad, plans, route.dtype)
+    del dy_rows  # before memory for dB is needed
     if route.wgrad is not None:
 
         def compute(sum_EKN: Tensor | None) -> Tensor | None:

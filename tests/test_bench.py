@@ -84,12 +84,40 @@ def test_each_goal_has_its_count_and_its_worst_case(shown):
         "not measured fp8_rowwise forward against torch >= 1.00x",
         "not measured fp8_rowwise dgrad against torch >= 1.00x",
         "not measured fp8_rowwise wgrad against torch >= 1.00x",
-        "reached fp8_blockwise forward against deep_gemm >= 0.80x 1 of 1, worst 0.90x: "
+        "NOT reached fp8_blockwise forward against deep_gemm >= 1.00x 0 of 1, worst 0.90x: "
         "seed balanced fp8_blockwise forward",
-        "NOT reached fp8_blockwise wgrad against deep_gemm >= 1.00x 0 of 1, worst 0.90x: "
+        "NOT reached fp8_blockwise dgrad against deep_gemm >= 1.00x 0 of 1, worst 0.10x: "
+        "seed balanced fp8_blockwise dgrad",
+        "NOT reached fp8_blockwise wgrad against deep_gemm >= 1.15x 0 of 1, worst 0.90x: "
         "seed balanced fp8_blockwise wgrad",
         "reached host time of an eager call in bf16 <= 25 us 1 of 1, worst 24.0 us: host time of grouped_mm none",
     ]
+
+
+def test_goals_of_steps(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    steps = importlib.import_module("steps")
+    at = {"shape": "seed", "kind": "zipf"}
+    rows = [
+        at | {"name": "torch", "us": 300.0, "kept": 100, "peak": 1000},
+        at | {"name": "none", "us": 290.0, "kept": 100, "peak": 1010, "plan": "none on triton"},
+        at | {"name": "fp8", "us": 200.0, "kept": 52, "peak": 990, "plan": "fp8_rowwise on triton"},
+    ]
+    assert [" ".join(str(goal).split()) for goal in steps.goals(rows)] == [
+        "reached fp8 on seed beside torch >= 1.50x 1 of 1, worst 1.50x: seed zipf fp8",
+        "not measured fp8 on qwen3_gateup beside torch >= 1.25x",
+        "reached fp8 beside torch >= 0.98x 1 of 1, worst 1.50x: seed zipf fp8",
+        "reached kept activations in FP8 of torch's <= 0.55x 1 of 1, worst 0.52x: seed zipf fp8",
+        "NOT reached peak of torch's <= 1.00x 1 of 2, worst 1.01x: seed zipf none",
+    ]
+
+
+@pytest.mark.parametrize("kind", ("balanced", "ragged", "zipf"))
+def test_groups_of_benchmarks_have_all_rows(kind, monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    sizes = importlib.import_module("_common").ends_of(4096, 8, kind, "cpu").diff(prepend=torch.zeros(1)).int()
+    assert sizes.sum() == 4096 and not (sizes % 16).any() and (sizes >= 0).all()
+    assert (sizes.max() == 512) == (kind == "balanced")
 
 
 def test_a_case_that_failed_does_not_reach_a_goal(report):
