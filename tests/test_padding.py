@@ -76,7 +76,7 @@ def test_the_multiple_of_a_dispatcher(recipe, kernel_preference, training, multi
 
 
 def test_the_multiple_of_a_backend_that_does_not_run_is_an_error():
-    with pytest.raises(NoBackendError, match="deepgemm  requires deep_gemm; found none"):
+    with pytest.raises(NoBackendError, match=r"deepgemm  requires (deep_gemm; found none|sm_90 or sm_100; found cpu)"):
         group_alignment("fp8_blockwise", kernel_preference="deepgemm", device="cpu")
     with pytest.raises(TypeError, match="training: expected True or False"):
         group_alignment(training=1)
