@@ -72,7 +72,7 @@ class HopperTile(NamedTuple):
     """How one program works.
 
     Attributes:
-        consumers: warpgroups that multiply, 64 rows each: 2 or 3.
+        consumers: warpgroups that multiply, 64 rows each.
         block_n: columns of an output tile.
         block_k: values of the contraction in one step.
         num_stages: steps whose operands are in shared memory at once.
@@ -214,6 +214,22 @@ def start_block(lhs, rhs, LAYOUT: gl.constexpr):
     COLUMNS: gl.constexpr = rhs.shape[1]
     zeros = gl.zeros((ROWS, COLUMNS), gl.float32, LAYOUT)
     return warpgroup_mma(lhs, rhs, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def restart_block(lhs, rhs, block, never):
+    """As `start_block`, in the registers of a ``block`` that is done with. ``never``: false, unknown to the compiler.
+
+    Without it, the compiler starts this product before the last one is added, in registers on top of that one's.
+    """
+    return warpgroup_mma(lhs, rhs, block, use_acc=never, is_async=True)
+
+
+@gluon.jit
+def add_done_block(acc, block, scale):
+    """As `add_block`; also returns the ``block`` that is done with, for `restart_block`."""
+    block = warpgroup_mma_wait(num_outstanding=0, deps=(block,))
+    return warpgroup_mma_wait(num_outstanding=0, deps=(acc + block * scale,)), block
 
 
 @gluon.jit

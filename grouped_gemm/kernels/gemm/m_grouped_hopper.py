@@ -3,10 +3,10 @@
 It is about twice as fast as the portable kernel blockwise, and up to a third faster otherwise (docs/performance.md).
 
 One warp, the producer, copies tiles of both operands into a ring in shared memory, and blockwise the scales of rows as
-well. Two or three warpgroups, the consumers, multiply 64 rows of the tile each. Blockwise, a consumer multiplies 128
-values of C into separate registers, then scales the result and adds it to its sum while the tensor cores work for the
-other consumers. A finished tile is stored through shared memory while the next one begins. Groups are found from
-``offs``, as in `m_grouped`.
+well. Two warpgroups, the consumers, multiply 64 rows of the tile each. Blockwise, a consumer multiplies 128 values of C
+into separate registers, half of the columns at a time, then scales the result and adds it to its sum while the tensor
+cores work for the other consumer. A finished tile is stored through shared memory while the next one begins. Groups are
+found from ``offs``, as in `m_grouped`.
 
 M, E: rows, groups. C: the contraction. N: columns of the result.
 """
@@ -27,6 +27,7 @@ from grouped_gemm.kernels.common.hopper import (
     STORED,
     HopperTile,
     accumulate,
+    add_done_block,
     describe_scales,
     describe_tile,
     even_height,
@@ -35,17 +36,18 @@ from grouped_gemm.kernels.common.hopper import (
     load,
     make_barriers,
     next_slot,
+    restart_block,
     start_block,
     store_tile,
     tile_position,
 )
 from grouped_gemm.kernels.common.launch import cdiv, launcher, num_processors
 
-# H200, triton 3.6.0, 2026-11-21.
+# H200, triton 3.6.0, 2026-11-21; blockwise: H100, 2026-11-27.
 TILES = {
     "16 bit": HopperTile(2, 256, 64, 4, 232, 16),
     "rowwise": HopperTile(2, 256, 128, 4, 232, 8),
-    "blockwise": HopperTile(3, 128, 128, 4, 152, 8),
+    "blockwise": HopperTile(2, 256, 128, 4, 240, 16),
 }
 # Measured likewise: the row classes in which this kernel is faster. Without scales and with 8 rows a group, it is 0.87
 # to 1.2 times as fast as the portable one.
@@ -202,8 +204,9 @@ def _consume(
     CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
+    PART: gl.constexpr = 128 if KIND == "blockwise" else BLOCK_N  # columns of a product
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 256 // lhs_bufs.dtype.primitive_bitwidth]
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, PART, 256 // lhs_bufs.dtype.primitive_bitwidth]
     )
     columns = (N + BLOCK_N - 1) // BLOCK_N
     steps = (C + BLOCK_K - 1) // BLOCK_K
@@ -219,7 +222,8 @@ def _consume(
         tile_row, tile_column = tile_position(tile - first_tile, rows, columns, even_height(rows, GROUP_M))
         row = start + tile_row * BLOCK_M + which * 64
         column = tile_column * BLOCK_N
-        acc = gl.zeros((64, BLOCK_N), gl.float32, LAYOUT)
+        acc = gl.zeros((64, PART), gl.float32, LAYOUT)
+        right = acc  # blockwise, the sums of the right half
         if e < E:
             if row >= end:  # no row of this consumer is in the group: it only releases the slots
                 for _ in range(steps):
@@ -228,18 +232,33 @@ def _consume(
                     slot, phase = next_slot(slot, phase, STAGES)
             elif KIND == "blockwise":
                 block_scales = rhs_scale + e.to(gl.int64) * scale_stride_e + column // 128 * scale_stride_o
+                # A last tile without a right half multiplies by what follows; its scale must exist.
+                to_right = gl.where(column + 128 < N, scale_stride_o, 0)
                 next_scale = gl.load(block_scales)
+                next_right = gl.load(block_scales + to_right)
+                mbarrier.wait(full.index(slot), phase, pred=steps > 0)
                 for step in range(steps):
+                    lhs = lhs_bufs.index(slot * CONSUMERS + which)
+                    rhs = rhs_bufs.index(slot)
+                    block = start_block(lhs, rhs.slice(0, 128, dim=0).permute((1, 0)), LAYOUT)
+                    # All else is done while products are computed: scales are loaded a step ahead, and the next slot
+                    # is waited for here.
+                    is_not_last = step + 1 < steps
                     block_scale = next_scale
-                    block_scales += gl.where(step + 1 < steps, scale_stride_c, 0)
-                    next_scale = gl.load(block_scales)  # loaded a step ahead, so that nothing waits for it
+                    right_scale = next_right
+                    block_scales += gl.where(is_not_last, scale_stride_c, 0)
+                    next_scale = gl.load(block_scales)
+                    next_right = gl.load(block_scales + to_right)
+                    # This slot is full. Waiting again keeps loads of scales from between the instructions of a product.
                     mbarrier.wait(full.index(slot), phase)
-                    block = start_block(
-                        lhs_bufs.index(slot * CONSUMERS + which), rhs_bufs.index(slot).permute((1, 0)), LAYOUT
-                    )
-                    scale = scale_bufs.index(slot * CONSUMERS + which).permute((1, 0)).load(LAYOUT) * block_scale
-                    acc = finish_block(acc, block, scale, empty, slot)
-                    slot, phase = next_slot(slot, phase, STAGES)
+                    row_scale = scale_bufs.index(slot * CONSUMERS + which).permute((1, 0)).load(LAYOUT)
+                    acc, block = add_done_block(acc, block, row_scale * block_scale)
+                    block = restart_block(lhs, rhs.slice(128, 128, dim=0).permute((1, 0)), block, N < 0)
+                    following, its_phase = next_slot(slot, phase, STAGES)
+                    mbarrier.wait(full.index(following), its_phase, pred=is_not_last)
+                    right = finish_block(right, block, row_scale * right_scale, empty, slot)
+                    slot = following
+                    phase = its_phase
             else:
                 for step in range(steps):
                     mbarrier.wait(full.index(slot), phase)
@@ -252,6 +271,11 @@ def _consume(
                 acc, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column, E, N,
                 KIND, HAS_BIAS, TMA_STORE,
             )  # fmt: skip
+            if KIND == "blockwise":
+                finish_tile(
+                    right, out_bufs.index(which), out_desc, lhs_scale, rhs_scale, bias, out, row, end, e, column + 128,
+                    E, N, KIND, HAS_BIAS, TMA_STORE,
+                )  # fmt: skip
         tile += gl.num_programs(0)
         e, start, end, first_tile, scale_row = seek_tile(
             offs, M, E, columns, tile, e, start, end, first_tile, scale_row, BLOCK_M
@@ -323,28 +347,14 @@ def _kernel(
     if TMA_STORE:
         out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 64, 128], out_desc.layout)
     full, empty = make_barriers(STAGES, CONSUMERS)
-    if CONSUMERS == 3:
-        gl.warp_specialize([
-            (_consume, (0, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
-                lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
-                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
-            (_consume, (1, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
-                lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
-                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
-            (_consume, (2, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
-                lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
-                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
-            (_produce, (lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
-                KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
-        ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_consume, (0, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
-                lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
-                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
-            (_consume, (1, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
-                lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
-                KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
-            (_produce, (lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
-                KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
-        ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    gl.static_assert(CONSUMERS == 2)
+    gl.warp_specialize([
+        (_consume, (0, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
+            lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
+            KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
+        (_consume, (1, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
+            lhs_scale, rhs_scale, bias, offs, out, M, E, C, N, scale_stride_e, scale_stride_c, scale_stride_o,
+            KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
+        (_produce, (lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
+            KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
+    ], [4, 1], [REGISTERS, min(PRODUCER_REGISTERS, 504 - 2 * REGISTERS)])  # fmt: skip
