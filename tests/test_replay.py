@@ -238,6 +238,24 @@ def test_an_op_inside_a_call_that_copies_is_not_replayed(launch, copies, monkeyp
     assert len(calls) == (4 if copies else 2)
 
 
+VIEWS = {"narrow": lambda x, start: x.narrow(0, start[0], 2), "tensor_split": lambda x, start: x.tensor_split(start)[1]}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_an_op_inside_a_call_whose_view_depends_on_values_is_not_replayed(launch, view, monkeypatch):
+    """Below autograd, such a view is one op, which reads values unseen."""
+    inner = torch.ops.grouped_gemm.moe_gather.default
+
+    def work(x, start, places):
+        launching(launch)(x)
+        return view(x, start)
+
+    monkeypatch.setitem(replay.implementations, inner, work)
+    op = fake_op([], lambda *args: (inner if replay.current() else work)(*args))
+    for start in (1, 1, 3):
+        assert op(X, torch.tensor([start]), X).storage_offset() == 16 * start
+
+
 @pytest.mark.parametrize("keeps", (False, True))
 def test_memory_is_freed_as_the_call_frees_it(launch, keeps):
     """What is allocated first goes before the last tensor comes, unless a view of it is left."""

@@ -225,7 +225,7 @@ class Recording(TorchDispatchMode):
             self._fill(args[0], 0)
         elif func is _aten.fill_.Scalar:
             self._fill(args[0], args[1])
-        elif func.is_view and id(args[0]) in self._slot_by_id:
+        elif func.is_view and id(args[0]) in self._slot_by_id and not _has_tensor(args[1:]):
             for view in result if isinstance(result, (list, tuple)) else [result]:
                 if _shares_memory(view, args[0]):
                     self._keep(view, self._slot_by_id[id(args[0])])
@@ -316,6 +316,11 @@ class Recording(TorchDispatchMode):
 
 def _shares_memory(x: Tensor, y: Tensor) -> bool:
     return x.untyped_storage()._cdata == y.untyped_storage()._cdata
+
+
+def _has_tensor(args: Sequence[Any]) -> bool:
+    """Whether a view by ``args`` may depend on values, such as narrow() from where a tensor says."""
+    return any(isinstance(arg, Tensor) for arg in args)
 
 
 def _is_in(args: Sequence[Any], x: Tensor) -> bool:
