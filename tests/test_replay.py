@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 from op_samples import hopper_samples, samples
-from replay_checks import check_replay, check_replayed_steps, replay_on_a_cpu
+from replay_checks import bits, check_replay, check_replayed_steps, replay_on_a_cpu
 
 from grouped_gemm import grouped_mm
 from grouped_gemm.core import replay
@@ -236,6 +236,17 @@ def test_an_op_inside_a_call_that_copies_is_not_replayed(launch, copies, monkeyp
     for _ in range(4):
         op(X[:, ::2] if copies else X)
     assert len(calls) == (4 if copies else 2)
+
+
+def test_fills_have_the_bits_of_the_call(launch):
+    values = 0, -0.0, 2, True, torch.nan
+
+    def work(x):
+        return launching(launch)(x)[1], *(torch.empty_like(x).fill_(value) for value in values)
+
+    op = fake_op(calls := [], work)
+    found, _, replayed = op(X), op(X), op(X)
+    assert len(calls) == 2 and bits(replayed) == bits(found)
 
 
 VIEWS = {"narrow": lambda x, start: x.narrow(0, start[0], 2), "tensor_split": lambda x, start: x.tensor_split(start)[1]}

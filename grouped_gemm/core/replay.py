@@ -220,9 +220,9 @@ class Recording(TorchDispatchMode):
             self._allocate(result)
         elif func is _aten.new_zeros.default:
             self._allocate(result)
-            self._fill(result, 0)
+            self._fill(result, None)
         elif func is _aten.zero_.default:
-            self._fill(args[0], 0)
+            self._fill(args[0], None)
         elif func is _aten.fill_.Scalar:
             self._fill(args[0], args[1])
         elif func.is_view and id(args[0]) in self._slot_by_id and not _has_tensor(args[1:]):
@@ -297,7 +297,8 @@ class Recording(TorchDispatchMode):
         self._steps.append(functools.partial(_add_empty, tuple(x.shape), x.stride(), x.dtype))
         self._keep(x, len(self._slots) - 1)
 
-    def _fill(self, x: Tensor, value: float) -> None:
+    def _fill(self, x: Tensor, value: float | None) -> None:
+        """Notes that ``x`` is filled with ``value``; None: with zeros, by `zero_`."""
         view = self._view(x)
         if view is not None:
             self._steps.append(functools.partial(_fill, view, value))
@@ -342,8 +343,8 @@ def _add_empty(
     addresses.append(new.data_ptr())
 
 
-def _fill(view: View, value: float, slots: list[Any], addresses: list[int]) -> None:
-    if value == 0:
+def _fill(view: View, value: float | None, slots: list[Any], addresses: list[int]) -> None:
+    if value is None:
         view.of(slots).zero_()
     else:
         view.of(slots).fill_(value)
