@@ -220,7 +220,8 @@ def _apply(
     settings = recipe, experts.activation.name, experts.interleaved, keep
     if topk_weights is not None:
         # Backward reads them where they are, and is not replayed where it copies.
-        topk_weights = dense_rows(topk_weights) if keep == "nothing" else topk_weights.contiguous()
+        topk_weights = dense_rows(topk_weights)
+        topk_weights = topk_weights if keep == "nothing" else topk_weights.contiguous()
     data, scale = (None, None) if quantized is None else quantized[:2]
     y: Tensor = _FusedExperts.apply(
         dense_rows(x) if data is None else x,

@@ -374,6 +374,12 @@ def test_weights_of_slots_in_any_layout():
         assert_equal([inputs.run([inputs.x, weights, inputs.gate_up, inputs.down])], [y], ("y",))
 
 
+def test_weights_of_slots_with_a_pending_negation():
+    inputs, given = Inputs(128), Inputs(128)
+    given.weights = torch._neg_view(-inputs.weights.detach()).requires_grad_()
+    assert_equal(given.train(), inputs.train())
+
+
 # Gradients in main_grad, and later
 
 KEPT: dict[str, tuple[dict[str, Any], float]] = {
