@@ -111,9 +111,9 @@ def replayed(name: str, run: Run) -> Run:
 
     Args:
         name: part of the key of its programs.
-        run: a function of tensors, the first one on the device of all, and of constants that can be hashed. It returns
-            a tensor, or a tuple of tensors and constants, or None. All else that it depends on changes only with
-            `forget`.
+        run: a function of tensors, the first one on the device of all, and of constants that can be hashed. Tensors
+            have no pending negation: a program takes values as they are in memory. It returns a tensor, or a tuple of
+            tensors and constants, or None. All else that it depends on changes only with `forget`.
     """
 
     def call(*args: Any) -> Any:

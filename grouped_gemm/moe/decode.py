@@ -128,6 +128,7 @@ def run(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeight
         for b in (*experts.first_biases, experts.down_bias)
     ]
     up_bias = biases[1] if len(experts.first) == 2 else None
+    x, topk_weights = dense_rows(x), dense_rows(topk_weights)  # a program takes values as they are in memory
     y: Tensor = ops.moe_decode(
         x, topk_ids, topk_weights, first, first_scale, biases[0], up, up_scale, up_bias, down, down_scale, biases[-1],
         _kind(experts), recipe.value, experts.activation.name, experts.interleaved,

@@ -205,7 +205,7 @@ class AllToAll:
         lost = None
         if self.capacity is not None:
             places, lost, numbers = ops.moe_limit_rows(places, numbers, self.capacity)
-        given = dense_rows(x.detach()), topk_ids, topk_weights.detach(), places
+        given = dense_rows(x.detach()), topk_ids, dense_rows(topk_weights.detach()), places
         num_slots = None
         transport: _Collectives | PeerMemory
         if self._peers is not None:

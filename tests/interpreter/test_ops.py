@@ -155,6 +155,24 @@ def test_layers_whose_gate_and_up_are_apart(recipe, monkeypatch, as_on_a_gpu):
     assert len(ran) == 5  # all but the first two
 
 
+@pytest.mark.parametrize("changed", (0, 2), ids=("x", "topk_weights"))
+def test_replayed_inference_with_a_pending_negation(changed, monkeypatch, as_on_a_gpu):
+    """The op is replayed, since a pair is not replayed as a whole."""
+    gate, up, down = torch.randn(3, 4, 128, 128).bfloat16() / 11
+    ran = count_programs(monkeypatch)
+    with torch.no_grad():
+        for number in range(4):
+            given = [torch.randn(2, 128).bfloat16(), torch.tensor([[0, 3], [1, -1]]), torch.rand(2, 2)]
+            negated = given.copy()
+            if number == 3:
+                negated[changed] = torch._neg_view(-given[changed])
+            y = experts_forward(*negated, (gate, up), down, implementation="decode")
+            with monkeypatch.context() as patch:
+                patch.setattr(replay, "_is_on_gpu", lambda x: False)
+                assert torch.equal(y, experts_forward(*given, (gate, up), down, implementation="decode")), number
+    assert ran
+
+
 def test_what_decides_a_call_is_part_of_its_key(monkeypatch, as_on_a_gpu):
     call, operands = decoding()
     given = operands()
