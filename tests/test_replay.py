@@ -328,6 +328,15 @@ def test_programs_are_bounded(launch, monkeypatch):
         assert len(replay._programs) <= 4
 
 
+def test_programs_outlive_calls_that_come_once(launch, monkeypatch):
+    monkeypatch.setattr(replay, "_MAX_PROGRAMS", 4)
+    op = fake_op(calls := [], launching(launch))
+    for n in range(9):
+        op(X)
+        op(X, None, n)
+    assert [args for args in calls if len(args) == 1] == [(X,)] * 2
+
+
 def test_an_error_leaves_no_recording(launch):
     def work(x):
         raise ValueError

@@ -141,7 +141,7 @@ def replayed(name: str, run: Run) -> Run:
             return run(*args)
         if found is None:  # it may compile kernels, and it may be the only such call
             if len(programs) >= _MAX_PROGRAMS:
-                programs.clear()
+                _make_room(programs)
             programs[known] = _SEEN
             return run(*args)
         if is_capturing(args[0]):  # its backends are assumed to be healthy
@@ -157,6 +157,15 @@ def replayed(name: str, run: Run) -> Run:
         return recording.of_caller(result)
 
     return call
+
+
+def _make_room(programs: dict[tuple[Any, ...], Program | str]) -> None:
+    """Forgets calls that came once, such as those with an M of their own; and all, if that makes little room."""
+    for key, found in list(programs.items()):
+        if found is _SEEN:
+            programs.pop(key, None)
+    if len(programs) > _MAX_PROGRAMS // 2:
+        programs.clear()
 
 
 def _is_on_gpu(x: Tensor) -> bool:
