@@ -63,7 +63,8 @@ SHAPES = {"dsv3": Shape(16384, 64, 7168, 2048, 8), "qwen3-30b": Shape(16384, 128
 _QWEN3 = SHAPES["qwen3-30b"]
 FEW = {"qwen3-30b, 512 tokens": _QWEN3._replace(tokens=512), "qwen3-30b, 64 tokens": _QWEN3._replace(tokens=64)}
 TINY = {"tiny": Shape(48, 8, 128, 128, 2)}
-# What a line is compared with, and the goal: at most so much of it, or at least so many times as fast.
+# What a line is compared with, and the goal: at most so much of it, or at least so many times as fast. That of dispatch
+# is for dsv3.
 GOALS = {
     ("dispatch", BLOCKWISE): ("most", 0.25),
     ("dispatch", f"{BLOCKWISE}, capacity"): ("most", 0.25),
@@ -249,7 +250,8 @@ def report(rows: list[dict[str, Any]]) -> None:
     print("\ngoals, in this run")
     for row in rows:
         kind, limit = GOALS.get((row["part"], row["name"]), ("", 0.0))
-        if kind and row["shape"] not in FEW:
+        has_goal = row["shape"] not in FEW and (row["shape"], row["part"]) != ("qwen3-30b", "dispatch")
+        if kind and has_goal:
             figure = row["of_peer"] if kind == "most" else 1 / row["of_peer"]
             reached = figure <= limit if kind == "most" else figure >= limit
             sign = "<=" if kind == "most" else ">="
