@@ -64,7 +64,10 @@ _UNALIGNED = (
     "rhs_scale_stride_e",
     "rhs_scale_stride_c",
     "rhs_scale_stride_o",
+    "scale_stride_e",
+    "scale_stride_r",
     "scale_stride_c",
+    "scale_stride_o",
     "scale_stride_n",
     "weights_stride",
 )

@@ -316,7 +316,8 @@ def finish_tile(
             gl.store(target, values, mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(ns < N, 0))
 
 
-@gluon.jit(do_not_specialize=["M", "E"])
+# With strides of scales that are not specialized, forward and dgrad run one blockwise kernel. It has as many registers.
+@gluon.jit(do_not_specialize=["M", "E", "scale_stride_e", "scale_stride_c", "scale_stride_o"])
 def _kernel(
     lhs_desc, rhs_desc, scale_desc, out_desc, lhs_scale, rhs_scale, bias, offs, out, M, E, C, N,
     scale_stride_e, scale_stride_c, scale_stride_o,

@@ -56,7 +56,7 @@ def quantize_tiles(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["scale_stride_e", "scale_stride_r", "scale_stride_c"])
 def quantize_weight_tiles(
     w, straight, transposed, scales,
     R, C, w_stride_e, w_stride, straight_stride_e, straight_stride, transposed_stride_e, transposed_stride,

@@ -432,7 +432,7 @@ def quantize_weights_rowwise(
         )  # fmt: skip
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["scale_stride_e", "scale_stride_r", "scale_stride_c"])
 def quantize_weights_blockwise(
     w, straight, transposed, scales,
     R, C, w_stride_e, w_stride, straight_stride_e, straight_stride, transposed_stride_e, transposed_stride,
