@@ -27,6 +27,7 @@ from grouped_gemm.core.quantized import Layouts, Quantized, QuantizedWeights
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.group_plan import Plans, plans_of
 from grouped_gemm.selection.route import Route
+from grouped_gemm.selection.spec import needs_gradient
 from grouped_gemm.weight_gradients import Compute, WgradDestination, deliver_wgrad
 
 
@@ -174,6 +175,38 @@ def _multiply(
     assert route.forward is not None, "every route of grouped_mm has a forward pass"
     a_rows, a_columns = _activations_for(a, route.recipe, plans, route.forward, route.wgrad)
     return _gemm(route.forward, a_rows, b, plans, route.out_dtype, bias), *_to_save(plans, a_columns, b_dgrad)
+
+
+def compile_kernels(
+    a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, offs: Tensor, route: Route | None, accumulates: bool
+) -> None:
+    """Compiles what a call and its backward launch, if its backend has a way to do so at the same time.
+
+    It comes before the health check, which launches some of these kernels.
+
+    Args:
+        a, b, bias: as in `run_forward`.
+        offs: (E,) int32.
+        route: the backend of each pass that the call probably gets; None: it gets none.
+        accumulates: whether the gradient of ``b`` is added to a float32 tensor.
+    """
+
+    if route is None or len(route.backends) != 1:
+        return
+    bias_dtype = bias.dtype if bias is not None and needs_gradient(bias) else None
+
+    def run() -> None:  # what the call allocates and launches, without the weight cache and autograd
+        if isinstance(b, Tensor):
+            b_forward, b_dgrad = weights_for(b.detach(), route.recipe, route.forward, route.dgrad)
+        else:
+            b_forward, b_dgrad = b.forward, b.dgrad
+        plans = plans_of(route, offs, a.shape[0])
+        y, forms, sizes, *saved = _multiply(a.detach(), b_forward, b_dgrad, bias, plans, route)
+        sum_EKN = torch.empty_like(b, dtype=torch.float32) if accumulates and isinstance(b, Tensor) else None
+        dy = torch.empty_like(y)
+        _gradients_to(lambda compute: compute(sum_EKN), dy, route, forms, sizes, bias_dtype, *saved)
+
+    get_backend(route.backends[0]).compile_together(run, a)
 
 
 def _refuse_second_derivative(route: Route) -> None:

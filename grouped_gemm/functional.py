@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grouped_gemm import reference, weight_gradients
-from grouped_gemm.autograd import GroupedMM, GroupedWgrad, layouts, run_forward, weights_for
+from grouped_gemm.autograd import GroupedMM, GroupedWgrad, compile_kernels, layouts, run_forward, weights_for
 from grouped_gemm.core import vmap
 from grouped_gemm.core.dense import dense_weights, materialized
 from grouped_gemm.core.machine import fp8_dtype_of
@@ -22,7 +22,15 @@ from grouped_gemm.core.recipes import Recipe, is_fastest
 from grouped_gemm.group_plan import GroupPlan, Plans
 from grouped_gemm.selection import checks, dtensor
 from grouped_gemm.selection.explanation import Explanation
-from grouped_gemm.selection.route import decision_of, in_fastest_recipe, recall, remember, route_of, times_of
+from grouped_gemm.selection.route import (
+    decision_of,
+    expected_route,
+    in_fastest_recipe,
+    recall,
+    remember,
+    route_of,
+    times_of,
+)
 from grouped_gemm.selection.spec import autocast, describe, describe_weights, needs_gradient
 from grouped_gemm.weight_gradients import destination_of
 
@@ -113,11 +121,14 @@ def _grouped_mm(
         a, b, offs, bias, spec = describe(a, b, offs, bias, *options)
         if is_fastest(options[0]):
             spec = in_fastest_recipe(spec)
-        route = route_of(spec)
         # Remember no call whose operands were copied or transposed: `describe` must do that again each time. And none
         # from a graph capture, where backends are assumed to be healthy.
         took_as_is = a.stride(1) == 1 and all(x is y for x, y in zip((a, b, offs, bias), given))
-        if key is not None and took_as_is and not spec.captured:
+        if key is None or not took_as_is or spec.captured:
+            route = route_of(spec)
+        else:  # a new kind of call
+            compile_kernels(a, b, bias, offs, expected_route(spec), accumulate_main_grad)
+            route = route_of(spec)
             remember(key, route)
     groups: Tensor | Plans = offs
     if plan is not None:

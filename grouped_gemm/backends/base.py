@@ -169,6 +169,13 @@ class TinyRun(NamedTuple):
         b_EKN = torch.linspace(-2, 1, num_groups * k * n, device=device).view(num_groups, k, n).bfloat16()
         return a_MK, b_EKN, torch.tensor(self.ends, dtype=torch.int32, device=device)
 
+    def empty_operands(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with any values."""
+        num_groups, bf16 = len(self.ends), torch.bfloat16
+        a_MK = torch.empty(self.num_rows, self.k, dtype=bf16, device=device)
+        b_EKN = torch.empty(num_groups, self.k, self.n, dtype=bf16, device=device)
+        return a_MK, b_EKN, torch.empty(num_groups, dtype=torch.int32, device=device)
+
 
 def is_near(result: Tensor, truth: Tensor) -> bool:
     """Whether the result of a tiny GEMM is right.
@@ -261,6 +268,9 @@ class _GroupedMMBackend(ABC):
     def health(self, device: torch.device) -> Health:
         """Runs something tiny on ``device``. Called once per process and device, after all requirements hold."""
         return Health()
+
+    def compile_together(self, run: Callable[[], object], x: Tensor) -> None:  # noqa: B027
+        """Compiles the kernels that ``run`` launches for ``x``, at the same time. Or not: then each launch does so."""
 
     def _computes_correctly(
         self,

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -117,7 +118,7 @@ def replayed(name: str, run: Run) -> Run:
     """
 
     def call(*args: Any) -> Any:
-        if not _is_on_gpu(args[0]) or AUTOTUNE.is_on_now() or _local.recording is not None:
+        if not _is_on_gpu(args[0]) or AUTOTUNE.is_on_now() or _local.recording is not None or _local.rehearses:
             return run(*args)
         key: list[Any] = [name]
         addresses, programs = [], _programs
@@ -174,6 +175,7 @@ def _is_on_gpu(x: Tensor) -> bool:
 
 class _Local(threading.local):
     recording: Recording | None = None
+    rehearses = False
 
 
 _local = _Local()
@@ -182,6 +184,21 @@ _local = _Local()
 def current() -> Recording | None:
     """What this thread records now."""
     return _local.recording
+
+
+def rehearses() -> bool:
+    """Whether this thread is in a `rehearsal`."""
+    return _local.rehearses
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """What this thread calls in the block allocates, and compiles what it would launch. Nothing is replayed."""
+    _local.rehearses = True
+    try:
+        yield
+    finally:
+        _local.rehearses = False
 
 
 # The implementations of ops that may be replayed as part of a call.

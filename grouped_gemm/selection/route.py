@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from grouped_gemm.backends import candidates, get_backend
+from grouped_gemm.backends import Candidate, candidates, get_backend
 from grouped_gemm.core import replay
 from grouped_gemm.core.call_spec import CallSpec, Pass
+from grouped_gemm.core.machine import Machine
 from grouped_gemm.core.preference import (
     AUTOTUNE,
     LOG,
@@ -74,6 +75,25 @@ def route_of(spec: CallSpec) -> Route:
 def route_on(spec: CallSpec, plan: Mapping[Pass, BackendKind]) -> Route:
     """The route of a call that runs on the backends of ``plan``, without a decision."""
     return _route(spec, plan.get(Pass.FORWARD), plan.get(Pass.DGRAD), plan.get(Pass.WGRAD))
+
+
+def expected_route(spec: CallSpec) -> Route | None:
+    """The route of a call if all backends are healthy, which this does not check. None: a pass has no backend.
+
+    Raises:
+        ValueError: an environment switch has an unknown value.
+    """
+    preference, _ = resolve(spec.preference, spec.context)
+    assert isinstance(spec.where, torch.device), "a call runs on a device"
+    healthy = [Candidate(candidate.backend) for candidate in candidates(spec.where)]
+    chosen = decide(spec, preference, healthy, profiles=_profiles(spec.machine, AUTOTUNE.is_on())).chosen
+    return route_on(spec, dict(chosen)) if len(chosen) == len(spec.passes) else None
+
+
+def _profiles(machine: Machine, tunes: bool) -> Any:
+    from grouped_gemm.autotune import profile  # only decisions need it; importing it here keeps our import fast
+
+    return profile.profiles(machine, tunes)
 
 
 def _route(spec: CallSpec, forward: BackendKind | None, dgrad: BackendKind | None, wgrad: BackendKind | None) -> Route:
@@ -167,10 +187,8 @@ def decision_of(spec: CallSpec) -> Decision:
 def _decide_once(
     epoch: int, spec: CallSpec, preference: KernelPreference, asked_by: str, strict: bool, tunes: bool
 ) -> Decision:
-    from grouped_gemm.autotune import profile  # only decisions need it; importing it here keeps our import fast
-
     assert isinstance(spec.where, torch.device), "a call runs on a device"
-    profiles = profile.profiles(spec.machine, tunes)
+    profiles = _profiles(spec.machine, tunes)
     return decide(spec, preference, candidates(spec.where), asked_by=asked_by, strict=strict, profiles=profiles)
 
 

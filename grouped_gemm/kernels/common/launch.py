@@ -7,7 +7,9 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import copy_context
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
@@ -170,6 +172,10 @@ class Launcher:
                 add((arg.base.dtype, *arg.block_shape))
         key = tuple(facts)
         known = self._compiled.get(key)
+        if replay.rehearses():
+            if known is None:
+                self._kernel.warmup(*args, grid=grid, **self._constants, **self._options)
+            return
         if known is None:
             compiled = self._compile_and_launch(grid, args)
             if compiled is not None:  # the interpreter compiles nothing
@@ -201,6 +207,53 @@ class Launcher:
 
         with hardware_arithmetic():
             return self._kernel[grid](*args, **self._constants, **self._options)
+
+
+_MOST_THREADS = 8  # a training step needs up to seven kernels
+
+
+def compile_together(run: Callable[[], object]) -> None:
+    """Compiles the kernels that ``run`` would launch, at the same time, and waits for all of them.
+
+    MLIR and LLVM release the GIL, and ptxas and the C compiler of launchers are processes. So kernels that a call needs
+    take little longer than the slowest one. What fails here is left to the launch that needs the kernel.
+
+    Args:
+        run: called once. It allocates, fills and views tensors on the current device and launches kernels of this
+            package, and does nothing else.
+    """
+    with suppress(Exception), ThreadPoolExecutor(_MOST_THREADS) as threads:
+        # In a context of its own: an interrupt would leave Triton's mode on, with an executor that has ended.
+        copy_context().run(_compile_together, run, _Loader(threads, torch.cuda.current_device()))
+
+
+def _compile_together(run: Callable[[], object], loader: Any) -> None:
+    from triton import AsyncCompileMode  # here, so that a Triton without it compiles one by one
+
+    mode = AsyncCompileMode(loader, ignore_errors=True)
+    try:
+        with mode, replay.rehearsal(), torch.no_grad():
+            run()
+    finally:
+        for kernel in mode.future_kernels.values():
+            if kernel.kernel is None:  # it failed. Triton 3.7 would keep the error, which may have been out of memory
+                kernel.finalize_compile(None)
+
+
+class _Loader(NamedTuple):
+    """Compiles kernels in threads, and loads each one there, so that its launch need not."""
+
+    threads: ThreadPoolExecutor
+    device: int
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future[Any]:
+        return self.threads.submit(self._load, compile_kernel)
+
+    def _load(self, compile_kernel: Callable[[], Any]) -> Any:
+        with torch.cuda.device(self.device):
+            compiled = compile_kernel()
+            _ = compiled.run  # Triton 3.6 runs a C compiler for it
+            return compiled
 
 
 class Prepared:
