@@ -33,6 +33,7 @@ from grouped_gemm.core import machine
 from grouped_gemm.kernels.common import launch
 
 RECIPES = ("none", "fp8_rowwise", "fp8_blockwise")
+MODES = ("one-by-one", "together")
 M, E, K, N = 8192, 8, 2048, 2048
 
 
@@ -82,12 +83,12 @@ def compile_for_h100() -> None:
     backends._instances[BackendKind.TRITON] = TritonWithoutGPU()
 
 
-def first_step(recipe: str, together: bool) -> dict[str, Any]:
+def first_step(recipe: str, mode: str) -> dict[str, Any]:
     """Seconds of forward and backward, and how many kernels were compiled."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         compile_for_h100()
-    if not together:
+    if mode == "one-by-one":
         mock.patch.object(launch, "compile_together", lambda run: None).start()
     a = torch.ones(M, K, dtype=torch.bfloat16, device=device).requires_grad_()
     w = torch.ones(E, N, K, dtype=torch.bfloat16, device=device).requires_grad_()
@@ -110,40 +111,39 @@ def first_step(recipe: str, together: bool) -> dict[str, Any]:
     return {"forward": forward, "backward": backward, "kernels": kernels, "second": sum(step())}
 
 
-def measure(recipe: str, together: bool) -> dict[str, Any]:
+def measure(recipe: str, mode: str) -> dict[str, Any]:
     """`first_step` in a new process."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, __file__, "--child", recipe, "--together", str(int(together))]
+        command = [sys.executable, __file__, "--child", recipe, "--modes", mode]
         environment = os.environ | {"TRITON_CACHE_DIR": cache}
         environment.pop("TRITON_INTERPRET", None)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {"recipe": recipe, "together": together, **found}
+    return {"recipe": recipe, "mode": mode, **found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m grouped_gemm bench first_call", description=__doc__)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="default: all")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="how to compile; default: both")
     parser.add_argument("--repeats", type=int, default=1, help="processes of which the fastest counts")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results as JSON")
     parser.add_argument("--child", choices=RECIPES, help=argparse.SUPPRESS)
-    parser.add_argument("--together", type=int, default=1, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        print(json.dumps(first_step(args.child, bool(args.together))))
+        print(json.dumps(first_step(args.child, *args.modes)))
         return
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else "compiled for sm_90, not launched"
     print(f"torch {torch.__version__}, {where}, {os.cpu_count()} CPU cores, seconds after imports")
     rows = []
     for recipe in args.recipes:
-        for together in (False, True):
-            runs = [measure(recipe, together) for _ in range(args.repeats)]
+        for mode in args.modes:
+            runs = [measure(recipe, mode) for _ in range(args.repeats)]
             rows.append(best := min(runs, key=lambda run: run["forward"] + run["backward"]))
-            total, how = best["forward"] + best["backward"], "together" if together else "one by one"
             print(
-                f"{recipe:14} {how:11} step {total:5.2f}"
+                f"{recipe:14} {mode:11} step {best['forward'] + best['backward']:5.2f}"
                 f"  forward {best['forward']:5.2f}  backward {best['backward']:5.2f}  {best['kernels']} kernels"
                 f"  second step {best['second']:.4f}",
                 flush=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -209,7 +210,7 @@ class Launcher:
             return self._kernel[grid](*args, **self._constants, **self._options)
 
 
-_MOST_THREADS = 8  # a training step needs up to seven kernels
+_THREADS = min(8, os.cpu_count() or 1)  # a first step needs up to eight kernels
 
 
 def compile_together(run: Callable[[], object]) -> None:
@@ -222,7 +223,7 @@ def compile_together(run: Callable[[], object]) -> None:
         run: called once. It allocates, fills and views tensors on the current device and launches kernels of this
             package, and does nothing else.
     """
-    with suppress(Exception), ThreadPoolExecutor(_MOST_THREADS) as threads:
+    with suppress(Exception), ThreadPoolExecutor(_THREADS) as threads:
         # In a context of its own: an interrupt would leave Triton's mode on, with an executor that has ended.
         copy_context().run(_compile_together, run, _Loader(threads, torch.cuda.current_device()))
 
