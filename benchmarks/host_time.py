@@ -29,7 +29,7 @@ from torch import Tensor
 from grouped_gemm import BackendKind, Recipe, backends, grouped_mm, quantize_weights
 from grouped_gemm.backends import triton
 from grouped_gemm.backends.base import _GroupedMMBackend
-from grouped_gemm.core import replay
+from grouped_gemm.core import machine, replay
 from grouped_gemm.kernels.common import launch
 from grouped_gemm.moe import experts_forward
 from grouped_gemm.selection import route, rules
@@ -61,9 +61,11 @@ def _launch_nothing(launcher: launch.Launcher, grid: tuple[int, ...], *args: Any
 
 @contextmanager
 def launches_that_do_nothing() -> Iterator[None]:
-    """The Triton backend on a CPU, which replays."""
+    """The Triton backend on a CPU, which replays, with the kernels of Hopper."""
+    hopper = machine.Machine("nvidia", "sm_90", "CPU", machine.machine_of("cpu").versions)
     with ExitStack() as stack:
         for target, name, value in (
+            (machine, "_probe", lambda *device: hopper),
             (launch.Launcher, "__call__", _launch_nothing),
             (launch, "_function_in_c", lambda run: lambda *args: None),
             (launch, "_encode", lambda *args: 0),
