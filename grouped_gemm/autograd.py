@@ -130,7 +130,12 @@ def _load_saved(ctx: Any, num_rows: int) -> tuple[Route, Plans, list[Quantized |
 
 
 def run_forward(
-    a: Tensor, b: Tensor | QuantizedWeights, bias: Tensor | None, groups: Tensor | Plans, route: Route
+    a: Tensor,
+    b: Tensor | QuantizedWeights,
+    bias: Tensor | None,
+    groups: Tensor | Plans,
+    route: Route,
+    number: int | None = None,
 ) -> tuple[Any, ...]:
     """Runs the forward pass. Returns the output, and what `_save` takes: plans, ``a`` for wgrad, ``b`` for dgrad.
 
@@ -140,8 +145,13 @@ def run_forward(
         bias: (E, N).
         groups: ``offs``, from which each backend of the call plans; or the plans of a `GroupPlan`.
         route: the backend of each pass.
+        number: that of the call, see `Known`.
     """
+    found: tuple[Any, ...]
     if isinstance(b, Tensor):
+        if not isinstance(groups, dict) and not (route.recipe.is_scaled and weight_cache.is_used()):
+            found = _quantize_and_multiply(a, b, bias, groups, route, number=number)
+            return found
         b_forward, b_dgrad = layouts(
             route.forward,
             route.dgrad,
@@ -153,10 +163,14 @@ def run_forward(
         return _multiply(a, b_forward, b_dgrad, bias, groups, route)
     assert b_forward is not None, "every route of grouped_mm has a forward pass"
     of_dgrad = (None, None, None) if b_dgrad is None else (b_dgrad.data, b_dgrad.scale, b_dgrad.form)
-    found: tuple[Any, ...] = _plan_and_multiply(
-        a, b_forward.data, b_forward.scale, b_forward.form, *of_dgrad, bias, groups, route
-    )
+    found = _plan_and_multiply(a, b_forward.data, b_forward.scale, b_forward.form, *of_dgrad, bias, groups, route)
     return found
+
+
+@replayed_call
+def _quantize_and_multiply(a: Tensor, b: Tensor, bias: Tensor | None, offs: Tensor, route: Route) -> tuple[Any, ...]:
+    b_forward, b_dgrad = weights_for(b, route.recipe, route.forward, route.dgrad)
+    return _multiply(a, b_forward, b_dgrad, bias, plans_of(route, offs, a.shape[0]), route)
 
 
 @replayed_call
@@ -234,9 +248,10 @@ class GroupedMM(torch.autograd.Function):
         groups: Tensor | Plans,
         route: Route,
         destination: WgradDestination | None,
+        number: int | None,
     ) -> Tensor:
         """Y (M, N). The arguments are those of `run_forward`, and where the gradient of ``b`` goes."""
-        y, *saved = run_forward(a, b, bias, groups, route)
+        y, *saved = run_forward(a, b, bias, groups, route, number)
         _save(ctx, route, saved)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.destination = destination
@@ -247,7 +262,7 @@ class GroupedMM(torch.autograd.Function):
         """dA (M, K), dB (E, K, N) in the memory order of ``b``, and dbias (E, N)."""
         gradients = GroupedMM._differentiable_gradients if torch.is_grad_enabled() else GroupedMM._gradients
         with vmap.batched_gradient(dy):
-            return (*gradients(ctx, dy), None, None, None)
+            return (*gradients(ctx, dy), None, None, None, None)
 
     @staticmethod
     def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -270,7 +285,7 @@ class GroupedMM(torch.autograd.Function):
         g = dense_rows(dy.to(route.dtype))
         da = db = dbias = None
         if b is not None:
-            da = GroupedMM.apply(g, b.data.transpose(1, 2), None, plans, route.unscaled_dgrad, None)
+            da = GroupedMM.apply(g, b.data.transpose(1, 2), None, plans, route.unscaled_dgrad, None, None)
         if a is not None:
             x, unscaled = a.data, route.unscaled_wgrad
             db = deliver_wgrad(ctx.destination, dy, lambda _: GroupedWgrad.apply(x, g, plans, unscaled))
@@ -353,9 +368,9 @@ class GroupedWgrad(torch.autograd.Function):
         dc, _ = dense_weights(dc_EKN.to(route.dtype))
         dx = dg = None
         if g is not None:
-            dx = GroupedMM.apply(g.data, dc.transpose(1, 2), None, plans, route.unscaled_dgrad, None)
+            dx = GroupedMM.apply(g.data, dc.transpose(1, 2), None, plans, route.unscaled_dgrad, None, None)
         if x is not None:
-            dg = GroupedMM.apply(x.data, dc, None, plans, route.unscaled_wgrad, None)
+            dg = GroupedMM.apply(x.data, dc, None, plans, route.unscaled_wgrad, None, None)
         return dx, dg
 
 

@@ -23,6 +23,7 @@ from grouped_gemm.group_plan import GroupPlan, Plans
 from grouped_gemm.selection import checks, dtensor
 from grouped_gemm.selection.explanation import Explanation
 from grouped_gemm.selection.route import (
+    Known,
     decision_of,
     expected_route,
     in_fastest_recipe,
@@ -112,11 +113,11 @@ def _grouped_mm(
     """
     weights = b  # the parameter or a view of it, which the next lines may cast or copy
     a, b, bias = autocast(a, b, bias)
-    key, route = recall(a, b, offs, bias, options)
-    if route is None and any(map(dtensor.is_dtensor, (a, b, offs, bias))):
+    key, known = recall(a, b, offs, bias, options)
+    if known is None and any(map(dtensor.is_dtensor, (a, b, offs, bias))):
         a, b, offs, bias = dtensor.local(a=a, b=b, offs=offs, bias=bias)
-        key, route = recall(a, b, offs, bias, options)
-    if route is None:
+        key, known = recall(a, b, offs, bias, options)
+    if known is None:
         given = a, b, offs, bias
         a, b, offs, bias, spec = describe(a, b, offs, bias, *options)
         if is_fastest(options[0]):
@@ -125,11 +126,11 @@ def _grouped_mm(
         # from a graph capture, where backends are assumed to be healthy.
         took_as_is = a.stride(1) == 1 and all(x is y for x, y in zip((a, b, offs, bias), given))
         if key is None or not took_as_is or spec.captured:
-            route = route_of(spec)
+            known = Known(route_of(spec), None)
         else:  # a new kind of call
             compile_kernels(a, b, bias, offs, expected_route(spec), accumulate_main_grad)
-            route = route_of(spec)
-            remember(key, route)
+            known = remember(key, route_of(spec), *given)
+    route, number = known
     groups: Tensor | Plans = offs
     if plan is not None:
         plan.check_rows(a.shape[0])
@@ -139,9 +140,9 @@ def _grouped_mm(
         vmap.check_differentiable()
         return GroupedWgrad.apply(a, b, groups, route)
     if route.dgrad is None and route.wgrad is None and (bias is None or not needs_gradient(bias)):
-        return run_forward(a, b, bias, groups, route)[0]
+        return run_forward(a, b, bias, groups, route, number)[0]
     vmap.check_differentiable()
-    return GroupedMM.apply(a, b, bias, groups, route, destination)
+    return GroupedMM.apply(a, b, bias, groups, route, destination, number)
 
 
 def explain(

@@ -261,11 +261,14 @@ def register_weight_cache(optimizer: Optimizer) -> WeightCacheHandle:
     return WeightCacheHandle(optimizer)
 
 
+def is_used() -> bool:
+    """Whether there is a block, or a registered optimizer. Dynamo takes no cache into a graph."""
+    return not torch.compiler.is_compiling() and bool(_open or _registered)
+
+
 def quantize(backend: _GroupedMMBackend, b_EKN: Tensor, recipe: Recipe, *, forward: bool, dgrad: bool) -> Layouts:
     """`_GroupedMMBackend.quantize_weights`, or its cached result."""
-    cache = None
-    if recipe.is_scaled and not torch.compiler.is_compiling() and (_open or _registered):
-        cache = _cache_of(b_EKN)
+    cache = _cache_of(b_EKN) if recipe.is_scaled and is_used() else None
     if cache is None:
         return backend.quantize_weights(b_EKN, recipe, forward=forward, dgrad=dgrad)
     return cache.quantize(backend, b_EKN, recipe, forward=forward, dgrad=dgrad)

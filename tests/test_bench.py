@@ -216,13 +216,11 @@ def test_expert_parallelism_is_measured_beside_torch(tmp_path):
 
 
 def test_host_time_is_that_of_replayed_calls(tmp_path, capsys):
-    """On a CPU, with launches that do nothing. A recipe has a program of its own for weights."""
+    """On a CPU, with launches that do nothing. Forward is one program, and so is backward."""
     cli.main(["bench", "host_time", "--repeats", "1", "--json", str(tmp_path / "run.json")])
     results = json.loads((tmp_path / "run.json").read_text())
-    assert {name: us["programs"] for name, us in results.items()} == {
-        "none forward": 1, "none step": 2, "fp8_rowwise forward": 2, "fp8_rowwise step": 3,
-        "fp8_blockwise forward": 2, "fp8_blockwise step": 3, "fp8_blockwise forward, quantized weights": 1,
-    }  # fmt: skip
+    assert len(results) == 7
+    assert all(us["programs"] == (2 if name.endswith("step") else 1) for name, us in results.items())
     assert all(us["first"] > 0 and us["replayed"] > 0 for us in results.values())
     assert "none step" in capsys.readouterr().out
 

@@ -78,14 +78,24 @@ def test_operands_that_autocast_casts_are_checked_once_too(prepared):
 def test_one_route_per_row_class_is_kept_while_rows_change():
     for num_rows in (0, 1, 7, 48, 49, 200, 768, 769, 1000):
         grouped_mm(torch.ones(num_rows, K), B.float(), torch.zeros(E, dtype=torch.int32))
-    assert len(route._routes) == 3
+    assert len(route._known) == 3
 
 
 def test_the_number_of_routes_is_bounded(monkeypatch):
     monkeypatch.setattr(route, "_MAX_ROUTES", 4)
     for n in range(1, 12):
         grouped_mm(A, B[:, :, :n].contiguous(), OFFS)
-        assert len(route._routes) <= 4
+        assert len(route._known) <= 4
+
+
+def test_calls_on_subclasses_have_no_number():
+    class Other(torch.Tensor):
+        pass
+
+    for a in (A, A.clone().as_subclass(Other)):
+        grouped_mm(a, B, OFFS)
+    plain, other = route._known.values()
+    assert plain.number is not None and other.number is None
 
 
 def test_no_operand_is_kept_alive():
@@ -150,7 +160,7 @@ def test_a_decision_during_which_the_environment_changes_is_not_kept(monkeypatch
 
     monkeypatch.setattr(functional, "describe", meddle)
     grouped_mm(A, B, OFFS)
-    assert not route._routes
+    assert not route._known
 
 
 def test_a_change_by_putenv_has_no_effect(monkeypatch):
@@ -256,7 +266,7 @@ def test_a_changed_layout_of_weights_is_noticed(monkeypatch):
     for b in (B, B.transpose(1, 2).contiguous().transpose(1, 2), B.repeat(1, 2, 2)[:, ::2, ::2]):
         grouped_mm(A, b, OFFS)
     assert [b.stride()[1:] for _, b, *_ in passed] == [(N, 1), (1, K), (N, 1)]
-    assert [route.b_contiguous for *_, route in passed] == ["n", "k", "n"]
+    assert [route.b_contiguous for *_, route, _ in passed] == ["n", "k", "n"]
 
 
 @pytest.mark.parametrize("name", ("a", "b", "offs", "bias"))

@@ -83,7 +83,7 @@ def _call(route: Route, a: Tensor, b: Tensor, dy: Tensor, offs: Tensor) -> Calla
     leaves = [x for x in (a, b) if x.requires_grad]
     if not leaves:
         return lambda: run_forward(a, b, None, offs, route)
-    return lambda: torch.autograd.grad(GroupedMM.apply(a, b, None, offs, route, None), leaves, dy)
+    return lambda: torch.autograd.grad(GroupedMM.apply(a, b, None, offs, route, None, None), leaves, dy)
 
 
 def _timed(calls: dict[str, Callable[[], Any]], timer: Timer, failures: dict[str, str]) -> dict[str, float]:

@@ -255,9 +255,9 @@ def _alone(
         return lambda: run_forward(a, b, None, offs, route)[0]
     if pass_ is Pass.DGRAD:
         leaf = a.detach().requires_grad_()
-        y = GroupedMM.apply(leaf, b, None, offs, route, None)
+        y = GroupedMM.apply(leaf, b, None, offs, route, None, None)
     else:
         assert isinstance(b, Tensor), "quantized weights have no gradient"
         leaf = b.detach().requires_grad_()
-        y = GroupedMM.apply(a, leaf, None, offs, route, None)
+        y = GroupedMM.apply(a, leaf, None, offs, route, None, None)
     return lambda: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]

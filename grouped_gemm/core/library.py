@@ -157,7 +157,7 @@ def replayed_call(function: Callable[..., Any]) -> Callable[..., Any]:
     replays = replayed(f"{function.__module__}.{function.__qualname__}", function)
 
     @functools.wraps(function)
-    def call(*args: Any) -> Any:
-        return function(*args) if _is_seen() else replays(*args)
+    def call(*args: Any, number: int | None = None) -> Any:
+        return function(*args) if _is_seen() else replays(*args, number=number)
 
     return call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
 import warnings
 from collections.abc import Mapping
@@ -212,7 +213,23 @@ def _warn_once(decision: Decision) -> None:
 # -- eager calls
 
 Key = tuple[Any, ...]
-_routes: dict[Key, Route] = {}  # of eager calls
+
+
+class Known(NamedTuple):
+    """What is remembered of a call.
+
+    Attributes:
+        route: its route.
+        number: of its key, see `core.replay.replayed`; None: operands are of a subclass, and are never replayed.
+    """
+
+    route: Route
+    number: int | None
+
+
+_known: dict[Key, Known] = {}  # of eager calls
+_numbers = itertools.count()
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _MAX_ROUTES = 4096
 # How often `forget` was called. It is part of the keys: a decision that was under way during a `forget` is never found.
 _epoch = 0
@@ -220,8 +237,8 @@ _epoch = 0
 
 def recall(
     a: Tensor, b: Tensor | QuantizedWeights, offs: Tensor, bias: Tensor | None, options: tuple[Any, ...]
-) -> tuple[Key | None, Route | None]:
-    """The key of a call, and the route of an earlier call with the same key.
+) -> tuple[Key | None, Known | None]:
+    """The key of a call, and what is known of an earlier call with the same key.
 
     The earlier call passed every check, so this one would pass them too.
 
@@ -233,31 +250,37 @@ def recall(
         options: recipe, out_dtype, group_alignment and kernel_preference.
 
     Returns:
-        The key; None: such a call has to be described each time. The route; None: no earlier call.
+        The key; None: such a call has to be described each time. What is known; None: no earlier call.
     """
     key = key_of(a, b, offs, bias, options)
     if key is None:
         return None, None
     key = (*key, _epoch, environment())
     try:
-        return key, _routes.get(key)
+        return key, _known.get(key)
     except TypeError:  # an option cannot be hashed; the checks will name it
         return None, None
 
 
-def remember(key: Key, route: Route) -> None:
-    """Caches the route for ``key``, unless another thread has changed the environment in the meantime."""
-    if key[-1] == environment():
-        if len(_routes) >= _MAX_ROUTES:
-            _routes.clear()
-        _routes[key] = route
+def remember(key: Key, route: Route, *operands: object) -> Known:
+    """Caches the route for ``key``, unless another thread has changed the environment in the meantime.
+
+    ``operands`` are all those of the call. Returns what is known of it now.
+    """
+    if key[-1] != environment():
+        return Known(route, None)
+    if len(_known) >= _MAX_ROUTES:
+        _known.clear()
+    is_plain = _PLAIN.issuperset(map(type, operands))
+    found = _known[key] = Known(route, next(_numbers) if is_plain else None)
+    return found
 
 
 def forget() -> None:
     """Drops all decisions, including those that other threads are making, because their inputs have changed."""
     global _epoch
     _epoch += 1
-    _routes.clear()
+    _known.clear()
     _decide_once.cache_clear()
     replay.forget()
 
