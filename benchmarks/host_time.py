@@ -31,6 +31,7 @@ from grouped_gemm.backends import triton
 from grouped_gemm.backends.base import _GroupedMMBackend
 from grouped_gemm.core import machine, replay
 from grouped_gemm.kernels.common import launch
+from grouped_gemm.kernels.gemm import k_grouped_hopper
 from grouped_gemm.moe import experts_forward
 from grouped_gemm.selection import route, rules
 
@@ -71,7 +72,8 @@ def launches_that_do_nothing() -> Iterator[None]:
             (launch, "_encode", lambda *args: 0),
             (replay, "_is_on_gpu", lambda x: True),
             (replay, "_new_empty", lambda *form: torch.empty_strided(*form[:2], dtype=form[2])),
-            (torch.cuda, "current_device", lambda: -1),  # that of tensors on a CPU
+            (replay, "_current_device", lambda: -1),  # that of tensors on a CPU
+            (k_grouped_hopper, "num_processors", lambda device: 132),
             (launch._thread, "has_context", True),
         ):
             stack.enter_context(mock.patch.object(target, name, value))

@@ -73,7 +73,7 @@ LAYERS = (
     ("kernels", "kernels.*"),
     ("core.library", "core.call_spec", "core.quantized", "core.store", "reference"),
     ("core.replay",),
-    ("core.machine", "core.preference", "core.recipes", "kernels.common.interpreter"),
+    ("core.machine", "core.pools", "core.preference", "core.recipes", "kernels.common.interpreter"),
     ("autotune.timing", "core.distributions", "core.vmap"),
     ("autotune", "core", "selection"),
 )

@@ -293,9 +293,49 @@ def test_memory_is_freed_as_the_call_frees_it(launch, keeps):
     op = fake_op([], work)
     for _ in range(3):
         op(X)
+    assert steps_of_the_program() == ["_allocate", "<lambda>", *([] if keeps else ["_free"]), "_allocate"]
+
+
+def steps_of_the_program():
     (program,) = replay._programs.values()
-    names = [getattr(step, "func", step).__name__ for step in program.steps]
-    assert names == ["_add_empty", "<lambda>", *([] if keeps else ["_free"]), "_add_empty"]
+    return [getattr(step, "func", step).__name__ for step in program.steps]
+
+
+def test_scratch_is_one_allocation_and_zeros_are_another_one(launch):
+    def work(x):
+        first, second, out = (x.new_empty(n) for n in (100, 7, 3))
+        third, fourth = x.new_zeros(5), x.new_zeros(2, dtype=torch.int64)
+        recording = replay.current()
+        if recording:
+            places.append([recording.place(part) for part in (first[9:], second, third, fourth, out)])
+            recording.add(launch)
+        del third
+        return (out, first.shape[0], fourth.numel())
+
+    op, places = fake_op([], work), []
+    for _ in range(3):
+        out, *constants = op(X)
+    assert steps_of_the_program() == ["_allocate_pool", "_allocate", "_allocate_pool", "<lambda>"]
+    assert constants == [100, 2] and out.untyped_storage().nbytes() == 12
+    (places,) = places
+    first, second, third, fourth, found = (launch.addresses[-1][slot] + offset for slot, offset in places)
+    assert found == out.data_ptr()
+    assert second == first - 36 + 512 and fourth == third + 512
+
+
+def test_scratch_is_not_one_allocation_where_that_would_take_more_memory(launch):
+    def work(x):
+        first, before = x.new_empty(2), x.new_empty(9999)
+        replay.current() and replay.current().add(launch)
+        del before
+        second = x.new_empty(9999)
+        replay.current() and replay.current().add(launch)
+        return x, len(first) + len(second)
+
+    op = fake_op([], work)
+    for _ in range(3):
+        op(X)
+    assert steps_of_the_program() == ["_allocate", "_allocate", "<lambda>", "_free", "_allocate", "<lambda>"]
 
 
 def test_arguments_and_their_views_are_returned(launch):

@@ -11,17 +11,19 @@ This is for eager calls on a GPU. A CUDA graph captures a program as it would ca
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grouped_gemm.core.machine import is_capturing
+from grouped_gemm.core.pools import Allocation, Fill, Free, Launch, Recorded, View, pooled, rounded
 from grouped_gemm.core.preference import AUTOTUNE
 
 Run = Callable[..., Any]
@@ -29,36 +31,8 @@ Place = Callable[[Tensor], tuple[int, int] | None]  # `Recording.place`
 Step = Callable[[list[Any], list[int]], None]  # takes the slots and their addresses
 # On the current device, in half the time of torch.empty_strided.
 _new_empty: Any = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
-
-
-class Launch(Protocol):
-    """A launch that lacks only addresses."""
-
-    def can_run(self, device: int) -> bool:
-        """Whether this thread may launch on ``device`` now."""
-
-    def __call__(self, addresses: Sequence[int]) -> None:
-        """Launches on the current stream, with the addresses of operands and then of what was allocated."""
-
-
-class View(NamedTuple):
-    """A tensor in a slot.
-
-    Attributes:
-        slot: the slot.
-        layout: size, stride, and offset in values from the tensor in the slot; None: it is that tensor.
-    """
-
-    slot: int
-    layout: tuple[Sequence[int], Sequence[int], int] | None
-
-    def of(self, slots: list[Any]) -> Tensor:
-        """The tensor."""
-        tensor: Tensor = slots[self.slot]
-        if self.layout is None:
-            return tensor
-        size, stride, offset = self.layout
-        return tensor.as_strided(size, stride, tensor.storage_offset() + offset)
+# torch.cuda.current_device, without its checks of what is so once there are tensors on a GPU.
+_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
 
 
 class Program(NamedTuple):
@@ -68,30 +42,37 @@ class Program(NamedTuple):
         device: the index of the device.
         steps: what it does, in order.
         launch: one of the launches.
-        results: what the call returns, views and constants.
-        is_tuple: whether it returns a tuple of them, or the only one.
+        new: a 0 for each slot that it allocates.
+        results: what the call returns, with None for tensors.
+        views: the tensors that it returns, and their places among the results.
+        is_tuple: whether it returns a tuple of the results, or the only one.
     """
 
     device: int
     steps: list[Step]
     launch: Launch
+    new: list[int]
     results: list[Any]
+    views: list[tuple[int, View]]
     is_tuple: bool
 
     def can_run(self) -> bool:
         """Whether it does now what the call would do."""
         return (
-            torch.cuda.current_device() == self.device
+            _current_device() == self.device
             and not torch.are_deterministic_algorithms_enabled()  # which fill new memory
             and self.launch.can_run(self.device)
         )
 
     def run(self, args: Sequence[Any], addresses: list[int]) -> Any:
         """Does what the call does with ``args``, which lie at ``addresses``; 0 for what is no tensor."""
-        slots = list(args)
+        slots = [*args, *self.new]
+        addresses += self.new
         for step in self.steps:
             step(slots, addresses)
-        results = [x.of(slots) if type(x) is View else x for x in self.results]
+        results = self.results.copy()
+        for i, view in self.views:
+            results[i] = view.of(slots)
         return tuple(results) if self.is_tuple else results[0]
 
 
@@ -241,7 +222,8 @@ class Recording(TorchDispatchMode):
         self._slot_by_id = {id(arg): i for i, arg in enumerate(self.args) if isinstance(arg, Tensor)}
         self._views: list[Tensor] = []  # of arguments; they stay alive too
         self._alive: dict[int, dict[int, Any]] = {}  # weak references to all tensors in a slot that was allocated
-        self._steps: list[Step] = []
+        self._steps: list[Recorded] = []
+        self._nbytes: dict[int, int] = {}  # of each slot that was allocated, as much as the allocator takes
         self._launch: Launch | None = None
         self._is_refused = False
 
@@ -284,7 +266,7 @@ class Recording(TorchDispatchMode):
             self._is_refused = True
             return
         self._launch = launch
-        self._steps.append(lambda slots, addresses: launch(addresses))
+        self._steps.append(launch)
 
     def end(self) -> None:
         """Ends the call: whatever it frees from now on is its result. Leaves no cycle that would keep tensors alive."""
@@ -302,10 +284,29 @@ class Recording(TorchDispatchMode):
     def program(self, result: Any) -> Program | None:
         """The program of the call, whose result is given; None: it cannot be replayed."""
         is_tuple = isinstance(result, tuple)
-        results = [self._view(x) if isinstance(x, Tensor) else x for x in (result if is_tuple else [result])]
+        results = list(result) if is_tuple else [result]
+        views = [(i, self._view(x)) for i, x in enumerate(results) if isinstance(x, Tensor)]
+        found = [(i, view) for i, view in views if view is not None]
         if self._is_refused or self._launch is None:
             return None
-        return Program(self._device, self._steps, self._launch, results, is_tuple)
+        steps = [self._step(step) for step in pooled(self._steps, self._nbytes, {view.slot for _, view in found})]
+        constants = [None if isinstance(x, Tensor) else x for x in results]
+        return Program(self._device, steps, self._launch, [0] * len(self._nbytes), constants, found, is_tuple)
+
+    def _step(self, step: Recorded) -> Step:
+        if isinstance(step, Free):
+            return functools.partial(_free, step.slots[0])
+        if isinstance(step, Fill):
+            return functools.partial(_fill, step.view, step.value)
+        if not isinstance(step, Allocation):
+            return lambda slots, addresses: step(addresses)
+        first = step.slots[0]
+        if len(step.slots) == 1 and not step.is_zero:
+            form = self._slots[first]
+            assert form is not None, "what was allocated is a tensor"
+            return functools.partial(_allocate, first, form.shape, form.stride, form.dtype)
+        ends = list(itertools.accumulate(self._nbytes[slot] for slot in step.slots))
+        return functools.partial(_allocate_pool, list(zip(step.slots, [0, *ends])), (ends[-1],), step.is_zero)
 
     def _keep(self, x: Tensor, slot: int) -> None:
         """Notes that ``x`` is in ``slot``, which is free once no such tensor is left."""
@@ -320,22 +321,24 @@ class Recording(TorchDispatchMode):
             self._slot_by_id.pop(key, None)
             alive.pop(key, None)
             if not alive and slot in self._alive:
-                self._steps.append(functools.partial(_free, slot))
+                self._steps.append(Free((slot,)))
 
         alive[key] = weakref.ref(x, release)
 
     def _allocate(self, x: Tensor) -> None:
         if x.get_device() != self._device:
             self._is_refused = True
+        slot = len(self._slots)
         self._slots.append(_slot_of(x))
-        self._steps.append(functools.partial(_add_empty, tuple(x.shape), x.stride(), x.dtype))
-        self._keep(x, len(self._slots) - 1)
+        self._nbytes[slot] = rounded(x.untyped_storage().nbytes())
+        self._steps.append(Allocation((slot,)))
+        self._keep(x, slot)
 
     def _fill(self, x: Tensor, value: float | None) -> None:
         """Notes that ``x`` is filled with ``value``; None: with zeros, by `zero_`."""
         view = self._view(x)
         if view is not None:
-            self._steps.append(functools.partial(_fill, view, value))
+            self._steps.append(Fill(view, value))
 
     def _view(self, x: Tensor) -> View | None:
         slot = self._slot_by_id.get(id(x))
@@ -369,12 +372,23 @@ def _slot_of(x: Tensor) -> _Slot:
 # Steps
 
 
-def _add_empty(
-    size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, slots: list[Any], addresses: list[int]
+def _allocate(
+    slot: int, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, slots: list[Any], addresses: list[int]
 ) -> None:
-    new = _new_empty(size, stride, dtype)
-    slots.append(new)
-    addresses.append(new.data_ptr())
+    new = slots[slot] = _new_empty(size, stride, dtype)
+    addresses[slot] = new.data_ptr()
+
+
+def _allocate_pool(
+    places: list[tuple[int, int]], size: Sequence[int], is_zero: bool, slots: list[Any], addresses: list[int]
+) -> None:
+    """One tensor for several slots, each at so many bytes."""
+    pool = slots[places[0][0]] = _new_empty(size, (1,), torch.uint8)
+    if is_zero:
+        pool.zero_()
+    address = pool.data_ptr()
+    for slot, offset in places:
+        addresses[slot] = address + offset
 
 
 def _fill(view: View, value: float | None, slots: list[Any], addresses: list[int]) -> None:

@@ -21,6 +21,7 @@ from triton.runtime import driver
 
 from grouped_gemm.core import replay
 from grouped_gemm.core.machine import machine_of
+from grouped_gemm.core.pools import Launch
 from grouped_gemm.core.recipes import Recipe
 
 
@@ -195,7 +196,7 @@ class Launcher:
 
     def _prepared(
         self, compiled: _Compiled | None, device: int, grid: tuple[int, ...], args: tuple[Any, ...], place: replay.Place
-    ) -> replay.Launch | None:
+    ) -> Launch | None:
         return compiled and Prepared.of(compiled, device, grid, (*args, *self._values), place)
 
     def _compile_and_launch(self, grid: tuple[int, ...], args: tuple[Any, ...]) -> Any:
