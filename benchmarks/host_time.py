@@ -144,8 +144,6 @@ def calls(device: torch.device) -> dict[str, Run]:
     quantized = quantize_weights(w.detach().transpose(1, 2), Recipe.FP8_BLOCKWISE)
     found["fp8_blockwise forward, quantized weights"] = lambda: grouped_mm(a.detach(), quantized, offs)
     found["a function that does nothing, step"] = step(Nothing.apply, (a, w))
-    if device.type != "cuda":  # a layer runs other kernels there
-        return found
     gate_up, down, x = leaf(E, 2 * I, H), leaf(E, H, I), leaf(T, H)
     ids, weights = torch.rand(T, E, device=device).topk(TOP_K).indices, torch.rand(T, TOP_K, device=device)
 
@@ -155,6 +153,8 @@ def calls(device: torch.device) -> dict[str, Run]:
     found["experts_forward"] = without_gradients(layer, (x, gate_up, down))
     found["experts_forward, one token"] = without_gradients(layer, (x[:1].detach(), gate_up, down))
     found["experts_forward step"] = step(layer, (x, gate_up, down))
+    if device.type != "cuda":
+        return found
 
     def of_torch(a: Tensor, w: Tensor) -> Tensor:
         return torch._grouped_mm(a, w.transpose(1, 2), offs=offs)

@@ -216,11 +216,12 @@ def test_expert_parallelism_is_measured_beside_torch(tmp_path):
 
 
 def test_host_time_is_that_of_replayed_calls(tmp_path, capsys):
-    """On a CPU, with launches that do nothing. Forward is one program, and so is backward."""
+    """On a CPU, with launches that do nothing. Forward is one program, and so is backward; a layer routes before."""
     cli.main(["bench", "host_time", "--repeats", "1", "--json", str(tmp_path / "run.json")])
     results = json.loads((tmp_path / "run.json").read_text())
     assert results.pop("a function that does nothing, step")["programs"] == 0
-    assert len(results) == 7
+    assert results.pop("experts_forward step")["programs"] == 3
+    assert len(results) == 9
     assert all(us["programs"] == (2 if name.endswith("step") else 1) for name, us in results.items())
     assert all(us["first"] > 0 and us["replayed"] > 0 for us in results.values())
     assert "none step" in capsys.readouterr().out
