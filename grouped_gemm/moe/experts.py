@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from grouped_gemm.core.call_spec import dtype_name
-from grouped_gemm.core.library import replayed_call
+from grouped_gemm.core.library import is_intercepted, ops, replayed_call
+from grouped_gemm.core.machine import is_capturing
 from grouped_gemm.core.preference import (
     VALIDATE,
     KernelPreference,
@@ -32,8 +33,10 @@ from grouped_gemm.moe import decode, fused, implementations
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.composed import ExpertWeights, Weights, grouped, shape_of
 from grouped_gemm.moe.implementations import IMPLEMENTATIONS
+from grouped_gemm.moe.routing import Routing
 from grouped_gemm.selection import checks, dtensor
-from grouped_gemm.selection.spec import autocast
+from grouped_gemm.selection.route import epoch
+from grouped_gemm.selection.spec import autocast, facts_of
 from grouped_gemm.weight_gradients import is_delaying
 
 if TYPE_CHECKING:
@@ -133,7 +136,59 @@ def experts_forward(
             options, settings,
         )  # fmt: skip
         return y
+    if gate_up_bias is None and down_bias is None and isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        return _run_known(x, topk_ids, topk_weights, gate_up, down, of_weights, options)
     return _run(x, topk_ids, topk_weights, gate_up, down, *of_weights, gate_up_bias, down_bias, options)
+
+
+_known: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # options of the experts of calls on fused kernels
+_MOST_KNOWN = 4096
+
+
+def _run_known(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, gate_up: Tensor, down: Tensor, of_weights: tuple[Any, ...],
+    options: tuple[Any, ...],
+) -> Tensor:  # fmt: skip
+    """`_run` without biases. Calls that ran on fused kernels are checked once: that takes a fifth of a step."""
+    given = x, topk_ids, topk_weights, gate_up, down
+    key, known = _key_of(given, (*of_weights, *options)), None
+    try:
+        known = None if key is None else _known.get(key)
+    except TypeError:  # an option cannot be hashed; the checks will name it
+        key = None
+    if known is not None:
+        experts = ExpertWeights((gate_up,), (None,), down, None, *known)
+        return fused.run(x, topk_weights, experts, Routing(*ops.moe_route(topk_ids, experts.num_experts, 1)))
+    recipe, activation, interleaved = of_weights
+    x, experts = _prepared(*given, recipe, activation, interleaved, None, None, *options)
+    y = implementations.run(options[0], x, topk_ids, topk_weights, experts)
+    if key is not None and implementations.is_fused(options[0], x, topk_ids, topk_weights, experts):
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = (
+            experts.activation, experts.interleaved, experts.recipe, experts.kernel_preference, experts.keep,
+            experts.accumulate_main_grad, experts.batch_invariant,
+        )  # fmt: skip
+    return y
+
+
+def _key_of(operands: tuple[Tensor, ...], options: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Everything that decides how a call runs; None: such a call is checked each time."""
+    x = operands[0]
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or not all([type(t) in fused.PLAIN for t in operands])
+        or x.is_meta
+        or torch.is_autocast_enabled(x.device.type)
+        or is_intercepted()
+        or is_capturing(x)
+    ):
+        return None
+    return (
+        *map(facts_of, operands), options, tuple(map(type, options)), torch.is_grad_enabled(), environment(),
+        surrounding.kernel_preference, surrounding.host_sync, epoch(),
+    )  # fmt: skip
 
 
 def _run(

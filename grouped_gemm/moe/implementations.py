@@ -56,6 +56,12 @@ def run(
     return run_composed(x, topk_weights, experts, routing, multiple)
 
 
+def is_fused(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> bool:
+    """Whether `run` takes the fused kernels for many tokens, with weights as they are. It raises as `run` does."""
+    chosen = _choose(name, x, topk_ids, topk_weights, experts)
+    return chosen == "grouped_mm" and not experts.weight_only and fused.can_run(x, topk_weights, experts)
+
+
 def explain(name: str, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: ExpertWeights) -> str:
     """What `run` would do, and what of it is fused."""
     chosen = _choose(name, x, topk_ids, topk_weights, experts)

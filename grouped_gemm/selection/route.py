@@ -276,6 +276,11 @@ def remember(key: Key, route: Route, *operands: object) -> Known:
     return found
 
 
+def epoch() -> int:
+    """How often decisions were dropped: part of the key of anything else that depends on them."""
+    return _epoch
+
+
 def forget() -> None:
     """Drops all decisions, including those that other threads are making, because their inputs have changed."""
     global _epoch

@@ -149,13 +149,13 @@ def key_of(
         if isinstance(b, QuantizedWeights):
             b_facts = (b.shape, b.dtype, b.device, b.recipe, b.forward_backend, b.dgrad_backend)
         else:
-            b_facts = _facts(b)
+            b_facts = facts_of(b)
         return (
             (type(a), k, a.stride(), a.dtype, a.device, a.layout, a.requires_grad, a.is_neg()),
             row_class(num_rows, num_groups),
             b_facts,
-            _facts(offs),
-            None if bias is None else _facts(bias),
+            facts_of(offs),
+            None if bias is None else facts_of(bias),
             options,
             type(options[2]),  # group_alignment=True equals 1, but is an error
             torch.is_grad_enabled(),
@@ -167,7 +167,8 @@ def key_of(
         return None
 
 
-def _facts(x: Tensor) -> tuple[Any, ...]:
+def facts_of(x: Tensor) -> tuple[Any, ...]:
+    """Everything that checks read of a tensor."""
     return type(x), x.shape, x.stride(), x.dtype, x.device, x.layout, x.requires_grad, x.is_neg()
 
 

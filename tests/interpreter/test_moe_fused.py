@@ -22,12 +22,13 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from grouped_gemm import Recipe, WgradQueue, delay_wgrad, quantize_weights
+from grouped_gemm import Recipe, WgradQueue, delay_wgrad, prefer, quantize_weights
 from grouped_gemm.core.library import ops
-from grouped_gemm.moe import experts_forward, fused, sorted_experts
+from grouped_gemm.moe import experts, experts_forward, fused, sorted_experts
 from grouped_gemm.moe.activation import ACTIVATIONS
 from grouped_gemm.moe.expert_parallel import Tokens
 from grouped_gemm.moe.tokens import QuantizedTokens
+from grouped_gemm.selection import route
 from grouped_gemm.testing import poisoned_memory, relative_error
 
 E, T, K = 3, 10, 3
@@ -150,6 +151,115 @@ def test_a_tangent_is_refused_by_a_replayed_layer_too(monkeypatch):
         assert len(ran) == 1
         with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
             inputs.run([forward_ad.make_dual(inputs.x.detach(), torch.ones_like(inputs.x)), *inputs.leaves[1:]])
+
+
+# Calls that are alike are checked once
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """The x of each call that is checked; the list grows as calls are made."""
+    seen, prepared = [], experts._prepared
+    monkeypatch.setattr(experts, "_prepared", lambda x, *rest: seen.append(x) or prepared(x, *rest))
+    return seen
+
+
+def test_calls_that_are_alike_are_checked_once(checked):
+    inputs = Inputs(128)
+    expected = inputs.train()
+    for recipe in (None, "fp8_blockwise"):
+        checked.clear()
+        for _ in range(3):
+            found = inputs.train([leaf.detach().clone().requires_grad_() for leaf in inputs.leaves], recipe=recipe)
+        assert len(checked) == (0 if recipe is None else 1)
+        if recipe is None:
+            assert_equal(found, expected)
+
+
+def changed(i, change):
+    """A call of the layer with one operand changed."""
+    return lambda inputs: inputs.run([change(x) if j == i else x for j, x in enumerate(inputs.leaves)])
+
+
+def with_ids(change):
+    def call(inputs):
+        inputs.ids = change(inputs.ids)
+        inputs.run()
+
+    return call
+
+
+def under(context):
+    def call(inputs):
+        with context():
+            inputs.run()
+
+    return call
+
+
+class Other(Tensor):
+    pass
+
+
+OTHERS = {
+    "tokens": lambda inputs: Inputs(128, num_tokens=9).run(),
+    "strides of x": changed(0, lambda x: x.t().contiguous().t()),
+    "strides of weights": changed(3, lambda w: w.transpose(1, 2).contiguous().transpose(1, 2)),
+    "dtype of ids": with_ids(Tensor.int),
+    "strides of ids": with_ids(lambda ids: ids.t().contiguous().t()),
+    "dtype of topk_weights": changed(1, Tensor.double),
+    "no gradient": changed(2, Tensor.detach),
+    "negated": changed(0, lambda x: torch._neg_view(x.detach())),
+    "a subclass": changed(1, lambda x: x.detach().as_subclass(Other)),
+    "grad mode": under(torch.no_grad),
+    "autocast": under(lambda: torch.autocast("cpu", dtype=torch.bfloat16)),
+    "a mode": under(Seen),
+    "preference": under(lambda: prefer("triton")),
+    "host sync": under(lambda: prefer(host_sync=False)),
+    "activation": lambda inputs: inputs.run(activation="geglu"),
+    "interleaved": lambda inputs: inputs.run(interleaved=True),
+    "recipe": lambda inputs: inputs.run(recipe="fp8_blockwise"),
+    "keep": lambda inputs: inputs.run(keep="recipe"),
+    "implementation": lambda inputs: inputs.run(implementation="auto"),
+    "kernel_preference": lambda inputs: inputs.run(kernel_preference="triton"),
+    "batch_invariant": lambda inputs: inputs.run(batch_invariant=True),
+}
+
+
+@pytest.mark.parametrize("call", OTHERS.values(), ids=OTHERS)
+def test_calls_that_differ_are_checked(call, checked, monkeypatch):
+    monkeypatch.setattr(experts, "_can_replay", lambda *call: False)
+    inputs = Inputs(128)
+    for _ in range(2):
+        inputs.run()
+    assert len(checked) == 1
+    call(inputs)
+    assert len(checked) == 2
+
+
+def test_the_environment_and_forgotten_decisions_are_noticed(checked, monkeypatch):
+    inputs = Inputs(128)
+    inputs.run()
+    monkeypatch.setenv("GROUPED_GEMM_LOG", "1")
+    inputs.run()
+    route.forget()
+    inputs.run()
+    assert len(checked) == 3
+
+
+@pytest.mark.parametrize("option", ({"interleaved": 0}, {"accumulate_main_grad": 0}, {"keep": []}, {"recipe": {}}))
+def test_a_bad_option_after_a_good_call_is_named(option):
+    inputs = Inputs(128)
+    inputs.run()
+    with pytest.raises((TypeError, ValueError), match=f"^{next(iter(option))}: expected"):
+        inputs.run(**option)
+
+
+def test_the_number_of_known_calls_is_bounded(monkeypatch):
+    monkeypatch.setattr(experts, "_MOST_KNOWN", 3)
+    for num_tokens in range(9, 16):
+        Inputs(128, num_tokens=num_tokens).run()
+        assert len(experts._known) <= 3
 
 
 # Values
