@@ -108,9 +108,10 @@ def replayed(name: str, run: Run) -> Run:
         programs = _programs
         if number is not None:
             addresses = [x.data_ptr() if isinstance(x, Tensor) else 0 for x in args]
-            key = [number, args[0].shape[0], *[address & 15 for address in addresses]]
+            known: tuple[Any, ...] = (name, number, args[0].shape[0], *[address & 15 for address in addresses])
         else:
-            key, addresses = [name], []
+            key: list[Any] = [name]
+            addresses = []
             for arg in args:
                 if isinstance(arg, Tensor):
                     if type(arg) not in _PLAIN:
@@ -121,8 +122,9 @@ def replayed(name: str, run: Run) -> Run:
                 else:
                     key.append(arg)
                     addresses.append(0)
+            known = tuple(key)
         try:
-            found = programs.get(known := tuple(key))
+            found = programs.get(known)
         except TypeError:  # a constant cannot be hashed
             return run(*args)
         if isinstance(found, Program):

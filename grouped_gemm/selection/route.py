@@ -255,7 +255,7 @@ def recall(
     key = key_of(a, b, offs, bias, options)
     if key is None:
         return None, None
-    key = (*key, _epoch, environment())
+    key = key, _epoch, environment()
     try:
         return key, _known.get(key)
     except TypeError:  # an option cannot be hashed; the checks will name it
