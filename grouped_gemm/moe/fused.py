@@ -269,17 +269,20 @@ class _FusedExperts(torch.autograd.Function):
         """
         recipe, _, _, keep = settings
         dgrad = keep != "nothing" and recipe.is_scaled
-        gate_up_forward, gate_up_dgrad = layouts_of(gate_up, recipe, dgrad)
-        down_forward, down_dgrad = layouts_of(down, recipe, dgrad)
-        y, tokens, scale, pre, pre_scale = _forward(
-            x, data, data_scale, topk_weights, *operand(gate_up_forward), *operand(down_forward), offs, source, places,
-            *settings,
-        )  # fmt: skip
+        given = x, data, data_scale, topk_weights
+        routing = offs, source, places
+        if recipe.is_scaled and isinstance(gate_up, Tensor) and isinstance(down, Tensor) and not weight_cache.is_used():
+            y, tokens, scale, pre, pre_scale, *of_dgrad = _quantize_and_forward(
+                *given, gate_up, down, *routing, *settings
+            )
+        else:
+            gate_up_forward, gate_up_dgrad = layouts_of(gate_up, recipe, dgrad)
+            down_forward, down_dgrad = layouts_of(down, recipe, dgrad)
+            of_dgrad = [*operand(gate_up_dgrad), *operand(down_dgrad)] if dgrad else []
+            of_forward = *operand(gate_up_forward), *operand(down_forward)
+            y, tokens, scale, pre, pre_scale = _forward(*given, *of_forward, *routing, *settings)
         if keep != "nothing":
-            if recipe.is_scaled:
-                weights = *operand(gate_up_dgrad), *operand(down_dgrad)
-            else:
-                weights = dense(gate_up), None, dense(down), None
+            weights = of_dgrad if dgrad else [dense(gate_up), None, dense(down), None]
             of_x = (tokens, scale) if keep == "recipe" or data is not None else (x, None)
             ctx.save_for_backward(
                 *of_x, pre, pre_scale if keep == "recipe" else None, topk_weights, offs, source, places, *weights
@@ -294,6 +297,23 @@ class _FusedExperts(torch.autograd.Function):
         gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
         with batched_gradient(dy):
             return (*gradients(ctx, dense_rows(dy)), *[None] * 7)
+
+
+@replayed_call
+def _quantize_and_forward(
+    x: Tensor, data: Tensor | None, data_scale: Tensor | None, topk_weights: Tensor | None, gate_up: Tensor,
+    down: Tensor, offs: Tensor, source: Tensor, places: Tensor | None, recipe: Recipe, activation: str,
+    interleaved: bool, keep: str,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What `_forward` returns, with weights that are quantized here; then those for dgrad, where it is needed."""
+    dgrad = keep != "nothing"
+    gate_up_forward, gate_up_dgrad = layouts_of(gate_up, recipe, dgrad)
+    down_forward, down_dgrad = layouts_of(down, recipe, dgrad)
+    results = _forward(
+        x, data, data_scale, topk_weights, *operand(gate_up_forward), *operand(down_forward), offs, source, places,
+        recipe, activation, interleaved, keep,
+    )  # fmt: skip
+    return (*results, *operand(gate_up_dgrad), *operand(down_dgrad)) if dgrad else results
 
 
 @replayed_call
