@@ -14,6 +14,7 @@ M, E, K, N: rows, groups, in and out features. T, k, H, I: tokens, experts per t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import timeit
 from collections.abc import Callable, Iterator
@@ -147,12 +148,15 @@ def calls(device: torch.device) -> dict[str, Run]:
     gate_up, down, x = leaf(E, 2 * I, H), leaf(E, H, I), leaf(T, H)
     ids, weights = torch.rand(T, E, device=device).topk(TOP_K).indices, torch.rand(T, TOP_K, device=device)
 
-    def layer(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        return experts_forward(x, ids[: len(x)], weights[: len(x)], gate_up, down)
+    def layer(x: Tensor, gate_up: Tensor, down: Tensor, recipe: Recipe | None = None) -> Tensor:
+        return experts_forward(x, ids[: len(x)], weights[: len(x)], gate_up, down, recipe=recipe)
 
+    quantizing = functools.partial(layer, recipe=Recipe.FP8_BLOCKWISE)
     found["experts_forward"] = without_gradients(layer, (x, gate_up, down))
     found["experts_forward, one token"] = without_gradients(layer, (x[:1].detach(), gate_up, down))
     found["experts_forward step"] = step(layer, (x, gate_up, down))
+    found["experts_forward fp8_blockwise"] = without_gradients(quantizing, (x, gate_up, down))
+    found["experts_forward fp8_blockwise step"] = step(quantizing, (x, gate_up, down))
     if device.type != "cuda":
         return found
 
