@@ -56,6 +56,7 @@ from grouped_gemm.testing import (
 
 pytestmark = pytest.mark.gpu
 
+K256 = Shape("k256", RAGGED.sizes, tail=70, k=256, n=RAGGED.n)  # a wgrad has fewer tiles than programs
 N696 = Shape("n696", RAGGED.sizes, tail=70, k=RAGGED.k, n=696)  # the last rows of a wgrad are fewer than 64
 NONE, ROWWISE, BLOCKWISE = Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
@@ -64,15 +65,18 @@ CASES = (
     Case(TRITON, NONE, BFLOAT16, TRAINING, RAGGED, b_contiguous="n"),
     Case(TRITON, NONE, FLOAT16, DGRAD, RAGGED),
     Case(TRITON, NONE, BFLOAT16, DGRAD, K1000),
+    Case(TRITON, NONE, BFLOAT16, TRAINING, K256),
     Case(TRITON, NONE, BFLOAT16, FORWARD, RAGGED, out_dtype=FLOAT16, has_bias=True),
     Case(TRITON, NONE, BFLOAT16, FORWARD, RAGGED, out_dtype=FLOAT32),
     Case(TRITON, ROWWISE, BFLOAT16, TRAINING, RAGGED),
     Case(TRITON, ROWWISE, BFLOAT16, TRAINING, RAGGED, b_contiguous="n"),
     Case(TRITON, ROWWISE, BFLOAT16, TRAINING, K1000),
+    Case(TRITON, ROWWISE, BFLOAT16, TRAINING, K256),
     Case(TRITON, ROWWISE, BFLOAT16, FORWARD, RAGGED, out_dtype=FLOAT32, has_bias=True),
     Case(TRITON, BLOCKWISE, BFLOAT16, TRAINING, RAGGED),
     Case(TRITON, BLOCKWISE, BFLOAT16, TRAINING, RAGGED, b_contiguous="n"),
     Case(TRITON, BLOCKWISE, BFLOAT16, TRAINING, N696),
+    Case(TRITON, BLOCKWISE, BFLOAT16, TRAINING, K256),
     Case(TRITON, BLOCKWISE, BFLOAT16, FORWARD, K1000),
     Case(TRITON, BLOCKWISE, BFLOAT16, FORWARD, RAGGED, out_dtype=FLOAT32, has_bias=True),
 )
