@@ -537,10 +537,10 @@ def test_a_decision_during_capture_is_not_cached(on, monkeypatch):
     pretend_capture(monkeypatch, True)
     monkeypatch.setattr(emulated.Backend, "requirements", ())
     call()
-    assert route._decide_once.cache_info().currsize == 0 and not route._routes
+    assert route._decide_once.cache_info().currsize == 0 and not route._known
     pretend_capture(monkeypatch, False)
     call()
-    assert route._decide_once.cache_info().currsize == 1 and route._routes
+    assert route._decide_once.cache_info().currsize == 1 and route._known
 
 
 def test_a_decision_that_forget_overtakes_is_not_cached(on, monkeypatch):
