@@ -1,7 +1,8 @@
 """Host time of an eager call, in microseconds: the first one with its shapes, and a replayed one (`core/replay.py`).
 
-On a GPU, calls are so small that the host is what takes the time. `torch._grouped_mm` in bf16 is timed in the same
-rounds, and the goals are printed: 1.3 of torch's time in bf16, forward and step, and 2.5 of torch's bf16 step in FP8.
+On a GPU, calls are so small that the host is what takes the time. `torch._grouped_mm` in bf16 is timed as well, eager
+and compiled, and the goals are printed: 1.3 of torch's time in bf16, forward and step, and 2.5 of torch's bf16 step in
+FP8.
 
 On a CPU, the Triton backend runs with launches that do nothing. That leaves Python, autograd and allocations.
 
@@ -163,7 +164,12 @@ def calls(device: torch.device) -> dict[str, Run]:
     def of_torch(a: Tensor, w: Tensor) -> Tensor:
         return torch._grouped_mm(a, w.transpose(1, 2), offs=offs)
 
-    return found | {"torch forward": without_gradients(of_torch, (a, w)), "torch step": step(of_torch, (a, w))}
+    found |= {"torch forward": without_gradients(of_torch, (a, w)), "torch step": step(of_torch, (a, w))}
+    for name, function in {"none": lambda a, w: grouped_mm(a, w.transpose(1, 2), offs), "torch": of_torch}.items():
+        compiled = torch.compile(function, fullgraph=True)
+        found[f"{name} forward, compiled"] = without_gradients(compiled, (a, w))
+        found[f"{name} step, compiled"] = step(compiled, (a, w))
+    return found
 
 
 def measure(device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
@@ -193,9 +199,9 @@ def programs_of(run: Run) -> int:
 
 def report(results: dict[str, dict[str, float]]) -> None:
     for name, us in results.items():
-        of_torch = results.get(f"torch {name.rpartition(' ')[2]}", {}).get("replayed")
-        goal = GOALS.get(name)
-        ratio = f"{us['replayed'] / of_torch:6.2f} of torch's in bf16, goal {goal}" if of_torch and goal else ""
+        of_torch = results.get(f"torch {name.partition(' ')[2]}", {}).get("replayed")
+        goal = f", goal {GOALS[name]}" if name in GOALS else ""
+        ratio = f"{us['replayed'] / of_torch:6.2f} of torch's in bf16{goal}" if of_torch else ""
         print(
             f"{name:42} first {us['first']:7.1f}  replayed {us['replayed']:7.1f} us, {us['programs']} programs {ratio}"
         )
