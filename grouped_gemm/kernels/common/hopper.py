@@ -25,7 +25,6 @@ from grouped_gemm.kernels.common.launch import describe
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
-PRODUCER_REGISTERS = gl.constexpr(40)
 STORED = [64, 128]  # what one `store_tile` copies of a result
 
 # Layouts in shared memory of operands and results, by the size of a value, and of scales.

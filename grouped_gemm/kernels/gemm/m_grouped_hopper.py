@@ -23,7 +23,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from grouped_gemm.core.call_spec import RowClass
 from grouped_gemm.kernels.common.hopper import (
-    PRODUCER_REGISTERS,
     STORED,
     HopperTile,
     accumulate,
@@ -348,6 +347,7 @@ def _kernel(
     if TMA_STORE:
         out_bufs = gl.allocate_shared_memory(out_desc.dtype, [CONSUMERS, 64, 128], out_desc.layout)
     full, empty = make_barriers(STAGES, CONSUMERS)
+    PRODUCER_REGISTERS: gl.constexpr = 504 - CONSUMERS * REGISTERS
     gl.static_assert(CONSUMERS == 2)
     gl.warp_specialize([
         (_consume, (0, lhs_bufs, rhs_bufs, scale_bufs, out_bufs, full, empty, out_desc,
@@ -358,4 +358,4 @@ def _kernel(
             KIND, C_CONTIGUOUS, HAS_BIAS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
         (_produce, (lhs_desc, rhs_desc, scale_desc, lhs_bufs, rhs_bufs, scale_bufs, full, empty, offs, M, E, C, N,
             KIND, C_CONTIGUOUS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
-    ], [4, 1], [REGISTERS, min(PRODUCER_REGISTERS, 504 - 2 * REGISTERS)])  # fmt: skip
+    ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
