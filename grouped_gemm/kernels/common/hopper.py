@@ -226,18 +226,18 @@ def restart_block(lhs, rhs, block, never):
 
 @gluon.jit
 def add_done_block(acc, block, scale):
-    """As `add_block`; also returns the ``block`` that is done with, for `restart_block`."""
+    """Waits for a ``block`` of `start_block`. Returns ``acc + block * scale``, and the block for `restart_block`."""
     block = warpgroup_mma_wait(num_outstanding=0, deps=(block,))
+    # The second wait has nothing to wait for. It keeps the sum from moving behind the start of the next block, whose
+    # registers would then be needed on top of this one's.
     return warpgroup_mma_wait(num_outstanding=0, deps=(acc + block * scale,)), block
 
 
 @gluon.jit
 def add_block(acc, block, scale):
     """Waits for a ``block`` of `start_block`, and returns ``acc + block * scale``."""
-    block = warpgroup_mma_wait(num_outstanding=0, deps=(block,))
-    # The second wait has nothing to wait for. It keeps the sum from moving behind the start of the next block, whose
-    # registers would then be needed on top of this one's.
-    return warpgroup_mma_wait(num_outstanding=0, deps=(acc + block * scale,))
+    acc, _ = add_done_block(acc, block, scale)
+    return acc
 
 
 @gluon.jit
