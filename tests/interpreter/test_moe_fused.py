@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -197,6 +198,12 @@ def under(context):
     return call
 
 
+def adding(inputs):
+    for parameter in inputs.leaves[2:]:
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+    inputs.run(accumulate_main_grad=True)
+
+
 class Other(Tensor):
     pass
 
@@ -223,6 +230,10 @@ OTHERS = {
     "implementation": lambda inputs: inputs.run(implementation="auto"),
     "kernel_preference": lambda inputs: inputs.run(kernel_preference="triton"),
     "batch_invariant": lambda inputs: inputs.run(batch_invariant=True),
+    "accumulate_main_grad": adding,
+    "dtype": lambda inputs: inputs.run([leaf.detach().float() for leaf in inputs.leaves]),
+    "capture": under(lambda: mock.patch.object(experts, "is_capturing", lambda x: True)),
+    "dual level": under(forward_ad.dual_level),
 }
 
 
