@@ -7,8 +7,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grouped_gemm import grouped_mm
-from grouped_gemm.backends import _HealthCheck, emulated
+from grouped_gemm import grouped_mm, reference
+from grouped_gemm.backends import _HealthCheck, emulated, triton
 from grouped_gemm.backends.base import Health
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -70,3 +70,41 @@ def test_meta_tensors_have_a_backend():
     a, b = torch.empty(8, 32, device="meta"), torch.empty(2, 32, 16, device="meta")
     y = grouped_mm(a, b, torch.empty(2, dtype=torch.int32, device="meta"))
     assert y.shape == (8, 16) and y.is_meta
+
+
+def _wrong_group(y, db, a, b):
+    y[29] = a[29] @ b[1]
+
+
+def _too_few_rows(y, db, a, b):
+    db[0] = a[:29].t().double() @ y[:29].double()
+
+
+def _too_many_rows(y, db, a, b):
+    db[2] = a[29:80].t().double() @ y[29:80].double()
+
+
+def _rows_past_the_end(y, db, a, b):
+    y[80] = 1
+
+
+def _short_contraction(y, db, a, b):
+    y[60] = a[60, :60] @ b[2, :60]
+
+
+WRONG = (_wrong_group, _too_few_rows, _too_many_rows, _rows_past_the_end, _short_contraction)
+
+
+@pytest.mark.parametrize("spoil", (None, *WRONG))
+def test_triton_is_broken_if_one_row_is_wrong(monkeypatch, spoil):
+    pytest.importorskip("triton")
+
+    def run(a, b, offs):
+        y = reference.grouped_mm(a, b, offs.tolist()).bfloat16()
+        db = reference.wgrad(a, y, offs.tolist()).bfloat16()
+        if spoil is not None:
+            spoil(y, db, a, b)
+        return y, db
+
+    monkeypatch.setattr(triton, "_run_tiny", run)
+    assert triton.Backend().health(CPU).is_good is (spoil is None)

@@ -21,7 +21,6 @@ from grouped_gemm.backends.base import (
     _GroupedMMBackend,
     as_activations,
     as_weights,
-    is_near,
     requires_dtype,
     requires_recipe,
     requires_triton,
@@ -104,7 +103,9 @@ class Backend(_GroupedMMBackend):
         except Exception as error:
             return Health(f"{type(error).__name__}: {error}", fix)
         a, b, y, db = a.cpu(), b.cpu(), y.cpu(), db.cpu()  # a first GEMM of torch on a GPU would load cuBLAS
-        if is_near(y, reference.grouped_mm(a, b, _TINY.ends)) and is_near(db, reference.wgrad(a, y, _TINY.ends)):
+        right_y, right_db = reference.grouped_mm(a, b, _TINY.ends), reference.wgrad(a, y, _TINY.ends)
+        # Each value, to a few roundings of bfloat16: a row too many or too few in a group barely changes a norm.
+        if all(torch.allclose(x.double(), right, rtol=0.01, atol=0.01) for x, right in ((y, right_y), (db, right_db))):
             return Health()
         return Health("a tiny GEMM gives wrong results", fix)
 
