@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from grouped_gemm.selection import route
 pytest.importorskip("triton")
 from triton.runtime._async_compile import active_mode
 
+from grouped_gemm.kernels import common
 from grouped_gemm.kernels.common import launch as launching
 
 X = torch.zeros(8)
@@ -125,10 +127,7 @@ def test_what_interrupts_it_leaves_nothing_on(here, error):
         raise error
 
     kernel = Kernel("a")
-    if error is KeyboardInterrupt:
-        with pytest.raises(error):
-            launching.compile_together(lambda: (launch(kernel), fail()))
-    else:
+    with pytest.raises(error):
         launching.compile_together(lambda: (launch(kernel), fail()))
     assert active_mode.get() is None and not replay.rehearses()
     launch(kernel)
@@ -156,6 +155,21 @@ def test_it_starts_only_in_eager_calls_on_a_gpu(monkeypatch, reason):
     x: Any = SimpleNamespace(is_cuda=reason != "cpu")
     triton.Backend().compile_together(lambda: None, x)
     assert len(compiled) == (reason == "none")
+
+
+@pytest.mark.parametrize("broken", ("import", "run"))
+def test_no_error_of_it_reaches_the_caller(monkeypatch, broken):
+    def fail(run: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    if broken == "import":
+        monkeypatch.delattr(common, "launch")
+        monkeypatch.setitem(sys.modules, launching.__name__, None)
+    monkeypatch.setattr(launching, "compile_together", fail)
+    monkeypatch.setattr(launching, "on_device", lambda x: launching._HERE)
+    monkeypatch.setattr(triton, "is_capturing", lambda x: False)
+    x: Any = SimpleNamespace(is_cuda=True)
+    triton.Backend().compile_together(lambda: None, x)
 
 
 class Watched(emulated.Backend):

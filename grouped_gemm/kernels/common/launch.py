@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import copy_context
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
@@ -218,19 +218,22 @@ def compile_together(run: Callable[[], object]) -> None:
     """Compiles the kernels that ``run`` would launch, at the same time, and waits for all of them.
 
     MLIR and LLVM release the GIL, and ptxas and the C compiler of launchers are processes. So kernels that a call needs
-    take little longer than the slowest one. What fails here is left to the launch that needs the kernel.
+    take little longer than the slowest one. What fails to compile is left to the launch that needs the kernel.
 
     Args:
         run: called once. It allocates, fills and views tensors on the current device and launches kernels of this
             package, and does nothing else.
+
+    Raises:
+        Exception: from ``run``, such as out of memory; or Triton cannot do this. Launches still compile one by one.
     """
-    with suppress(Exception), ThreadPoolExecutor(_THREADS) as threads:
+    with ThreadPoolExecutor(_THREADS) as threads:
         # In a context of its own: an interrupt would leave Triton's mode on, with an executor that has ended.
         copy_context().run(_compile_together, run, _Loader(threads, torch.cuda.current_device()))
 
 
 def _compile_together(run: Callable[[], object], loader: Any) -> None:
-    from triton import AsyncCompileMode  # here, so that a Triton without it compiles one by one
+    from triton import AsyncCompileMode  # here: a Triton without it compiles one by one
 
     mode = AsyncCompileMode(loader, ignore_errors=True)
     try:
