@@ -45,6 +45,9 @@ class Kernel:
         class Compiled:
             function, packed_metadata = "function", "metadata"
 
+            def __getitem__(self, grid: Any) -> Any:
+                return lambda *args: kernel.launches.append(args)
+
             @cached_property
             def run(self) -> Any:
                 kernel.loaded_in.append(threading.current_thread())
@@ -119,6 +122,31 @@ def test_an_error_is_that_of_the_launch_that_needs_the_kernel(here):
         launch(broken)
     launch(broken)  # the error is not kept
     assert len(good.launches) == len(broken.launches) == len(good.loaded_in) == 1
+
+
+def test_another_thread_may_launch_what_is_still_being_compiled(here, monkeypatch):
+    begun, launched = threading.Event(), threading.Event()
+    kernel = Kernel("a", lambda: launched.wait(60))
+
+    first = launching.Launcher._compile_and_launch
+
+    def before_it_is_compiled(*args: Any) -> Any:
+        future = first(*args)
+        launched.set()
+        return future
+
+    def compile_it() -> None:
+        launching.compile_together(lambda: (launch(kernel), begun.set()))
+
+    monkeypatch.setattr(launching.Launcher, "_compile_and_launch", before_it_is_compiled)
+    compiling = threading.Thread(target=compile_it)
+    compiling.start()
+    assert begun.wait(60)
+    launch(kernel)
+    compiling.join()
+    monkeypatch.setattr(launching, "_is_watched", lambda: True)
+    launch(kernel)  # by the compiled kernel, which is not a future any more
+    assert len(kernel.launches) == 2
 
 
 @pytest.mark.parametrize("error", (KeyboardInterrupt, torch.OutOfMemoryError))

@@ -180,6 +180,8 @@ class Launcher:
             return
         if known is None:
             compiled = self._compile_and_launch(grid, args)
+            if hasattr(compiled, "result"):  # Triton 3.7, if another thread was compiling it
+                compiled = compiled.result()
             if compiled is not None:  # the interpreter compiles nothing
                 stream_of = driver.active.get_current_stream
                 parts = compiled.run, compiled.function, compiled.packed_metadata, stream_of
