@@ -216,9 +216,11 @@ def compile_kernels(
             b_forward, b_dgrad = b.forward, b.dgrad
         plans = plans_of(route, offs, a.shape[0])
         y, forms, sizes, *saved = _multiply(a.detach(), b_forward, b_dgrad, bias, plans, route)
-        sum_EKN = torch.empty_like(b, dtype=torch.float32) if accumulates and isinstance(b, Tensor) else None
-        dy = torch.empty_like(y)
-        _gradients_to(lambda compute: compute(sum_EKN), dy, route, forms, sizes, bias_dtype, *saved)
+        _gradients_to(deliver, y, route, forms, sizes, bias_dtype, *saved)  # the gradient of y is like y
+
+    def deliver(compute: Compute) -> Tensor | None:
+        assert isinstance(b, Tensor), "quantized weights have no gradient"
+        return compute(torch.empty_like(b, dtype=torch.float32) if accumulates else None)
 
     get_backend(route.backends[0]).compile_together(run, a)
 

@@ -273,6 +273,18 @@ def test_what_is_compiled_changes_no_result_and_caches_no_weights(watch, recipe)
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("trains", (False, True))
+def test_memory_for_a_sum_of_gradients_is_taken_only_where_there_are_gradients(watch, monkeypatch, trains):
+    watch(runs=True)
+    a, w, offs = operands()
+    w.main_grad = torch.zeros(w.shape)  # type: ignore[attr-defined]
+    like, sizes = torch.empty_like, []
+    monkeypatch.setattr(torch, "empty_like", lambda x, **options: sizes.append(x.shape) or like(x, **options))
+    with torch.set_grad_enabled(trains):
+        grouped_mm(a, w.transpose(1, 2), offs, accumulate_main_grad=True)
+    assert sizes == [(2, 32, 16)] * trains
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and the benchmark would run on it")
 def test_a_first_step_needs_few_kernels(tmp_path, capsys):
     """Compiled ahead for an H100: two of the health check, and five of the step."""
