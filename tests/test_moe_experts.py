@@ -515,6 +515,18 @@ def test_an_operand_that_does_not_fit_is_named(name, value, message):
         inputs.run()
 
 
+@pytest.mark.filterwarnings("ignore:(Sparse CSR|The PyTorch API of nested)")
+@pytest.mark.parametrize("name", ("x", "gate_up", "down"))
+@pytest.mark.parametrize(
+    "change", (Tensor.to_sparse_csr, lambda w: torch.nested.nested_tensor(list(w))), ids=("sparse", "nested")
+)
+def test_an_operand_without_strides_is_named(name, change):
+    inputs = Inputs(biases=False)
+    setattr(inputs, name, change(getattr(inputs, name).detach()))
+    with pytest.raises(ValueError, match=f"^{name}: expected a dense tensor"):
+        inputs.run()
+
+
 def test_half_a_pair_of_biases_is_refused():
     inputs = Inputs()
     gate_up, bias = inputs.gate_up.chunk(2, 1), inputs.gate_up_bias.chunk(2, 1)[0]

@@ -185,8 +185,12 @@ def _key_of(operands: tuple[Tensor, ...], options: tuple[Any, ...]) -> tuple[Any
         or is_capturing(x)
     ):
         return None
+    try:
+        facts = [facts_of(t) for t in operands]
+    except RuntimeError:  # compressed sparse tensors have no strides, nested ones no shape; the checks will name them
+        return None
     return (
-        *map(facts_of, operands), options, tuple(map(type, options)), torch.is_grad_enabled(), environment(),
+        *facts, options, tuple(map(type, options)), torch.is_grad_enabled(), environment(),
         surrounding.kernel_preference, surrounding.host_sync, epoch(),
     )  # fmt: skip
 
