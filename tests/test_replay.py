@@ -337,6 +337,20 @@ def test_scratch_is_not_one_allocation_where_that_would_take_more_memory(launch)
     assert steps_of_the_program() == ["_allocate", "_allocate", "<lambda>", "_free", "_allocate", "<lambda>"]
 
 
+def test_large_scratch_is_not_pooled(launch):
+    """The pool would need other memory for each M, and memory for weights that is free would not fit."""
+
+    def work(x):
+        scratch = [x.new_empty(n) for n in (7, 1 << 19, 8)] + [x.new_zeros(1 << 19)]
+        replay.current() and replay.current().add(launch)
+        return x, len(scratch)
+
+    op = fake_op([], work)
+    for _ in range(3):
+        op(X)
+    assert steps_of_the_program() == ["_allocate_pool", "_allocate", "_allocate", "_fill", "<lambda>"]
+
+
 def test_arguments_and_their_views_are_returned(launch):
     def work(x, text):
         replay.current() and replay.current().add(launch)

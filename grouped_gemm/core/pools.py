@@ -62,6 +62,11 @@ class Free(NamedTuple):
 Recorded: TypeAlias = Allocation | Fill | Free | Launch
 
 
+# Bytes of a slot in a pool. Memory that was freed serves later requests that fit. In a pool, weights that a call
+# quantizes would need new memory for each M, since the pool grows with M.
+_MOST_POOLED = 1 << 20
+
+
 def rounded(nbytes: int) -> int:
     """How many bytes an allocation of ``nbytes`` takes."""
     return -(-nbytes // 512) * 512
@@ -71,8 +76,8 @@ def pooled(steps: Sequence[Recorded], nbytes: Mapping[int, int], returned: set[i
     """The same steps with fewer allocations, each of which takes microseconds.
 
     What is neither returned nor freed before the last launch is one allocation. Zeros that are not returned are another
-    one, with one fill. Neither is done if the call would then take more memory at any time. Nothing is allocated for
-    tensors without memory.
+    one, with one fill. Neither is done if the call would then take more memory at any time. Large slots stay alone.
+    Nothing is allocated for tensors without memory.
 
     Args:
         steps: what the call does, each allocation with one slot.
@@ -88,7 +93,7 @@ def pooled(steps: Sequence[Recorded], nbytes: Mapping[int, int], returned: set[i
     filled = [step.view.slot for step in found if isinstance(step, Fill)]
     scratch, zeros = list[int](), list[int]()
     for step, after in itertools.pairwise(found):
-        if isinstance(step, Allocation) and (slot := step.slots[0]) not in returned:
+        if isinstance(step, Allocation) and (slot := step.slots[0]) not in returned and nbytes[slot] <= _MOST_POOLED:
             if after == Fill(View(slot, None), None) and filled.count(slot) == 1:
                 zeros.append(slot)
             elif slot not in freed and slot not in filled:
