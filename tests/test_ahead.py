@@ -381,7 +381,7 @@ def test_a_row_class_smaller_than_the_alignment_is_not_profiled(weights, profile
 def test_a_cached_route_follows_a_new_profile(weights, profiled, monkeypatch):
     a, offs = torch.zeros(3000, K, dtype=torch.bfloat16), torch.tensor([1000, 2000, 3000], dtype=torch.int32)
     routes = []
-    monkeypatch.setattr(functional, "run_forward", lambda *args: routes.append(args[-1].forward) or (None,))
+    monkeypatch.setattr(functional, "run_forward", lambda *args: routes.append(args[-2].forward) or (None,))
     with torch.no_grad():
         grouped_mm(a, weights, offs, recipe="fp8_rowwise")
         profiled(weights, RowClass.LARGE)
