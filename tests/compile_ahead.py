@@ -295,7 +295,6 @@ def compile_wgrad_hopper(kind: str, tile: Any, whole: bool, accumulate: bool = F
     types |= {"lhs_scale_desc": descriptor("fp32", 1, 64), "rhs_scale_desc": descriptor("fp32", 1, part)}
     types["out_desc"] = result_descriptor()
     constants: dict[str, Any] = {} if whole else {"out_desc": None}
-    constants |= {} if whole or accumulate else {"next_tile": None}  # programs with one tile each
     constants |= {"lhs_scale": None, "rhs_scale": None} if kind == "16 bit" else {}
     constants |= {} if kind == "blockwise" else {"lhs_scale_desc": None, "rhs_scale_desc": None}
     constants |= {
@@ -376,7 +375,6 @@ def compile_gathered_wgrad(gathers_lhs: bool, whole: bool, accumulate: bool = Fa
     types["desc"] = ragged_descriptor(tile.block_k, tile.block_n if gathers_lhs else 64)
     types["out_desc"] = result_descriptor()
     constants: dict[str, Any] = {} if whole else {"out_desc": None}
-    constants |= {} if whole or accumulate else {"next_tile": None}  # programs with one tile each
     constants |= {
         "GATHERS_LHS": gathers_lhs, "CONSUMERS": tile.consumers,
         "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "STAGES": tile.num_stages, "GROUP_M": tile.group_m,

@@ -83,9 +83,7 @@ class Gemm:
         self._part = part = part_of(kind, tile)
         self._rhs_box = [block_k, part] if self._is_ragged else [part, block_k]
         tiles = num_groups * cdiv(p, 64 * tile.consumers) * cdiv(q, tile.block_n)
-        programs = num_processors(lhs.device)
-        self._grid = (min(tiles, programs),)
-        self._draws = tiles > programs
+        self._grid = (min(tiles, num_processors(lhs.device)),)
         self._launch = launcher(
             _kernel,
             {
@@ -122,7 +120,7 @@ class Gemm:
         self._launch(
             self._grid,
             lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, out_desc, lhs_scale, rhs_scale,
-            offs.new_zeros(1) if self._draws else None, offs, out_EPQ, num_rows, num_groups, p, q,
+            offs.new_zeros(1), offs, out_EPQ, num_rows, num_groups, p, q,
         )  # fmt: skip
 
 
@@ -146,7 +144,7 @@ def seek_group(offs, M, tile, tiles, e, start, end, first_tile, first_block, BLO
 def _produce(
     lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, lhs_bufs, rhs_bufs, lhs_scale_bufs, rhs_scale_bufs,
     full, empty, numbers, sent, received, next_tile, offs, M, E, P, Q,
-    KIND: gl.constexpr, DRAWS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    KIND: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
@@ -198,9 +196,7 @@ def _produce(
                 if SCALED:
                     load(lhs_scale_desc, [block, p + 64 * i], barrier, lhs_scale_bufs.index(slot * CONSUMERS + i))
             slot, phase = next_slot(slot, phase, STAGES)
-        tile = E * tiles  # the end, where there is a program for each tile
-        if DRAWS:
-            tile = gl.num_programs(0) + gl.atomic_add(next_tile, 1, sem="relaxed")
+        tile = gl.num_programs(0) + gl.atomic_add(next_tile, 1, sem="relaxed")
     send_tile(tile, zero, count, numbers, sent, received, 1)  # no tile of the GEMM: the end
 
 
@@ -317,9 +313,6 @@ def _kernel(
 ):  # fmt: skip
     # Arguments of a warpgroup must be values: what does not exist has a placeholder, which nothing reads.
     TMA_STORE: gl.constexpr = out_desc is not None
-    DRAWS: gl.constexpr = next_tile is not None
-    if next_tile is None:
-        next_tile = offs
     if lhs_scale is None:
         lhs_scale = offs
     if rhs_scale is None:
@@ -358,5 +351,5 @@ def _kernel(
             KIND, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M, STORES, ACCUMULATE)),
         (_produce, (lhs_desc, rhs_desc, lhs_scale_desc, rhs_scale_desc, lhs_bufs, rhs_bufs,
             lhs_scale_bufs, rhs_scale_bufs, full, empty, numbers, sent, received, next_tile, offs, M, E, P, Q,
-            KIND, DRAWS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
+            KIND, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip

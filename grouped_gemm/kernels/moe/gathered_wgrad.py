@@ -77,12 +77,11 @@ def wgrad(
     if out_EPQ.element_size() == 2:
         out_desc = describe_result(out_EPQ)
     tiles = num_groups * cdiv(p, 64 * TILE.consumers) * cdiv(q, TILE.block_n)
-    programs = num_processors(lhs.device)
     with on_device(lhs):
         launch(
-            _kernel, (min(tiles, programs),),
-            gathered, desc, out_desc, source.new_zeros(1) if tiles > programs else None, source, offs, out_EPQ,
-            num_rows, num_groups, p, q, gathered.stride(0),
+            _kernel, (min(tiles, num_processors(lhs.device)),),
+            gathered, desc, out_desc, source.new_zeros(1), source, offs, out_EPQ, num_rows, num_groups, p, q,
+            gathered.stride(0),
             constants={
                 "GATHERS_LHS": gathers_lhs, "CONSUMERS": TILE.consumers, "BLOCK_N": TILE.block_n,
                 "BLOCK_K": TILE.block_k, "STAGES": TILE.num_stages, "GROUP_M": TILE.group_m,
@@ -115,8 +114,8 @@ def _steps(start, end, BLOCK_K: gl.constexpr):
 @gluon.jit
 def _produce(
     x, desc, lhs_bufs, rhs_bufs, tile_bufs, full, empty, next_tile, source, offs, M, E, P, Q, x_stride,
-    GATHERS_LHS: gl.constexpr, DRAWS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    GATHERS_LHS: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 64 * CONSUMERS
     FAR: gl.constexpr = 1 << 30  # see `describe_ragged`
@@ -164,9 +163,7 @@ def _produce(
                 copy_rows(at + q, is_row & (cs < Q - q), rhs_bufs.index(slot))
             async_copy.mbarrier_arrive(barrier, increment_count=False)
             slot, phase = next_slot(slot, phase, STAGES)
-        tile = E * tiles  # the end, where there is a program for each tile
-        if DRAWS:
-            tile = gl.num_programs(0) + gl.atomic_add(next_tile, 1, sem="relaxed")
+        tile = gl.num_programs(0) + gl.atomic_add(next_tile, 1, sem="relaxed")
     mbarrier.wait(empty.index(slot), phase)
     _announce(tile_bufs.index(slot), tile)  # no tile of the GEMM: the end
     mbarrier.expect(full.index(slot), 0)
@@ -242,11 +239,8 @@ def _kernel(
     num_warps: gl.constexpr,
 ):  # fmt: skip
     TMA_STORE: gl.constexpr = out_desc is not None
-    DRAWS: gl.constexpr = next_tile is not None
     if out_desc is None:  # a placeholder: arguments of a warpgroup must be values
         out_desc = desc
-    if next_tile is None:
-        next_tile = offs
     LHS_SLOTS: gl.constexpr = STAGES * CONSUMERS
     LHS: gl.constexpr = [LHS_SLOTS, BLOCK_K, 64] if GATHERS_LHS else [LHS_SLOTS, 1, 1, BLOCK_K, 64]
     RHS: gl.constexpr = [STAGES, 1, 1, BLOCK_K, BLOCK_N] if GATHERS_LHS else [STAGES, BLOCK_K, BLOCK_N]
@@ -264,5 +258,5 @@ def _kernel(
         (_consume, (1, lhs_bufs, rhs_bufs, tile_bufs, out_bufs, full, empty, out_desc, offs, out, M, E, P, Q,
             GATHERS_LHS, TMA_STORE, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M, ACCUMULATE)),
         (_produce, (x, desc, lhs_bufs, rhs_bufs, tile_bufs, full, empty, next_tile, source, offs, M, E, P, Q, x_stride,
-            GATHERS_LHS, DRAWS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
+            GATHERS_LHS, CONSUMERS, BLOCK_N, BLOCK_K, STAGES, GROUP_M)),
     ], [4, _COPY_WARPS], [REGISTERS, _PRODUCER_REGISTERS])  # fmt: skip

@@ -62,7 +62,8 @@ def quantize_activations(
         packed = columns and packed_bf16.can_run(x_MD, len(blocks))
         grid = _grid(len(blocks), cdiv(features, TOKEN_BLOCK), packed)
         if recipe.block is None:
-            row_amax, column_amax = find_amax(x_MD, blocks, num_groups, rows=rows, column_scale=column_scale)
+            column_scale.fill_(1)
+            row_amax, column_amax = find_amax(x_MD, blocks, num_groups, rows=rows)
             args: tuple[Any, ...] = (
                 x_MD, blocks, by_row, row_scale, by_column, column_scale, row_amax, column_amax,
                 num_groups, features, x_MD.stride(0), by_row.stride(0),
@@ -106,9 +107,7 @@ def _grid(blocks: int, d_blocks: int, packed: bool) -> tuple[int, ...]:
     return (d_blocks, blocks) if packed else (blocks * d_blocks,)
 
 
-def find_amax(
-    x_MD: Tensor, blocks: Tensor, num_groups: int, *, rows: bool, column_scale: Tensor | None = None
-) -> tuple[Tensor | None, Tensor]:
+def find_amax(x_MD: Tensor, blocks: Tensor, num_groups: int, *, rows: bool) -> tuple[Tensor | None, Tensor]:
     """Finds the largest magnitudes, see `scaling.magnitude`, of each row, (M,), and each column of a group, (E, D).
 
     Args:
@@ -116,7 +115,6 @@ def find_amax(
         blocks: from `find_blocks`, or blocks of 128 rows that have the same first three fields.
         num_groups: E.
         rows: whether those of rows are wanted.
-        column_scale: (E, D), contiguous, which becomes 1: scales of groups without rows. Takes at least E blocks.
 
     Returns:
         Two flat int32 tensors, the first None where it is not wanted.
@@ -126,7 +124,7 @@ def find_amax(
     assert column_amax is not None
     packed = packed_bf16.can_run(x_MD, len(blocks))
     grid = _grid(len(blocks), cdiv(features, TOKEN_BLOCK), packed)
-    args = x_MD, blocks, row_amax, column_amax, column_scale, num_groups, features, x_MD.stride(0)
+    args = x_MD, blocks, row_amax, column_amax, features, x_MD.stride(0)
     if packed:
         launch(packed_bf16.find_amax, grid, *args, constants={}, num_warps=_WARPS)
     else:

@@ -295,15 +295,11 @@ def _add_amax(tile, row_maxima, rows_left, column_maxima, words_left):
         gl.atomic_max(column_maxima + 2 * words + 1, high, mask=words < words_left, sem="relaxed")
 
 
-@gluon.jit(do_not_specialize=["E"])
-def find_amax(x, blocks, row_maxima, column_maxima, column_scales, E, D, x_stride):
+@gluon.jit
+def find_amax(x, blocks, row_maxima, column_maxima, D, x_stride):
     """As `rowwise.find_amax`."""
     block = gl.program_id(1)
     d = gl.program_id(0) * 128
-    if column_scales is not None:
-        columns = rows_of_tile()
-        mask = (block < E) & (columns < D - d)
-        gl.store(column_scales + block.to(gl.int64) * D + d + columns, 1.0, mask=mask)
     e = gl.load(blocks + 4 * block)
     row = gl.load(blocks + 4 * block + 1)
     rows_left = gl.load(blocks + 4 * block + 2)

@@ -54,20 +54,14 @@ def quantize_rows_alone(
     tl.store(scales + rows, scale, mask=rows < M)
 
 
-@triton.jit(do_not_specialize=["E"])
-def find_amax(
-    x, blocks, row_amax, column_amax, column_scales, E, D, x_stride, BLOCK: tl.constexpr, GROUP_M: tl.constexpr
-):
+@triton.jit
+def find_amax(x, blocks, row_amax, column_amax, D, x_stride, BLOCK: tl.constexpr, GROUP_M: tl.constexpr):
     """Finds the largest magnitude of each column of each group, (E, D), and of each row, (M,), if that is wanted.
 
-    Both outputs hold zeros at the start, since programs update them by atomics. If ``column_scales`` (E, D) are given,
-    of which `quantize_tiles` writes only those of groups with rows, they become 1; there are at least E blocks then.
+    Both outputs hold zeros at the start, since programs update them by atomics.
     """
     block, d_block = tile_of_program(D, BLOCK, GROUP_M)
     d = d_block * BLOCK
-    if column_scales is not None:
-        ds = d + tl.arange(0, BLOCK)
-        tl.store(column_scales + block.to(tl.int64) * D + ds, 1.0, mask=(block < E) & (ds < D))
     row = tl.load(blocks + 4 * block + 1)
     rows_left = tl.load(blocks + 4 * block + 2)
     if rows_left > 0:
