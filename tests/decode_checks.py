@@ -23,7 +23,7 @@ from grouped_gemm.core.preference import BackendKind
 from grouped_gemm.core.quantized import QuantizedWeights
 from grouped_gemm.moe import experts_forward
 from grouped_gemm.moe.activation import ACTIVATIONS
-from grouped_gemm.moe.experts import parse_recipe
+from grouped_gemm.moe.arguments import parse_recipe
 from grouped_gemm.testing import poisoned_memory, relative_error, worst_row_error
 
 RECIPES = (None, "fp8_blockwise", "fp8_blockwise_pow2", "fp8_weight_only")

@@ -27,6 +27,7 @@ LAYERS = (
     ("moe", "moe.*"),
     ("moe.module",),
     ("moe.experts",),
+    ("moe.arguments",),
     ("moe.expert_parallel", "moe.implementations"),
     ("moe.peer_memory",),
     ("moe.decode",),

@@ -19,7 +19,8 @@ from torch.nn import Module, Parameter
 
 from grouped_gemm.core.preference import KernelPreference, Preference
 from grouped_gemm.core.recipes import Recipe
-from grouped_gemm.moe.experts import check_options, sorted_experts
+from grouped_gemm.moe.arguments import check_options
+from grouped_gemm.moe.experts import sorted_experts
 from grouped_gemm.selection import checks
 from grouped_gemm.weight_gradients import WgradQueue, delay_wgrad
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from grouped_gemm.core.preference import KernelPreference
 from grouped_gemm.functional import grouped_mm
-from grouped_gemm.moe.experts import check_options, sorted_experts
+from grouped_gemm.moe.arguments import check_options
+from grouped_gemm.moe.experts import sorted_experts
 
 try:
     import spmd_types as spmd

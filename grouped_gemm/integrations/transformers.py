@@ -27,9 +27,10 @@ from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.functional import grouped_mm, quantize_weights
 from grouped_gemm.group_plan import GroupPlan
 from grouped_gemm.moe.activation import ACTIVATIONS, Activation
+from grouped_gemm.moe.arguments import WEIGHT_ONLY, check_forward_only, check_options
 from grouped_gemm.moe.composed import Weights, as_b, shape_of
 from grouped_gemm.moe.decode import dequantized
-from grouped_gemm.moe.experts import WEIGHT_ONLY, check_forward_only, check_options, experts_forward
+from grouped_gemm.moe.experts import experts_forward
 from grouped_gemm.moe.fused import runs_fused
 from grouped_gemm.moe.routing import route
 from grouped_gemm.moe.rows import combine, gather

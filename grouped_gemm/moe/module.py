@@ -10,7 +10,8 @@ from torch import Tensor
 from grouped_gemm.core.preference import KernelPreference, Preference, check_bool
 from grouped_gemm.core.recipes import Recipe
 from grouped_gemm.moe.activation import ACTIVATIONS
-from grouped_gemm.moe.experts import WEIGHT_ONLY, check_options, experts_forward, parse_recipe
+from grouped_gemm.moe.arguments import WEIGHT_ONLY, check_options, parse_recipe
+from grouped_gemm.moe.experts import experts_forward
 from grouped_gemm.weight_gradients import WgradQueue, delay_wgrad
 
 

@@ -160,8 +160,8 @@ def test_a_tangent_is_refused_by_a_replayed_layer_too(monkeypatch):
 @pytest.fixture
 def checked(monkeypatch):
     """The x of each call that is checked; the list grows as calls are made."""
-    seen, prepared = [], experts._prepared
-    monkeypatch.setattr(experts, "_prepared", lambda x, *rest: seen.append(x) or prepared(x, *rest))
+    seen, prepared = [], experts.prepared
+    monkeypatch.setattr(experts, "prepared", lambda x, *rest: seen.append(x) or prepared(x, *rest))
     return seen
 
 
