@@ -217,6 +217,7 @@ def test_expert_parallelism_is_measured_beside_torch(tmp_path):
 
 def test_host_time_is_that_of_replayed_calls(tmp_path, capsys):
     """On a CPU, with launches that do nothing. Forward is one program, and so is backward; a layer routes before."""
+    pytest.importorskip("triton")
     cli.main(["bench", "host_time", "--repeats", "1", "--json", str(tmp_path / "run.json")])
     results = json.loads((tmp_path / "run.json").read_text())
     assert results.pop("a function that does nothing, step")["programs"] == 0
