@@ -18,6 +18,7 @@ from grouped_gemm.core import tracing
 from grouped_gemm.moe import rows
 from grouped_gemm.moe.activation import ACTIVATIONS, activate
 from grouped_gemm.moe.routing import route
+from grouped_gemm.selection import checks
 from grouped_gemm.testing import make_inputs
 
 NUM_GROUPS, K, N = 4, 32, 64
@@ -470,3 +471,13 @@ def test_exactly_one_op_returns_what_an_autograd_function_returns(call):
     with _Results() as mode:
         y = call()
     assert sum(result is y for result in mode.results) == 1
+
+
+def test_a_check_of_ranks_that_is_compiled_alone():
+    """As after a graph break. Dynamo makes the rank a variable at the second one."""
+    torch._dynamo.reset()
+    check = torch.compile(checks.check_tensor, backend="aot_eager")
+    for rank in (2, 3, 1):
+        check("x", torch.ones([4] * rank), (rank,), checks.DTYPES)
+    with pytest.raises(ValueError, match=r"^x: expected a tensor of rank 2; found 3"):
+        check("x", torch.ones(4, 4, 4), (2,), checks.DTYPES)

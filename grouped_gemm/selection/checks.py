@@ -47,7 +47,8 @@ def check_tensor(argument: str, value: Any, dims: tuple[int, ...], dtypes: tuple
     # Dynamo compiles dense tensors only. In the backward of an autograd.Function it cannot trace this check.
     if not torch.compiler.is_compiling() and value.layout is not torch.strided:
         fail(argument, "a dense tensor", value.layout)
-    if value.dim() not in dims:
+    # No `in`: where Dynamo compiles this function alone, for other ranks than before, it finds no number in a tuple.
+    if all([value.dim() != dim for dim in dims]):
         fail(argument, f"a tensor of rank {' or '.join(map(str, dims))}", f"{value.dim()}, shape {tuple(value.shape)}")
     if value.dtype not in dtypes:
         fail(f"{argument}.dtype", "one of " + ", ".join(map(dtype_name, dtypes)), dtype_name(value.dtype))
