@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+from packaging.version import Version
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -46,6 +47,8 @@ from grouped_gemm.moe.peer_memory import PeerMemory
 from grouped_gemm.moe.tokens import QuantizedTokens
 from grouped_gemm.selection import checks
 
+# Dynamo before torch 2.11 gives the gradients of a second autograd.Function the sizes of something else.
+_CONFUSES_SIZES = Version(torch.__version__) < Version("2.11")
 _QUANTIZING = (Recipe.FP8_BLOCKWISE, Recipe.FP8_BLOCKWISE_POW2)  # recipes in which tokens travel in fp8
 
 
@@ -188,12 +191,18 @@ class AllToAll:
             ValueError: without a capacity, ranks have different E, k, H, dtypes or recipes. All ranks raise, except in
                 compiled calls, where nothing compares them. Or tensors are not on a GPU, with symmetric memory.
             RuntimeError: with a capacity, a token of the call before did not fit. The host waits for its dispatch.
-                Without one, a CUDA graph is being captured. Or the ranks do not reach each other's memory.
+                Without one, a CUDA graph is being captured, or torch < 2.11 compiles the call. Or the ranks do not
+                reach each other's memory.
         """
         if self._peers is not None and torch.compiler.is_compiling():
             _break_graphs()
             found: Tokens = _eagerly(self.dispatch, x, topk_ids, topk_weights)
             return found
+        if self.capacity is None and _CONFUSES_SIZES and torch.compiler.is_compiling():
+            raise RuntimeError(
+                "expert parallelism: expected torch >= 2.11, or an AllToAll with a capacity, under torch.compile; "
+                "found neither. Dynamo would give gradients wrong sizes: pass mesh=AllToAll(..., capacity=...)."
+            )
         self._check(x, topk_ids, topk_weights)
         num_ranks, (num_tokens, top_k) = self.num_ranks, topk_ids.shape
         form, digest = "", 0  # of the rows that travel; a compiled call has none
