@@ -58,9 +58,9 @@ def test_two_ranks_learn_as_one_process(run):
     def losses(out: str) -> list[list[float]]:
         return [[float(loss) for loss in line.split()] for line in out.splitlines() if line.startswith("  ")]
 
-    ranks = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", EXAMPLES / "fsdp_and_experts.py"]
+    script = "--standalone", "--nproc-per-node", "2", EXAMPLES / "fsdp_and_experts.py"
     found = subprocess.run(
-        [*ranks, "--device", "cpu", "--steps", "4"],
+        [sys.executable, "-m", "torch.distributed.run", *script, "--device", "cpu", "--steps", "4"],
         env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=300, check=True,
     ).stdout  # fmt: skip
     for recipe, expected in zip(losses(found), losses(run("fsdp_and_experts.py", "--device", "cpu")), strict=True):
