@@ -9,11 +9,8 @@ from _report import CEILINGS, PASSES, Row, rate, share, sizes
 
 NEEDED = "--plot needs matplotlib: pip install grouped-gemm-dispatch[bench]"
 _INK = "#3b3f46"
-_BARS = {
-    "balanced": "#0072b2",
-    "ragged": "#8ec1e0",
-    "zipf": "#cfe3f1",
-}  # distinguishable for the colour-blind (Okabe, Ito)
+# Distinguishable for the colour-blind (Okabe, Ito).
+_BARS = {"balanced": "#0072b2", "ragged": "#8ec1e0", "zipf": "#cfe3f1"}
 _PEERS = {"torch": ("torch", "D", "#d55e00"), "deep_gemm": ("DeepGEMM", "^", "#009e73")}
 _RECIPES = {"none": "bf16", "fp8_rowwise": "fp8_rowwise", "fp8_blockwise": "fp8_blockwise"}
 

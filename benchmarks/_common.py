@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+import sys
 import timeit
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from _report import legend
 
 from grouped_gemm import Recipe
 from grouped_gemm.backends import get_backend
+from grouped_gemm.core.machine import Machine, machine_of
 from grouped_gemm.core.preference import BackendKind
 
 T = TypeVar("T")
@@ -22,6 +27,24 @@ TRITON = get_backend(BackendKind.TRITON)
 FP8 = torch.float8_e4m3fn
 failures: list[str] = []
 not_measured: dict[str, None] = {}  # lines, in order
+
+
+def introduce(shapes: Iterable[str]) -> Machine | None:
+    """This machine, after its name, its versions and the shapes are printed; None, and why, if it has no CUDA GPU."""
+    if not torch.cuda.is_available():
+        print("This benchmark needs a CUDA GPU, which torch does not see here.", file=sys.stderr)
+        return None
+    machine = machine_of(DEVICE)
+    print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions))
+    print(legend(shapes), flush=True)
+    return machine
+
+
+def keep(machine: Machine, rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Writes rows and failures as JSON, if there is a path."""
+    if path is not None:
+        run = {"device": machine.name, "versions": dict(machine.versions), "rows": rows, "failures": failures}
+        path.write_text(json.dumps(run, indent=1) + "\n")
 
 
 def attempt(what: str, function: Callable[[], Any]) -> Any:

@@ -13,7 +13,6 @@ stays over, the exit code is 1.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import DEVICE, ends_of, failures
-from _report import ALL_SHAPES, legend
+from _common import DEVICE, ends_of, failures, introduce, keep
+from _report import ALL_SHAPES
 
 from grouped_gemm import NoBackendError, Recipe, explain, grouped_mm
 from grouped_gemm.autotune.timing import eager_microseconds
-from grouped_gemm.core.machine import machine_of
 from grouped_gemm.core.preference import BackendKind
 
 GOAL = 1.03
@@ -123,12 +121,9 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("This benchmark needs a CUDA GPU, which torch does not see here.", file=sys.stderr)
+    begin, machine = time.time(), introduce(args.shapes)
+    if machine is None:
         return 1
-    machine, begin = machine_of(DEVICE), time.time()
-    print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions))
-    print(legend(args.shapes), flush=True)
     for shape in args.shapes:
         for name in args.cases:
             for kind in args.kinds:
@@ -138,9 +133,7 @@ def main() -> int:
     worst = max((row["regret"] for row in results), default=float("nan"))
     print(f"{len(results)} calls, {len(over)} over {GOAL}, worst {worst:.3f}, {time.time() - begin:.0f} s")
     print("\n".join(failures))
-    if args.json:
-        run = {"device": machine.name, "versions": dict(machine.versions), "rows": results, "failures": failures}
-        args.json.write_text(json.dumps(run, indent=1) + "\n")
+    keep(machine, results, args.json)
     return 1 if over or failures else 0
 
 

@@ -16,7 +16,6 @@ M, E, N, K: rows, groups, out and in features.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -26,12 +25,11 @@ from typing import Any
 
 import torch
 from _calls import allocated
-from _common import DEVICE, attempt, ends_of, failures
-from _report import ALL_SHAPES, KINDS, Goal, legend
+from _common import DEVICE, attempt, ends_of, failures, introduce, keep
+from _report import ALL_SHAPES, KINDS, Goal
 
 from grouped_gemm import Recipe, cache_weights, explain, grouped_mm
 from grouped_gemm.autotune.timing import captured_microseconds
-from grouped_gemm.core.machine import machine_of
 
 FP8 = "fp8"
 RECIPES = (*(r.value for r in (Recipe.NONE, Recipe.FP8_ROWWISE, Recipe.FP8_BLOCKWISE)), FP8)
@@ -98,8 +96,8 @@ def goals(rows: Iterable[dict[str, Any]]) -> list[Goal]:
     of_torch = {(r["shape"], r["kind"]): r for r in rows if r["name"] == "torch"}
     ours = [(r, of_torch[r["shape"], r["kind"]]) for r in rows if r["name"] != "torch"]
 
-    def cases(value: Callable[[Any, Any], float], keep: Callable[[Any], bool]) -> list[tuple[str, float | None]]:
-        return [(f"{r['shape']} {r['kind']} {r['name']}", value(r, other)) for r, other in ours if keep(r)]
+    def cases(value: Callable[[Any, Any], float], counts: Callable[[Any], bool]) -> list[tuple[str, float | None]]:
+        return [(f"{r['shape']} {r['kind']} {r['name']}", value(r, other)) for r, other in ours if counts(r)]
 
     def speed(row: Any, other: Any) -> float:
         return float(other["us"] / row["us"])
@@ -131,12 +129,9 @@ def main() -> int:
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=RECIPES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the run to this file")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("This benchmark needs a CUDA GPU, which torch does not see here.", file=sys.stderr)
+    begin, machine = time.time(), introduce(args.shapes)
+    if machine is None:
         return 1
-    machine, begin = machine_of(DEVICE), time.time()
-    print(machine.name, ", ".join(f"{package} {version}" for package, version in machine.versions))
-    print(legend(args.shapes), flush=True)
     rows: list[dict[str, Any]] = []
     for shape in args.shapes:
         for kind in args.kinds:
@@ -145,9 +140,7 @@ def main() -> int:
     print("\ngoals, in this run")
     print("\n".join(map(str, goals(rows))))
     print(f"\n{len(failures)} failures, {time.time() - begin:.0f} s")
-    if args.json:
-        run = {"device": machine.name, "versions": dict(machine.versions), "rows": rows, "failures": failures}
-        args.json.write_text(json.dumps(run, indent=1) + "\n")
+    keep(machine, rows, args.json)
     return 1 if failures else 0
 
 

@@ -204,7 +204,6 @@ def compile_kernels(
         route: the backend of each pass that the call probably gets; None: it gets none.
         accumulates: whether the gradient of ``b`` is added to a float32 tensor.
     """
-
     if route is None or len(route.backends) != 1:
         return
     bias_dtype = bias.dtype if bias is not None and needs_gradient(bias) else None

@@ -47,7 +47,7 @@ def check_tensor(argument: str, value: Any, dims: tuple[int, ...], dtypes: tuple
     # Dynamo compiles dense tensors only. In the backward of an autograd.Function it cannot trace this check.
     if not torch.compiler.is_compiling() and value.layout is not torch.strided:
         fail(argument, "a dense tensor", value.layout)
-    # No `in`: where Dynamo compiles this function alone, for other ranks than before, it finds no number in a tuple.
+    # Not `in`: where Dynamo compiles this function by itself, a second rank becomes a variable, which `in` never finds.
     if all([value.dim() != dim for dim in dims]):
         fail(argument, f"a tensor of rank {' or '.join(map(str, dims))}", f"{value.dim()}, shape {tuple(value.shape)}")
     if value.dtype not in dtypes:

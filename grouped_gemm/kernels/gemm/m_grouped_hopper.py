@@ -248,7 +248,7 @@ def _consume(
                     block_scales += gl.where(is_not_last, scale_stride_c, 0)
                     next_scale = gl.load(block_scales)
                     next_right = gl.load(block_scales + to_right)
-                    # This slot is full. Waiting again keeps loads of scales from between the instructions of a product.
+                    # This slot is full. The wait keeps the compiler from loading scales in the middle of a product.
                     mbarrier.wait(full.index(slot), phase)
                     row_scale = scale_bufs.index(slot * CONSUMERS + which).permute((1, 0)).load(LAYOUT)
                     acc, block = add_done_block(acc, block, row_scale * block_scale)
